@@ -1,0 +1,3 @@
+"""The package's version: the epoch and major number are those that clients' pins accept."""
+
+__version__ = "1!11.0.0"

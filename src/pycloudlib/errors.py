@@ -1,0 +1,157 @@
+"""Every error this package raises on purpose.
+
+One tree: whoever wants to catch them all catches `PycloudlibException`. Where Python users expect
+a built-in error (`ValueError` for a malformed value, `FileNotFoundError` for a missing file), that
+is what is raised instead.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+
+class ResourceType(enum.Enum):
+    """The kinds of things a cloud holds, as they are called in messages."""
+
+    IMAGE = "image"
+    INSTANCE = "instance"
+    NETWORK = "network"
+
+
+class PycloudlibException(Exception):  # noqa: N818 - the name is part of the contract with clients
+    """Root of the tree."""
+
+
+class PycloudlibError(PycloudlibException):
+    """Something this package was asked to do could not be done."""
+
+
+class ResourceNotFoundError(PycloudlibError):
+    """An image, instance or network that was named does not exist.
+
+    Args:
+        message: What was looked for and where; made from the other arguments when empty.
+        resource_type: The kind of resource; subclasses know theirs.
+        resource_id: The id that was asked for.
+        resource_name: The name that was asked for.
+    """
+
+    resource_type: ResourceType | None = None
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        resource_type: ResourceType | None = None,
+        resource_id: str | None = None,
+        resource_name: str | None = None,
+    ) -> None:
+        self.resource_type = resource_type or type(self).resource_type
+        self.resource_id = resource_id
+        self.resource_name = resource_name
+        super().__init__(message or self._default_message())
+
+    def _default_message(self) -> str:
+        kind = self.resource_type.value if self.resource_type else "resource"
+        wanted = [
+            f"{key} {value!r}"
+            for key, value in (("id", self.resource_id), ("name", self.resource_name))
+            if value is not None
+        ]
+        return f"Could not find {kind}" + (f" with {' and '.join(wanted)}" if wanted else "")
+
+
+class ImageNotFoundError(ResourceNotFoundError):
+    """No image of that id or release."""
+
+    resource_type = ResourceType.IMAGE
+
+
+class InstanceNotFoundError(ResourceNotFoundError):
+    """No instance of that id."""
+
+    resource_type = ResourceType.INSTANCE
+
+
+class NetworkNotFoundError(ResourceNotFoundError):
+    """No network of that name."""
+
+    resource_type = ResourceType.NETWORK
+
+
+class CloudError(PycloudlibError):
+    """The cloud, here QEMU and the host, refused or failed."""
+
+
+class CloudSetupError(PycloudlibError):
+    """The cloud cannot be used as it is configured."""
+
+
+class PycloudlibTimeoutError(PycloudlibError):
+    """Something that was waited for did not happen within its time."""
+
+
+class CleanupError(PycloudlibError):
+    """Some resources could not be cleaned up.
+
+    Args:
+        exceptions: What went wrong, one error for each resource that is left.
+    """
+
+    def __init__(self, exceptions: Sequence[Exception]) -> None:
+        self.exceptions = list(exceptions)
+        lines = "".join(f"\n- {type(error).__name__}: {error}" for error in self.exceptions)
+        super().__init__(f"{len(self.exceptions)} error(s) while cleaning up:{lines}")
+
+
+class MissingPrerequisiteError(PycloudlibError):
+    """A program that has to be installed on the host is not there."""
+
+
+class InvalidTagNameError(PycloudlibError):
+    """A tag breaks the naming rules.
+
+    Args:
+        tag: The tag as it was given.
+        rules_failed: The rules it breaks, one sentence each.
+    """
+
+    def __init__(self, tag: str, rules_failed: Sequence[str]) -> None:
+        self.tag = tag
+        self.rules_failed = list(rules_failed)
+        super().__init__(f"Invalid tag {tag!r}: {'; '.join(self.rules_failed)}")
+
+
+class UnsetSSHKeyError(PycloudlibError):
+    """An SSH key is needed and none is set."""
+
+
+class ImageBuildError(PycloudlibError):
+    """A step of building or fetching an image failed; the message names the step."""
+
+
+class ImageVerificationError(PycloudlibError):
+    """Data from an image server is not what its publisher signed."""
+
+
+class ToolError(PycloudlibError):
+    """A host program ended with an error.
+
+    Attributes:
+        step: What was being done, for people.
+        argv: The command line.
+        exit_status: Its exit status; negative for the signal that ended it.
+        output: What it printed.
+    """
+
+    _SHOWN_LINES = 15
+
+    def __init__(self, step: str, argv: Sequence[str], exit_status: int, output: str) -> None:
+        self.step = step
+        self.argv = list(argv)
+        self.exit_status = exit_status
+        self.output = output
+        how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+        tail = "".join(f"\n  {line}" for line in output.splitlines()[-self._SHOWN_LINES :])
+        super().__init__(f"{step} failed: {self.argv[0]} ended with {how}{':' if tail else ''}{tail}")

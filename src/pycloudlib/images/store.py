@@ -1,0 +1,110 @@
+"""What is on disk in `image_dir`: images, the files beside them, and what is known of each.
+
+Beside an image `NAME.img` stand its kernel (`NAME-vmlinuz-generic`), its initrd
+(`NAME-initrd-generic`) and its record (`NAME.img.json`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import ImageNotFoundError
+
+DEFAULT_USER = "ubuntu"
+"""The login user of an image that no record tells of: Ubuntu's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What is known of a stored image.
+
+    Attributes:
+        release: Series or suite ("noble", "bookworm").
+        serial: The build serial ("20240821", "20260930.1").
+        sha256: Digest of the image file, lower-case hexadecimal.
+        size: Length of the image file in bytes.
+        source: Where it came from: its URL, or "built" and the builder's recipe key.
+        default_user: The login user that cloud-init creates in it.
+    """
+
+    release: str
+    serial: str
+    sha256: str
+    size: int
+    source: str
+    default_user: str = DEFAULT_USER
+
+
+def kernel_path(image: Path) -> Path:
+    """Name the kernel beside an image; it need not exist."""
+    return image.with_name(f"{image.stem}-vmlinuz-generic")
+
+
+def initrd_path(image: Path) -> Path:
+    """Name the initrd beside an image; it need not exist."""
+    return image.with_name(f"{image.stem}-initrd-generic")
+
+
+def record_path(image: Path) -> Path:
+    """Name the record beside an image; it need not exist."""
+    return image.with_name(f"{image.name}.json")
+
+
+def write_record(image: Path, record: ImageRecord) -> None:
+    """Write the record beside an image, whole or not at all."""
+    with replace_atomically(record_path(image)) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def find_record(image: Path) -> ImageRecord | None:
+    """Read the record beside an image; None when there is none that can be read."""
+    try:
+        return ImageRecord(**json.loads(record_path(image).read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        return None
+
+
+def resolve(image_id: str, image_dir: Path) -> Path:
+    """Find the image file that an id names: an absolute path, or one below `image_dir`.
+
+    Raises:
+        ImageNotFoundError: There is no such file; says where it was looked for.
+    """
+    path = image_dir / Path(image_id).expanduser()
+    if not image_id or not path.is_file():
+        message = f"No image {image_id!r}: {path} is not a file"
+        raise ImageNotFoundError(message, resource_id=image_id)
+    return path.absolute()
+
+
+def delete(image: Path) -> None:
+    """Remove an image and what stands beside it; a missing one is no error."""
+    for path in (image, kernel_path(image), initrd_path(image), record_path(image)):
+        path.unlink(missing_ok=True)
+    # The directory is the serial's own; a user's directory with other files in it stays.
+    with contextlib.suppress(OSError):
+        image.parent.rmdir()
+
+
+@contextlib.contextmanager
+def replace_atomically(target: Path) -> Iterator[Path]:
+    """Yield a temporary name in the target's directory; it becomes the target on success.
+
+    The final name never shows half a file: the content is synced before it is renamed, and on
+    any error, interruption included, nothing is left.
+    """
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
