@@ -154,4 +154,6 @@ class ToolError(PycloudlibError):
         self.output = output
         how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
         tail = "".join(f"\n  {line}" for line in output.splitlines()[-self._SHOWN_LINES :])
-        super().__init__(f"{step} failed: {self.argv[0]} ended with {how}{':' if tail else ''}{tail}")
+        super().__init__(
+            f"{step} failed: {self.argv[0]} ended with {how}{':' if tail else ''}{tail}"
+        )

@@ -45,14 +45,14 @@ def find_tool(name: str) -> Path:
 
 
 def run_tool(
-    step: str, argv: Sequence[str | Path], *, input_bytes: bytes | None = None
+    step: str, argv: Sequence[str | Path], *, input_bytes: bytes = b""
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a short host program to its end.
 
     Args:
         step: What it is run for, as it should read in an error.
         argv: The program, as `find_tool` finds it, and its arguments.
-        input_bytes: What it reads on standard input; nothing when None.
+        input_bytes: What it reads on standard input; nothing by default.
 
     Returns:
         The finished process with its `stdout` and `stderr` as bytes.
@@ -62,9 +62,8 @@ def run_tool(
         ToolError: It ended with an error.
     """
     command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
-    feed = {"stdin": subprocess.DEVNULL} if input_bytes is None else {"input": input_bytes}
-    finished = subprocess.run(command, capture_output=True, check=False, **feed)  # type: ignore[call-overload]
+    finished = subprocess.run(command, capture_output=True, check=False, input=input_bytes)
     if finished.returncode != 0:
         output = (finished.stderr + finished.stdout).decode(errors="replace")
         raise ToolError(step, command, finished.returncode, output)
-    return finished  # type: ignore[no-any-return]
+    return finished
