@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import secrets
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import ImageNotFoundError
+from pycloudlib.files import replace_atomically
 
 DEFAULT_USER = "ubuntu"
 """The login user of an image that no record tells of: Ubuntu's own."""
+
+
+# A day, and a number when there was more than one build on it: "20240821", "20260930.1".
+_SERIAL = re.compile(r"[0-9]{8}(\.[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,23 @@ def resolve(image_id: str, image_dir: Path) -> Path:
     return path.absolute()
 
 
+def find_serial(image: Path) -> str:
+    """Give the build serial of an image: from its record, or from the name of its directory.
+
+    Raises:
+        ImageNotFoundError: Neither tells it.
+    """
+    record = find_record(image)
+    if record is not None:
+        return record.serial
+    if _SERIAL.fullmatch(image.parent.name):
+        return image.parent.name
+    raise ImageNotFoundError(
+        f"Nothing tells the serial of {image}: it was not downloaded or built by this package",
+        resource_id=str(image),
+    )
+
+
 def delete(image: Path) -> None:
     """Remove an image and what stands beside it; a missing one is no error."""
     for path in (image, kernel_path(image), initrd_path(image), record_path(image)):
@@ -91,20 +111,3 @@ def delete(image: Path) -> None:
     # The directory is the serial's own; a user's directory with other files in it stays.
     with contextlib.suppress(OSError):
         image.parent.rmdir()
-
-
-@contextlib.contextmanager
-def replace_atomically(target: Path) -> Iterator[Path]:
-    """Yield a temporary name in the target's directory; it becomes the target on success.
-
-    The final name never shows half a file: the content is synced before it is renamed, and on
-    any error, interruption included, nothing is left.
-    """
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,221 @@
+"""The base class of clouds: vocabulary that clients subclass; no QEMU in it."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pycloudlib.config import Config, ConfigFile, parse_config
+from pycloudlib.errors import CleanupError, InvalidTagNameError
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519
+from pycloudlib.util import get_timestamped_tag, log_exception_list
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DEFAULT_PUBLIC_KEYS = ("~/.ssh/id_rsa.pub", "~/.ssh/id_ed25519.pub")
+_TAG_RULES = (
+    (r".{1,63}", "it must have 1 to 63 characters"),
+    (r"[a-z0-9-]*", "it may hold only a-z, 0-9 and '-'"),
+    (r"(?!-).*(?<!-)", "it must not begin or end with '-'"),
+)
+
+
+@enum.unique
+class ImageType(enum.Enum):
+    """The variants of a release's image."""
+
+    GENERIC = "generic"
+    MINIMAL = "minimal"
+    PRO = "Pro"
+    PRO_FIPS = "Pro FIPS"
+    PRO_FIPS_UPDATES = "Pro FIPS Updates"
+
+
+class BaseCloud(ABC):
+    """Something that launches instances of images.
+
+    Args:
+        tag: Names what this cloud makes: 1 to 63 characters of a-z, 0-9 and '-'.
+        timestamp_suffix: Whether the time is appended to the tag.
+        config_file: The configuration file, a path or an open text; see `parse_config`.
+        required_values: Configuration values without which the cloud cannot work.
+
+    Raises:
+        InvalidTagNameError: The tag breaks the rules; lists which.
+        ValueError: The configuration cannot be read or has a wrong value.
+    """
+
+    _type = "base"
+
+    def __init__(
+        self,
+        tag: str,
+        timestamp_suffix: bool = True,
+        config_file: ConfigFile | None = None,
+        *,
+        required_values: Sequence[Any] | None = None,
+    ) -> None:
+        self._log = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self.created_instances: list[BaseInstance] = []
+        self.created_images: list[str] = []
+        self.tag = get_timestamped_tag(tag) if timestamp_suffix else tag
+        self._validate_tag(self.tag)
+        self._config_file: Config = parse_config(config_file)
+        self.config: dict[str, Any] = self._section(self._config_file)
+        if required_values is not None and any(value is None for value in required_values):
+            raise ValueError(
+                f"{self._config_file.source}: a required value of [{self._type}] is missing"
+            )
+        self.key_pair = self._find_key_pair()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        errors = self.clean()
+        if not errors:
+            return
+        if exc is not None and not isinstance(exc, Exception):
+            # Ctrl-C and sys.exit() go on; what is left is told all the same.
+            log_exception_list(errors)
+            return
+        raise CleanupError(errors)
+
+    def clean(self) -> list[Exception]:
+        """Delete every instance and image that this cloud made.
+
+        Returns:
+            The errors met on the way; empty when nothing is left.
+        """
+        errors: list[Exception] = []
+        for instance in list(self.created_instances):
+            errors.extend(instance.delete())
+        for image_id in list(self.created_images):
+            try:
+                self.delete_image(image_id)
+            except Exception as error:  # noqa: BLE001 - collected and reported, all of them
+                errors.append(error)
+        return errors
+
+    @abstractmethod
+    def delete_image(self, image_id: str, **kwargs: Any) -> None:
+        """Delete an image; one that is not there is no error."""
+
+    @abstractmethod
+    def released_image(self, release: str, **kwargs: Any) -> str:
+        """Give the id of the latest released image of a release."""
+
+    @abstractmethod
+    def daily_image(self, release: str, **kwargs: Any) -> str:
+        """Give the id of the latest daily image of a release."""
+
+    @abstractmethod
+    def image_serial(self, image_id: str) -> str:
+        """Give the build serial of an image."""
+
+    @abstractmethod
+    def get_instance(self, instance_id: str, username: str | None = None, **kwargs: Any) -> Any:
+        """Find an instance again by its id."""
+
+    @abstractmethod
+    def launch(
+        self,
+        image_id: str,
+        instance_type: str | None = None,
+        user_data: str | bytes | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Start an instance of an image, without waiting for its boot."""
+
+    @abstractmethod
+    def snapshot(self, instance: Any, clean: bool = True, **kwargs: Any) -> str:
+        """Make an image of an instance's disk and give its id."""
+
+    def list_keys(self) -> list[str]:
+        """Name the SSH keys there are."""
+        return [self.key_pair.name]
+
+    def create_key_pair(self) -> tuple[str, str]:
+        """Make a new SSH key.
+
+        Returns:
+            The public key's line and the private key in OpenSSH's format; neither is stored.
+        """
+        private, public = generate_ed25519(comment=self.tag)
+        return public, private
+
+    def use_key(
+        self,
+        public_key_path: str | Path,
+        private_key_path: str | Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Log in with this key from now on: instances launched later get it.
+
+        Raises:
+            ValueError: One of the files cannot be read or is not a key.
+        """
+        key_pair = KeyPair(public_key_path, private_key_path, name)
+        check_key_pair(key_pair, "use_key()")
+        self.key_pair = key_pair
+
+    @staticmethod
+    def _validate_tag(tag: str) -> None:
+        failed = [rule for pattern, rule in _TAG_RULES if not re.fullmatch(pattern, tag, re.DOTALL)]
+        if failed:
+            raise InvalidTagNameError(tag, failed)
+
+    def _section(self, config: Config) -> dict[str, Any]:
+        section = config.get(self._type, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"{config.source}: [{self._type}] is not a section but {section!r}")
+        return section
+
+    def _find_key_pair(self) -> KeyPair:
+        """Choose the key: the configured one, then the user's own, then a fresh one."""
+        name = self._configured_text("key_name") or self.tag
+        public = self._configured_text("public_key_path")
+        if public is not None:
+            key_pair = KeyPair(public, self._configured_text("private_key_path"), name)
+            check_key_pair(
+                key_pair, f"public_key_path in [{self._type}] of {self._config_file.source}"
+            )
+            return key_pair
+        for default in _DEFAULT_PUBLIC_KEYS:
+            own = Path(default).expanduser()
+            # A public key alone belongs to a token or an agent; no machine could be logged in to.
+            if own.exists() and own.with_suffix("").exists():
+                key_pair = KeyPair(own, name=name)
+                check_key_pair(key_pair, "the user's own SSH key")
+                return key_pair
+        return self._make_key_pair(name)
+
+    def _make_key_pair(self, name: str) -> KeyPair:
+        """Make a key where none is found; clouds that have a place for one override this."""
+        return KeyPair(None, name=name)
+
+    def _configured_text(self, key: str) -> str | None:
+        """Read a configured path or name, with `~` and `$VARS` expanded."""
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"{key} in [{self._type}] of {self._config_file.source} is {value!r}, "
+                "expected a text"
+            )
+        return str(Path(os.path.expandvars(value)).expanduser()) if key.endswith("path") else value

@@ -1,0 +1,86 @@
+"""The configuration file: where it is looked for, and what reading it can say."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ConfigFile = str | Path | io.StringIO
+"""What `config_file` may be: a path, or an open text."""
+
+ENVIRONMENT_VARIABLE = "PYCLOUDLIB_CONFIG"
+DEFAULT_LOCATIONS = (Path("~/.config/pycloudlib.toml"), Path("/etc/pycloudlib.toml"))
+
+
+class Config(dict[str, Any]):
+    """The sections of a configuration file.
+
+    Attributes:
+        source: Where it was read from, for messages.
+    """
+
+    source: str = "no configuration file"
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+            raise KeyError(f"{key!r} is not in {self.source}") from None
+
+
+def parse_config(config_file: ConfigFile | None = None) -> Config:
+    """Read the first configuration file there is.
+
+    Looked for in this order: `config_file`, `$PYCLOUDLIB_CONFIG`, `~/.config/pycloudlib.toml`,
+    `/etc/pycloudlib.toml`.
+
+    Returns:
+        Its sections; none when there is no file.
+
+    Raises:
+        ValueError: A file that was named does not exist or cannot be read, or is not TOML; the
+            message names the file, where its name came from, and the line.
+    """
+    if isinstance(config_file, io.StringIO):
+        return _parse(config_file.getvalue(), "the config_file given as text")
+    if config_file is not None:
+        return _read(_expand(config_file), "config_file")
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return _read(_expand(named), f"${ENVIRONMENT_VARIABLE}")
+    for location in map(_expand, DEFAULT_LOCATIONS):
+        if location.exists():
+            return _read(location, "the default location")
+    return Config()
+
+
+def _expand(path: str | Path) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def _read(path: Path, origin: str) -> Config:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Cannot read the configuration file {str(path)!r} (from {origin}): {error}"
+        ) from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, source: str) -> Config:
+    try:
+        config = Config(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        # The decoder's message ends with the line and column.
+        raise ValueError(f"{source} is not valid TOML: {error}") from error
+    config.source = source
+    return config

@@ -1,0 +1,150 @@
+"""The phases of a boot, as the serial console tells them."""
+
+from __future__ import annotations
+
+import enum
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# The console's file is looked at this often; only the bytes that are new are read.
+_LOOK_SECONDS = 0.25
+# Colours and cursor movements, which systemd and firmware print.
+_CONTROL = re.compile(rb"\x1b(?:\[[0-9;?]*[A-Za-z]|[c()][0-9A-B]?)|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@enum.unique
+class Phase(enum.Enum):
+    """What a machine does between power-on and ready, in order."""
+
+    FIRMWARE = "firmware"
+    BOOT_LOADER = "boot loader"
+    KERNEL = "kernel"
+    INITRD = "initrd"
+    SYSTEMD = "systemd"
+    CLOUD_INIT_LOCAL = "cloud-init local"
+    CLOUD_INIT_NETWORK = "cloud-init network"
+    CLOUD_INIT_CONFIG = "cloud-init config"
+    CLOUD_INIT_FINAL = "cloud-init final"
+    CLOUD_INIT_DONE = "cloud-init done"
+
+
+_SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
+    (Phase.FIRMWARE, re.compile(rb"SeaBIOS|BdsDxe|UEFI")),
+    (Phase.BOOT_LOADER, re.compile(rb"GRUB|Welcome to GRUB|Booting `")),
+    (Phase.KERNEL, re.compile(rb"Linux version |Run /init as init")),
+    (Phase.INITRD, re.compile(rb"Begin: Loading essential drivers|Loading, please wait")),
+    (Phase.SYSTEMD, re.compile(rb"systemd\[1\]: |Welcome to ")),
+    (Phase.CLOUD_INIT_LOCAL, re.compile(rb"Cloud-init v\. .* running 'init-local'")),
+    (Phase.CLOUD_INIT_NETWORK, re.compile(rb"Cloud-init v\. .* running 'init'")),
+    (Phase.CLOUD_INIT_CONFIG, re.compile(rb"Cloud-init v\. .* running 'modules:config'")),
+    (Phase.CLOUD_INIT_FINAL, re.compile(rb"Cloud-init v\. .* running 'modules:final'")),
+    (Phase.CLOUD_INIT_DONE, re.compile(rb"Cloud-init v\. .* finished at")),
+)
+
+
+def find_phase(line: bytes) -> Phase | None:
+    """Say which phase a line of the console begins; None for most lines."""
+    return next((phase for phase, sign in _SIGNS if sign.search(line)), None)
+
+
+def clean_line(line: bytes) -> str:
+    """Give a line of the console as text, without control sequences."""
+    return _CONTROL.sub(b"", line).decode(errors="replace").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStart:
+    """When a phase was first seen.
+
+    Attributes:
+        phase: Which.
+        seconds: Seconds after the power was switched on.
+    """
+
+    phase: Phase
+    seconds: float
+
+
+class BootWatch:
+    """Follows a console log and notes when each phase begins.
+
+    A context manager: a thread follows the log inside its block.
+
+    Args:
+        console_log: The file; it may not exist yet.
+        offset: Where in it this boot begins, in bytes.
+        powered_on: When the power was switched on, in `time.monotonic` seconds.
+        on_line: Called with the latest phase and line after each look at the log, new or not.
+    """
+
+    def __init__(
+        self,
+        console_log: Path,
+        offset: int,
+        powered_on: float,
+        on_line: Callable[[Phase | None, str], None] | None = None,
+    ) -> None:
+        self._console_log = console_log
+        self._position = offset
+        self._powered_on = powered_on
+        self._on_line = on_line
+        self._partial = b""
+        self._last_line = ""
+        self._timeline: list[PhaseStart] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="boot-watch", daemon=True)
+
+    def __enter__(self) -> BootWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    @property
+    def timeline(self) -> tuple[PhaseStart, ...]:
+        """The phases that were seen, in the order of their beginning."""
+        return tuple(self._timeline)
+
+    @property
+    def phase(self) -> Phase | None:
+        """The latest phase; None before the first sign of life."""
+        return self._timeline[-1].phase if self._timeline else None
+
+    @property
+    def last_line(self) -> str:
+        """The latest line with anything in it."""
+        return self._last_line
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_LOOK_SECONDS):
+            self._look()
+            if self._on_line is not None:
+                self._on_line(self.phase, self._last_line)
+
+    def _look(self) -> None:
+        try:
+            with self._console_log.open("rb") as log:
+                log.seek(self._position)
+                new = log.read()
+        except FileNotFoundError:
+            return
+        self._position += len(new)
+        *lines, self._partial = (self._partial + new).split(b"\n")
+        for line in lines:
+            self._note(line)
+        # GRUB and prompts leave their line open.
+        self._note(self._partial)
+
+    def _note(self, line: bytes) -> None:
+        text = clean_line(line)
+        self._last_line = text or self._last_line
+        phase = find_phase(line)
+        if phase is not None and all(start.phase is not phase for start in self._timeline):
+            self._timeline.append(PhaseStart(phase, time.monotonic() - self._powered_on))

@@ -1,0 +1,113 @@
+"""cloud-init's own word on how a boot went, parsed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+WAIT_SCRIPT = """
+command -v cloud-init >/dev/null 2>&1 || { echo absent; exit 0; }
+polls=0
+until [ -s /run/cloud-init/result.json ]; do
+  [ -e /run/cloud-init/disabled ] && { echo disabled; exit 0; }
+  polls=$((polls + 1))
+  if [ $((polls % 50)) = 0 ] && systemctl is-failed --quiet cloud-final.service; then
+    echo crashed; break
+  fi
+  sleep 0.1
+done
+[ -s /run/cloud-init/result.json ] && echo finished
+cat /run/cloud-init/status.json
+"""
+"""Shell script that ends when cloud-init has ended in *this* boot, and prints how.
+
+`result.json` is written when the last stage has ended; /run is empty at the start of each boot.
+`cloud-init status --wait` is not used: older versions (22.4) return as soon as any module has
+failed while later stages still run, and its Python start-up and polling slow a small guest down.
+The guest offers no event for this that an ordinary user can wait on, so a file is looked for.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One stage of cloud-init.
+
+    Attributes:
+        name: `init-local`, `init`, `modules-config`, `modules-final`.
+        started: When it began, in seconds since the epoch by the guest's clock; None if never.
+        finished: When it ended; None while it runs.
+        errors: What failed in it, in cloud-init's words.
+    """
+
+    name: str
+    started: float | None
+    finished: float | None
+    errors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CloudInitStatus:
+    """How cloud-init ended.
+
+    Attributes:
+        state: `finished`; `crashed` when the last stage's unit failed; `disabled` or `absent`
+            when there was nothing to wait for.
+        datasource: Where its data came from, in cloud-init's words.
+        stages: Its stages in order.
+        recoverable_errors: Warnings of cloud-init 23.4 and later.
+    """
+
+    state: str
+    datasource: str = ""
+    stages: tuple[StageResult, ...] = ()
+    recoverable_errors: tuple[str, ...] = ()
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """All stages' errors."""
+        return tuple(error for stage in self.stages for error in stage.errors)
+
+    @property
+    def failed(self) -> bool:
+        """Whether cloud-init says that something failed."""
+        return self.state == "crashed" or bool(self.errors)
+
+
+_STAGES = ("init-local", "init", "modules-config", "modules-final")
+
+
+def parse_status(output: str) -> CloudInitStatus:
+    """Parse what `WAIT_SCRIPT` printed.
+
+    Raises:
+        ValueError: It is not the script's output.
+    """
+    state, _, document = output.strip().partition("\n")
+    if state in ("absent", "disabled"):
+        return CloudInitStatus(state)
+    if state not in ("finished", "crashed"):
+        raise ValueError(f"not a status of cloud-init: {output[:200]!r}")
+    status: dict[str, Any] = json.loads(document)["v1"] if document.strip() else {}
+    return CloudInitStatus(
+        state,
+        str(status.get("datasource") or ""),
+        tuple(_parse_stage(name, status[name]) for name in _STAGES if name in status),
+        _recoverable(status),
+    )
+
+
+def _parse_stage(name: str, stage: dict[str, Any]) -> StageResult:
+    return StageResult(
+        name, stage.get("start"), stage.get("finished"), tuple(map(str, stage.get("errors", ())))
+    )
+
+
+def _recoverable(status: dict[str, Any]) -> tuple[str, ...]:
+    """Collect the warnings: in each stage, by level ("WARNING": [texts])."""
+    return tuple(
+        f"{level}: {text}"
+        for name in _STAGES
+        for level, texts in status.get(name, {}).get("recoverable_errors", {}).items()
+        for text in texts
+    )

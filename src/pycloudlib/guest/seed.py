@@ -1,0 +1,173 @@
+"""NoCloud data for cloud-init, and the ISO 9660 volume that carries it.
+
+https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html
+"""
+
+from __future__ import annotations
+
+import email.mime.application
+import email.mime.multipart
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Document = str | bytes | Mapping[str, Any] | None
+"""A document for cloud-init as callers give it; a mapping is written as YAML."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """The files of a NoCloud volume, byte for byte; None for one that is left out."""
+
+    user_data: bytes
+    meta_data: bytes
+    vendor_data: bytes | None = None
+    network_config: bytes | None = None
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The volume's files by name."""
+        named = {
+            "user-data": self.user_data,
+            "meta-data": self.meta_data,
+            "vendor-data": self.vendor_data,
+            "network-config": self.network_config,
+        }
+        return {name: data for name, data in named.items() if data is not None}
+
+
+def build_seed(
+    *,
+    instance_id: str,
+    hostname: str,
+    public_key: str,
+    host_key: tuple[str, str],
+    user_data: str | bytes | None = None,
+    meta_data: Document = None,
+    vendor_data: Document = None,
+    network_config: Document = None,
+) -> Seed:
+    """Put a machine's seed together.
+
+    The user-data stays as it is given, whatever its kind: the SSH key comes by the meta-data, and
+    the host key by the vendor-data, which user-data overrides.
+
+    Args:
+        instance_id: For cloud-init; the caller's meta-data may name another.
+        hostname: The same.
+        public_key: The line that the default user's `authorized_keys` gets.
+        host_key: The machine's ed25519 host key: the private key in OpenSSH's format, and the
+            public line.
+        user_data: The caller's, if any.
+        meta_data: The caller's, if any; a YAML or JSON mapping.
+        vendor_data: The caller's, if any, of any kind; takes effect beside ours.
+        network_config: The caller's, if any.
+
+    Raises:
+        TypeError: One of the documents is of a wrong type; names it.
+        ValueError: The meta-data is not a mapping.
+    """
+    if user_data is not None and not isinstance(user_data, (str, bytes)):
+        raise TypeError(f"user_data must be str or bytes, not {type(user_data).__name__}")
+    defaults = {"instance-id": instance_id, "local-hostname": hostname}
+    network = _document("network_config", network_config)
+    return Seed(
+        user_data=_document("user_data", user_data) or b"",
+        meta_data=_merge_meta_data(defaults, public_key, meta_data),
+        vendor_data=_merge_vendor_data(_host_key_config(host_key), vendor_data),
+        network_config=network,
+    )
+
+
+def write_iso(seed: Seed, path: Path) -> None:
+    """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it."""
+    import pycdlib  # noqa: PLC0415 - heavy
+
+    iso = pycdlib.PyCdlib()
+    iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="cidata")
+    for number, (name, data) in enumerate(seed.files.items()):
+        iso.add_fp(
+            io.BytesIO(data),
+            len(data),
+            f"/FILE{number}.;1",
+            rr_name=name,
+            joliet_path=f"/{name}",
+        )
+    with path.open("xb") as file:
+        path.chmod(0o600)
+        iso.write_fp(file)
+    iso.close()
+
+
+def _document(name: str, document: Document) -> bytes | None:
+    if document is None or isinstance(document, bytes):
+        return document
+    if isinstance(document, str):
+        return document.encode()
+    if isinstance(document, Mapping):
+        return _yaml(document)
+    raise TypeError(f"{name} must be str, bytes or a mapping, not {type(document).__name__}")
+
+
+def _yaml(document: Mapping[str, Any]) -> bytes:
+    import yaml  # noqa: PLC0415 - heavy
+
+    text: str = yaml.safe_dump(dict(document), sort_keys=False)
+    return text.encode()
+
+
+def _merge_meta_data(defaults: Mapping[str, str], public_key: str, given: Document) -> bytes:
+    own = _parse_mapping("meta_data", given)
+    keys = [*_public_keys(own.pop("public-keys", None)), public_key]
+    return _yaml({**defaults, **own, "public-keys": keys})
+
+
+def _parse_mapping(name: str, given: Document) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415 - heavy
+
+    if isinstance(given, Mapping):
+        return dict(given)
+    text = _document(name, given) or b""
+    try:
+        parsed = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a YAML mapping, not {type(parsed).__name__}")
+    return parsed
+
+
+def _public_keys(given: object) -> list[str]:
+    """Flatten the shapes that cloud-init takes for `public-keys`: text, list, or mapping."""
+    if isinstance(given, str):
+        return given.splitlines()
+    if isinstance(given, Mapping):
+        return [key for value in given.values() for key in _public_keys(value)]
+    if isinstance(given, (list, tuple)):
+        return [key for value in given for key in _public_keys(value)]
+    return []
+
+
+def _host_key_config(host_key: tuple[str, str]) -> bytes:
+    private, public = host_key
+    config = {"ssh_keys": {"ed25519_private": private, "ed25519_public": public}}
+    return b"#cloud-config\n" + _yaml(config)
+
+
+def _merge_vendor_data(own: bytes, given: Document) -> bytes:
+    """Let both take effect: as the parts of one MIME document, the caller's first.
+
+    Where both set the same key, cloud-init keeps the first part's value.
+    """
+    if isinstance(given, Mapping):
+        given = b"#cloud-config\n" + _yaml(given)
+    document = _document("vendor_data", given)
+    if not document:
+        return own
+    parts = email.mime.multipart.MIMEMultipart()
+    # cloud-init looks at the content of an octet stream to tell its kind: script, config, gzip...
+    for part in (document, own):
+        parts.attach(email.mime.application.MIMEApplication(part))
+    return parts.as_bytes()

@@ -1,0 +1,273 @@
+"""The SSH transport: connect with a pinned host key, execute, copy files.
+
+Everything that can go wrong on the way to a connection leaves here as `paramiko.SSHException`, the
+error that clients catch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import PycloudlibTimeoutError
+
+if TYPE_CHECKING:
+    import paramiko
+
+_log = logging.getLogger(__name__)
+_BANNER_START = b"SSH-"
+_CHUNK = 1 << 16
+
+
+class HostKeys(Protocol):
+    """Which host keys a machine may show."""
+
+    def pinned(self) -> Sequence[str]:
+        """Give the host keys that are known to be the machine's, as `type base64` lines."""
+
+    def accepts(self, key_line: str) -> bool:
+        """Decide on a host key that is not among the pinned ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and as whom to log in."""
+
+    host: str
+    port: int
+    username: str
+    private_key_path: str | None
+
+    def __str__(self) -> str:
+        return f"{self.username}@{self.host} port {self.port}"
+
+
+def connect(
+    endpoint: Endpoint, host_keys: HostKeys | None, *, timeout: float
+) -> paramiko.SSHClient:
+    """Log in.
+
+    Args:
+        endpoint: Where and as whom.
+        host_keys: What to hold the host key against; None accepts any.
+        timeout: Seconds for each of: the server's banner, the key exchange, the authentication.
+
+    Raises:
+        paramiko.SSHException: No connection; says with what and why.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    client = paramiko.SSHClient()
+    # The failure reaches the caller as an exception; paramiko's own log would tell it twice.
+    client.set_log_channel(f"{__name__}.transport")
+    client.set_missing_host_key_policy(_policy(host_keys))
+    name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
+    for line in host_keys.pinned() if host_keys else ():
+        entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
+        if entry is not None and entry.key is not None:
+            client.get_host_keys().add(name, entry.key.get_name(), entry.key)
+    try:
+        client.connect(
+            endpoint.host,
+            endpoint.port,
+            endpoint.username,
+            key_filename=endpoint.private_key_path,
+            look_for_keys=False,
+            sock=open_with_banner(endpoint.host, endpoint.port, timeout),
+            timeout=timeout,
+            banner_timeout=timeout,
+            auth_timeout=timeout,
+        )
+    except paramiko.BadHostKeyException as error:
+        client.close()
+        if host_keys is not None and host_keys.accepts(_line(error.key)):
+            return connect(endpoint, host_keys, timeout=timeout)
+        raise paramiko.SSHException(
+            f"{endpoint}: host key changed: the machine showed {_line(error.key)}, "
+            f"but {_line(error.expected_key)} was expected"
+        ) from error
+    except paramiko.AuthenticationException as error:
+        client.close()
+        raise type(error)(
+            f"{endpoint}: key {endpoint.private_key_path} refused: {error}"
+        ) from error
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        client.close()
+        raise paramiko.SSHException(f"{endpoint}: {error or type(error).__name__}") from error
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
+    """Connect and wait for the first bytes of an SSH server's banner, leaving them unread.
+
+    A connection alone proves nothing: user-mode networking accepts it long before the guest's
+    sshd is up.
+
+    Raises:
+        OSError: No connection, or no banner within `timeout` seconds.
+    """
+    deadline = Deadline.after(timeout)
+    sock = socket.create_connection((host, port), timeout)
+    try:
+        while True:
+            sock.settimeout(max(deadline.remaining, 0.001))
+            start = sock.recv(len(_BANNER_START), socket.MSG_PEEK)
+            if not start:
+                raise ConnectionError("the connection was closed before SSH's banner")
+            if start == _BANNER_START:
+                return sock
+            if not _BANNER_START.startswith(start):
+                raise ConnectionError(f"not an SSH server: it began with {start!r}")
+    except TimeoutError:
+        sock.close()
+        raise TimeoutError(f"no SSH banner within {timeout:.0f} s") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def run(
+    client: paramiko.SSHClient,
+    command: str,
+    *,
+    stdin: bytes = b"",
+    get_pty: bool = False,
+    timeout: float | None = None,
+) -> tuple[bytes, bytes, int]:
+    """Execute a command to its end, draining both outputs whatever their size.
+
+    Args:
+        client: A connected client.
+        command: The command line, as the login shell reads it.
+        stdin: What the command reads.
+        get_pty: Whether it gets a terminal.
+        timeout: Seconds it may take; no limit when None.
+
+    Returns:
+        Standard output, standard error, exit status (-1 when the connection ended first).
+
+    Raises:
+        paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: The command went on past `timeout`; it is hung up on.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    transport = client.get_transport()
+    if transport is None:
+        raise paramiko.SSHException("the connection is closed")
+    try:
+        channel = transport.open_session()
+    except (OSError, EOFError) as error:
+        raise paramiko.SSHException(f"the connection is gone: {error}") from error
+    with channel:
+        if get_pty:
+            channel.get_pty()
+        channel.exec_command(command)
+        outputs = _Drain(channel.recv), _Drain(channel.recv_stderr)
+        feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
+        feeder.start()
+        deadline = None if timeout is None else Deadline.after(timeout)
+        for drain in outputs:
+            drain.join(None if deadline is None else deadline.remaining)
+        done = all(not drain.is_alive() for drain in outputs)
+        if done:
+            done = channel.status_event.wait(None if deadline is None else deadline.remaining)
+        if not done:
+            raise PycloudlibTimeoutError(
+                f"The command did not end within {timeout:g} s and was hung up on: {command}"
+            )
+        return outputs[0].data(), outputs[1].data(), channel.exit_status
+
+
+class _Drain(threading.Thread):
+    """Reads one output of a channel to its end."""
+
+    def __init__(self, receive: object) -> None:
+        super().__init__(daemon=True)
+        self._receive = receive
+        self._chunks: list[bytes] = []
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := self._receive(_CHUNK):  # type: ignore[operator]
+                self._chunks.append(chunk)
+
+    def data(self) -> bytes:
+        return b"".join(self._chunks)
+
+
+def _feed(channel: paramiko.Channel, stdin: bytes) -> None:
+    # A command may end without reading its input; that is no error.
+    with contextlib.suppress(OSError):
+        if stdin:
+            channel.sendall(stdin)
+        channel.shutdown_write()
+
+
+def push(client: paramiko.SSHClient, local_path: str | Path, remote_path: str) -> None:
+    """Copy a local file to the guest.
+
+    Raises:
+        FileNotFoundError: The local file, or the remote directory, is not there.
+    """
+    source = Path(local_path)
+    with source.open("rb"), client.open_sftp() as sftp, _naming(remote_path):
+        sftp.put(str(source), remote_path)
+
+
+def pull(client: paramiko.SSHClient, remote_path: str, local_path: str | Path) -> None:
+    """Copy a file from the guest; an existing local file is replaced only once all is here.
+
+    Raises:
+        FileNotFoundError: The remote file, or the local directory, is not there.
+    """
+    target = Path(local_path)
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.part")
+    try:
+        with client.open_sftp() as sftp:
+            with _naming(remote_path):
+                sftp.stat(remote_path)
+            sftp.get(remote_path, str(temporary))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(remote_path: str) -> Iterator[None]:
+    """Put the file's name into SFTP's errors, which come without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror or str(error), remote_path) from error
+
+
+def _policy(host_keys: HostKeys | None) -> paramiko.MissingHostKeyPolicy:
+    import paramiko  # noqa: PLC0415 - heavy
+
+    class Policy(paramiko.MissingHostKeyPolicy):
+        def missing_host_key(
+            self, _client: paramiko.SSHClient, hostname: str, key: paramiko.PKey
+        ) -> None:
+            if host_keys is not None and not host_keys.accepts(_line(key)):
+                raise paramiko.SSHException(f"host key of {hostname} is unknown: {_line(key)}")
+
+    return Policy()
+
+
+def _line(key: paramiko.PKey) -> str:
+    return f"{key.get_name()} {key.get_base64()}"

@@ -1,0 +1,217 @@
+"""Released and daily images brought to `image_dir`, each with its kernel, initrd and record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pycloudlib.errors import ImageNotFoundError
+from pycloudlib.files import replace_atomically
+from pycloudlib.images import store
+from pycloudlib.images.catalog import (
+    CatalogEntry,
+    ImageSource,
+    Stream,
+    check_release_form,
+    image_name,
+    serial_order,
+)
+from pycloudlib.images.download import (
+    Digest,
+    download_file,
+    fetch_bytes,
+    open_client,
+    shown_url,
+)
+from pycloudlib.images.signature import load_trusted_keys, verify_detached
+from pycloudlib.progress import ProgressCallback, ignore_progress
+
+if TYPE_CHECKING:
+    import httpx
+
+# As sha256sum(1) writes it; "*" marks that the file was read as binary.
+_SUM_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>[^/\s]+)")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file to download and where it goes."""
+
+    url: str
+    target: Path
+    expected: Digest
+
+
+def image_path(entry: CatalogEntry, image_dir: Path) -> Path:
+    """Name the file of an image; it need not exist.
+
+    `<image_dir>/24.04/<serial>/ubuntu-24.04-server-cloudimg-amd64.img` for a released one,
+    `<image_dir>/noble/<serial>/noble-server-cloudimg-amd64.img` for a daily one.
+    """
+    return image_dir / entry.local_directory / entry.serial / f"{entry.name}.img"
+
+
+def find_stored(
+    image_dir: Path, stream: Stream, release: str, minimal: bool = False
+) -> Path | None:
+    """Find the newest image of a release that is on disk, without any network.
+
+    A released image is found by series and by version, a daily one by its series: nothing on
+    disk tells the version of that.
+
+    Raises:
+        ValueError: `release` cannot be the name of a release.
+    """
+    check_release_form(release)
+    stored = [
+        (serial_order(record.serial), image)
+        for image in image_dir.glob("*/*/*.img")
+        if image.stem == image_name(stream, image.parent.parent.name, minimal=minimal)
+        and (record := _find_whole(image)) is not None
+        and release in (record.release, image.parent.parent.name)
+    ]
+    return max(stored)[1] if stored else None
+
+
+def fetch_image(
+    entry: CatalogEntry,
+    source: ImageSource,
+    image_dir: Path,
+    *,
+    on_progress: ProgressCallback = ignore_progress,
+) -> Path:
+    """Bring an image to `image_dir`, with its kernel, its initrd and its record.
+
+    What is there and whole is used as it is; without any network when that is all of it. On
+    failure nothing new is left. A file that has the image's name but another content is kept
+    under a name of its own beside it.
+
+    Args:
+        entry: The build, from `find_entry`.
+        source: The keys that have to have signed the kernel's checksums.
+        image_dir: Where images are kept; made if missing.
+        on_progress: Told of each piece of each file, in bytes.
+
+    Returns:
+        The path of the image.
+
+    Raises:
+        ImageBuildError: Something could not be downloaded or written.
+        ImageVerificationError: Something is not what its publisher signed.
+        ImageNotFoundError: No kernel is published with the image.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    image = image_path(entry, image_dir)
+    if _is_complete(image, entry):
+        return image
+    with _new_directory(image.parent), open_client() as client:
+        files = [
+            *_find_boot_files(client, entry, source, image),
+            _File(entry.url, image, Digest(entry.sha256, entry.size)),
+        ]
+        missing = [file for file in files if not file.expected.matches(file.target)]
+        _download_all(client, missing, on_progress)
+        # Last: an image that has its record is complete.
+        store.write_record(image, _make_record(entry))
+    return image
+
+
+def _is_complete(image: Path, entry: CatalogEntry) -> bool:
+    # By digest, not by the whole record: another mirror's file is the same image.
+    record = _find_whole(image)
+    same_image = record is not None and record.sha256 == entry.sha256
+    return same_image and store.kernel_path(image).is_file()
+
+
+def _find_whole(image: Path) -> store.ImageRecord | None:
+    """Read the record of an image that has not lost or gained a byte since it was written."""
+    record = store.find_record(image)
+    if record is None or not image.is_file() or image.stat().st_size != record.size:
+        return None
+    return record
+
+
+def _make_record(entry: CatalogEntry) -> store.ImageRecord:
+    return store.ImageRecord(
+        release=entry.release,
+        serial=entry.serial,
+        sha256=entry.sha256,
+        size=entry.size,
+        source=shown_url(entry.url),
+    )
+
+
+def _find_boot_files(
+    client: httpx.Client, entry: CatalogEntry, source: ImageSource, image: Path
+) -> Sequence[_File]:
+    """Find kernel and initrd in the signed list of the directory `unpacked/` beside the image.
+
+    An image may do without an initrd, but none is without a kernel.
+    """
+    directory = f"{entry.url.rpartition('/')[0]}/unpacked/"
+    sums = _fetch_sums(client, f"{directory}SHA256SUMS", source)
+    targets = (store.kernel_path(image), store.initrd_path(image))
+    if targets[0].name not in sums:
+        raise ImageNotFoundError(
+            f"No kernel for {shown_url(entry.url)}: {shown_url(directory)}SHA256SUMS "
+            f"does not name {targets[0].name!r}",
+            resource_name=entry.release,
+        )
+    return [
+        _File(directory + target.name, target, Digest(sums[target.name]))
+        for target in targets
+        if target.name in sums
+    ]
+
+
+def _fetch_sums(client: httpx.Client, url: str, source: ImageSource) -> dict[str, str]:
+    """Fetch a list of checksums with its detached signature; give them by file name."""
+    keys = load_trusted_keys(source.keyring)
+    content = fetch_bytes(client, url)
+    verify_detached(content, fetch_bytes(client, f"{url}.gpg"), keys, shown_url(url))
+    lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
+    return {line["name"]: line["sha256"] for line in lines if line}
+
+
+def _download_all(
+    client: httpx.Client, files: Sequence[_File], on_progress: ProgressCallback
+) -> None:
+    """Download files so that all of them appear under their names, or none."""
+    with contextlib.ExitStack() as stack:
+        # The stack gives the last one its name first: the image comes after what it needs.
+        temporaries = [
+            stack.enter_context(replace_atomically(file.target)) for file in reversed(files)
+        ]
+        for file, temporary in zip(files, reversed(temporaries), strict=True):
+            download_file(client, file.url, temporary, file.expected, on_progress=on_progress)
+        for file in files:
+            _set_aside(file.target)
+
+
+def _set_aside(path: Path) -> None:
+    """Keep a file whose place is taken: it may be somebody's changed image."""
+    if path.exists():
+        kept = path.with_name(f"{path.name}.replaced")
+        path.replace(kept)
+        _log.warning("%s is not what its publisher signed; kept as %s", path, kept)
+
+
+@contextlib.contextmanager
+def _new_directory(directory: Path) -> Iterator[None]:
+    """Make a directory; on failure, remove again what was made and is empty."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise

@@ -1,0 +1,168 @@
+"""OpenPGP signatures: what an image server says counts only when a trusted key signed it.
+
+`gpgv` does the checking. It knows exactly the keys it is handed, has no web of trust, and reads
+nothing of the user's own GnuPG home.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib.resources
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import ImageVerificationError, ToolError
+from pycloudlib.tools import run_tool
+
+# RFC 9580, section 6.2: header lines, an empty line, base64, and a checksum line that begins
+# with "=". The checksum may be left out and tells nothing that a signature does not.
+_ARMORED_KEYS = re.compile(
+    rb"^-----BEGIN PGP PUBLIC KEY BLOCK-----\s*?\n(?:[^\n]*: [^\n]*\n)*\s*?\n"
+    rb"(.*?)"
+    rb"^-----END PGP PUBLIC KEY BLOCK-----",
+    re.DOTALL | re.MULTILINE,
+)
+
+# gpgv(1) does not look whether a key has expired or was revoked, and would end with success for
+# one that has. Its status tells them apart: GOODSIG is written only when neither is the case
+# (EXPKEYSIG and REVKEYSIG are written instead).
+_GOOD_SIGNATURE = b"[GNUPG:] GOODSIG "
+
+_KEYRING = "keyring"
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedKeys:
+    """The public keys whose signatures are believed; no other is.
+
+    Attributes:
+        origin: Where they come from, for messages.
+        packets: The keys as `gpgv` reads them: binary OpenPGP, or a GnuPG keybox.
+    """
+
+    origin: str
+    packets: bytes
+
+
+def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
+    """Read the keys to trust.
+
+    Args:
+        keyring: A file of public keys, armored or binary; None for the two keys that sign
+            Ubuntu's cloud images, which come with this package.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no OpenPGP public key.
+    """
+    if keyring is not None:
+        return TrustedKeys(str(keyring), _read_keys(keyring.read_bytes(), str(keyring)))
+    directory = importlib.resources.files("pycloudlib.images") / "keys"
+    armored = sorted((file.name, file.read_bytes()) for file in directory.iterdir())
+    packets = b"".join(_read_keys(content, name) for name, content in armored)
+    return TrustedKeys("Ubuntu's cloud image keys", packets)
+
+
+def dearmor_keys(armored: bytes) -> bytes:
+    """Give the binary form of every ASCII-armored public key block in a text.
+
+    `gpgv` reads binary keys only. The result is empty when there is no such block.
+
+    Raises:
+        ValueError: A block is not base64.
+    """
+    return b"".join(_decode_block(block) for block in _ARMORED_KEYS.findall(armored))
+
+
+def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
+    """Check a clear-signed message and give the text that was signed.
+
+    The text is what `gpgv` itself extracted: whatever stands around it in the message, which
+    nobody signed, is never seen.
+
+    Args:
+        message: The whole message, signature included.
+        keys: The keys to trust.
+        origin: Where the message comes from, for the error.
+
+    Raises:
+        ImageVerificationError: It is not signed by a trusted key, or was changed.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    with _open_gpgv_directory(keys, origin) as directory:
+        signed, text = directory / "message", directory / "text"
+        signed.write_bytes(message)
+        _run_gpgv(directory, "--output", text, signed)
+        return text.read_bytes()
+
+
+def verify_detached(content: bytes, signature: bytes, keys: TrustedKeys, origin: str) -> None:
+    """Check content against its detached signature.
+
+    Args:
+        content: What was signed.
+        signature: The signature, armored or binary.
+        keys: The keys to trust.
+        origin: Where the content comes from, for the error.
+
+    Raises:
+        ImageVerificationError: It is not signed by a trusted key, or was changed.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    with _open_gpgv_directory(keys, origin) as directory:
+        signed, detached = directory / "content", directory / "signature"
+        signed.write_bytes(content)
+        detached.write_bytes(signature)
+        _run_gpgv(directory, detached, signed)
+
+
+def _read_keys(content: bytes, origin: str) -> bytes:
+    try:
+        armored = dearmor_keys(content)
+    except ValueError as error:
+        raise ValueError(f"The keyring {origin} is damaged: {error}") from error
+    if armored:
+        return armored
+    # RFC 9580, section 4.2: every packet begins with a byte that has its highest bit set.
+    # A keybox names itself instead.
+    if content[:1] >= b"\x80" or content[8:12] == b"KBXf":
+        return content
+    raise ValueError(f"The keyring {origin} holds no OpenPGP public key")
+
+
+def _decode_block(block: bytes) -> bytes:
+    data = b"".join(line for line in block.split() if not line.startswith(b"="))
+    return base64.b64decode(data, validate=True)
+
+
+@contextlib.contextmanager
+def _open_gpgv_directory(keys: TrustedKeys, origin: str) -> Iterator[Path]:
+    """Make a directory for one check, with the keys in it; tell the check's failure."""
+    with tempfile.TemporaryDirectory(prefix="pycloudlib-gpgv-") as name:
+        directory = Path(name)
+        (directory / _KEYRING).write_bytes(keys.packets)
+        try:
+            yield directory
+        except ToolError as error:
+            raise ImageVerificationError(
+                f"{origin} has no good signature by a trusted key ({keys.origin}): {error}"
+            ) from error
+
+
+def _run_gpgv(directory: Path, *arguments: str | Path) -> None:
+    command: list[str | Path] = [
+        "gpgv",
+        *("--homedir", directory),
+        *("--keyring", directory / _KEYRING),
+        *("--status-fd", "1"),
+        *arguments,
+    ]
+    step = "checking it"
+    finished = run_tool(step, command)
+    if not any(line.startswith(_GOOD_SIGNATURE) for line in finished.stdout.splitlines()):
+        output = (finished.stderr + finished.stdout).decode(errors="replace")
+        raise ToolError(step, ["gpgv"], finished.returncode, output)

@@ -1,0 +1,464 @@
+"""The base class of instances: what every machine that is reached by SSH can do; no QEMU in it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CleanupError, PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.guest import cloudinit, ssh
+from pycloudlib.key import KeyPair
+from pycloudlib.result import Result
+from pycloudlib.util import log_exception_list
+
+if TYPE_CHECKING:
+    import paramiko
+    from typing_extensions import Self
+
+DEFAULT_READY_LIMIT = 20 * 60.0
+"""Seconds that a machine may take until it is ready: a cold boot in emulation on a busy host."""
+
+_BANNER_LIMIT = 15.0
+# An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
+# reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
+_ATTEMPT_LIMIT = 2.0
+_ATTEMPT_PAUSE = 0.2
+
+# The hooks that clients override take no deadline of ours, so it is handed to them this way.
+_ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
+
+
+class BaseInstance(ABC):
+    """A machine that can be logged in to.
+
+    Args:
+        key_pair: The key to log in with.
+        username: The login user; `ubuntu` by default.
+    """
+
+    _type = "base"
+
+    def __init__(self, key_pair: KeyPair, username: str | None = None) -> None:
+        self._log = logging.getLogger(f"{__name__}.{type(self).__name__}")
+        self.key_pair = key_pair
+        self.username = username or "ubuntu"
+        self.port = "22"
+        self.connect_timeout = _BANNER_LIMIT
+        self._ssh_client: paramiko.SSHClient | None = None
+        self._ssh_lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        errors = self.delete()
+        if errors and exc is not None and not isinstance(exc, Exception):
+            log_exception_list(errors)
+        elif errors:
+            raise CleanupError(errors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id})"
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """The id by which `get_instance` finds it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    @abstractmethod
+    def ip(self) -> str:
+        """The address by which it is reached."""
+
+    @abstractmethod
+    def delete(self, wait: bool = True) -> list[Exception]:
+        """Delete it and give the errors met on the way."""
+
+    @abstractmethod
+    def _do_restart(self, **kwargs: Any) -> None:
+        """Begin a reboot."""
+
+    @abstractmethod
+    def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
+        """Power it off."""
+
+    @abstractmethod
+    def start(self, wait: bool = True) -> None:
+        """Power it on."""
+
+    @abstractmethod
+    def wait_for_delete(self, **kwargs: Any) -> None:
+        """Wait until it is deleted."""
+
+    @abstractmethod
+    def wait_for_stop(self, **kwargs: Any) -> None:
+        """Wait until it is powered off."""
+
+    def wait(self, ready_timeout: float | None = None, **kwargs: Any) -> None:
+        """Wait until the machine runs, executes commands over SSH, and cloud-init has finished.
+
+        A failure of cloud-init does not raise; it is logged in cloud-init's own words.
+
+        Args:
+            ready_timeout: Minutes it may take in all; 20 by default.
+            **kwargs: Handed to `_wait_for_instance_start`.
+
+        Raises:
+            PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
+            ValueError: `ready_timeout` is not a positive number.
+        """
+        with self._ready_within(ready_timeout):
+            self._wait_for_instance_start(**kwargs)
+            self._wait_for_execute()
+            self._wait_for_cloudinit()
+
+    def wait_for_restart(self, old_boot_id: str) -> None:
+        """Wait until the machine has booted anew and cloud-init has finished.
+
+        Args:
+            old_boot_id: What `get_boot_id` said before.
+
+        Raises:
+            PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
+        """
+        with self._ready_within(None):
+            self._wait_for_execute(old_boot_id=old_boot_id)
+            self._wait_for_cloudinit()
+
+    def restart(self, wait: bool = True, **kwargs: Any) -> None:
+        """Reboot the machine.
+
+        Args:
+            wait: Whether to wait until it has booted anew and cloud-init has finished.
+            **kwargs: Handed to the cloud's own way of rebooting.
+        """
+        self._log.info("Restarting %s", self.name)
+        old_boot_id = self._find_boot_id() if wait else ""
+        self._do_restart(**kwargs)
+        if wait:
+            self.wait_for_restart(old_boot_id)
+
+    def get_boot_id(self) -> str:
+        """Give the id of the current boot, a UUID that the kernel makes at each boot."""
+        return self.execute("cat /proc/sys/kernel/random/boot_id").strip()
+
+    def console_log(self) -> str:
+        """Give what the machine wrote to its serial console.
+
+        Raises:
+            NotImplementedError: This cloud keeps no console log.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no console log")
+
+    def execute(
+        self,
+        command: str | Sequence[str],
+        stdin: str | bytes | None = None,
+        description: str | None = None,
+        *,
+        use_sudo: bool = False,
+        get_pty: bool = False,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Execute a command in the guest, as the login user.
+
+        Args:
+            command: A text is run by `sh -c`; a list is run as it is.
+            stdin: What the command reads.
+            description: What it is for; logged.
+            use_sudo: Whether to run it as root.
+            get_pty: Whether to give it a terminal.
+            timeout: Seconds it may take; no limit by default.
+            **kwargs: Accepted for older programs and logged.
+
+        Returns:
+            Its output, error output and exit status. Another exit status than 0 does not raise.
+
+        Raises:
+            paramiko.SSHException: The machine cannot be reached.
+            PycloudlibTimeoutError: The command took longer than `timeout`.
+            TypeError: `command` is neither a text nor a sequence of texts.
+        """
+        argv = _command_argv(command, use_sudo=use_sudo)
+        if kwargs:
+            self._log.debug("Ignored by execute(): %s", kwargs)
+        if description:
+            self._log.info("%s: %s", self.name, description)
+        self._log.debug("Executing in %s: %s", self.name, argv)
+        # Overrides of _ssh() in older programs know `stdin` alone: the rest only when asked for.
+        options: dict[str, Any] = {"get_pty": True} if get_pty else {}
+        if timeout is not None:
+            options["timeout"] = timeout
+        result = self._ssh(argv, stdin=stdin, **options)
+        self._log.debug("Exit status in %s: %d", self.name, result.return_code)
+        return result
+
+    def run_script(self, script: str, description: str | None = None) -> Result:
+        """Run a script given as text; its first line names the interpreter.
+
+        Args:
+            script: The script; `#!/bin/sh` is assumed without a `#!` line.
+            description: What it is for; logged.
+        """
+        if not isinstance(script, str):
+            raise TypeError(f"script must be a text, not {type(script).__name__}")
+        text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
+        # One round trip: the text comes by standard input, so that no quoting touches it.
+        runner = 'f=$(mktemp) && cat >"$f" && chmod 700 "$f" && "$f"; s=$?; rm -f "$f"; exit $s'
+        return self.execute(runner, stdin=text, description=description or "running a script")
+
+    def push_file(self, local_path: str | Path, remote_path: str) -> None:
+        """Copy a local file to the guest, as the login user.
+
+        Raises:
+            FileNotFoundError: The local file, or the directory in the guest, is not there.
+            paramiko.SSHException: The machine cannot be reached.
+        """
+        self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
+        ssh.push(self._client(), local_path, str(remote_path))
+
+    def pull_file(self, remote_path: str | Path, local_path: str | Path) -> None:
+        """Copy a file from the guest, as the login user.
+
+        Raises:
+            FileNotFoundError: The file in the guest, or the local directory, is not there.
+            paramiko.SSHException: The machine cannot be reached.
+        """
+        self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
+        ssh.pull(self._client(), str(remote_path), local_path)
+
+    def update(self) -> Result:
+        """Refresh the package lists and upgrade all packages."""
+        return self.execute(
+            "DEBIAN_FRONTEND=noninteractive apt-get update --quiet && "
+            "DEBIAN_FRONTEND=noninteractive apt-get dist-upgrade --quiet --yes",
+            use_sudo=True,
+            description="upgrading packages",
+        )
+
+    def install(self, packages: str | Sequence[str]) -> Result:
+        """Install packages.
+
+        Args:
+            packages: Their names, in a list or in one text.
+        """
+        names = packages.split() if isinstance(packages, str) else list(packages)
+        return self.execute(
+            "DEBIAN_FRONTEND=noninteractive apt-get update --quiet && "
+            f"DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes {shlex.join(names)}",
+            use_sudo=True,
+            description=f"installing {' '.join(names)}",
+        )
+
+    def clean(self) -> None:
+        """Make the next boot a first boot: forget cloud-init's state, logs and the machine-id."""
+        self.execute(
+            "cloud-init clean --logs; : >/etc/machine-id; "
+            "if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then "
+            "rm -f /var/lib/dbus/machine-id; fi; sync",
+            use_sudo=True,
+            description="making the next boot a first boot",
+        )
+
+    # What follows is for subclasses: clients override and call these.
+
+    def _ssh_connect(self) -> paramiko.SSHClient:
+        """Open a new connection.
+
+        Raises:
+            paramiko.SSHException: The machine cannot be reached.
+        """
+        return ssh.connect(self._endpoint(), self._host_keys(), timeout=self.connect_timeout)
+
+    def _ssh(
+        self,
+        command: Sequence[str],
+        stdin: str | bytes | None = None,
+        get_pty: bool = False,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run an argument vector in the guest and give its result."""
+        data = stdin.encode() if isinstance(stdin, str) else stdin or b""
+        out, err, status = ssh.run(
+            self._client(), shlex.join(command), stdin=data, get_pty=get_pty, timeout=timeout
+        )
+        return Result(_text(out), _text(err), status)
+
+    def _find_boot_id(self) -> str:
+        """Give the boot id, or an empty text when the machine cannot be asked."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            return self.get_boot_id()
+        except paramiko.SSHException:
+            return ""
+
+    def _host_keys(self) -> ssh.HostKeys | None:
+        """Say which host keys the machine may show; None accepts any."""
+        return None
+
+    def _check_alive(self) -> None:  # noqa: B027 - optional to override
+        """Raise when the machine can never be reached any more; clouds that can tell override."""
+
+    def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
+        """Wait until the machine is powered on; clouds where that takes time override this."""
+
+    def _wait_for_execute(
+        self, old_boot_id: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until commands can be executed over SSH.
+
+        Args:
+            old_boot_id: When given, wait for a boot with another id than this.
+            timeout: Seconds it may take.
+        """
+        deadline = self._deadline(timeout)
+        self._log.info("Waiting for SSH on %s, for at most %.0f s", self.name, deadline.limit)
+        last_seen = "nothing was tried"
+        while not deadline.expired:
+            self._check_alive()
+            problem = self._try_execute(old_boot_id, deadline)
+            if problem is None:
+                return
+            last_seen = problem
+            time.sleep(deadline.capped(_ATTEMPT_PAUSE))
+        self._check_alive()
+        raise PycloudlibTimeoutError(
+            f"{self.name} could not be reached by SSH within {deadline.limit:.0f} s; "
+            f"last seen: {last_seen}"
+        )
+
+    def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> str | None:
+        """Try once; give what was in the way, or None when commands run."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            if self._ssh_client is None:
+                # A cheap look first: a whole connection is worth its time only with a banner.
+                endpoint = self._endpoint()
+                limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
+                ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
+            boot_id = self.get_boot_id()
+        except (OSError, paramiko.SSHException) as error:
+            self._forget_client()
+            return str(error) or type(error).__name__
+        if not boot_id:
+            return "the boot id could not be read"
+        if boot_id == old_boot_id:
+            # The old boot goes down soon, and the connection with it.
+            self._forget_client()
+            return "the machine has not rebooted yet"
+        return None
+
+    def _wait_for_cloudinit(self, *, raise_on_failure: bool = False) -> None:
+        """Wait until cloud-init has finished in this boot, and log what failed in it.
+
+        Args:
+            raise_on_failure: Whether a failure of cloud-init raises instead.
+        """
+        import paramiko  # noqa: PLC0415 - heavy
+
+        deadline = self._deadline(None)
+        self._log.info("Waiting for cloud-init on %s", self.name)
+        while True:
+            self._check_alive()
+            try:
+                result = self._ssh(["sh", "-c", cloudinit.WAIT_SCRIPT], timeout=deadline.remaining)
+            except paramiko.SSHException as error:
+                problem = str(error)
+            except PycloudlibTimeoutError as error:
+                raise PycloudlibTimeoutError(
+                    f"cloud-init on {self.name} did not finish within {deadline.limit:.0f} s"
+                ) from error
+            else:
+                # The guest may reboot under the script: then there is no exit status.
+                if result.ok:
+                    break
+                problem = f"exit status {result.return_code}: {result.stderr}"
+            self._check_alive()
+            self._log.debug("Asking for cloud-init's status again: %s", problem)
+            self._forget_client()
+            self._wait_for_execute(timeout=deadline.remaining)
+        self._cloudinit_ended(cloudinit.parse_status(result.stdout), raise_on_failure)
+
+    def _cloudinit_ended(self, status: cloudinit.CloudInitStatus, raise_on_failure: bool) -> None:
+        if status.failed:
+            words = "; ".join(status.errors) or status.state
+            self._log.warning("cloud-init failed on %s: %s", self.name, words)
+            if raise_on_failure:
+                raise PycloudlibError(f"cloud-init failed on {self.name}: {words}")
+        for warning in status.recoverable_errors:
+            self._log.warning("cloud-init on %s: %s", self.name, warning)
+
+    @contextlib.contextmanager
+    def _ready_within(self, minutes: float | None) -> Iterator[None]:
+        """Set the deadline that the hooks called inside keep to."""
+        if minutes is not None and not (isinstance(minutes, (int, float)) and minutes > 0):
+            raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
+        seconds = DEFAULT_READY_LIMIT if minutes is None else minutes * 60
+        token = _ready_deadline.set(Deadline.after(seconds))
+        try:
+            yield
+        finally:
+            _ready_deadline.reset(token)
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        if timeout is not None:
+            return Deadline.after(timeout)
+        return _ready_deadline.get() or Deadline.after(DEFAULT_READY_LIMIT)
+
+    def _endpoint(self) -> ssh.Endpoint:
+        return ssh.Endpoint(self.ip, int(self.port), self.username, self.key_pair.private_key_path)
+
+    def _client(self) -> paramiko.SSHClient:
+        """Give the connection that is kept; a lost one is made anew."""
+        with self._ssh_lock:
+            if self._ssh_client is not None:
+                transport = self._ssh_client.get_transport()
+                if transport is not None and transport.is_active():
+                    return self._ssh_client
+                self._ssh_client.close()
+            self._ssh_client = self._ssh_connect()
+            return self._ssh_client
+
+    def _forget_client(self) -> None:
+        """Close the connection that is kept; the next use makes a new one."""
+        with self._ssh_lock:
+            if self._ssh_client is not None:
+                self._ssh_client.close()
+                self._ssh_client = None
+
+
+def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:
+    if isinstance(command, str):
+        argv = ["sh", "-c", command]
+    elif isinstance(command, Sequence) and command and all(isinstance(w, str) for w in command):
+        argv = list(command)
+    else:
+        raise TypeError(f"command must be a text or a list of texts, not {command!r}")
+    return ["sudo", "--", *argv] if use_sudo else argv
+
+
+def _text(output: bytes) -> str:
+    return output.decode("utf-8", errors="replace").rstrip()

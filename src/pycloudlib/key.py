@@ -1,0 +1,111 @@
+"""The SSH key pair a cloud logs in with."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from pathlib import Path
+
+from pycloudlib.errors import UnsetSSHKeyError
+from pycloudlib.files import write_private
+
+
+class KeyPair:
+    """Where the two halves of an SSH key are.
+
+    Args:
+        public_key_path: The public key file; None for no key at all.
+        private_key_path: The private key file; by default the public one's path without `.pub`.
+        name: What the key is called; by default the login name of whoever runs this.
+    """
+
+    def __init__(
+        self,
+        public_key_path: str | Path | None,
+        private_key_path: str | Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.public_key_path = None if public_key_path is None else str(public_key_path)
+        if private_key_path is not None:
+            self.private_key_path: str | None = str(private_key_path)
+        elif self.public_key_path is not None:
+            self.private_key_path = self.public_key_path.removesuffix(".pub")
+        else:
+            self.private_key_path = None
+        self.name = name or getpass.getuser()
+
+    def __repr__(self) -> str:
+        return (
+            f"KeyPair({self.public_key_path!r}, private_key_path={self.private_key_path!r}, "
+            f"name={self.name!r})"
+        )
+
+    @property
+    def public_key_content(self) -> str:
+        """The public key, one line without its line end.
+
+        Raises:
+            UnsetSSHKeyError: No key is set.
+        """
+        if self.public_key_path is None:
+            raise UnsetSSHKeyError(
+                "No SSH key is set: configure public_key_path, or call use_key() on the cloud"
+            )
+        return Path(self.public_key_path).expanduser().read_text(encoding="utf-8").strip()
+
+
+def check_key_pair(key_pair: KeyPair, origin: str) -> None:
+    """Make sure that both files are there, readable, and a public key where one is expected.
+
+    Args:
+        key_pair: The pair to look at.
+        origin: Where its paths come from, for the error.
+
+    Raises:
+        ValueError: Names the file, what is wrong with it, and `origin`.
+    """
+    try:
+        content = key_pair.public_key_content
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{origin}: cannot read {key_pair.public_key_path!r}: {error}") from error
+    if len(content.split()) < 2 or "PRIVATE KEY" in content:
+        raise ValueError(
+            f"{origin}: {key_pair.public_key_path!r} is not an OpenSSH public key "
+            "(one line: type, key, comment)"
+        )
+    private = key_pair.private_key_path
+    if private is None or not os.access(private, os.R_OK) or not Path(private).is_file():
+        raise ValueError(f"{origin}: the private key {private!r} is not a file that can be read")
+
+
+def generate_key_pair(directory: Path, name: str = "id_ed25519") -> KeyPair:
+    """Make an ed25519 key pair in a directory, the private half readable by its owner alone.
+
+    An existing pair of that name there is used again.
+    """
+    private_path = directory / name
+    public_path = directory / f"{name}.pub"
+    if not (private_path.exists() and public_path.exists()):
+        private_text, public_text = generate_ed25519(comment=f"pycloudlib {name}")
+        write_private(private_path, private_text)
+        public_path.write_text(public_text + "\n", encoding="utf-8")
+    return KeyPair(public_path, private_path)
+
+
+def generate_ed25519(comment: str) -> tuple[str, str]:
+    """Make an ed25519 key.
+
+    Returns:
+        The private key in OpenSSH's format and the public key's line.
+    """
+    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415 - heavy
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - heavy
+        Ed25519PrivateKey,
+    )
+
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()
+    ).decode()
+    public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    return private, f"{public.decode()} {comment}"

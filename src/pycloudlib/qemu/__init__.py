@@ -1,0 +1,1 @@
+"""The engine: QEMU machines from their description to their end."""

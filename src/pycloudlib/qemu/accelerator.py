@@ -1,0 +1,203 @@
+"""Which accelerator really works on this host: found by trying it, not by looking for a file.
+
+A device that opens proves nothing. Hosts were measured on which `/dev/kvm` opens and machines are
+created, yet an ordinary kernel never gets through its first second, because guest instructions
+are interpreted one by one in the host's kernel. So a boot sector is run that sets up paging, enters
+64-bit long mode and counts down from two million: a tenth of a second of work where KVM works (or
+in emulation), several seconds of processor time where it only seems to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+import json
+import logging
+import os
+import resource
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudSetupError
+from pycloudlib.files import replace_atomically
+
+_log = logging.getLogger(__name__)
+
+
+@enum.unique
+class Accelerator(enum.Enum):
+    """How guest instructions are executed, by QEMU's names."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+    @property
+    def cpu_model(self) -> str:
+        """The CPU model a machine gets: all that the accelerator has to offer."""
+        return "host" if self is Accelerator.KVM else "max"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An accelerator and why it was chosen."""
+
+    accelerator: Accelerator
+    reason: str
+
+
+AUTO = "auto"
+SETTINGS = (AUTO, *(accelerator.value for accelerator in Accelerator))
+"""What `accelerator` in the configuration may be."""
+
+KVM_DEVICE = Path("/dev/kvm")
+
+# A working KVM needs a tenth of a second of processor time for the payload, a KVM that only seems
+# to work three seconds and more. The wall-clock limit is for a QEMU that hangs without computing.
+_CPU_LIMIT_SECONDS = 1
+_WALL_LIMIT_SECONDS = 2.5
+
+# The payload ends QEMU by writing 0x2a to isa-debug-exit, which makes the exit status 0x2a * 2 + 1.
+_PASSED = 0x2A * 2 + 1
+
+# Assembled from:
+#   cli; xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7c00
+#   clear 0x1000..0x3fff; PML4[0] = 0x2003, PDPT[0] = 0x3003, PD[0] = 0x83 (one 2 MiB page)
+#   cr4 = PAE; cr3 = 0x1000; EFER |= LME; lgdt; cr0 |= PG | PE; ljmp 8:long
+#   long: mov ecx,2000000; 1: dec ecx; jnz 1b; mov dx,0xf4; mov al,0x2a; out dx,al; 2: hlt; jmp 2b
+#   gdt: null, 64-bit code; gdtr
+_PAYLOAD = bytes.fromhex(
+    "fa31c08ed88ec08ed0bc007cbf00106631c0b9000cfc66f3ab66c70600100320000066c706002003"
+    "30000066c70600308300000066b8200000000f22e066b8001000000f22d866b9800000c00f32660d"
+    "000100000f30660f0116987c0f20c0660d010000800f22c066ea707c00000800b980841e00ffc975"
+    "fc66baf400b02aeef4ebfd0f1f440000000000000000000000000000009a20000f00887c"
+)
+BOOT_SECTOR = _PAYLOAD.ljust(510, b"\0") + b"\x55\xaa"
+
+
+def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choice:
+    """Find the accelerator to use, and log which and why.
+
+    Args:
+        setting: `auto`, `kvm` or `tcg`, from the configuration.
+        qemu_binary: The QEMU that will run the machines.
+        cache_dir: Where the outcome of a trial is remembered.
+
+    Raises:
+        CloudSetupError: `kvm` is asked for and does not work; says why.
+    """
+    if setting == Accelerator.TCG.value:
+        choice = Choice(Accelerator.TCG, "configured")
+    else:
+        problem = kvm_problem(qemu_binary, cache_dir)
+        if problem is None:
+            choice = Choice(Accelerator.KVM, "KVM was tried and works")
+        elif setting == Accelerator.KVM.value:
+            raise CloudSetupError(
+                f"accelerator is 'kvm' in [qemu], but KVM does not work here: {problem}. "
+                "Set it to 'auto' or 'tcg' for software emulation"
+            )
+        else:
+            choice = Choice(Accelerator.TCG, f"KVM does not work here: {problem}")
+    _log.info("Accelerator: %s (%s)", choice.accelerator.value, choice.reason)
+    return choice
+
+
+def kvm_problem(qemu_binary: Path, cache_dir: Path) -> str | None:
+    """Say what is wrong with KVM, or None when it works.
+
+    The outcome of a trial holds for this boot of the host, this QEMU and this CPU model.
+    """
+    if not KVM_DEVICE.exists():
+        return f"{KVM_DEVICE} does not exist (no virtualization, or the kvm module is not loaded)"
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return f"no permission for {KVM_DEVICE} (is this user in the group 'kvm'?)"
+    remembered = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        outcome = json.loads(remembered.read_text())["problem"]
+        return None if outcome is None else str(outcome)
+    problem = try_accelerator(qemu_binary, Accelerator.KVM)
+    _remember(remembered, problem)
+    return problem
+
+
+def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> str | None:
+    """Run the payload, with the CPU model that machines will get.
+
+    Returns:
+        What went wrong, or None when it went well.
+    """
+    with tempfile.TemporaryDirectory(prefix="pycloudlib-probe-") as directory:
+        disk = Path(directory) / "boot-sector.img"
+        disk.write_bytes(BOOT_SECTOR)
+        process = subprocess.Popen(
+            _probe_command(qemu_binary, accelerator, disk),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            # Over the soft limit the kernel ends it with SIGXCPU; no core file is worth keeping.
+            with contextlib.suppress(ProcessLookupError):
+                limits = (_CPU_LIMIT_SECONDS, _CPU_LIMIT_SECONDS + 1)
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, limits)
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            _, stderr = process.communicate(timeout=_WALL_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"a boot sector did not end within {_WALL_LIMIT_SECONDS} s"
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return _judge(process.returncode, stderr.decode(errors="replace").strip())
+
+
+def _judge(exit_status: int, stderr: str) -> str | None:
+    if exit_status == _PASSED:
+        return None
+    if exit_status in (-24, -9):  # SIGXCPU, or SIGKILL at the hard limit
+        return (
+            f"a boot sector used up {_CPU_LIMIT_SECONDS} s of processor time, ten times what a "
+            "working KVM needs (guest instructions are probably interpreted in the host's kernel)"
+        )
+    said = stderr.splitlines()[-1] if stderr else "nothing on stderr"
+    how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+    return f"QEMU ended with {how}: {said}"
+
+
+def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> list[str]:
+    # fmt: off
+    return [
+        str(qemu_binary),
+        "-no-user-config", "-nodefaults",
+        "-display", "none",
+        "-m", "16",
+        "-accel", accelerator.value,
+        "-cpu", accelerator.cpu_model,
+        "-device", "isa-debug-exit,iobase=0xf4,iosize=1",
+        "-drive", f"if=ide,format=raw,snapshot=on,file={str(disk).replace(',', ',,')}",
+    ]
+    # fmt: on
+
+
+def _fingerprint(qemu_binary: Path) -> str:
+    """Tell apart boots of the host, builds of QEMU, CPU models, and what the trial is."""
+    build = qemu_binary.stat()
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    facts = [str(qemu_binary), build.st_size, build.st_mtime_ns, build.st_ino]
+    facts += [Accelerator.KVM.cpu_model, BOOT_SECTOR.hex(), _CPU_LIMIT_SECONDS]
+    return f"{boot_id}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def _remember(path: Path, problem: str | None) -> None:
+    # Without a writable cache the trial is only made again.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        this_boot = path.name.rpartition("-")[0]
+        for other in path.parent.glob("kvm-*.json"):
+            if not other.name.startswith(this_boot):
+                other.unlink(missing_ok=True)
+        with replace_atomically(path) as temporary:
+            temporary.write_text(json.dumps({"problem": problem}) + "\n")

@@ -1,0 +1,394 @@
+"""The QEMU cloud as clients see it; it reads as the story of a launch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from pycloudlib.cloud import BaseCloud, ImageType
+from pycloudlib.config import ConfigFile
+from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.files import create_private_directory
+from pycloudlib.guest import seed as nocloud
+from pycloudlib.images import store
+from pycloudlib.key import KeyPair, generate_key_pair
+from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.qemu import disk
+from pycloudlib.qemu.accelerator import choose_accelerator
+from pycloudlib.qemu.features import find_features
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launch import (
+    Host,
+    LaunchRequest,
+    SeedRequest,
+    find_kernel_boot,
+    open_machine,
+    open_run_directory,
+    parse_launch_args,
+    write_files,
+)
+from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.settings import APPLICATION, QemuSettings
+from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, make_name
+from pycloudlib.tools import find_tool
+
+if TYPE_CHECKING:
+    from pycloudlib.images.catalog import Stream
+
+_KEYS = "keys"
+_SNAPSHOTS = "snapshots"
+
+
+class Qemu(BaseCloud):
+    """Launches cloud images as local QEMU virtual machines.
+
+    A context manager: leaving it deletes every instance and snapshot it made.
+
+    Args:
+        tag: Names what this cloud makes: 1 to 63 characters of a-z, 0-9 and '-'.
+        timestamp_suffix: Whether the time is appended to the tag.
+        config_file: The configuration file, a path or an open text.
+
+    Raises:
+        InvalidTagNameError: The tag breaks the rules; lists which.
+        MissingPrerequisiteError: QEMU is not installed; names the package.
+        ValueError: The configuration has a wrong value; names it.
+
+    Example:
+        with Qemu(tag="example") as cloud:
+            instance = cloud.launch(cloud.build_image("bookworm"))
+            instance.wait()
+            print(instance.execute("uname -a"))
+    """
+
+    _type = "qemu"
+
+    def __init__(
+        self, tag: str, timestamp_suffix: bool = True, config_file: ConfigFile | None = None
+    ) -> None:
+        super().__init__(tag, timestamp_suffix, config_file)
+        self.qemu_binary = str(find_tool(self.settings.qemu_binary))
+        find_tool("qemu-img")
+
+    @cached_property
+    def settings(self) -> QemuSettings:
+        """Section `[qemu]` of the configuration."""
+        return QemuSettings.parse(self.config, self._config_file.source)
+
+    @property
+    def image_dir(self) -> Path:
+        """Where images are looked up and stored."""
+        return self.settings.image_dir
+
+    @property
+    def working_dir(self) -> Path:
+        """Where the directories of clouds go."""
+        return self.settings.working_dir
+
+    @property
+    def parent_dir(self) -> Path:
+        """The directory of everything that this cloud makes."""
+        return self.working_dir / f"pycl-qemu-{self.tag}"
+
+    def launch(
+        self,
+        image_id: str,
+        instance_type: str | None = DEFAULT_INSTANCE_TYPE,
+        user_data: str | bytes | None = None,
+        meta_data: nocloud.Document = None,
+        vendor_data: nocloud.Document = None,
+        network_config: nocloud.Document = None,
+        kernel_cmdline: str = "",
+        kernel_path: str | Path | None = None,
+        no_seed_iso: bool = False,
+        username: str | None = None,
+        launch_args: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> QemuInstance:
+        """Start a machine from an image, without waiting for its boot.
+
+        Args:
+            image_id: The image: an absolute path, or one below `image_dir`.
+            instance_type: `c<cpus>m<MiB of memory>`.
+            user_data: For cloud-init, of any kind; reaches the guest byte for byte.
+            meta_data: For cloud-init: a YAML mapping; what is missing in it is added.
+            vendor_data: For cloud-init; takes effect beside the machine's own.
+            network_config: For cloud-init.
+            kernel_cmdline: Boots the kernel directly; a root file system and a serial console
+                are added if it names none.
+            kernel_path: The kernel; by default the one stored beside the image.
+            no_seed_iso: Whether to leave out the seed: no SSH key, no host key, no user-data.
+            username: The login user; by default the image's own.
+            launch_args: Further arguments for QEMU.
+            **kwargs: Accepted for older programs, and logged.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            ValueError: One of the arguments is malformed, or the image is damaged or unsafe.
+            TypeError: One of the arguments is of a wrong type.
+            FileNotFoundError: There is no file at `kernel_path`.
+            CloudSetupError: KVM is asked for in the configuration and does not work.
+            CloudError: No free port, or QEMU refused (`LaunchError`, with its own words).
+        """
+        if kwargs:
+            self._log.info("Ignored by launch(): %s", ", ".join(sorted(kwargs)))
+        image = store.resolve(image_id, self.image_dir)
+        request = LaunchRequest(
+            name=make_name(self.tag),
+            instance_type=InstanceType.parse(instance_type or DEFAULT_INSTANCE_TYPE),
+            launch_args=parse_launch_args(launch_args),
+            kernel_boot=find_kernel_boot(image, kernel_cmdline, kernel_path),
+            seed=None
+            if no_seed_iso
+            else SeedRequest(
+                self.key_pair.public_key_content,
+                user_data,
+                meta_data,
+                vendor_data,
+                network_config,
+            ),
+            image=disk.inspect_image(image),
+        )
+        login = LoginFacts(
+            username or _default_user(image),
+            self.key_pair.public_key_path,
+            self.key_pair.private_key_path,
+        )
+        with contextlib.ExitStack() as stack:
+            rundir = stack.enter_context(open_run_directory(self.parent_dir / request.name))
+            rundir.write_login(login)
+            write_files(rundir, request)
+            machine = stack.enter_context(open_machine(self._host, rundir, request))
+            instance = self._make_instance(machine, self.key_pair, login.username)
+            self.created_instances.append(instance)
+            stack.pop_all()
+        self._log.info(
+            "Launched %s from %s: ssh -p %s %s@%s, telnet %s %s",
+            instance.name,
+            image,
+            instance.port,
+            instance.username,
+            instance.ip,
+            instance.ip,
+            instance.telnet_port,
+        )
+        return instance
+
+    def get_instance(
+        self, instance_id: str, username: str | None = None, **kwargs: Any
+    ) -> QemuInstance:
+        """Find an instance again, from any process, by its id.
+
+        Raises:
+            InstanceNotFoundError: It does not exist (any more), or this is not an instance's id.
+        """
+        disk_path, separator, _ports = str(instance_id).partition("::")
+        if not separator or not disk_path.startswith("/"):
+            raise InstanceNotFoundError(
+                f"{instance_id!r} is not an instance's id, which has the form "
+                "<path>::<ssh port>::<telnet port>",
+                resource_id=str(instance_id),
+            )
+        rundir = RunDirectory(Path(disk_path).parent)
+        login = rundir.read_login()
+        machine = Machine(rundir, rundir.read_spec(), self._host.binary, self._host.features)
+        machine.attach()
+        key_pair = KeyPair(login.public_key_path, login.private_key_path, self.key_pair.name)
+        return self._make_instance(machine, key_pair, username or login.username)
+
+    def snapshot(self, instance: QemuInstance, clean: bool = True, **kwargs: Any) -> str:
+        """Make an image of an instance's disk.
+
+        The instance is shut down and stays usable: `start()` goes on with it.
+
+        Args:
+            instance: The instance.
+            clean: Whether machines of the image are to boot as for the first time.
+            **kwargs: Accepted for older programs.
+
+        Returns:
+            The image's id, its path.
+        """
+        if clean:
+            instance.clean()
+        instance.shutdown()
+        directory = create_private_directory(self.parent_dir / _SNAPSHOTS)
+        image = directory / f"{make_name(instance.name)}.img"
+        disk.convert(instance.instance_path, image)
+        self.created_images.append(str(image))
+        return str(image)
+
+    def build_image(
+        self,
+        release: str = "bookworm",
+        packages: Sequence[str] = (),
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+        refresh: bool = False,
+        **options: Any,
+    ) -> str:
+        """Build a cloud image from a distribution's signed packages; no image server is needed.
+
+        An image that was built of the same parts before is used again, and two processes that
+        ask for the same one build it once.
+
+        Args:
+            release: `bookworm` or `trixie`, of Debian.
+            packages: Packages to install besides those that a cloud image has.
+            on_progress: Told of each step.
+            refresh: Whether to build anew, with the distribution's latest packages.
+            **options: More about the image; see `pycloudlib.images.build.BuildRecipe`.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or an option is malformed.
+            MissingPrerequisiteError: A tool for building is not installed; names the package.
+            ImageBuildError: A step failed; names it, with the tool's own last lines.
+        """
+        from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
+
+        recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
+        return str(build_image(recipe, self.image_dir, refresh=refresh, on_progress=on_progress))
+
+    def released_image(
+        self,
+        release: str,
+        *,
+        image_type: ImageType = ImageType.GENERIC,
+        on_progress: ProgressCallback = ignore_progress,
+        **kwargs: Any,
+    ) -> str:
+        """Give the latest released image of an Ubuntu release; downloaded if there is none yet.
+
+        Args:
+            release: A series (`noble`) or a version (`24.04`).
+            image_type: `GENERIC` or `MINIMAL`.
+            on_progress: Told how much of a download is done, in bytes.
+            **kwargs: Accepted for older programs.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or no image of that type.
+            ImageBuildError: The download failed.
+            ImageVerificationError: What the server sent is not what its publisher signed.
+        """
+        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+
+        stream = catalog.Stream.RELEASED
+        minimal = _is_minimal(image_type)
+        stored = releases.find_stored(self.image_dir, stream, release, minimal=minimal)
+        if stored is not None:
+            return str(stored)
+        return self._fetch(stream, release, minimal, on_progress)
+
+    def daily_image(
+        self,
+        release: str,
+        *,
+        image_type: ImageType = ImageType.GENERIC,
+        on_progress: ProgressCallback = ignore_progress,
+        **kwargs: Any,
+    ) -> str:
+        """Give the latest daily image of an Ubuntu release; downloaded unless it is there.
+
+        Arguments, result and errors are those of `released_image`.
+        """
+        from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
+
+        minimal = _is_minimal(image_type)
+        return self._fetch(Stream.DAILY, release, minimal, on_progress)
+
+    def image_serial(self, image_id: str) -> str:
+        """Give the build serial of an image.
+
+        Raises:
+            ImageNotFoundError: There is no such image, or nothing tells its serial.
+        """
+        return store.find_serial(store.resolve(image_id, self.image_dir))
+
+    def delete_image(self, image_id: str, **kwargs: Any) -> None:
+        """Delete an image and what belongs to it; one that is not there is no error."""
+        store.delete(self.image_dir / image_id)
+        if image_id in self.created_images:
+            self.created_images.remove(image_id)
+
+    def clean(self) -> list[Exception]:
+        """Delete every instance and image that this cloud made, and its directory.
+
+        Returns:
+            The errors met on the way; empty when nothing is left.
+        """
+        errors = super().clean()
+        if errors:
+            return errors
+        try:
+            shutil.rmtree(self.parent_dir / _KEYS, ignore_errors=True)
+            for empty in (self.parent_dir / _SNAPSHOTS, self.parent_dir):
+                if empty.exists():
+                    empty.rmdir()
+        except OSError as error:
+            errors.append(error)
+        return errors
+
+    @cached_property
+    def _host(self) -> Host:
+        """What machines run on; found out at the first launch."""
+        binary = Path(self.qemu_binary)
+        cache_dir = platformdirs.user_cache_path(APPLICATION)
+        choice = choose_accelerator(self.settings.accelerator, binary, cache_dir)
+        return Host(
+            binary,
+            find_features(binary),
+            choice.accelerator,
+            PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports"),
+        )
+
+    def _make_instance(self, machine: Machine, key_pair: KeyPair, username: str) -> QemuInstance:
+        return QemuInstance(key_pair, machine, self._host.ports, username, self._forget)
+
+    def _forget(self, instance: QemuInstance) -> None:
+        with contextlib.suppress(ValueError):
+            self.created_instances.remove(instance)
+
+    def _fetch(
+        self, stream: Stream, release: str, minimal: bool, on_progress: ProgressCallback
+    ) -> str:
+        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+
+        settings = self.settings
+        source = catalog.ImageSource(
+            settings.image_mirror or catalog.DEFAULT_MIRROR, settings.image_keyring
+        )
+        entry = catalog.find_entry(source, stream, release, minimal=minimal)
+        return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
+
+    def _make_key_pair(self, name: str) -> KeyPair:
+        directory = create_private_directory(create_private_directory(self.parent_dir) / _KEYS)
+        key_pair = generate_key_pair(directory)
+        key_pair.name = name
+        return key_pair
+
+
+def _default_user(image: Path) -> str:
+    record = store.find_record(image)
+    return record.default_user if record else store.DEFAULT_USER
+
+
+def _is_minimal(image_type: ImageType) -> bool:
+    if image_type not in (ImageType.GENERIC, ImageType.MINIMAL):
+        raise ValueError(
+            f"image_type is {image_type!r}, expected ImageType.GENERIC or ImageType.MINIMAL"
+        )
+    return image_type is ImageType.MINIMAL

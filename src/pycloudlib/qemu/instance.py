@@ -1,0 +1,283 @@
+"""A QEMU machine as clients see it: power, SSH, files, console."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest import ssh
+from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
+from pycloudlib.guest.hostkeys import MachineHostKeys
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair
+from pycloudlib.progress import Progress, ProgressCallback
+from pycloudlib.qemu.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.ports import LOOPBACK, PortLease, PortRegistry
+from pycloudlib.result import Result
+
+if TYPE_CHECKING:
+    import paramiko
+
+# How long a guest may take to power itself off before it is switched off.
+_SHUTDOWN_LIMIT = 120.0
+# QEMU's end is told by the kernel at once; the connections it held end a moment earlier.
+_END_GRACE = 0.5
+
+
+class QemuInstance(BaseInstance):
+    """One QEMU machine.
+
+    Made by `Qemu.launch` and `Qemu.get_instance`. Safe to use from several threads.
+
+    Attributes:
+        port: The local port of the guest's SSH server, as text.
+        telnet_port: The local port of the serial console, as text.
+        instance_dir: The directory of all its files.
+        instance_path: Its disk, an overlay on the image.
+    """
+
+    _type = "qemu"
+
+    def __init__(
+        self,
+        key_pair: KeyPair,
+        machine: Machine,
+        registry: PortRegistry,
+        username: str | None = None,
+        on_deleted: Callable[[QemuInstance], None] | None = None,
+    ) -> None:
+        super().__init__(key_pair, username)
+        self.machine = machine
+        self.port = str(machine.spec.ssh_port)
+        self.telnet_port = str(machine.spec.telnet_port)
+        self.instance_dir: Path = machine.rundir.path
+        self.instance_path: Path = machine.rundir.disk
+        self._registry = registry
+        self._on_deleted = on_deleted
+        self._delete_lock = threading.Lock()
+        self._timeline: tuple[PhaseStart, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """`<instance_path>::<ssh_port>::<telnet_port>`, readable after the end, too."""
+        return f"{self.instance_path}::{self.port}::{self.telnet_port}"
+
+    @property
+    def name(self) -> str:
+        """The instance's name, and the guest's host name unless meta-data said otherwise."""
+        return self.machine.spec.name
+
+    @property
+    def ip(self) -> str:
+        """The address of its ports: this host's loopback."""
+        return LOOPBACK
+
+    @property
+    def boot_timeline(self) -> tuple[PhaseStart, ...]:
+        """The phases of the boot that `wait` followed last, with when each began."""
+        return self._timeline
+
+    def wait(
+        self,
+        ready_timeout: float | None = None,
+        *,
+        on_progress: ProgressCallback | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Wait until the machine runs, executes commands over SSH, and cloud-init has finished.
+
+        Ends the moment the outcome is decided: a machine that is gone is not waited for.
+
+        Args:
+            ready_timeout: Minutes it may take in all; 20 by default.
+            on_progress: Called every quarter of a second with the boot's phase, the console's
+                latest line, and the seconds since power-on.
+            **kwargs: Accepted for older programs.
+
+        Raises:
+            MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
+            PycloudlibTimeoutError: The machine could not be reached in time.
+        """
+        with self._watching_boot(on_progress):
+            super().wait(ready_timeout, **kwargs)
+
+    def console_log(self) -> str:
+        """Give what the machine wrote to its serial console over all its boots."""
+        try:
+            content = self.machine.rundir.console_log.read_bytes()
+        except FileNotFoundError:
+            return ""
+        return content.decode("utf-8", errors="replace")
+
+    def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
+        """Power the machine off: cleanly if the guest answers to its power button, else by force.
+
+        Args:
+            wait: Whether to wait until it is off.
+            **kwargs: Accepted for older programs.
+        """
+        self._log.info("Shutting down %s", self.name)
+        if not wait:
+            with contextlib.suppress(MachineEndedError):
+                self.machine.execute("system_powerdown")
+            return
+        took = self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
+        self._forget_client()
+        self._log.info("%s is off (by %s)", self.name, took)
+
+    def start(self, wait: bool = True) -> None:
+        """Power the machine on; one that runs already is only waited for.
+
+        Args:
+            wait: Whether to wait until it is ready.
+        """
+        if self.machine.state is State.OFF:
+            self._log.info("Starting %s", self.name)
+            self._forget_client()
+            self.machine.power_on()
+        if wait:
+            self.wait()
+
+    def wait_for_stop(self, **kwargs: Any) -> None:
+        """Wait until the machine is off.
+
+        Raises:
+            PycloudlibTimeoutError: It still runs after two minutes.
+        """
+        deadline = Deadline.after(_SHUTDOWN_LIMIT)
+        if not self.machine.wait_for_end(deadline):
+            raise PycloudlibTimeoutError(
+                f"{self.name} still runs after {deadline.limit:.0f} s of waiting for its stop"
+            )
+
+    def wait_for_delete(self, **kwargs: Any) -> None:
+        """Wait until the machine is gone; `delete` has seen to that when it returns.
+
+        Raises:
+            PycloudlibTimeoutError: It was not deleted.
+        """
+        if self.instance_dir.exists():
+            raise PycloudlibTimeoutError(f"{self.name} was not deleted: {self.instance_dir} exists")
+
+    def delete(self, wait: bool = True) -> list[Exception]:
+        """End the machine and remove its directory; a deleted one is deleted again for free.
+
+        Args:
+            wait: Accepted for older programs; it is always waited for, as it takes a moment.
+
+        Returns:
+            The errors met on the way; empty when nothing is left.
+        """
+        errors: list[Exception] = []
+        spec = self.machine.spec
+        with self._delete_lock:
+            for step in (
+                self.machine.kill,
+                self._forget_client,
+                lambda: self._registry.release(
+                    PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir
+                ),
+                self.machine.rundir.remove,
+            ):
+                try:
+                    step()
+                except Exception as error:  # noqa: BLE001 - collected: all steps are tried
+                    errors.append(error)
+            if not errors and self._on_deleted is not None:
+                self._on_deleted(self)
+        return errors
+
+    def __del__(self) -> None:
+        """Close the connection; the machine lives on. Harmless at any time, and twice."""
+        client = getattr(self, "_ssh_client", None)
+        if client is not None:
+            client.close()
+
+    def _do_restart(self, **kwargs: Any) -> None:
+        """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            # The connection goes down with the guest, so there is no exit status to look at.
+            self.execute("systemctl reboot", use_sudo=True)
+        except paramiko.SSHException as error:
+            self._log.warning("%s cannot be asked to reboot (%s): power cycle", self.name, error)
+            self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
+            self.machine.power_on()
+        self._forget_client()
+
+    def _check_alive(self) -> None:
+        self.machine.check_on()
+
+    def _host_keys(self) -> ssh.HostKeys:
+        rundir = self.machine.rundir
+        return MachineHostKeys(rundir.known_hosts, rundir.console_log)
+
+    def _ssh_connect(self) -> paramiko.SSHClient:
+        with self._naming_end():
+            self.machine.check_on()
+            return super()._ssh_connect()
+
+    def _ssh(
+        self,
+        command: Sequence[str],
+        stdin: str | bytes | None = None,
+        get_pty: bool = False,
+        timeout: float | None = None,
+    ) -> Result:
+        with self._naming_end():
+            result = super()._ssh(command, stdin, get_pty, timeout)
+            # The connection ended before the command did: because the guest closed it, which
+            # the caller may have wanted, or because the machine is gone.
+            if result.return_code < 0 and self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                self.machine.check_on()
+        return result
+
+    @contextlib.contextmanager
+    def _naming_end(self) -> Iterator[None]:
+        """Name the cause where SSH failed because QEMU is gone."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            yield
+        except MachineEndedError as error:
+            raise paramiko.SSHException(str(error)) from error
+        except paramiko.SSHException as error:
+            if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                raise paramiko.SSHException(
+                    str(MachineEndedError(self.name, self.machine.end))
+                ) from error
+            raise
+
+    @contextlib.contextmanager
+    def _watching_boot(self, on_progress: ProgressCallback | None) -> Iterator[None]:
+        """Follow the console while waiting; a time-out then says how far the boot got."""
+        machine = self.machine
+
+        def report(phase: Phase | None, line: str) -> None:
+            if on_progress is not None:
+                elapsed = Deadline(machine.powered_on, 0).elapsed
+                activity = f"booting: {phase.value if phase else 'power-on'}"
+                on_progress(Progress(activity, line, done=elapsed, unit="s"))
+
+        watch = BootWatch(
+            machine.rundir.console_log, machine.console_start, machine.powered_on, report
+        )
+        try:
+            with watch:
+                yield
+        except MachineEndedError:
+            raise
+        except PycloudlibTimeoutError as error:
+            phase = watch.phase.value if watch.phase else "before any sign of life"
+            raise PycloudlibTimeoutError(
+                f"{error}. The boot got as far as: {phase}; the console's last line: "
+                f"{watch.last_line!r}"
+            ) from error
+        finally:
+            self._timeline = watch.timeline

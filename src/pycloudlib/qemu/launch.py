@@ -1,0 +1,203 @@
+"""The steps of a launch: a request checked whole, then resources that own what they make."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudError
+from pycloudlib.files import create_private_directory
+from pycloudlib.guest import seed as nocloud
+from pycloudlib.images import store
+from pycloudlib.key import generate_ed25519
+from pycloudlib.qemu import disk
+from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.command import Features
+from pycloudlib.qemu.machine import Machine, PortTakenError
+from pycloudlib.qemu.ports import PortLease, PortRegistry
+from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.spec import (
+    InstanceType,
+    KernelBoot,
+    MachineSpec,
+    complete_cmdline,
+    make_mac,
+)
+
+# Programs that know nothing of leases can take a port between our look and QEMU's start.
+_PORT_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SeedRequest:
+    """What the caller wants cloud-init to be given; see `guest.seed.build_seed`."""
+
+    public_key: str
+    user_data: str | bytes | None = None
+    meta_data: nocloud.Document = None
+    vendor_data: nocloud.Document = None
+    network_config: nocloud.Document = None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What machines run on.
+
+    Attributes:
+        binary: The QEMU binary.
+        features: What it can do.
+        accelerator: How guest instructions are executed.
+        ports: The ports that are leased to machines.
+    """
+
+    binary: Path
+    features: Features
+    accelerator: Accelerator
+    ports: PortRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """A machine as it is asked for, everything in it checked.
+
+    Attributes:
+        name: The instance's name.
+        image: The image to start from.
+        instance_type: Processors and memory.
+        seed: Data for cloud-init; None for a machine without a seed.
+        kernel_boot: The kernel to load directly; None to boot from the disk.
+        launch_args: Further arguments for QEMU.
+    """
+
+    name: str
+    image: disk.BaseImage
+    instance_type: InstanceType
+    seed: SeedRequest | None
+    kernel_boot: KernelBoot | None
+    launch_args: tuple[str, ...]
+
+
+def parse_launch_args(launch_args: Sequence[str] | None) -> tuple[str, ...]:
+    """Check the caller's arguments for QEMU.
+
+    Raises:
+        TypeError: They are not a list of texts.
+    """
+    if launch_args is None:
+        return ()
+    if isinstance(launch_args, (str, bytes)) or not all(isinstance(a, str) for a in launch_args):
+        raise TypeError(
+            f"launch_args must be a list of texts such as ['-device', 'pvpanic'], "
+            f"not {launch_args!r}"
+        )
+    return tuple(launch_args)
+
+
+def find_kernel_boot(
+    image: Path, kernel_cmdline: str, kernel_path: str | Path | None
+) -> KernelBoot | None:
+    """Find the kernel to load directly, when one is asked for.
+
+    Args:
+        image: The image; beside it may be its own kernel and initrd.
+        kernel_cmdline: The caller's kernel command line.
+        kernel_path: The caller's kernel, if any.
+
+    Raises:
+        ValueError: A command line without a kernel to give it to.
+        FileNotFoundError: The caller's kernel is not there.
+    """
+    if not kernel_cmdline and kernel_path is None:
+        return None
+    kernel = store.kernel_path(image) if kernel_path is None else Path(kernel_path).expanduser()
+    if not kernel.is_file():
+        if kernel_path is not None:
+            raise FileNotFoundError(f"kernel_path {str(kernel_path)!r} is not a file")
+        raise ValueError(
+            f"kernel_cmdline {kernel_cmdline!r} needs a kernel: give kernel_path, or use an image "
+            f"that was downloaded or built by this package (there is no {kernel})"
+        )
+    initrd = kernel.with_name(kernel.name.replace("vmlinuz", "initrd"))
+    return KernelBoot(
+        kernel.absolute(),
+        initrd.absolute() if initrd != kernel and initrd.is_file() else None,
+        complete_cmdline(kernel_cmdline),
+    )
+
+
+@contextlib.contextmanager
+def open_run_directory(path: Path) -> Iterator[RunDirectory]:
+    """Make an instance's directory; on an error it goes again, its parent too if that is empty."""
+    create_private_directory(path.parent)
+    try:
+        rundir = RunDirectory.create(path)
+        try:
+            yield rundir
+        except BaseException:
+            rundir.remove()
+            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        raise
+
+
+def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
+    """Make the machine's disk and its seed."""
+    disk.create_overlay(request.image, rundir.disk)
+    if request.seed is None:
+        return
+    private, public = generate_ed25519(comment=f"root@{request.name}")
+    seed = nocloud.build_seed(
+        instance_id=f"iid-{uuid.uuid4()}",
+        hostname=request.name,
+        host_key=(private, public),
+        public_key=request.seed.public_key,
+        user_data=request.seed.user_data,
+        meta_data=request.seed.meta_data,
+        vendor_data=request.seed.vendor_data,
+        network_config=request.seed.network_config,
+    )
+    nocloud.write_iso(seed, rundir.seed)
+    rundir.known_hosts.write_text(" ".join(public.split()[:2]) + "\n", encoding="ascii")
+
+
+@contextlib.contextmanager
+def open_machine(host: Host, rundir: RunDirectory, request: LaunchRequest) -> Iterator[Machine]:
+    """Lease ports and start the machine; on an error it is ended and the ports given back."""
+    for tries_left in reversed(range(_PORT_TRIES)):
+        with contextlib.ExitStack() as stack:
+            lease = stack.enter_context(host.ports.open_lease(rundir.path))
+            spec = _make_spec(host, rundir, request, lease)
+            rundir.write_spec(spec)
+            machine = Machine(rundir, spec, host.binary, host.features)
+            stack.callback(machine.kill)
+            try:
+                machine.power_on()
+            except PortTakenError as error:
+                if tries_left:
+                    continue
+                raise CloudError(f"Ports are taken away again and again: {error}") from error
+            yield machine
+            stack.pop_all()
+            return
+
+
+def _make_spec(
+    host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
+) -> MachineSpec:
+    return MachineSpec(
+        name=request.name,
+        instance_type=request.instance_type,
+        accelerator=host.accelerator,
+        disk=rundir.disk,
+        seed=rundir.seed if request.seed else None,
+        ssh_port=lease.ssh,
+        telnet_port=lease.telnet,
+        mac=make_mac(),
+        kernel_boot=request.kernel_boot,
+        launch_args=request.launch_args,
+    )

@@ -1,0 +1,143 @@
+"""Local ports of instances: leased for an instance's whole life, never shared by two.
+
+A lease is a file named after the port that holds the instance's directory; it ends when that
+directory is gone. So the ports of a powered-off machine stay its own, and a crash leaves nothing
+to clean up. Programs that know nothing of leases are told by trying to listen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from pycloudlib.errors import CloudError
+from pycloudlib.files import create_private_directory
+
+LOOPBACK = "127.0.0.1"
+FIRST_PORT = 18000
+LAST_PORT = 18100
+
+
+@dataclass(frozen=True, slots=True)
+class PortLease:
+    """Two ports of one instance.
+
+    Attributes:
+        ssh: Leads to the guest's SSH server.
+        telnet: Leads to the serial console.
+    """
+
+    ssh: int
+    telnet: int
+
+
+@dataclass(frozen=True, slots=True)
+class PortRegistry:
+    """The leases of one user of this host.
+
+    Attributes:
+        directory: Where the lease files are.
+    """
+
+    directory: Path
+
+    @contextlib.contextmanager
+    def open_lease(self, owner: Path) -> Iterator[PortLease]:
+        """Lease two ports to an instance; given back when the block ends with an error.
+
+        Args:
+            owner: The instance's directory; the lease holds as long as it exists.
+
+        Raises:
+            CloudError: No two ports of the range are free.
+        """
+        lease = self._acquire(owner)
+        try:
+            yield lease
+        except BaseException:
+            self.release(lease, owner)
+            raise
+
+    def release(self, lease: PortLease, owner: Path) -> None:
+        """Give an instance's ports back; what is another's by now stays."""
+        with self._lock():
+            for port in (lease.ssh, lease.telnet):
+                if self._owner(port) == owner:
+                    self._file(port).unlink(missing_ok=True)
+
+    def _acquire(self, owner: Path) -> PortLease:
+        with self._lock():
+            free: list[int] = []
+            for port in range(FIRST_PORT, LAST_PORT + 1):
+                if not self._leased(port) and can_listen(port):
+                    free.append(port)
+                    if len(free) == 2:
+                        break
+            else:
+                leased = sum(self._leased(port) for port in range(FIRST_PORT, LAST_PORT + 1))
+                raise CloudError(
+                    f"No two free ports in {FIRST_PORT}-{LAST_PORT} on {LOOPBACK}: {leased} belong "
+                    "to other instances, the rest to other programs. Delete instances that are "
+                    "not needed any more"
+                )
+            for port in free:
+                self._file(port).write_text(f"{owner}\n", encoding="utf-8")
+            return PortLease(*free)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        create_private_directory(self.directory)
+        # The lock is held for milliseconds; a minute without it means that something is wrong.
+        try:
+            with filelock.FileLock(self.directory / "lock", timeout=60, thread_local=False):
+                yield
+        except filelock.Timeout as error:
+            raise CloudError(f"Another process holds {self.directory / 'lock'}") from error
+
+    def _file(self, port: int) -> Path:
+        return self.directory / str(port)
+
+    def _owner(self, port: int) -> Path | None:
+        try:
+            return Path(self._file(port).read_text(encoding="utf-8").rstrip("\n"))
+        except FileNotFoundError:
+            return None
+
+    def _leased(self, port: int) -> bool:
+        owner = self._owner(port)
+        return owner is not None and owner.is_dir()
+
+
+def can_listen(port: int) -> bool:
+    """Say whether nobody listens on a local port."""
+    try:
+        listen(port).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def listen(port: int) -> socket.socket:
+    """Listen on a local port.
+
+    Raises:
+        OSError: Another program has it.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # As QEMU does: connections of an earlier machine that linger are no obstacle.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((LOOPBACK, port))
+        listener.listen(1)
+    except BaseException:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,176 @@
+"""The QEMU process: started, watched and ended by what the kernel tells, never by guesses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudError
+
+_STDERR_LIMIT = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, told apart from a later one that got the same pid.
+
+    Attributes:
+        pid: Its process id.
+        start_time: When it started, in the kernel's clock ticks since boot (proc(5), field 22).
+    """
+
+    pid: int
+    start_time: int
+
+    @classmethod
+    def find(cls, pid: int) -> ProcessIdentity | None:
+        """Identify a process that runs now; None when there is none, or only its remains."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # The second field, the name in parentheses, may hold anything; the rest has no ')'.
+        fields = stat.rpartition(")")[2].split()
+        state, start_time = fields[0], int(fields[19])
+        return None if state in "ZX" else cls(pid, start_time)
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process runs."""
+        return ProcessIdentity.find(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """How a QEMU process ended.
+
+    Attributes:
+        exit_status: Its exit status, negative for the signal that ended it; None when it cannot
+            be known because another process had started it.
+        stderr: What it said on stdout and stderr since it was started.
+    """
+
+    exit_status: int | None
+    stderr: str
+
+    def __str__(self) -> str:
+        said = f": {self.stderr}" if self.stderr else ", and said nothing on stderr"
+        return f"QEMU ended with {self._how}{said}"
+
+    @property
+    def _how(self) -> str:
+        if self.exit_status is None:
+            return "an unknown exit status"
+        if self.exit_status >= 0:
+            return f"exit status {self.exit_status}"
+        return f"signal {-self.exit_status} ({_signal_name(-self.exit_status)})"
+
+
+class QemuProcess:
+    """A running or ended QEMU.
+
+    Make one with `start` or `attach`. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        identity: ProcessIdentity,
+        pidfd: int,
+        log: Path,
+        log_start: int,
+        child: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self.identity = identity
+        self._pidfd = pidfd
+        self._log = log
+        self._log_start = log_start
+        self._child = child
+
+    @classmethod
+    def start(cls, argv: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> QemuProcess:
+        """Start QEMU in a session of its own, so that a Ctrl-C at the terminal is not its end.
+
+        Raises:
+            CloudError: The binary cannot be executed.
+        """
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            log_start = os.fstat(descriptor).st_size
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                pass_fds=pass_fds,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error
+        finally:
+            os.close(descriptor)
+        pidfd = os.pidfd_open(child.pid)
+        # A child that has ended already keeps its pid until it is reaped.
+        identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0)
+        return cls(identity, pidfd, log, log_start, child)
+
+    @classmethod
+    def attach(cls, identity: ProcessIdentity, log: Path) -> QemuProcess | None:
+        """Watch a QEMU that another process started; None when it does not run any more."""
+        try:
+            pidfd = os.pidfd_open(identity.pid)
+        except ProcessLookupError:
+            return None
+        # Looked at only now: the pidfd holds on to whatever process has the pid at this moment.
+        if not identity.alive:
+            os.close(pidfd)
+            return None
+        return cls(identity, pidfd, log, 0, None)
+
+    def fileno(self) -> int:
+        """Give the pidfd, which becomes readable when the process ends."""
+        return self._pidfd
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is over."""
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the process's end; say whether it came."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
+    def end(self) -> ProcessEnd:
+        """Tell how the process ended; it must have."""
+        exit_status = None if self._child is None else self._child.wait()
+        return ProcessEnd(exit_status, self._said())
+
+    def kill(self) -> None:
+        """End the process at once; one that is over already is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _said(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(self._log_start)
+                return log.read(_STDERR_LIMIT).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+
+    def __del__(self) -> None:
+        os.close(self._pidfd)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

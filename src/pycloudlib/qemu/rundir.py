@@ -1,0 +1,163 @@
+"""An instance's directory: every file name in one place, and its state on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.files import replace_atomically
+from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.spec import MachineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoginFacts:
+    """What another process needs to log in, kept with the machine."""
+
+    username: str
+    private_key_path: str | None
+    public_key_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The directory of one instance, readable by its owner alone."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """Make the directory; its name must be new."""
+        path.mkdir(mode=0o700)
+        return cls(path)
+
+    @property
+    def disk(self) -> Path:
+        """The overlay that is the root disk."""
+        return self.path / f"{self.path.name}.qcow2"
+
+    @property
+    def seed(self) -> Path:
+        """The NoCloud volume."""
+        return self.path / "seed.iso"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The machine's SSH host keys."""
+        return self.path / "known_hosts"
+
+    @property
+    def console_log(self) -> Path:
+        """What the machine wrote to its serial console, over all its boots."""
+        return self.path / "console.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU itself said on stdout and stderr, over all its starts."""
+        return self.path / "qemu.log"
+
+    @property
+    def qmp_socket(self) -> Path:
+        """Where anybody may talk QMP to the machine."""
+        return self.path / "qmp-socket"
+
+    @property
+    def _spec_file(self) -> Path:
+        return self.path / "machine.json"
+
+    @property
+    def _process_file(self) -> Path:
+        return self.path / "process.json"
+
+    @property
+    def _login_file(self) -> Path:
+        return self.path / "login.json"
+
+    def write_spec(self, spec: MachineSpec) -> None:
+        """Keep what machine this is."""
+        _write(self._spec_file, spec.to_json())
+
+    def read_spec(self) -> MachineSpec:
+        """Read what machine this is.
+
+        Raises:
+            InstanceNotFoundError: There is no machine in this directory.
+        """
+        return MachineSpec.from_json(self._read(self._spec_file))
+
+    def write_login(self, login: LoginFacts) -> None:
+        """Keep how to log in."""
+        facts = {name: getattr(login, name) for name in LoginFacts.__slots__}
+        _write(self._login_file, json.dumps(facts, indent=1))
+
+    def read_login(self) -> LoginFacts:
+        """Read how to log in.
+
+        Raises:
+            InstanceNotFoundError: There is no machine in this directory.
+        """
+        return LoginFacts(**json.loads(self._read(self._login_file)))
+
+    def write_process(self, identity: ProcessIdentity) -> None:
+        """Keep which process runs the machine."""
+        _write(self._process_file, json.dumps({"pid": identity.pid, "start": identity.start_time}))
+
+    def find_process(self) -> ProcessIdentity | None:
+        """Read which process runs the machine, or ran it last."""
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            facts = json.loads(self._process_file.read_text())
+            return ProcessIdentity(facts["pid"], facts["start"])
+        return None
+
+    def open_qmp_listener(self) -> socket.socket:
+        """Make the QMP socket's file and listen on it.
+
+        A unix socket's address has 107 bytes at most, which a path may exceed: so the directory
+        is named by its descriptor.
+        """
+        self.qmp_socket.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with short_path(self.qmp_socket) as address:
+                listener.bind(address)
+            self.qmp_socket.chmod(0o600)
+            listener.listen(8)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def remove(self) -> None:
+        """Remove the directory and all in it; one that is gone already is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
+    def _read(self, file: Path) -> str:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise InstanceNotFoundError(
+                f"No instance in {self.path}: {file.name} is missing", resource_id=str(self.path)
+            ) from None
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """Yield a name for a file that fits a unix socket's address, however long its path is."""
+    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{path.name}"
+    finally:
+        os.close(descriptor)
+
+
+def _write(file: Path, text: str) -> None:
+    with replace_atomically(file) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

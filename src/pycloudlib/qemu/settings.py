@@ -1,0 +1,130 @@
+"""Section `[qemu]` of the configuration, parsed once into values."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from pycloudlib.qemu.accelerator import AUTO, SETTINGS
+
+_log = logging.getLogger(__name__)
+
+APPLICATION = "pycloudlib"
+DEFAULT_BINARY = "qemu-system-x86_64"
+_KNOWN_KEYS = (
+    "accelerator",
+    "image_dir",
+    "image_keyring",
+    "image_mirror",
+    "key_name",
+    "private_key_path",
+    "public_key_path",
+    "qemu_binary",
+    "working_dir",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QemuSettings:
+    """What can be configured of the QEMU cloud.
+
+    Attributes:
+        image_dir: Where images are looked up and stored.
+        working_dir: Where instance directories go.
+        qemu_binary: Path or name of the QEMU binary.
+        accelerator: `auto`, `kvm` or `tcg`.
+        image_mirror: Base URL of the image server; None for Ubuntu's.
+        image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
+    """
+
+    image_dir: Path
+    working_dir: Path
+    qemu_binary: str = DEFAULT_BINARY
+    accelerator: str = AUTO
+    image_mirror: str | None = None
+    image_keyring: Path | None = None
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
+        """Read the section.
+
+        Args:
+            section: Keys and values as TOML has them.
+            source: The file it comes from, for messages.
+
+        Raises:
+            ValueError: A value is of a wrong type, is not among those that are possible, or names
+                a directory or file that does not exist; names the key, the value and the file.
+        """
+        _warn_of_unknown(section, source)
+        reader = _Reader(section, source)
+        return cls(
+            image_dir=reader.directory("image_dir")
+            or platformdirs.user_data_path(APPLICATION) / "images",
+            working_dir=reader.directory("working_dir")
+            or platformdirs.user_state_path(APPLICATION) / "instances",
+            qemu_binary=reader.path_or_name("qemu_binary") or DEFAULT_BINARY,
+            accelerator=reader.one_of("accelerator", SETTINGS) or AUTO,
+            image_mirror=reader.text("image_mirror"),
+            image_keyring=reader.file("image_keyring"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads values of one section; every error names the key, the value and the file."""
+
+    section: Mapping[str, Any]
+    source: str
+
+    def error(self, key: str, expected: str) -> ValueError:
+        return ValueError(
+            f"{key} in [qemu] of {self.source} is {self.section[key]!r}, expected {expected}"
+        )
+
+    def text(self, key: str) -> str | None:
+        value = self.section.get(key)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise self.error(key, "a text")
+        return value
+
+    def one_of(self, key: str, possible: tuple[str, ...]) -> str | None:
+        value = self.text(key)
+        if value is not None and value not in possible:
+            raise self.error(key, f"one of {', '.join(possible)}")
+        return value
+
+    def path(self, key: str) -> Path | None:
+        value = self.text(key)
+        return None if value is None else Path(os.path.expandvars(value)).expanduser()
+
+    def directory(self, key: str) -> Path | None:
+        path = self.path(key)
+        if path is not None and not path.is_dir():
+            raise self.error(key, f"a directory that exists ({path} is not one)")
+        return None if path is None else path.absolute()
+
+    def file(self, key: str) -> Path | None:
+        path = self.path(key)
+        if path is not None and not path.is_file():
+            raise self.error(key, f"a file that exists ({path} is not one)")
+        return path
+
+    def path_or_name(self, key: str) -> str | None:
+        path = self.path(key)
+        return None if path is None else str(path)
+
+
+def _warn_of_unknown(section: Mapping[str, Any], source: str) -> None:
+    for key in section:
+        if key not in _KNOWN_KEYS:
+            near = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            _log.warning("Unknown key %r in [qemu] of %s is ignored%s", key, source, hint)

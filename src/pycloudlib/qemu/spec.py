@@ -1,0 +1,131 @@
+"""Frozen values that describe a machine, parsed once at the edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pycloudlib.qemu.accelerator import Accelerator
+
+DEFAULT_INSTANCE_TYPE = "c1m1500"
+_HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
+_ROOT_DEFAULT = "root=LABEL=cloudimg-rootfs ro"
+_CONSOLE_DEFAULT = "console=tty1 console=ttyS0"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceType:
+    """The size of a machine.
+
+    Attributes:
+        cpus: Number of virtual processors.
+        memory_mib: Memory in MiB.
+    """
+
+    cpus: int
+    memory_mib: int
+
+    @classmethod
+    def parse(cls, text: str) -> InstanceType:
+        """Read `c<cpus>m<MiB>`.
+
+        Raises:
+            ValueError: It is something else, or a size that no machine can have.
+        """
+        match = re.fullmatch(r"c([0-9]{1,3})m([0-9]{1,8})", text) if isinstance(text, str) else None
+        if match is None or min(map(int, match.groups())) < 1:
+            raise ValueError(
+                f"instance_type is {text!r}, expected c<cpus>m<MiB of memory>, such as 'c2m2048'"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"c{self.cpus}m{self.memory_mib}"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBoot:
+    """A kernel that QEMU loads directly, past firmware and boot loader."""
+
+    kernel: Path
+    initrd: Path | None
+    cmdline: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """Everything that decides what machine QEMU makes, over all its power cycles.
+
+    Attributes:
+        name: The instance's name, and the guest's host name.
+        instance_type: Processors and memory.
+        accelerator: How guest instructions are executed.
+        disk: The overlay that is the root disk.
+        seed: The NoCloud volume; None without one.
+        ssh_port: The host's port that leads to the guest's port 22.
+        telnet_port: The host's port of the serial console.
+        mac: The network card's address.
+        kernel_boot: The kernel to load directly; None to boot from the disk.
+        launch_args: Further arguments for QEMU, from the caller.
+    """
+
+    name: str
+    instance_type: InstanceType
+    accelerator: Accelerator
+    disk: Path
+    seed: Path | None
+    ssh_port: int
+    telnet_port: int
+    mac: str
+    kernel_boot: KernelBoot | None = None
+    launch_args: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Write it as text, for the run directory."""
+        return json.dumps(dataclasses.asdict(self), default=_plain, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> MachineSpec:
+        """Read what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["instance_type"] = InstanceType(**fields["instance_type"])
+        fields["accelerator"] = Accelerator(fields["accelerator"])
+        fields["disk"] = Path(fields["disk"])
+        fields["seed"] = None if fields["seed"] is None else Path(fields["seed"])
+        fields["launch_args"] = tuple(fields["launch_args"])
+        boot = fields["kernel_boot"]
+        if boot is not None:
+            initrd = None if boot["initrd"] is None else Path(boot["initrd"])
+            fields["kernel_boot"] = KernelBoot(Path(boot["kernel"]), initrd, boot["cmdline"])
+        return cls(**fields)
+
+
+def _plain(value: object) -> str:
+    return str(value.value) if isinstance(value, Accelerator) else str(value)
+
+
+def make_name(tag: str) -> str:
+    """Make an instance's name from its cloud's tag: short enough for a host name, and unique."""
+    suffix = secrets.token_hex(4)
+    return f"{tag[: _HOSTNAME_LIMIT - len(suffix) - 1].rstrip('-')}-{suffix}"
+
+
+def make_mac() -> str:
+    """Make a network card's address in QEMU's own range."""
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
+
+
+def complete_cmdline(cmdline: str) -> str:
+    """Add a root file system and a serial console to a kernel command line that lacks them."""
+    words = cmdline.split()
+    parts = [cmdline.strip()]
+    if not any(word.startswith("root=") for word in words):
+        parts.append(_ROOT_DEFAULT)
+    if not any(word.startswith("console=") for word in words):
+        parts.append(_CONSOLE_DEFAULT)
+    return " ".join(parts)

@@ -1,0 +1,67 @@
+"""Small words that clients import."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+
+UBUNTU_RELEASE_VERSION_MAP = {
+    "resolute": "26.04",
+    "questing": "25.10",
+    "plucky": "25.04",
+    "oracular": "24.10",
+    "noble": "24.04",
+    "mantic": "23.10",
+    "lunar": "23.04",
+    "kinetic": "22.10",
+    "jammy": "22.04",
+    "impish": "21.10",
+    "hirsute": "21.04",
+    "groovy": "20.10",
+    "focal": "20.04",
+    "bionic": "18.04",
+    "xenial": "16.04",
+    "trusty": "14.04",
+}
+"""Ubuntu's series names and their versions."""
+
+LTS_RELEASES = ["trusty", "xenial", "bionic", "focal", "jammy", "noble", "resolute"]
+"""The series with long-term support, oldest first."""
+
+_log = logging.getLogger(__name__)
+
+
+def get_timestamped_tag(tag: str) -> str:
+    """Append the time of day to a tag, so that each run has names of its own."""
+    return f"{tag}-{datetime.now():%m%d-%H%M%S%f}"
+
+
+def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
+    """Give cloud-config user-data that also authorizes an SSH key for the default user.
+
+    Args:
+        public_key: The public key's line.
+        user_data: Cloud-config text, or None for one that holds nothing but the key.
+
+    Raises:
+        ValueError: The user-data is not a cloud-config mapping.
+    """
+    import yaml  # noqa: PLC0415 - heavy
+
+    try:
+        config = yaml.safe_load(user_data or "") or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"user_data is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"user_data is not a cloud-config mapping but {type(config).__name__}")
+    keys = config.setdefault("ssh_authorized_keys", [])
+    if public_key not in keys:
+        keys.append(public_key)
+    return "#cloud-config\n" + yaml.safe_dump(config, sort_keys=False)
+
+
+def log_exception_list(exceptions: Sequence[BaseException]) -> None:
+    """Log errors that were collected while cleaning up; nothing when there are none."""
+    for error in exceptions:
+        _log.error("%s: %s", type(error).__name__, error, exc_info=error)
