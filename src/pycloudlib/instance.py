@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_READY_LIMIT = 20 * 60.0
 """Seconds that a machine may take until it is ready: a cold boot in emulation on a busy host."""
 
-_BANNER_LIMIT = 15.0
+_BANNER_LIMIT = 10.0
 # An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
 # reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
 _ATTEMPT_LIMIT = 2.0

@@ -27,10 +27,10 @@ from pycloudlib.qemu.launch import (
     Host,
     LaunchRequest,
     SeedRequest,
+    create_run_directory,
     find_kernel_boot,
-    open_machine,
-    open_run_directory,
     parse_launch_args,
+    start_machine,
     write_files,
 )
 from pycloudlib.qemu.machine import Machine
@@ -163,10 +163,11 @@ class Qemu(BaseCloud):
             self.key_pair.private_key_path,
         )
         with contextlib.ExitStack() as stack:
-            rundir = stack.enter_context(open_run_directory(self.parent_dir / request.name))
+            # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
+            rundir = create_run_directory(self.parent_dir / request.name, stack)
             rundir.write_login(login)
             write_files(rundir, request)
-            machine = stack.enter_context(open_machine(self._host, rundir, request))
+            machine = start_machine(self._host, rundir, request, stack)
             instance = self._make_instance(machine, self.key_pair, login.username)
             self.created_instances.append(instance)
             stack.pop_all()

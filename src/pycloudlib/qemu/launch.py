@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.errors import CloudError
 from pycloudlib.files import create_private_directory
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
@@ -128,21 +127,13 @@ def find_kernel_boot(
     )
 
 
-@contextlib.contextmanager
-def open_run_directory(path: Path) -> Iterator[RunDirectory]:
-    """Make an instance's directory; on an error it goes again, its parent too if that is empty."""
+def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirectory:
+    """Make an instance's directory; `stack` removes it, and its parent if that is empty then."""
     create_private_directory(path.parent)
-    try:
-        rundir = RunDirectory.create(path)
-        try:
-            yield rundir
-        except BaseException:
-            rundir.remove()
-            raise
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
-        raise
+    stack.callback(_remove_if_empty, path.parent)
+    rundir = RunDirectory.create(path)
+    stack.callback(rundir.remove)
+    return rundir
 
 
 def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
@@ -165,25 +156,38 @@ def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
     rundir.known_hosts.write_text(" ".join(public.split()[:2]) + "\n", encoding="ascii")
 
 
-@contextlib.contextmanager
-def open_machine(host: Host, rundir: RunDirectory, request: LaunchRequest) -> Iterator[Machine]:
-    """Lease ports and start the machine; on an error it is ended and the ports given back."""
+def start_machine(
+    host: Host, rundir: RunDirectory, request: LaunchRequest, stack: contextlib.ExitStack
+) -> Machine:
+    """Lease ports and start the machine; `stack` ends it and gives the ports back.
+
+    Raises:
+        LaunchError: QEMU ended at once.
+        CloudError: No free ports.
+    """
     for tries_left in reversed(range(_PORT_TRIES)):
-        with contextlib.ExitStack() as stack:
-            lease = stack.enter_context(host.ports.open_lease(rundir.path))
+        with contextlib.ExitStack() as attempt:
+            lease = host.ports.acquire(rundir.path)
+            attempt.callback(host.ports.release, lease, rundir.path)
             spec = _make_spec(host, rundir, request, lease)
             rundir.write_spec(spec)
             machine = Machine(rundir, spec, host.binary, host.features)
-            stack.callback(machine.kill)
+            attempt.callback(machine.kill)
             try:
                 machine.power_on()
-            except PortTakenError as error:
-                if tries_left:
-                    continue
-                raise CloudError(f"Ports are taken away again and again: {error}") from error
-            yield machine
-            stack.pop_all()
-            return
+            except PortTakenError:
+                if not tries_left:
+                    raise
+                continue
+            stack.push(attempt.pop_all())
+            return machine
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _remove_if_empty(directory: Path) -> None:
+    # The next launch, or another process of the same tag, may have put something there.
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _make_spec(

@@ -47,9 +47,8 @@ class PortRegistry:
 
     directory: Path
 
-    @contextlib.contextmanager
-    def open_lease(self, owner: Path) -> Iterator[PortLease]:
-        """Lease two ports to an instance; given back when the block ends with an error.
+    def acquire(self, owner: Path) -> PortLease:
+        """Lease two ports to an instance.
 
         Args:
             owner: The instance's directory; the lease holds as long as it exists.
@@ -57,21 +56,6 @@ class PortRegistry:
         Raises:
             CloudError: No two ports of the range are free.
         """
-        lease = self._acquire(owner)
-        try:
-            yield lease
-        except BaseException:
-            self.release(lease, owner)
-            raise
-
-    def release(self, lease: PortLease, owner: Path) -> None:
-        """Give an instance's ports back; what is another's by now stays."""
-        with self._lock():
-            for port in (lease.ssh, lease.telnet):
-                if self._owner(port) == owner:
-                    self._file(port).unlink(missing_ok=True)
-
-    def _acquire(self, owner: Path) -> PortLease:
         with self._lock():
             free: list[int] = []
             for port in range(FIRST_PORT, LAST_PORT + 1):
@@ -89,6 +73,13 @@ class PortRegistry:
             for port in free:
                 self._file(port).write_text(f"{owner}\n", encoding="utf-8")
             return PortLease(*free)
+
+    def release(self, lease: PortLease, owner: Path) -> None:
+        """Give an instance's ports back; what is another's by now stays."""
+        with self._lock():
+            for port in (lease.ssh, lease.telnet):
+                if self._owner(port) == owner:
+                    self._file(port).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
