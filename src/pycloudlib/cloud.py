@@ -75,7 +75,7 @@ class BaseCloud(ABC):
             raise ValueError(
                 f"{self._config_file.source}: a required value of [{self._type}] is missing"
             )
-        self.key_pair = self._find_key_pair()
+        self._key_pair = self._find_key_pair()
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +94,17 @@ class BaseCloud(ABC):
             log_exception_list(errors)
             return
         raise CleanupError(errors)
+
+    @property
+    def key_pair(self) -> KeyPair:
+        """The SSH key that instances get: the configured one, the user's own, or a fresh one."""
+        if self._key_pair is None:
+            self._key_pair = self._make_key_pair(self._key_name)
+        return self._key_pair
+
+    @key_pair.setter
+    def key_pair(self, key_pair: KeyPair) -> None:
+        self._key_pair = key_pair
 
     def clean(self) -> list[Exception]:
         """Delete every instance and image that this cloud made.
@@ -185,12 +196,15 @@ class BaseCloud(ABC):
             raise ValueError(f"{config.source}: [{self._type}] is not a section but {section!r}")
         return section
 
-    def _find_key_pair(self) -> KeyPair:
-        """Choose the key: the configured one, then the user's own, then a fresh one."""
-        name = self._configured_text("key_name") or self.tag
+    @property
+    def _key_name(self) -> str:
+        return self._configured_text("key_name") or self.tag
+
+    def _find_key_pair(self) -> KeyPair | None:
+        """Choose among the keys there are: the configured one, then the user's own."""
         public = self._configured_text("public_key_path")
         if public is not None:
-            key_pair = KeyPair(public, self._configured_text("private_key_path"), name)
+            key_pair = KeyPair(public, self._configured_text("private_key_path"), self._key_name)
             check_key_pair(
                 key_pair, f"public_key_path in [{self._type}] of {self._config_file.source}"
             )
@@ -199,10 +213,10 @@ class BaseCloud(ABC):
             own = Path(default).expanduser()
             # A public key alone belongs to a token or an agent; no machine could be logged in to.
             if own.exists() and own.with_suffix("").exists():
-                key_pair = KeyPair(own, name=name)
+                key_pair = KeyPair(own, name=self._key_name)
                 check_key_pair(key_pair, "the user's own SSH key")
                 return key_pair
-        return self._make_key_pair(name)
+        return None
 
     def _make_key_pair(self, name: str) -> KeyPair:
         """Make a key where none is found; clouds that have a place for one override this."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pycloudlib.errors import MissingPrerequisiteError, ToolError
@@ -18,8 +20,11 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "mkfs.vfat": "dosfstools",
     "mmdebstrap": "mmdebstrap",
+    "newgidmap": "uidmap",
+    "newuidmap": "uidmap",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk",
     "unshare": "util-linux",
 }
@@ -35,13 +40,16 @@ def find_tool(name: str) -> Path:
     Raises:
         MissingPrerequisiteError: It is not there, or is not executable; names it and its package.
     """
-    search_path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_SBIN))
-    found = shutil.which(name, path=search_path)
+    found = shutil.which(name, path=_search_path())
     if found is None:
         package = PACKAGES.get(Path(name).name)
         hint = f"; on Debian and Ubuntu install the package {package!r}" if package else ""
         raise MissingPrerequisiteError(f"The program {name!r} was not found{hint}")
     return Path(found)
+
+
+def _search_path() -> str:
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), *_SBIN))
 
 
 def run_tool(
@@ -67,3 +75,77 @@ def run_tool(
         output = (finished.stderr + finished.stdout).decode(errors="replace")
         raise ToolError(step, command, finished.returncode, output)
     return finished
+
+
+_KEPT_LINES = 200
+_GRACE_SECONDS = 10.0
+
+
+def run_tool_streaming(
+    step: str,
+    argv: Sequence[str | Path],
+    *,
+    on_line: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    ends_with_stdin: bool = False,
+) -> None:
+    """Run a long host program to its end, handing on each line it prints.
+
+    The program does not outlive this call: not when `on_line` raises, not on Ctrl-C, not even
+    when this process is killed.
+
+    Args:
+        step: What it is run for, as it should read in an error.
+        argv: The program, as `find_tool` finds it, and its arguments.
+        on_line: Called with each line of its output and of its errors, as they come.
+        env: Environment variables beside those of this process.
+        pass_fds: File descriptors that it inherits.
+        ends_with_stdin: The program ends itself, and everything it has started, once its standard
+            input ends. It is then left to do so; any other program is killed.
+
+    Raises:
+        MissingPrerequisiteError: The program is not installed.
+        ToolError: It ended with an error.
+    """
+    command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
+    # The kernel sends the signal when the thread that started the program ends, and that thread
+    # is waiting below.
+    guard = [] if ends_with_stdin else [str(find_tool("setpriv")), "--pdeathsig", "KILL", "--"]
+    process = subprocess.Popen(
+        [*guard, *command],
+        cwd="/",
+        env={**os.environ, "PATH": _search_path(), **(env or {})},
+        errors="replace",
+        pass_fds=pass_fds,
+        start_new_session=True,  # a Ctrl-C is ours to answer
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    tail: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+    with _ended(process, gently=ends_with_stdin):
+        assert process.stdout is not None  # noqa: S101 - asked for above
+        for line in map(str.strip, process.stdout):
+            if line:
+                tail.append(line)
+                on_line(line)
+    if process.returncode != 0:
+        raise ToolError(step, command, process.returncode, "\n".join(tail))
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str], *, gently: bool) -> Iterator[None]:
+    """See a process to its end; by its own way normally, by force when the body raises."""
+    with process:  # closes the pipes and waits
+        try:
+            yield
+            process.wait()
+        except BaseException:
+            if gently and process.stdin is not None:
+                process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_SECONDS)
+            process.kill()
+            raise

@@ -22,7 +22,11 @@ from pycloudlib.errors import PycloudlibTimeoutError
 if TYPE_CHECKING:
     import paramiko
 
-_log = logging.getLogger(__name__)
+# Each failure reaches the caller as an exception; paramiko's own log would tell it twice, with the
+# traceback of a thread that nobody knows.
+_TRANSPORT_LOG = f"{__name__}.transport"
+logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
+
 _BANNER_START = b"SSH-"
 _CHUNK = 1 << 16
 
@@ -66,8 +70,7 @@ def connect(
     import paramiko  # noqa: PLC0415 - heavy
 
     client = paramiko.SSHClient()
-    # The failure reaches the caller as an exception; paramiko's own log would tell it twice.
-    client.set_log_channel(f"{__name__}.transport")
+    client.set_log_channel(_TRANSPORT_LOG)
     client.set_missing_host_key_policy(_policy(host_keys))
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
     for line in host_keys.pinned() if host_keys else ():

@@ -18,6 +18,11 @@ from pathlib import Path
 from pycloudlib.errors import ImageVerificationError, ToolError
 from pycloudlib.tools import run_tool
 
+# Published by Ubuntu with these fingerprints:
+# 4A3C E3CD 565D 7EB5 C810  E2B9 7FF3 F408 476C F100 signs the catalogs,
+# D2EB 4462 6FDD C30B 513D  5BB7 1A5D 6C4C 7DB8 7C81 signs the lists of checksums.
+_UBUNTU_KEYS = ("ubuntu-cloud-image-builder.asc", "uec-image-automatic-signing-key.asc")
+
 # RFC 9580, section 6.2: header lines, an empty line, base64, and a checksum line that begins
 # with "=". The checksum may be left out and tells nothing that a signature does not.
 _ARMORED_KEYS = re.compile(
@@ -62,8 +67,7 @@ def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
     if keyring is not None:
         return TrustedKeys(str(keyring), _read_keys(keyring.read_bytes(), str(keyring)))
     directory = importlib.resources.files("pycloudlib.images") / "keys"
-    armored = sorted((file.name, file.read_bytes()) for file in directory.iterdir())
-    packets = b"".join(_read_keys(content, name) for name, content in armored)
+    packets = b"".join(_read_keys((directory / name).read_bytes(), name) for name in _UBUNTU_KEYS)
     return TrustedKeys("Ubuntu's cloud image keys", packets)
 
 

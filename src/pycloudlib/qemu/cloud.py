@@ -335,7 +335,7 @@ class Qemu(BaseCloud):
         if errors:
             return errors
         try:
-            shutil.rmtree(self.parent_dir / _KEYS, ignore_errors=True)
+            self._remove_own_key()
             for empty in (self.parent_dir / _SNAPSHOTS, self.parent_dir):
                 if empty.exists():
                     empty.rmdir()
@@ -374,6 +374,12 @@ class Qemu(BaseCloud):
         )
         entry = catalog.find_entry(source, stream, release, minimal=minimal)
         return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
+
+    def _remove_own_key(self) -> None:
+        keys = self.parent_dir / _KEYS
+        if keys.exists():
+            shutil.rmtree(keys)
+            self._key_pair = self._find_key_pair()
 
     def _make_key_pair(self, name: str) -> KeyPair:
         directory = create_private_directory(create_private_directory(self.parent_dir) / _KEYS)

@@ -1,0 +1,63 @@
+"""Machines that are made but not started: the real binary, no guest, milliseconds each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.qemu.instance import QemuInstance
+
+UNSTARTED = ("-S",)
+"""QEMU's option for a machine whose processors do not run."""
+
+CloudMaker = Callable[..., Qemu]
+
+
+@pytest.fixture
+def tiny_image(tmp_path: Path) -> Path:
+    """Give a raw disk with a boot sector that stops the processor at once."""
+    image = tmp_path / "tiny.img"
+    # cli; hlt; jmp to hlt
+    image.write_bytes(b"\xfa\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    return image
+
+
+@pytest.fixture
+def working_dir(tmp_path: Path) -> Path:
+    """Give the directory where the clouds of a test work."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def make_cloud(working_dir: Path) -> Iterator[CloudMaker]:
+    """Make clouds with emulation and a directory of their own; all are cleaned afterwards."""
+    clouds: list[Qemu] = []
+
+    def make(tag: str = "t", *, timestamp_suffix: bool = False, more: str = "") -> Qemu:
+        config = f'[qemu]\nworking_dir = "{working_dir}"\n' + (more or 'accelerator = "tcg"\n')
+        cloud = Qemu(tag, timestamp_suffix=timestamp_suffix, config_file=io.StringIO(config))
+        clouds.append(cloud)
+        return cloud
+
+    yield make
+    errors = [error for cloud in clouds for error in cloud.clean()]
+    assert errors == []
+    assert list(working_dir.iterdir()) == []
+
+
+@pytest.fixture
+def cloud(make_cloud: CloudMaker) -> Qemu:
+    """Give a cloud."""
+    return make_cloud()
+
+
+@pytest.fixture
+def unstarted(cloud: Qemu, tiny_image: Path) -> QemuInstance:
+    """Give a machine that is made but not started."""
+    return cloud.launch(str(tiny_image), launch_args=UNSTARTED)

@@ -1,0 +1,319 @@
+"""A launch, with the real binary: what it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from pathlib import Path
+
+import paramiko
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.errors import (
+    CloudError,
+    ImageNotFoundError,
+    InvalidTagNameError,
+    MissingPrerequisiteError,
+    PycloudlibTimeoutError,
+)
+from pycloudlib.qemu import ports
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import LaunchError, State
+from pycloudlib.qemu.rundir import short_path
+from tests.qemu.conftest import UNSTARTED, CloudMaker
+
+pytestmark = pytest.mark.qemu
+
+
+def qemu_argv(instance: QemuInstance) -> list[str]:
+    raw = Path(f"/proc/{instance.machine.pid}/cmdline").read_bytes()
+    return raw.rstrip(b"\0").decode().split("\0")
+
+
+def listening_addresses(pid: int) -> set[tuple[str, int]]:
+    """Read which TCP addresses a process listens on from the kernel's tables."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = str(link.readlink())
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                addresses.add((address, int(port, 16)))
+    return addresses
+
+
+def test_launch_returns_a_machine_that_is_there(unstarted: QemuInstance) -> None:
+    assert unstarted.machine.state is State.PAUSED
+    assert unstarted.machine.execute("query-status")["status"] == "prelaunch"
+    assert unstarted.id == (f"{unstarted.instance_path}::{unstarted.port}::{unstarted.telnet_port}")
+    assert unstarted.instance_path.is_file()
+    assert unstarted.instance_path.parent == unstarted.instance_dir
+    assert unstarted.ip == "127.0.0.1"
+
+
+def test_everything_is_private_to_its_owner(cloud: Qemu, unstarted: QemuInstance) -> None:
+    assert stat.S_IMODE(cloud.parent_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(unstarted.instance_dir.stat().st_mode) == 0o700
+    for name in ("seed.iso", "qemu.log", "qmp-socket", unstarted.instance_path.name):
+        mode = stat.S_IMODE((unstarted.instance_dir / name).stat().st_mode)
+        assert mode & 0o077 == 0, f"{name} has mode {mode:o}"
+
+
+def test_only_two_loopback_ports_listen(unstarted: QemuInstance) -> None:
+    pid = unstarted.machine.pid
+    assert pid is not None
+    loopback = "0100007F"  # 127.0.0.1, as the kernel writes it
+    expected = {(loopback, int(unstarted.port)), (loopback, int(unstarted.telnet_port))}
+    assert listening_addresses(pid) == expected
+    for port in (unstarted.port, unstarted.telnet_port):
+        assert isinstance(port, str)
+        assert 18000 <= int(port) <= 18100
+
+
+def test_qemu_runs_in_its_sandbox_and_every_drive_has_a_format(unstarted: QemuInstance) -> None:
+    argv = qemu_argv(unstarted)
+    assert "-sandbox" in argv
+    drives = [value for option, value in itertools.pairwise(argv) if option == "-drive"]
+    assert len(drives) == 2
+    assert all("format=" in drive for drive in drives)
+
+
+def test_launch_args_are_appended(cloud: Qemu, tiny_image: Path) -> None:
+    instance = cloud.launch(str(tiny_image), launch_args=["-S", "-device", "pvpanic"])
+    assert qemu_argv(instance)[-3:] == ["-S", "-device", "pvpanic"]
+
+
+def test_the_disk_is_an_overlay_of_ten_gib_and_the_image_is_not_written_to(
+    cloud: Qemu, tiny_image: Path
+) -> None:
+    before = tiny_image.read_bytes()
+    instance = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    blocks = {b["device"]: b for b in instance.machine.execute("query-block")}
+    image = blocks["root"]["inserted"]["image"]
+    assert image["virtual-size"] == 10 << 30
+    assert image["full-backing-filename"] == str(tiny_image)
+    assert tiny_image.read_bytes() == before
+
+
+def test_an_image_below_image_dir_is_found_by_its_relative_path(
+    make_cloud: CloudMaker, tiny_image: Path
+) -> None:
+    cloud = make_cloud(more=f'image_dir = "{tiny_image.parent}"\naccelerator = "tcg"\n')
+    instance = cloud.launch(tiny_image.name, launch_args=UNSTARTED)
+    assert instance.machine.state is State.PAUSED
+
+
+def test_the_longest_tag_and_a_long_image_name_work(
+    make_cloud: CloudMaker, tiny_image: Path
+) -> None:
+    long_image = tiny_image.with_name("i" * 200 + ".img")
+    tiny_image.rename(long_image)
+    instance = make_cloud("t" * 63).launch(str(long_image), launch_args=UNSTARTED)
+    assert len(str(instance.instance_dir / "qmp-socket")) > 107
+    assert instance.machine.execute("query-name")["name"] == instance.name
+    assert len(instance.name) <= 63
+
+
+def test_the_qmp_socket_is_there_for_others(unstarted: QemuInstance) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as client,
+        short_path(unstarted.instance_dir / "qmp-socket") as address,
+    ):
+        client.settimeout(10)
+        client.connect(address)
+        greeting = json.loads(client.makefile().readline())
+    assert "QMP" in greeting
+
+
+def test_the_console_log_begins_with_the_firmware(cloud: Qemu, tiny_image: Path) -> None:
+    instance = cloud.launch(str(tiny_image))
+    with socket.create_connection(("127.0.0.1", int(instance.telnet_port)), 30) as console:
+        # The firmware names the disk it boots from last; then the log has its first line, too.
+        seen = b""
+        while b"Booting from Hard Disk" not in seen:
+            chunk = console.recv(4096)
+            assert chunk, f"the console ended after {seen!r}"
+            seen += chunk
+    assert "SeaBIOS" in instance.console_log().splitlines()[0]
+
+
+def test_unknown_keywords_are_accepted_and_logged(
+    cloud: Qemu, tiny_image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        cloud.launch(str(tiny_image), launch_args=UNSTARTED, wait=False, frobnicate=1)
+    assert "frobnicate" in caplog.text
+
+
+def test_without_a_seed_there_is_no_seed_drive(cloud: Qemu, tiny_image: Path) -> None:
+    instance = cloud.launch(str(tiny_image), no_seed_iso=True, launch_args=UNSTARTED)
+    assert not (instance.instance_dir / "seed.iso").exists()
+    assert [b["device"] for b in instance.machine.execute("query-block")] == ["root"]
+
+
+@pytest.mark.parametrize("field", ["user_data", "meta_data", "vendor_data", "network_config"])
+def test_a_seed_document_of_a_wrong_type_is_a_type_error_that_names_it(
+    cloud: Qemu, tiny_image: Path, field: str
+) -> None:
+    arguments: dict[str, object] = {field: 42}
+    with pytest.raises(TypeError, match=field):
+        cloud.launch(str(tiny_image), **arguments)  # type: ignore[arg-type]
+    assert not cloud.parent_dir.exists() or not list(cloud.parent_dir.glob("t-*"))
+
+
+@pytest.mark.parametrize("instance_type", ["c0m512", "c1m0", "m512", "c1", "c1m512 ", "large"])
+def test_a_bad_instance_type_is_a_value_error(
+    cloud: Qemu, tiny_image: Path, instance_type: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{instance_type!r}.*c<cpus>m<MiB"):
+        cloud.launch(str(tiny_image), instance_type)
+
+
+@pytest.mark.parametrize("image_id", ["nowhere.img", "/nowhere.img", "", "."])
+def test_an_unknown_image_is_an_image_not_found_error(cloud: Qemu, image_id: str) -> None:
+    with pytest.raises(ImageNotFoundError):
+        cloud.launch(image_id)
+
+
+def test_launch_args_as_one_text_are_a_type_error(cloud: Qemu, tiny_image: Path) -> None:
+    with pytest.raises(TypeError, match="launch_args"):
+        cloud.launch(str(tiny_image), launch_args="-S")
+
+
+def test_a_kernel_command_line_needs_a_kernel(cloud: Qemu, tiny_image: Path) -> None:
+    with pytest.raises(ValueError, match="kernel_path"):
+        cloud.launch(str(tiny_image), kernel_cmdline="quiet")
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        cloud.launch(str(tiny_image), kernel_path="/nowhere")
+
+
+def test_an_option_that_qemu_refuses_is_told_in_its_own_words_and_leaves_nothing(
+    cloud: Qemu, tiny_image: Path
+) -> None:
+    with pytest.raises(LaunchError, match="-frobnicate: invalid option") as raised:
+        cloud.launch(str(tiny_image), launch_args=["-frobnicate"])
+    assert raised.value.end.exit_status == 1
+    assert "-frobnicate" in raised.value.argv
+    assert isinstance(raised.value, CloudError)
+    assert not list(cloud.parent_dir.glob("t-*"))
+    assert cloud.created_instances == []
+
+
+def test_a_full_range_of_ports_is_a_clear_error_and_leaves_nothing(
+    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(ports, "FIRST_PORT", port)
+        monkeypatch.setattr(ports, "LAST_PORT", port)
+        with pytest.raises(CloudError, match=f"No two free ports in {port}-{port}"):
+            cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    assert not list(cloud.parent_dir.glob("t-*"))
+
+
+def test_a_port_taken_in_the_last_moment_is_given_up_for_another(
+    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that knows nothing of leases listens between our look and QEMU's start."""
+    thieves: list[socket.socket] = []
+    original = ports.PortRegistry.acquire
+
+    def acquire(registry: ports.PortRegistry, owner: Path) -> ports.PortLease:
+        lease = original(registry, owner)
+        if len(thieves) < 2:  # the SSH port of the first try, the telnet port of the second
+            thieves.append(ports.listen((lease.ssh, lease.telnet)[len(thieves)]))
+        return lease
+
+    monkeypatch.setattr(ports.PortRegistry, "acquire", acquire)
+    try:
+        instance = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    finally:
+        for thief in thieves:
+            thief.close()
+    assert len(thieves) == 2
+    assert instance.machine.state is State.PAUSED
+
+
+def test_an_interrupt_in_the_middle_of_a_launch_leaves_nothing(
+    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def interrupted(_machine: object, running: bool) -> None:
+        started.append(running)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pycloudlib.qemu.machine.Machine._follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    assert started
+    assert cloud.created_instances == []
+    assert not list(cloud.parent_dir.glob("t-*"))
+    assert all(str(cloud.parent_dir) not in argv for argv in all_command_lines())
+
+
+def all_command_lines() -> list[str]:
+    lines = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(process.read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+    return lines
+
+
+def test_a_missing_qemu_binary_is_named_with_its_package(make_cloud: CloudMaker) -> None:
+    with pytest.raises(MissingPrerequisiteError, match="qemu-nowhere"):
+        make_cloud(more='qemu_binary = "qemu-nowhere"\n')
+
+
+def test_a_missing_tool_names_its_package(
+    make_cloud: CloudMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("pycloudlib.tools._SBIN", ())
+    with pytest.raises(MissingPrerequisiteError, match="qemu-system-x86'"):
+        make_cloud()
+
+
+def test_a_bad_tag_is_told_with_the_rules_it_breaks() -> None:
+    with pytest.raises(InvalidTagNameError, match="begin or end"):
+        Qemu("-Bad", timestamp_suffix=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_a_qemu_that_dies_is_noticed_by_whatever_waits(
+    unstarted: QemuInstance, number: signal.Signals
+) -> None:
+    pid = unstarted.machine.pid
+    assert pid is not None
+    killer = threading.Timer(0.5, os.kill, (pid, number))
+    started = time.monotonic()
+    killer.start()
+    with pytest.raises(PycloudlibTimeoutError, match=number.name):
+        unstarted.wait(ready_timeout=5)
+    assert time.monotonic() - started < 60
+    assert unstarted.machine.end is not None
+    assert unstarted.machine.end.exit_status == -number
+
+
+def test_execute_on_a_dead_machine_raises_at_once_with_the_cause(unstarted: QemuInstance) -> None:
+    pid = unstarted.machine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(paramiko.SSHException, match="SIGKILL"):
+        unstarted.execute("true")
