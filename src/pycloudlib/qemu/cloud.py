@@ -332,15 +332,18 @@ class Qemu(BaseCloud):
             The errors met on the way; empty when nothing is left.
         """
         errors = super().clean()
-        if errors:
+        others = RunDirectory.list_in(self.parent_dir)
+        if errors or others:
+            # Another cloud of the same tag may still work here, and needs the key, too.
+            self._log.warning("%s is kept for %s", self.parent_dir, others or "what is left in it")
             return errors
         try:
-            self._remove_own_key()
-            for empty in (self.parent_dir / _SNAPSHOTS, self.parent_dir):
-                if empty.exists():
-                    empty.rmdir()
+            shutil.rmtree(self.parent_dir)
+        except FileNotFoundError:
+            pass
         except OSError as error:
             errors.append(error)
+        self._key_pair = self._find_key_pair()
         return errors
 
     @cached_property
@@ -374,12 +377,6 @@ class Qemu(BaseCloud):
         )
         entry = catalog.find_entry(source, stream, release, minimal=minimal)
         return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
-
-    def _remove_own_key(self) -> None:
-        keys = self.parent_dir / _KEYS
-        if keys.exists():
-            shutil.rmtree(keys)
-            self._key_pair = self._find_key_pair()
 
     def _make_key_pair(self, name: str) -> KeyPair:
         directory = create_private_directory(create_private_directory(self.parent_dir) / _KEYS)

@@ -16,6 +16,8 @@ from pycloudlib.files import replace_atomically
 from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.spec import MachineSpec
 
+_SPEC_FILE = "machine.json"
+
 
 @dataclass(frozen=True, slots=True)
 class LoginFacts:
@@ -37,6 +39,11 @@ class RunDirectory:
         """Make the directory; its name must be new."""
         path.mkdir(mode=0o700)
         return cls(path)
+
+    @classmethod
+    def list_in(cls, parent: Path) -> list[RunDirectory]:
+        """List the directories of instances in a cloud's directory."""
+        return [cls(file.parent) for file in sorted(parent.glob(f"*/{_SPEC_FILE}"))]
 
     @property
     def disk(self) -> Path:
@@ -70,7 +77,7 @@ class RunDirectory:
 
     @property
     def _spec_file(self) -> Path:
-        return self.path / "machine.json"
+        return self.path / _SPEC_FILE
 
     @property
     def _process_file(self) -> Path:

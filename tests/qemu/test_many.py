@@ -1,0 +1,58 @@
+"""Many machines from many processes: their ports never collide, and nothing is left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.qemu
+
+PROCESSES = 8
+MACHINES_EACH = 25
+# All processes together stay within the 50 pairs of ports that the range has.
+BATCH = 5
+
+WORKER = f"""
+import io, sys
+from concurrent.futures import ThreadPoolExecutor
+from pycloudlib import Qemu
+
+config, image, tag = sys.argv[1:]
+for batch in range({MACHINES_EACH // BATCH}):
+    with Qemu(tag, config_file=io.StringIO(config)) as cloud:
+        launch = lambda _number: cloud.launch(image, "c1m64", launch_args=["-S"])
+        with ThreadPoolExecutor({BATCH}) as threads:
+            machines = list(threads.map(launch, range({BATCH})))
+        for machine in machines:
+            # The port leads to this very machine: QEMU itself says which ports it has bound.
+            bound = machine.machine.execute(
+                "human-monitor-command", {{"command-line": "info usernet"}}
+            )
+            assert f" {{machine.port}} " in bound, (machine.port, bound)
+            print("PORTS", batch, machine.port, machine.telnet_port, flush=True)
+"""
+
+
+def test_two_hundred_machines_from_eight_processes(tmp_path: Path, tiny_image: Path) -> None:
+    working_dir = tmp_path / "many"
+    working_dir.mkdir()
+    config = f'[qemu]\nworking_dir = "{working_dir}"\naccelerator = "tcg"\n'
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, config, str(tiny_image), f"many-{number}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(PROCESSES)
+    ]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * PROCESSES, "\n".join(outputs)
+    lines = [line.split() for output in outputs for line in output.splitlines()]
+    pairs = [(ssh, telnet) for word, _batch, ssh, telnet in lines if word == "PORTS"]
+    assert len(pairs) == PROCESSES * MACHINES_EACH
+    assert all(18000 <= int(port) <= 18100 for pair in pairs for port in pair)
+    assert list(working_dir.iterdir()) == []
