@@ -53,7 +53,7 @@ class BaseInstance(ABC):
         self.key_pair = key_pair
         self.username = username or "ubuntu"
         self.port = "22"
-        self.connect_timeout = _BANNER_LIMIT
+        self.banner_timeout = _BANNER_LIMIT
         self._ssh_client: paramiko.SSHClient | None = None
         self._ssh_lock = threading.Lock()
 
@@ -289,7 +289,7 @@ class BaseInstance(ABC):
         Raises:
             paramiko.SSHException: The machine cannot be reached.
         """
-        return ssh.connect(self._endpoint(), self._host_keys(), timeout=self.connect_timeout)
+        return ssh.connect(self._endpoint(), self._host_keys(), banner_timeout=self.banner_timeout)
 
     def _ssh(
         self,

@@ -126,7 +126,7 @@ def run_tool_streaming(
     )
     tail: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
     with _ended(process, gently=ends_with_stdin):
-        assert process.stdout is not None  # noqa: S101 - asked for above
+        assert process.stdout is not None  # asked for above
         for line in map(str.strip, process.stdout):
             if line:
                 tail.append(line)

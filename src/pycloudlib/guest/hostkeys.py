@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.files import write_private
+
 _log = logging.getLogger(__name__)
 
 # cloud-init's keys-to-console module prints the machine's host keys between these lines.
@@ -44,7 +46,7 @@ class MachineHostKeys:
             return False
         origin = "it is on the machine's console" if supplied else "it is the first one seen"
         _log.info("Pinning the host key %s: %s", key_line, origin)
-        self.known_hosts.write_text(key_line + "\n", encoding="ascii")
+        write_private(self.known_hosts, key_line + "\n")
         return True
 
     def _console(self) -> str:

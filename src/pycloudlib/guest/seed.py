@@ -5,13 +5,18 @@ https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html
 
 from __future__ import annotations
 
-import email.mime.application
+import email.encoders
+import email.message
 import email.mime.multipart
+import email.mime.nonmultipart
+import gzip
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_GZIP_MAGIC = b"\x1f\x8b"
 
 Document = str | bytes | Mapping[str, Any] | None
 """A document for cloud-init as callers give it; a mapping is written as YAML."""
@@ -167,7 +172,22 @@ def _merge_vendor_data(own: bytes, given: Document) -> bytes:
     if not document:
         return own
     parts = email.mime.multipart.MIMEMultipart()
-    # cloud-init looks at the content of an octet stream to tell its kind: script, config, gzip...
     for part in (document, own):
-        parts.attach(email.mime.application.MIMEApplication(part))
+        parts.attach(_mime_part(part))
     return parts.as_bytes()
+
+
+def _mime_part(document: bytes) -> email.message.Message:
+    """Wrap a document of any kind so that cloud-init finds out its kind as it would alone.
+
+    cloud-init looks at the content of `text/plain` parts only (cloudinit/user_data.py), walks into
+    multipart ones, and takes a document for MIME when its first 4096 bytes say so.
+    """
+    if document.startswith(_GZIP_MAGIC):
+        document = gzip.decompress(document)
+    if b"mime-version:" in document[:4096].lower():
+        return email.message_from_bytes(document)
+    part = email.mime.nonmultipart.MIMENonMultipart("text", "plain")
+    part.set_payload(document)
+    email.encoders.encode_base64(part)
+    return part

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _TRANSPORT_LOG = f"{__name__}.transport"
 logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 
+# From the banner on the server is there, but a busy guest in emulation may need long for its part
+# of the key exchange; giving up early would only make it begin anew.
+_HANDSHAKE_LIMIT = 60.0
 _BANNER_START = b"SSH-"
 _CHUNK = 1 << 16
 
@@ -55,14 +58,14 @@ class Endpoint:
 
 
 def connect(
-    endpoint: Endpoint, host_keys: HostKeys | None, *, timeout: float
+    endpoint: Endpoint, host_keys: HostKeys | None, *, banner_timeout: float
 ) -> paramiko.SSHClient:
     """Log in.
 
     Args:
         endpoint: Where and as whom.
         host_keys: What to hold the host key against; None accepts any.
-        timeout: Seconds for each of: the server's banner, the key exchange, the authentication.
+        banner_timeout: Seconds until the server has to have shown itself.
 
     Raises:
         paramiko.SSHException: No connection; says with what and why.
@@ -84,15 +87,15 @@ def connect(
             endpoint.username,
             key_filename=endpoint.private_key_path,
             look_for_keys=False,
-            sock=open_with_banner(endpoint.host, endpoint.port, timeout),
-            timeout=timeout,
-            banner_timeout=timeout,
-            auth_timeout=timeout,
+            sock=open_with_banner(endpoint.host, endpoint.port, banner_timeout),
+            timeout=_HANDSHAKE_LIMIT,
+            banner_timeout=_HANDSHAKE_LIMIT,
+            auth_timeout=_HANDSHAKE_LIMIT,
         )
     except paramiko.BadHostKeyException as error:
         client.close()
         if host_keys is not None and host_keys.accepts(_line(error.key)):
-            return connect(endpoint, host_keys, timeout=timeout)
+            return connect(endpoint, host_keys, banner_timeout=banner_timeout)
         raise paramiko.SSHException(
             f"{endpoint}: host key changed: the machine showed {_line(error.key)}, "
             f"but {_line(error.expected_key)} was expected"

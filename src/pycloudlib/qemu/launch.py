@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.files import create_private_directory
+from pycloudlib.files import create_private_directory, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import generate_ed25519
@@ -153,7 +153,7 @@ def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
         network_config=request.seed.network_config,
     )
     nocloud.write_iso(seed, rundir.seed)
-    rundir.known_hosts.write_text(" ".join(public.split()[:2]) + "\n", encoding="ascii")
+    write_private(rundir.known_hosts, " ".join(public.split()[:2]) + "\n")
 
 
 def start_machine(

@@ -240,7 +240,9 @@ class Machine:
             argv = build_command(str(self._binary), self.spec, channels, self._features)
             _log.debug("Starting %s", argv)
             self._powered_on = time.monotonic()
-            self._console_start = _size(self.rundir.console_log)
+            # QEMU appends to it, and would make it readable for everybody.
+            self.rundir.console_log.touch(mode=0o600)
+            self._console_start = self.rundir.console_log.stat().st_size
             descriptors = (channels.control, channels.qmp, channels.console)
             try:
                 process = QemuProcess.start(argv, pass_fds=descriptors, log=self.rundir.qemu_log)
@@ -304,10 +306,6 @@ def _listen(port: int) -> socket.socket:
         return ports.listen(port)
     except OSError as error:
         raise PortTakenError(f"Cannot listen on {ports.LOOPBACK}:{port}: {error}") from error
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
 
 
 def _names_taken_port(stderr: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import replace_atomically
+from pycloudlib.files import replace_atomically, write_private
 from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.spec import MachineSpec
 
@@ -167,4 +167,4 @@ def short_path(path: Path) -> Iterator[str]:
 
 def _write(file: Path, text: str) -> None:
     with replace_atomically(file) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        write_private(temporary, text + "\n")

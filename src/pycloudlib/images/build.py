@@ -1,0 +1,396 @@
+"""A bootable cloud image built on this machine from Debian's signed packages.
+
+An image is built once for each recipe: it is found again by the recipe's digest in its record. A
+build happens in a workshop, a temporary directory beside the images, and its result is put in place
+by one rename. One process builds at a time; the others wait and use what it has built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
+from pycloudlib.images import confinement, diskimage, rootfs, store
+from pycloudlib.images.recipe import RELEASES, BuildRecipe
+from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
+from pycloudlib.tools import find_tool
+
+__all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
+
+_SOURCE = "built:"  # what the source in a record begins with; the recipe's key follows
+_SERIAL = re.compile(r"(\d{8})(?:\.(\d+))?")
+
+_LOCK_NAME = ".build.lock"
+_WORKSHOP_PREFIX = ".build-"
+_SCRATCH_PREFIX = "pycloudlib-build-"
+_DISK = "disk.raw"
+
+_TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
+_PREREQUISITE_FILES = (
+    (rootfs.KEYRING, "debian-archive-keyring"),
+    (diskimage.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),
+)
+
+_GIB = 1024**3
+# Measured: 0.6 GiB of system, the same again as a disk image, 0.2 GiB compressed; further packages
+# may double it.
+_NEEDED_SPACE = 3 * _GIB
+
+
+def build_image(
+    recipe: BuildRecipe,
+    image_dir: Path,
+    *,
+    refresh: bool = False,
+    on_progress: ProgressCallback = ignore_progress,
+) -> Path:
+    """Provide the image of a recipe: one that is already there, or a new one.
+
+    A build takes one to three minutes and needs the network, but no loop devices. It runs as root,
+    or as an ordinary user on hosts that let users make user namespaces. Interrupting it leaves
+    nothing behind; when this process is killed, its programs end with it and the next build
+    removes its files.
+
+    Args:
+        recipe: What to build.
+        image_dir: The directory of images; made when missing.
+        refresh: Build from today's packages even if there is an image; older ones are kept.
+        on_progress: Called with each step and what happens in it.
+
+    Returns:
+        `<image_dir>/<release>/<serial>/<release>-server-cloudimg-amd64.img`, with its kernel,
+        initrd and record beside it. The serial is the date of the build (UTC).
+
+    Raises:
+        ImageBuildError: A step failed; names it, with the last lines of what its program said.
+        MissingPrerequisiteError: The host lacks a program, a keyring or a permission.
+    """
+    return _provide_image(
+        recipe, image_dir, refresh=refresh, on_progress=on_progress, make=_make_image
+    )
+
+
+def find_built_image(recipe: BuildRecipe, image_dir: Path) -> Path | None:
+    """Find the newest image of a recipe; None when none has been built."""
+    candidates = [
+        image
+        for image in image_dir.glob(f"{recipe.release}/*/{recipe.image_name}")
+        if _is_built_from(recipe, image)
+    ]
+    return max(candidates, key=lambda image: _serial_order(image.parent.name), default=None)
+
+
+def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
+    record = store.find_record(image)
+    return (
+        record is not None
+        and record.source == _SOURCE + recipe.key
+        and store.kernel_path(image).is_file()
+        and store.initrd_path(image).is_file()
+    )
+
+
+def _serial_order(serial: str) -> tuple[int, int]:
+    match = _SERIAL.fullmatch(serial)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
+
+
+# -- the story ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Where one build happens, and what is gone after it.
+
+    Attributes:
+        directory: The temporary directory, on the file system of the images.
+        product: The directory in it that becomes the image's own.
+        handover: The directory in it that confined programs reach.
+        rootfs: Where the system is installed; not below `directory` for an ordinary user.
+    """
+
+    directory: Path
+    product: Path
+    handover: rootfs.Handover
+    rootfs: Path
+
+
+MakeImage = Callable[[BuildRecipe, Workshop, "Steps"], None]
+"""Makes the image of a recipe, its kernel and its initrd in the workshop's `product`."""
+
+
+def _provide_image(
+    recipe: BuildRecipe,
+    image_dir: Path,
+    *,
+    refresh: bool,
+    on_progress: ProgressCallback,
+    make: MakeImage,
+) -> Path:
+    image_dir = image_dir.absolute()
+    before = find_built_image(recipe, image_dir)
+    if before is not None and not refresh:
+        return before
+    image_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _exclusive(image_dir, on_progress):
+        # Another process may have built it while this one waited.
+        now = find_built_image(recipe, image_dir)
+        if now is not None and now != before:
+            return now
+        _remove_stale_workshops(image_dir)
+        with _workshop(image_dir) as workshop:
+            make(recipe, workshop, Steps(recipe, on_progress))
+            return _put_in_place(recipe, workshop, image_dir)
+
+
+@contextlib.contextmanager
+def _exclusive(image_dir: Path, on_progress: ProgressCallback) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # noqa: PLC0415 - not needed when the image is there
+
+    lock = FileLock(image_dir / _LOCK_NAME, mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_progress(Progress("waiting for another process that builds an image"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _put_in_place(recipe: BuildRecipe, workshop: Workshop, image_dir: Path) -> Path:
+    """Record the image and give it its final name, complete or not at all."""
+    release_dir = image_dir / recipe.release
+    serial = _choose_serial(release_dir, datetime.datetime.now(datetime.timezone.utc).date())
+    image = workshop.product / recipe.image_name
+    record = store.ImageRecord(
+        release=recipe.release,
+        serial=serial,
+        sha256=_digest(image),
+        size=image.stat().st_size,
+        source=_SOURCE + recipe.key,
+        default_user=recipe.default_user,
+    )
+    store.write_record(image, record)
+    for file in workshop.product.iterdir():
+        file.chmod(0o600)
+        _sync(file)
+    _sync(workshop.product)
+    release_dir.mkdir(mode=0o700, exist_ok=True)
+    final = release_dir / serial
+    workshop.product.rename(final)
+    _sync(release_dir)
+    return final / image.name
+
+
+def _choose_serial(release_dir: Path, today: datetime.date) -> str:
+    """Name a build by its date, and later ones of a day by a number too."""
+    date = today.strftime("%Y%m%d")
+    taken = [_serial_order(path.name) for path in release_dir.glob(f"{date}*")]
+    numbers = [number for day, number in taken if day == int(date)]
+    return f"{date}.{max(numbers) + 1}" if numbers else date
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1024 * 1024):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- the workshop ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _workshop(image_dir: Path) -> Iterator[Workshop]:
+    directory = Path(tempfile.mkdtemp(prefix=_WORKSHOP_PREFIX, dir=image_dir))
+    try:
+        product, shared = directory / "image", directory / "handover"
+        product.mkdir(mode=0o700)
+        shared.mkdir()
+        shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
+        with _open_locked(shared) as descriptor:
+            scratch = _make_scratch(directory)
+            handover = rootfs.Handover(shared, descriptor)
+            yield Workshop(directory, product, handover, scratch / "rootfs")
+    finally:
+        _remove_workshop(directory)
+
+
+def _make_scratch(directory: Path) -> Path:
+    """Make the directory that the system is installed in.
+
+    For an ordinary user it belongs to a subordinate id, which may be shut out of the user's home;
+    it is then one of the host's temporary directories, and its name is noted in the workshop before
+    it exists, so that it is found again after a crash.
+    """
+    if confinement.is_root():
+        scratch = directory / "scratch"
+        scratch.mkdir()
+        return scratch
+    base = Path(os.environ.get("TMPDIR", "/var/tmp"))  # noqa: S108 - the name is unguessable
+    scratch = base / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
+    (directory / "scratch-path").write_text(str(scratch))
+    confinement.run_confined("making a directory", ("mkdir", "--mode=0700", scratch))
+    return scratch
+
+
+def _remove_stale_workshops(image_dir: Path) -> None:
+    """Remove what killed builds left; under the build lock nobody else owns a workshop."""
+    for directory in image_dir.glob(f"{_WORKSHOP_PREFIX}*/"):
+        # The programs of a killed build hold its handover's lock for the instant they outlive it.
+        with contextlib.suppress(FileNotFoundError), _open_locked(directory / "handover"):
+            pass
+        _remove_workshop(directory)
+
+
+def _remove_workshop(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        scratch = Path((directory / "scratch-path").read_text())
+        if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
+            rootfs.remove_tree("removing temporary files (rm)", scratch)
+    shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _open_locked(directory: Path) -> Iterator[int]:
+    """Open a directory and lock it; programs that inherit the descriptor keep the lock."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Above the numbers that shells use for themselves.
+        descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 100)
+    finally:
+        os.close(opened)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# -- the steps ------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Counts, announces and names the steps of a build.
+
+    Args:
+        recipe: What is built.
+        on_progress: Hears of each step and of what happens in it.
+    """
+
+    TOTAL = 8
+
+    def __init__(self, recipe: BuildRecipe, on_progress: ProgressCallback) -> None:
+        self._recipe = recipe
+        self._on_progress = on_progress
+        self._done = 0
+        self._current = Progress("")
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[str]:
+        """Announce a step, and name it in the error if it fails."""
+        self._current = Progress(name, done=self._done, total=self.TOTAL, unit="step")
+        self._on_progress(self._current)
+        build = f"Building an image of {self._recipe.release} failed while"
+        try:
+            yield name
+        except ToolError as error:
+            raise ImageBuildError(f"{build} {error}") from error
+        except OSError as error:
+            raise ImageBuildError(f"{build} {name}: {error}") from error
+        self._done += 1
+
+    def tell(self, detail: str) -> None:
+        """Say what happens just now in the current step."""
+        self._on_progress(dataclasses.replace(self._current, detail=detail))
+
+
+def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
+    image = workshop.product / recipe.image_name
+    disk = workshop.handover.offer(_DISK)
+    layout = diskimage.build_layout(recipe.disk_size_gib)
+
+    with steps.step("checking the host"):
+        _check_host(workshop)
+    with steps.step("installing packages (mmdebstrap)") as name:
+        _install_packages(name, recipe, workshop, steps)
+    with steps.step("configuring the guest") as name:
+        rootfs.configure_guest(name, recipe, workshop.rootfs, workshop.handover)
+        workshop.handover.kernel.rename(store.kernel_path(image))
+        workshop.handover.initrd.rename(store.initrd_path(image))
+    with steps.step("partitioning the disk (sfdisk)") as name:
+        diskimage.write_partition_table(name, disk, layout)
+    with steps.step("making the file system (mke2fs)") as name:
+        root = layout.root
+        rootfs.make_file_system(
+            name, workshop.rootfs, workshop.handover, _DISK, offset=root.offset, size=root.size
+        )
+    with steps.step("making the EFI system partition (mkfs.vfat)") as name:
+        diskimage.format_efi_partition(name, disk, layout.efi_system)
+    with steps.step("writing the boot loader (grub-mkimage)") as name:
+        diskimage.write_boot_loader(name, disk, layout)
+    with steps.step("compressing (qemu-img convert)") as name:
+        held_fd = workshop.handover.descriptor
+        diskimage.compress(name, disk, image, on_line=steps.tell, held_fd=held_fd)
+
+
+def _install_packages(name: str, recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
+    def on_line(line: str) -> None:
+        detail = rootfs.find_detail(line)
+        if detail is not None:
+            steps.tell(detail)
+
+    rootfs.install_packages(name, recipe, workshop.rootfs, on_line)
+
+
+def _check_host(workshop: Workshop) -> None:
+    """See that everything a build needs is there before it begins."""
+    _check_prerequisites()
+    for directory in (workshop.directory, workshop.rootfs.parent):
+        free = shutil.disk_usage(directory).free
+        if free < _NEEDED_SPACE:
+            raise ImageBuildError(
+                f"Building an image needs {_NEEDED_SPACE / _GIB:.0f} GiB of disk space, and "
+                f"{directory.parent} has {free / _GIB:.1f} GiB left"
+            )
+    confinement.check_confinement()
+
+
+def _check_prerequisites() -> None:
+    """Name everything that is missing at once."""
+    problems = []
+    for tool in (*_TOOLS, *confinement.list_prerequisites()):
+        try:
+            find_tool(tool)
+        except MissingPrerequisiteError as error:
+            problems.append(str(error))
+    problems += [
+        f"The file {file} was not found; on Debian and Ubuntu install the package {package!r}"
+        for file, package in _PREREQUISITE_FILES
+        if not file.exists()
+    ]
+    if problems:
+        raise MissingPrerequisiteError("; ".join(dict.fromkeys(problems)))

@@ -1,0 +1,104 @@
+"""Real guests: few boots, shared by many tests.
+
+A machine is booted for each kind of user-data that the selected tests ask for; two at a time,
+because a boot in emulation keeps about one processor busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.progress import Progress
+from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.seeds import SEEDS, Kind
+
+_log = logging.getLogger(__name__)
+_AT_ONCE = 2
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """Give an image built from Debian's packages; built when it is not there yet."""
+    with Qemu(tag="test-image") as cloud:
+        return cloud.build_image("bookworm", on_progress=_log_progress)
+
+
+@pytest.fixture(scope="session")
+def guests(
+    image: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Kind, Future[Guest]]]:
+    """Boot the machines that the selected tests ask for."""
+    kinds = [kind for kind in Kind if any(asks_for(item, kind) for item in request.session.items)]
+    with Qemu(tag="guest") as cloud, ThreadPoolExecutor(_AT_ONCE) as boots:
+        try:
+            yield {kind: boots.submit(boot, cloud, image, kind) for kind in kinds}
+        finally:
+            boots.shutdown(wait=False, cancel_futures=True)
+            cloud.clean()  # ends waits that still go on
+
+
+class Guest:
+    """A booted machine and what was logged while it was waited for."""
+
+    def __init__(self, machine: QemuInstance, warnings: list[str]) -> None:
+        self.machine = machine
+        self.warnings = warnings
+
+
+def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
+    """Launch a machine with a seed and wait until it is ready."""
+    seed = SEEDS[kind]
+    machine = cloud.launch(
+        image,
+        "c1m1024",
+        user_data=seed.user_data,
+        meta_data=seed.meta_data,
+        vendor_data=seed.vendor_data,
+    )
+    with collecting_warnings(machine.name) as warnings:
+        machine.wait()
+    return Guest(machine, warnings)
+
+
+def asks_for(item: pytest.Item, kind: Kind) -> bool:
+    """Say whether a test uses the machine of a kind."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is not None and callspec.params.get("kind") is kind:
+        return True
+    marker = item.get_closest_marker("uses")
+    return marker is not None and kind in marker.args
+
+
+@pytest.fixture
+def vm(guests: dict[Kind, Future[Guest]]) -> QemuInstance:
+    """Give the machine with a cloud-config, on which most tests run."""
+    return guests[Kind.CLOUD_CONFIG].result().machine
+
+
+@contextlib.contextmanager
+def collecting_warnings(name: str) -> Iterator[list[str]]:
+    """Collect the warnings about one machine."""
+    texts: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if name in record.getMessage():
+                texts.append(record.getMessage())
+
+    handler = Collector(logging.WARNING)
+    logger = logging.getLogger("pycloudlib")
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+
+
+def _log_progress(report: Progress) -> None:
+    _log.info("%s %s", report.activity, report.detail)

@@ -1,0 +1,178 @@
+"""One machine, booted once: what commands, files and devices are like in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import paramiko
+import pytest
+
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.bootphases import Phase
+from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
+from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.seeds import CALLERS_KEY, Kind
+
+pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.CLOUD_CONFIG)]
+
+MEGABYTES = 10_000_000
+
+
+def test_devices_have_the_names_that_programs_rely_on(vm: QemuInstance) -> None:
+    assert vm.execute("findmnt --noheadings --output SOURCE /").startswith("/dev/sda")
+    assert vm.execute("lsblk --noheadings --nodeps --output LABEL /dev/vda") == "cidata"
+    assert int(vm.execute("blockdev --getsize64 /dev/sda", use_sudo=True)) == 10 << 30
+    assert "via 10.0.2.2" in vm.execute("ip route show default")
+
+
+def test_the_root_file_system_has_grown_to_the_disk(vm: QemuInstance) -> None:
+    assert int(vm.execute("df --output=size --block-size=1G / | tail -1")) >= 9
+
+
+def test_cloud_init_ended_well(vm: QemuInstance) -> None:
+    assert vm.execute("cat /var/lib/cloud/data/result.json | tr -d ' \\n'").endswith(
+        '"errors":[]}}'
+    )
+    assert vm.execute("systemctl --failed --no-legend") == ""
+
+
+def test_meta_data_of_the_caller_is_honoured(vm: QemuInstance) -> None:
+    assert vm.execute("hostname") == "callers-name"
+    keys = vm.execute("cat ~/.ssh/authorized_keys").splitlines()
+    assert CALLERS_KEY in keys
+    assert any(vm.key_pair.public_key_content.split()[1] in key for key in keys)
+
+
+def test_vendor_data_of_the_caller_takes_effect_beside_ours(vm: QemuInstance) -> None:
+    assert vm.execute("cat /var/tmp/vendor") == "vendor"
+    public = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub")
+    assert vm.machine.rundir.known_hosts.read_text().strip() == public
+    assert vm.execute("ls /etc/ssh/ssh_host_*_key.pub").split() == [
+        "/etc/ssh/ssh_host_ed25519_key.pub"
+    ], "no other host keys are generated"
+
+
+def test_the_boot_has_a_timeline(vm: QemuInstance) -> None:
+    phases = [start.phase for start in vm.boot_timeline]
+    assert phases[0] is Phase.FIRMWARE
+    assert {Phase.KERNEL, Phase.SYSTEMD, Phase.CLOUD_INIT_FINAL} <= set(phases)
+    seconds = [start.seconds for start in vm.boot_timeline]
+    assert seconds == sorted(seconds)
+
+
+def test_the_console_log_tells_the_whole_boot(vm: QemuInstance) -> None:
+    log = vm.console_log()
+    assert log.index("SeaBIOS") < log.index("Linux version") < log.index("Cloud-init v.")
+
+
+def test_a_text_is_run_by_a_shell_and_a_list_as_it_is(vm: QemuInstance) -> None:
+    assert vm.execute("echo $((6 * 7))") == "42"
+    assert vm.execute(["echo", "$((6 * 7))", "a  b"]) == "$((6 * 7)) a  b"
+
+
+def test_a_result_has_all_parts_and_never_raises(vm: QemuInstance) -> None:
+    result = vm.execute("printf 'out\\n\\n'; printf 'err\\n' >&2; exit 7")
+    assert (result.stdout, result.stderr, result.return_code) == ("out", "err", 7)
+    assert not result
+    assert result.failed
+
+
+def test_input_and_unicode_go_through(vm: QemuInstance) -> None:
+    assert vm.execute("cat", stdin="grüße\n日本") == "grüße\n日本"
+    assert vm.execute("wc -c", stdin=b"\0\xff") == "2"
+    assert vm.execute("printf '\\377ok'") == "\N{REPLACEMENT CHARACTER}ok"
+
+
+def test_sudo_and_terminals(vm: QemuInstance) -> None:
+    assert vm.execute("id -un") == "ubuntu"
+    assert vm.execute("id -un", use_sudo=True) == "root"
+    assert vm.execute("tty").failed
+    assert vm.execute("tty", get_pty=True).ok
+
+
+def test_both_outputs_are_drained_whatever_their_size(vm: QemuInstance) -> None:
+    fill = f"head -c {MEGABYTES} /dev/zero | tr '\\0' x"
+    on_stderr = vm.execute(f"{fill} >&2; echo done", timeout=300)
+    assert (on_stderr.stdout, len(on_stderr.stderr)) == ("done", MEGABYTES)
+    on_stdout = vm.execute(f"{fill}; echo done >&2", timeout=300)
+    assert (len(on_stdout.stdout), on_stdout.stderr) == (MEGABYTES, "done")
+
+
+def test_a_command_that_takes_too_long_is_hung_up_on(vm: QemuInstance) -> None:
+    with pytest.raises(PycloudlibTimeoutError, match=r"within 1 s.*sleep 600"):
+        vm.execute("sleep 600", timeout=1)
+    assert vm.execute("echo alive") == "alive"
+
+
+def test_a_script_runs_with_its_interpreter(vm: QemuInstance) -> None:
+    assert vm.run_script("#!/usr/bin/env python3\nprint('it is', 6 * 7)") == "it is 42"
+    failed = vm.run_script("echo text without a first line; exit 5")
+    assert (failed.stdout, failed.return_code) == ("text without a first line", 5)
+    assert vm.execute("ls /tmp/tmp.*").failed, "nothing is left in the guest"
+
+
+def test_files_are_pushed_and_pulled_whole(vm: QemuInstance, tmp_path: Path) -> None:
+    sent, received = tmp_path / "sent", tmp_path / "received"
+    sent.write_bytes(bytes(range(256)) * 4096)
+    vm.push_file(str(sent), "/var/tmp/pushed")
+    vm.pull_file("/var/tmp/pushed", str(received))
+    assert received.read_bytes() == sent.read_bytes()
+    assert vm.execute("stat --format=%U /var/tmp/pushed") == "ubuntu"
+
+
+def test_a_missing_file_is_named_and_what_was_there_stays(vm: QemuInstance, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("before")
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        vm.pull_file("/nowhere", str(kept))
+    assert kept.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [kept]
+    with pytest.raises(FileNotFoundError, match="absent"):
+        vm.push_file(str(tmp_path / "absent"), "/var/tmp/x")
+    with pytest.raises(FileNotFoundError, match="/nowhere/x"):
+        vm.push_file(str(kept), "/nowhere/x")
+
+
+def test_an_unexpected_host_key_is_refused(vm: QemuInstance) -> None:
+    known_hosts = vm.machine.rundir.known_hosts
+    right = known_hosts.read_text()
+    other = " ".join(generate_ed25519("somebody else")[1].split()[:2])
+    try:
+        known_hosts.write_text(other + "\n")
+        # cloud-init has shown the machine's keys on the console: it is not asked this time.
+        vm.machine.rundir.console_log.rename(vm.instance_dir / "hidden")
+        with pytest.raises(paramiko.SSHException, match="host key changed"):
+            vm._ssh_connect()
+        assert known_hosts.read_text() == other + "\n"
+    finally:
+        (vm.instance_dir / "hidden").rename(vm.machine.rundir.console_log)
+        known_hosts.write_text(right)
+    vm._ssh_connect().close()
+
+
+def test_a_key_that_the_guest_does_not_know_is_refused(vm: QemuInstance, tmp_path: Path) -> None:
+    right = vm.key_pair
+    wrong = generate_key_pair(tmp_path)
+    try:
+        vm.key_pair = KeyPair(wrong.public_key_path, wrong.private_key_path)
+        with pytest.raises(paramiko.AuthenticationException, match=str(tmp_path)):
+            vm._ssh_connect()
+    finally:
+        vm.key_pair = right
+
+
+def test_a_lost_connection_is_made_anew(vm: QemuInstance) -> None:
+    assert vm.execute("sudo pkill -x sshd -u $USER").return_code == -1
+    assert vm.execute("echo again") == "again"
+
+
+def test_several_commands_at_once(vm: QemuInstance) -> None:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda n: vm.execute(f"sleep 0.2; echo {n}"), range(8)))
+    assert results == [str(n) for n in range(8)]
+
+
+def test_the_boot_id_is_a_uuid(vm: QemuInstance) -> None:
+    assert len(vm.get_boot_id().split("-")) == 5

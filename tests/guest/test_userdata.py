@@ -1,0 +1,82 @@
+"""User-data of every kind takes effect, and SSH works with each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import Future
+
+import paramiko
+import pytest
+
+from pycloudlib.errors import PycloudlibTimeoutError
+from tests.guest.conftest import Guest
+from tests.guest.seeds import OWN_HOST_KEY, SEEDS, Kind
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
+def test_user_data_takes_effect_untouched(kind: Kind, guests: dict[Kind, Future[Guest]]) -> None:
+    vm = guests[kind].result().machine
+    command, expected = SEEDS[kind].proof
+    assert vm.execute(command) == expected
+    given = SEEDS[kind].user_data
+    content = given.encode() if isinstance(given, str) else given or b""
+    # cloud-init keeps what it read, byte for byte, but for compression.
+    digest = vm.execute("md5sum </var/lib/cloud/instance/user-data.txt", use_sudo=True)
+    assert digest.split()[0] == _md5(content)
+
+
+@pytest.mark.uses(Kind.ARCHIVE)
+def test_a_host_key_in_user_data_wins_and_is_pinned(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    vm = guests[Kind.ARCHIVE].result().machine
+    shown = " ".join(OWN_HOST_KEY[1].split()[:2])
+    assert vm.machine.rundir.known_hosts.read_text().splitlines() == [shown]
+
+
+@pytest.mark.uses(Kind.SCRIPT, Kind.NONE)
+def test_a_failure_of_cloud_init_is_logged_and_success_is_not(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    failed = guests[Kind.SCRIPT].result().warnings
+    assert any("cloud-init failed" in text and "scripts" in text for text in failed), failed
+    assert guests[Kind.NONE].result().warnings == []
+
+
+@pytest.mark.uses(Kind.NONE, Kind.GZIP)
+def test_machines_have_identities_of_their_own(guests: dict[Kind, Future[Guest]]) -> None:
+    one, other = (guests[kind].result().machine for kind in (Kind.NONE, Kind.GZIP))
+    for command in (
+        "cat /var/lib/cloud/data/instance-id",
+        "cat /etc/machine-id",
+        "cat /etc/ssh/ssh_host_ed25519_key.pub",
+        "hostname",
+    ):
+        assert one.execute(command) != other.execute(command), command
+    assert one.execute("hostname") == one.name
+
+
+@pytest.mark.uses(Kind.GZIP)
+def test_a_qemu_that_is_killed_ends_a_command_with_the_cause(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    vm = guests[Kind.GZIP].result().machine
+    pid = vm.machine.pid
+    assert pid is not None
+    vm.execute("true")
+    killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(paramiko.SSHException, match="SIGKILL"):
+        vm.execute("sleep 600")
+    with pytest.raises(PycloudlibTimeoutError, match="SIGKILL"):
+        vm.wait(ready_timeout=1)
+
+
+def _md5(content: bytes) -> str:
+    import hashlib  # noqa: PLC0415
+
+    return hashlib.md5(content).hexdigest()
