@@ -10,7 +10,12 @@ import pytest
 
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu import accelerator
-from pycloudlib.qemu.accelerator import Accelerator, choose_accelerator, try_accelerator
+from pycloudlib.qemu.accelerator import (
+    Accelerator,
+    Trial,
+    choose_accelerator,
+    try_accelerator,
+)
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = pytest.mark.qemu
@@ -40,7 +45,7 @@ def fake_qemu(tmp_path: Path, body: str) -> Path:
 
 
 def test_the_payload_ends_well_in_emulation(binary: Path) -> None:
-    assert try_accelerator(binary, Accelerator.TCG) is None
+    assert try_accelerator(binary, Accelerator.TCG) == Trial(None)
 
 
 def test_the_boot_sector_is_one(binary: Path) -> None:
@@ -63,9 +68,9 @@ def test_the_outcome_of_a_trial_is_remembered(
 ) -> None:
     trials: list[Accelerator] = []
 
-    def trial(_binary: Path, tried: Accelerator) -> str | None:
+    def trial(_binary: Path, tried: Accelerator) -> Trial:
         trials.append(tried)
-        return "it is broken"
+        return Trial("it is broken")
 
     monkeypatch.setattr(accelerator, "try_accelerator", trial)
     for _ in range(3):
@@ -95,17 +100,23 @@ def test_asking_for_kvm_without_a_device_is_an_error_that_names_it(
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
 
 
-def test_a_qemu_that_computes_too_long_is_refused(tmp_path: Path) -> None:
+def test_a_qemu_that_computes_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So it looks where guest instructions are interpreted one by one."""
-    problem = try_accelerator(fake_qemu(tmp_path, "while :; do :; done"), Accelerator.KVM)
-    assert problem is not None
-    assert "processor time" in problem
+    monkeypatch.setattr(accelerator, "_WALL_LIMIT_SECONDS", 120.0)  # this host may be busy
+    trial = try_accelerator(fake_qemu(tmp_path, "while :; do :; done"), Accelerator.KVM)
+    assert trial.problem is not None
+    assert "processor time" in trial.problem
+    assert trial.conclusive
 
 
-def test_a_qemu_that_hangs_is_refused(tmp_path: Path) -> None:
-    problem = try_accelerator(fake_qemu(tmp_path, "exec sleep 60"), Accelerator.KVM)
-    assert problem is not None
-    assert "did not end" in problem
+def test_a_qemu_that_hangs_is_refused_this_time(tmp_path: Path, fake_kvm: Path) -> None:
+    binary, cache = fake_qemu(tmp_path, "exec sleep 60"), tmp_path / "cache"
+    choice = choose_accelerator("auto", binary, cache)
+    assert choice.accelerator is Accelerator.TCG
+    assert "did not end" in choice.reason
+    assert not cache.exists(), "the host may only have been busy: it is tried anew"
 
 
 def test_a_binary_that_is_not_qemu_is_a_clear_error(

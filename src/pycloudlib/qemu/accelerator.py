@@ -48,6 +48,20 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a trial of an accelerator went.
+
+    Attributes:
+        problem: What went wrong; None when it works.
+        conclusive: Whether the same would come of another trial. A time-out by the clock on the
+            wall may only mean that the host is busy.
+    """
+
+    problem: str | None
+    conclusive: bool = True
+
+
 AUTO = "auto"
 SETTINGS = (AUTO, *(accelerator.value for accelerator in Accelerator))
 """What `accelerator` in the configuration may be."""
@@ -118,17 +132,14 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError):
         outcome = json.loads(remembered.read_text())["problem"]
         return None if outcome is None else str(outcome)
-    problem = try_accelerator(qemu_binary, Accelerator.KVM)
-    _remember(remembered, problem)
-    return problem
+    trial = try_accelerator(qemu_binary, Accelerator.KVM)
+    if trial.conclusive:
+        _remember(remembered, trial.problem)
+    return trial.problem
 
 
-def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> str | None:
-    """Run the payload, with the CPU model that machines will get.
-
-    Returns:
-        What went wrong, or None when it went well.
-    """
+def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
+    """Run the payload, with the CPU model that machines will get."""
     with tempfile.TemporaryDirectory(prefix="pycloudlib-probe-") as directory:
         disk = Path(directory) / "boot-sector.img"
         disk.write_bytes(BOOT_SECTOR)
@@ -146,12 +157,13 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> str | None:
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
             _, stderr = process.communicate(timeout=_WALL_LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"a boot sector did not end within {_WALL_LIMIT_SECONDS} s"
+            problem = f"a boot sector did not end within {_WALL_LIMIT_SECONDS} s"
+            return Trial(problem, conclusive=False)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-    return _judge(process.returncode, stderr.decode(errors="replace").strip())
+    return Trial(_judge(process.returncode, stderr.decode(errors="replace").strip()))
 
 
 def _judge(exit_status: int, stderr: str) -> str | None:
