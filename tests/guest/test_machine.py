@@ -45,7 +45,7 @@ def test_meta_data_of_the_caller_is_honoured(vm: QemuInstance) -> None:
 
 def test_vendor_data_of_the_caller_takes_effect_beside_ours(vm: QemuInstance) -> None:
     assert vm.execute("cat /var/tmp/vendor") == "vendor"
-    public = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub")
+    public = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub", use_sudo=True)
     assert vm.machine.rundir.known_hosts.read_text().strip() == public
     assert vm.execute("ls /etc/ssh/ssh_host_*_key.pub").split() == [
         "/etc/ssh/ssh_host_ed25519_key.pub"

@@ -56,7 +56,9 @@ def test_machines_have_identities_of_their_own(guests: dict[Kind, Future[Guest]]
         "cat /etc/ssh/ssh_host_ed25519_key.pub",
         "hostname",
     ):
-        assert one.execute(command) != other.execute(command), command
+        ours, theirs = (vm.execute(command, use_sudo=True) for vm in (one, other))
+        assert ours.ok
+        assert ours != theirs, command
     assert one.execute("hostname") == one.name
 
 
