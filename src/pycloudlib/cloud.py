@@ -67,6 +67,8 @@ class BaseCloud(ABC):
         self._log = logging.getLogger(f"{__name__}.{type(self).__name__}")
         self.created_instances: list[BaseInstance] = []
         self.created_images: list[str] = []
+        if not isinstance(tag, str):
+            raise TypeError(f"tag must be a text, not {tag!r}")
         self.tag = get_timestamped_tag(tag) if timestamp_suffix else tag
         self._validate_tag(self.tag)
         self._config_file: Config = parse_config(config_file)
@@ -114,7 +116,10 @@ class BaseCloud(ABC):
         """
         errors: list[Exception] = []
         for instance in list(self.created_instances):
-            errors.extend(instance.delete())
+            try:
+                errors.extend(instance.delete() or ())
+            except Exception as error:  # noqa: BLE001 - collected and reported, all of them
+                errors.append(error)
         for image_id in list(self.created_images):
             try:
                 self.delete_image(image_id)
@@ -202,9 +207,13 @@ class BaseCloud(ABC):
 
     def _find_key_pair(self) -> KeyPair | None:
         """Choose among the keys there are: the configured one, then the user's own."""
+        name = self._key_name
         public = self._configured_text("public_key_path")
+        private = self._configured_text("private_key_path")
+        if private is not None and public is None:
+            public = f"{private}.pub"
         if public is not None:
-            key_pair = KeyPair(public, self._configured_text("private_key_path"), self._key_name)
+            key_pair = KeyPair(public, private, name)
             check_key_pair(
                 key_pair, f"public_key_path in [{self._type}] of {self._config_file.source}"
             )
@@ -213,7 +222,7 @@ class BaseCloud(ABC):
             own = Path(default).expanduser()
             # A public key alone belongs to a token or an agent; no machine could be logged in to.
             if own.exists() and own.with_suffix("").exists():
-                key_pair = KeyPair(own, name=self._key_name)
+                key_pair = KeyPair(own, name=name)
                 check_key_pair(key_pair, "the user's own SSH key")
                 return key_pair
         return None

@@ -52,6 +52,10 @@ def parse_config(config_file: ConfigFile | None = None) -> Config:
     if isinstance(config_file, io.StringIO):
         return _parse(config_file.getvalue(), "the config_file given as text")
     if config_file is not None:
+        if not isinstance(config_file, (str, os.PathLike)):
+            raise TypeError(
+                f"config_file must be a path or a StringIO, not {type(config_file).__name__}"
+            )
         return _read(_expand(config_file), "config_file")
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:

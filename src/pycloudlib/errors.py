@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 
 class ResourceType(enum.Enum):
@@ -21,6 +22,18 @@ class ResourceType(enum.Enum):
 
 class PycloudlibException(Exception):  # noqa: N818 - the name is part of the contract with clients
     """Root of the tree."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as it is, whatever the constructor takes: errors come from worker processes."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(
+    kind: type[PycloudlibException], args: tuple[Any, ...], state: dict[str, Any]
+) -> PycloudlibException:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class PycloudlibError(PycloudlibException):

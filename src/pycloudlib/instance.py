@@ -127,7 +127,7 @@ class BaseInstance(ABC):
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
             ValueError: `ready_timeout` is not a positive number.
         """
-        with self._ready_within(ready_timeout):
+        with _keeping(_ready_limit(ready_timeout)):
             self._wait_for_instance_start(**kwargs)
             self._wait_for_execute()
             self._wait_for_cloudinit()
@@ -141,7 +141,7 @@ class BaseInstance(ABC):
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with self._ready_within(None):
+        with _keeping(_ready_limit(None)):
             self._wait_for_execute(old_boot_id=old_boot_id)
             self._wait_for_cloudinit()
 
@@ -298,7 +298,13 @@ class BaseInstance(ABC):
         get_pty: bool = False,
         timeout: float | None = None,
     ) -> Result:
-        """Run an argument vector in the guest and give its result."""
+        """Run an argument vector in the guest and give its result.
+
+        Inside a wait for readiness, that wait's deadline is the limit of each command.
+        """
+        deadline = _ready_deadline.get()
+        if timeout is None and deadline is not None:
+            timeout = deadline.remaining
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
         out, err, status = ssh.run(
             self._client(), shlex.join(command), stdin=data, get_pty=get_pty, timeout=timeout
@@ -360,7 +366,7 @@ class BaseInstance(ABC):
                 limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
                 ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
             boot_id = self.get_boot_id()
-        except (OSError, paramiko.SSHException) as error:
+        except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
             return str(error) or type(error).__name__
         if not boot_id:
@@ -377,14 +383,19 @@ class BaseInstance(ABC):
         Args:
             raise_on_failure: Whether a failure of cloud-init raises instead.
         """
+        self._log.info("Waiting for cloud-init on %s", self.name)
+        with _keeping(self._deadline(None)) as deadline:
+            output = self._follow_cloudinit(deadline)
+        self._cloudinit_ended(cloudinit.parse_status(output), raise_on_failure)
+
+    def _follow_cloudinit(self, deadline: Deadline) -> str:
+        """Give what the waiting script prints at cloud-init's end, over lost connections."""
         import paramiko  # noqa: PLC0415 - heavy
 
-        deadline = self._deadline(None)
-        self._log.info("Waiting for cloud-init on %s", self.name)
         while True:
             self._check_alive()
             try:
-                result = self._ssh(["sh", "-c", cloudinit.WAIT_SCRIPT], timeout=deadline.remaining)
+                result = self._ssh(["sh", "-c", cloudinit.WAIT_SCRIPT])
             except paramiko.SSHException as error:
                 problem = str(error)
             except PycloudlibTimeoutError as error:
@@ -394,13 +405,12 @@ class BaseInstance(ABC):
             else:
                 # The guest may reboot under the script: then there is no exit status.
                 if result.ok:
-                    break
+                    return result.stdout
                 problem = f"exit status {result.return_code}: {result.stderr}"
             self._check_alive()
             self._log.debug("Asking for cloud-init's status again: %s", problem)
             self._forget_client()
-            self._wait_for_execute(timeout=deadline.remaining)
-        self._cloudinit_ended(cloudinit.parse_status(result.stdout), raise_on_failure)
+            self._wait_for_execute()
 
     def _cloudinit_ended(self, status: cloudinit.CloudInitStatus, raise_on_failure: bool) -> None:
         if status.failed:
@@ -410,18 +420,6 @@ class BaseInstance(ABC):
                 raise PycloudlibError(f"cloud-init failed on {self.name}: {words}")
         for warning in status.recoverable_errors:
             self._log.warning("cloud-init on %s: %s", self.name, warning)
-
-    @contextlib.contextmanager
-    def _ready_within(self, minutes: float | None) -> Iterator[None]:
-        """Set the deadline that the hooks called inside keep to."""
-        if minutes is not None and not (isinstance(minutes, (int, float)) and minutes > 0):
-            raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
-        seconds = DEFAULT_READY_LIMIT if minutes is None else minutes * 60
-        token = _ready_deadline.set(Deadline.after(seconds))
-        try:
-            yield
-        finally:
-            _ready_deadline.reset(token)
 
     def _deadline(self, timeout: float | None) -> Deadline:
         if timeout is not None:
@@ -448,6 +446,24 @@ class BaseInstance(ABC):
             if self._ssh_client is not None:
                 self._ssh_client.close()
                 self._ssh_client = None
+
+
+def _ready_limit(minutes: float | None) -> Deadline:
+    if minutes is None:
+        return Deadline.after(DEFAULT_READY_LIMIT)
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
+        raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
+    return Deadline.after(minutes * 60)
+
+
+@contextlib.contextmanager
+def _keeping(deadline: Deadline) -> Iterator[Deadline]:
+    """Set the deadline that the hooks called inside keep to."""
+    token = _ready_deadline.set(deadline)
+    try:
+        yield deadline
+    finally:
+        _ready_deadline.reset(token)
 
 
 def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import getpass
-import os
 from pathlib import Path
 
 from pycloudlib.errors import UnsetSSHKeyError
@@ -25,9 +25,9 @@ class KeyPair:
         private_key_path: str | Path | None = None,
         name: str | None = None,
     ) -> None:
-        self.public_key_path = None if public_key_path is None else str(public_key_path)
+        self.public_key_path = None if public_key_path is None else _expand(public_key_path)
         if private_key_path is not None:
-            self.private_key_path: str | None = str(private_key_path)
+            self.private_key_path: str | None = _expand(private_key_path)
         elif self.public_key_path is not None:
             self.private_key_path = self.public_key_path.removesuffix(".pub")
         else:
@@ -51,7 +51,7 @@ class KeyPair:
             raise UnsetSSHKeyError(
                 "No SSH key is set: configure public_key_path, or call use_key() on the cloud"
             )
-        return Path(self.public_key_path).expanduser().read_text(encoding="utf-8").strip()
+        return Path(self.public_key_path).read_text(encoding="utf-8").strip()
 
 
 def check_key_pair(key_pair: KeyPair, origin: str) -> None:
@@ -68,14 +68,35 @@ def check_key_pair(key_pair: KeyPair, origin: str) -> None:
         content = key_pair.public_key_content
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{origin}: cannot read {key_pair.public_key_path!r}: {error}") from error
-    if len(content.split()) < 2 or "PRIVATE KEY" in content:
+    if not _is_public_key(content):
         raise ValueError(
             f"{origin}: {key_pair.public_key_path!r} is not an OpenSSH public key "
             "(one line: type, key, comment)"
         )
-    private = key_pair.private_key_path
-    if private is None or not os.access(private, os.R_OK) or not Path(private).is_file():
-        raise ValueError(f"{origin}: the private key {private!r} is not a file that can be read")
+    private = str(key_pair.private_key_path)
+    try:
+        secret = Path(private).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{origin}: cannot read the private key {private!r}: {error}") from error
+    if "PRIVATE KEY" not in secret:
+        raise ValueError(f"{origin}: {private!r} is not a private key")
+
+
+def _is_public_key(line: str) -> bool:
+    """Say whether a line is `type base64 …`, with the same type named inside (RFC 4253, 6.6)."""
+    words = line.split()
+    if len(words) < 2:
+        return False
+    try:
+        blob = base64.b64decode(words[1], validate=True)
+    except ValueError:
+        return False
+    length = int.from_bytes(blob[:4], "big")
+    return blob[4 : 4 + length] == words[0].encode()
+
+
+def _expand(path: str | Path) -> str:
+    return str(Path(path).expanduser())
 
 
 def generate_key_pair(directory: Path, name: str = "id_ed25519") -> KeyPair:

@@ -49,13 +49,19 @@ def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
     """
     import yaml  # noqa: PLC0415 - heavy
 
+    if user_data and user_data.startswith("#") and not user_data.startswith("#cloud-config\n"):
+        first_line = user_data.partition("\n")[0]
+        raise ValueError(f"user_data is not a cloud-config but begins with {first_line!r}")
     try:
         config = yaml.safe_load(user_data or "") or {}
     except yaml.YAMLError as error:
         raise ValueError(f"user_data is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"user_data is not a cloud-config mapping but {type(config).__name__}")
-    keys = config.setdefault("ssh_authorized_keys", [])
+    keys = config.get("ssh_authorized_keys") or []
+    if not isinstance(keys, list):
+        raise ValueError(f"ssh_authorized_keys in user_data is not a list but {keys!r}")
+    config["ssh_authorized_keys"] = keys
     if public_key not in keys:
         keys.append(public_key)
     return "#cloud-config\n" + yaml.safe_dump(config, sort_keys=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 # The console's file is looked at this often; only the bytes that are new are read.
 _LOOK_SECONDS = 0.25
 # Colours and cursor movements, which systemd and firmware print.
-_CONTROL = re.compile(rb"\x1b(?:\[[0-9;?]*[A-Za-z]|[c()][0-9A-B]?)|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[()][0-9AB]|c)|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @enum.unique
@@ -31,6 +31,8 @@ class Phase(enum.Enum):
     CLOUD_INIT_FINAL = "cloud-init final"
     CLOUD_INIT_DONE = "cloud-init done"
 
+
+_ORDER = {phase: number for number, phase in enumerate(Phase)}
 
 _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
     (Phase.FIRMWARE, re.compile(rb"SeaBIOS|BdsDxe|UEFI")),
@@ -146,5 +148,6 @@ class BootWatch:
         text = clean_line(line)
         self._last_line = text or self._last_line
         phase = find_phase(line)
-        if phase is not None and all(start.phase is not phase for start in self._timeline):
+        # Later on, what user-data prints may look like an earlier phase.
+        if phase is not None and (self.phase is None or _ORDER[phase] > _ORDER[self.phase]):
             self._timeline.append(PhaseStart(phase, time.monotonic() - self._powered_on))

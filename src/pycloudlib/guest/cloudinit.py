@@ -88,7 +88,13 @@ def parse_status(output: str) -> CloudInitStatus:
         return CloudInitStatus(state)
     if state not in ("finished", "crashed"):
         raise ValueError(f"not a status of cloud-init: {output[:200]!r}")
-    status: dict[str, Any] = json.loads(document)["v1"] if document.strip() else {}
+    try:
+        return _parse_document(state, json.loads(document)["v1"] if document.strip() else {})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a status of cloud-init: {document[:200]!r}") from error
+
+
+def _parse_document(state: str, status: dict[str, Any]) -> CloudInitStatus:
     return CloudInitStatus(
         state,
         str(status.get("datasource") or ""),

@@ -112,21 +112,24 @@ def _document(name: str, document: Document) -> bytes | None:
     if isinstance(document, str):
         return document.encode()
     if isinstance(document, Mapping):
-        return _yaml(document)
+        return _yaml(document, name)
     raise TypeError(f"{name} must be str, bytes or a mapping, not {type(document).__name__}")
 
 
-def _yaml(document: Mapping[str, Any]) -> bytes:
+def _yaml(document: Mapping[str, Any], name: str) -> bytes:
     import yaml  # noqa: PLC0415 - heavy
 
-    text: str = yaml.safe_dump(dict(document), sort_keys=False)
+    try:
+        text: str = yaml.safe_dump(dict(document), sort_keys=False)
+    except yaml.representer.RepresenterError as error:
+        raise TypeError(f"{name} holds a value that YAML cannot express: {error}") from error
     return text.encode()
 
 
 def _merge_meta_data(defaults: Mapping[str, str], public_key: str, given: Document) -> bytes:
     own = _parse_mapping("meta_data", given)
     keys = [*_public_keys(own.pop("public-keys", None)), public_key]
-    return _yaml({**defaults, **own, "public-keys": keys})
+    return _yaml({**defaults, **own, "public-keys": keys}, "meta_data")
 
 
 def _parse_mapping(name: str, given: Document) -> dict[str, Any]:
@@ -152,27 +155,32 @@ def _public_keys(given: object) -> list[str]:
         return [key for value in given.values() for key in _public_keys(value)]
     if isinstance(given, (list, tuple)):
         return [key for value in given for key in _public_keys(value)]
-    return []
+    if given is None:
+        return []
+    raise TypeError(
+        f"public-keys in meta_data holds {given!r}, expected a text, a list or a mapping of texts"
+    )
 
 
 def _host_key_config(host_key: tuple[str, str]) -> bytes:
     private, public = host_key
     config = {"ssh_keys": {"ed25519_private": private, "ed25519_public": public}}
-    return b"#cloud-config\n" + _yaml(config)
+    return b"#cloud-config\n" + _yaml(config, "the host key")
 
 
 def _merge_vendor_data(own: bytes, given: Document) -> bytes:
-    """Let both take effect: as the parts of one MIME document, the caller's first.
+    """Let both take effect: as the parts of one MIME document.
 
-    Where both set the same key, cloud-init keeps the first part's value.
+    Where both set the same key, the later part's value replaces the earlier one's: the caller's
+    (cloudinit/handlers/cloud_config.py, `dict(replace)+list()+str()`).
     """
     if isinstance(given, Mapping):
-        given = b"#cloud-config\n" + _yaml(given)
+        given = b"#cloud-config\n" + _yaml(given, "vendor_data")
     document = _document("vendor_data", given)
     if not document:
         return own
     parts = email.mime.multipart.MIMEMultipart()
-    for part in (document, own):
+    for part in (own, document):
         parts.attach(_mime_part(part))
     return parts.as_bytes()
 

@@ -118,13 +118,11 @@ class Workshop:
         directory: The temporary directory, on the file system of the images.
         product: The directory in it that becomes the image's own.
         handover: The directory in it that confined programs reach.
-        rootfs: Where the system is installed; not below `directory` for an ordinary user.
     """
 
     directory: Path
     product: Path
     handover: rootfs.Handover
-    rootfs: Path
 
 
 MakeImage = Callable[[BuildRecipe, Workshop, "Steps"], None]
@@ -232,11 +230,14 @@ def _workshop(image_dir: Path) -> Iterator[Workshop]:
         shared.mkdir()
         shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
         with _open_locked(shared) as descriptor:
-            scratch = _make_scratch(directory)
-            handover = rootfs.Handover(shared, descriptor)
-            yield Workshop(directory, product, handover, scratch / "rootfs")
+            yield Workshop(directory, product, rootfs.Handover(shared, descriptor))
     finally:
         _remove_workshop(directory)
+
+
+def _scratch_base() -> Path:
+    # Not /tmp, which is memory on many hosts.
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - names in it are random
 
 
 def _make_scratch(directory: Path) -> Path:
@@ -250,8 +251,7 @@ def _make_scratch(directory: Path) -> Path:
         scratch = directory / "scratch"
         scratch.mkdir()
         return scratch
-    base = Path(os.environ.get("TMPDIR", "/var/tmp"))  # noqa: S108 - the name is unguessable
-    scratch = base / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
+    scratch = _scratch_base() / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
     (directory / "scratch-path").write_text(str(scratch))
     confinement.run_confined("making a directory", ("mkdir", "--mode=0700", scratch))
     return scratch
@@ -329,52 +329,46 @@ class Steps:
 
 
 def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
+    handover = workshop.handover
     image = workshop.product / recipe.image_name
-    disk = workshop.handover.offer(_DISK)
     layout = diskimage.build_layout(recipe.disk_size_gib)
 
     with steps.step("checking the host"):
-        _check_host(workshop)
+        _check_host(workshop.directory)
+        disk = handover.offer(_DISK)
+        system = _make_scratch(workshop.directory) / "rootfs"
     with steps.step("installing packages (mmdebstrap)") as name:
-        _install_packages(name, recipe, workshop, steps)
-    with steps.step("configuring the guest") as name:
-        rootfs.configure_guest(name, recipe, workshop.rootfs, workshop.handover)
-        workshop.handover.kernel.rename(store.kernel_path(image))
-        workshop.handover.initrd.rename(store.initrd_path(image))
+        rootfs.install_packages(name, recipe, system, steps.tell)
+    with steps.step("configuring the guest (sh)") as name:
+        rootfs.configure_guest(name, recipe, system, handover)
+        handover.kernel.rename(store.kernel_path(image))
+        handover.initrd.rename(store.initrd_path(image))
     with steps.step("partitioning the disk (sfdisk)") as name:
         diskimage.write_partition_table(name, disk, layout)
     with steps.step("making the file system (mke2fs)") as name:
-        root = layout.root
         rootfs.make_file_system(
-            name, workshop.rootfs, workshop.handover, _DISK, offset=root.offset, size=root.size
+            name, system, handover, _DISK, offset=layout.root.offset, size=layout.root.size
         )
     with steps.step("making the EFI system partition (mkfs.vfat)") as name:
         diskimage.format_efi_partition(name, disk, layout.efi_system)
     with steps.step("writing the boot loader (grub-mkimage)") as name:
         diskimage.write_boot_loader(name, disk, layout)
     with steps.step("compressing (qemu-img convert)") as name:
-        held_fd = workshop.handover.descriptor
-        diskimage.compress(name, disk, image, on_line=steps.tell, held_fd=held_fd)
+        diskimage.compress(
+            name, disk, image, on_line=steps.tell, held_descriptor=handover.descriptor
+        )
 
 
-def _install_packages(name: str, recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
-    def on_line(line: str) -> None:
-        detail = rootfs.find_detail(line)
-        if detail is not None:
-            steps.tell(detail)
-
-    rootfs.install_packages(name, recipe, workshop.rootfs, on_line)
-
-
-def _check_host(workshop: Workshop) -> None:
+def _check_host(directory: Path) -> None:
     """See that everything a build needs is there before it begins."""
     _check_prerequisites()
-    for directory in (workshop.directory, workshop.rootfs.parent):
-        free = shutil.disk_usage(directory).free
+    places = {directory} if confinement.is_root() else {directory, _scratch_base()}
+    for place in places:
+        free = shutil.disk_usage(place).free
         if free < _NEEDED_SPACE:
             raise ImageBuildError(
-                f"Building an image needs {_NEEDED_SPACE / _GIB:.0f} GiB of disk space, and "
-                f"{directory.parent} has {free / _GIB:.1f} GiB left"
+                f"Building an image needs {_NEEDED_SPACE / _GIB:.0f} GiB of disk space, and the "
+                f"file system of {place} has {free / _GIB:.1f} GiB left"
             )
     confinement.check_confinement()
 

@@ -164,7 +164,7 @@ def patch_core_image(core_image: bytes, *, core_sector: int) -> bytes:
 
 
 def compress(
-    step: str, disk: Path, image: Path, *, on_line: Callable[[str], None], held_fd: int
+    step: str, disk: Path, image: Path, *, on_line: Callable[[str], None], held_descriptor: int
 ) -> None:
     """Write a disk image as a compressed qcow2.
 
@@ -173,11 +173,11 @@ def compress(
         disk: The plain disk image.
         image: The file to make.
         on_line: Called with each line qemu-img prints.
-        held_fd: A file descriptor for qemu-img to keep open while it runs.
+        held_descriptor: A file descriptor for qemu-img to keep open while it runs.
     """
     # zstd is four times as fast as zlib here and no larger; QEMU reads it from 5.1 on.
     form = ("-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd")
     # Compressed clusters may be written in any order, by several threads.
     options = ("-W", "-m", "4", "-p")
     argv = ("qemu-img", "convert", *form, *options, disk, image)
-    run_tool_streaming(step, argv, on_line=on_line, pass_fds=(held_fd,))
+    run_tool_streaming(step, argv, on_line=on_line, pass_fds=(held_descriptor,))

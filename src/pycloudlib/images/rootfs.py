@@ -39,8 +39,6 @@ _EXT4_FEATURES = (
 
 _GUEST_FILES, _KERNEL, _INITRD = "guest-files.tar", "kernel", "initrd"
 
-LineCallback = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Handover:
@@ -77,8 +75,23 @@ class Handover:
         return path
 
 
-def install_packages(step: str, recipe: BuildRecipe, rootfs: Path, on_line: LineCallback) -> None:
-    """Install a recipe's packages into a new directory; apt checks their signatures."""
+def install_packages(
+    step: str, recipe: BuildRecipe, rootfs: Path, tell: Callable[[str], None]
+) -> None:
+    """Install a recipe's packages into a new directory; apt checks their signatures.
+
+    Args:
+        step: What this is called in an error.
+        recipe: Whose packages.
+        rootfs: The directory; its parent takes temporary files.
+        tell: Called with what happens just now.
+    """
+
+    def on_line(line: str) -> None:
+        detail = find_detail(line)
+        if detail is not None:
+            tell(detail)
+
     run_confined(
         step,
         build_mmdebstrap_command(recipe, rootfs, inside_user_namespace=not is_root()),

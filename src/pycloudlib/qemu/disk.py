@@ -13,7 +13,8 @@ from pycloudlib.files import replace_atomically
 from pycloudlib.tools import run_tool
 
 _SECTOR = 512
-_QCOW2_MAGIC = b"QFI\xfb"
+_QCOW_MAGIC = b"QFI\xfb"
+_QCOW2_VERSIONS = (2, 3)
 _GPT_SIGNATURE = b"EFI PART"
 MINIMUM_DISK_SIZE = 10 << 30
 """Bytes that a machine's disk has at least."""
@@ -44,7 +45,7 @@ def inspect_image(path: Path) -> BaseImage:
     """
     with path.open("rb") as file:
         start = file.read(2 * _SECTOR)
-    if start.startswith(_QCOW2_MAGIC):
+    if start.startswith(_QCOW_MAGIC) and int.from_bytes(start[4:8], "big") in _QCOW2_VERSIONS:
         return _inspect_qcow2(path)
     _check_is_raw(path, start)
     return BaseImage(path, "raw", path.stat().st_size)
@@ -88,11 +89,9 @@ def _inspect_qcow2(path: Path) -> BaseImage:
     check = _qemu_img("check", path)
     # `check` looks at the tables alone; data missing at the file's end shows by its length.
     end = check.get("image-end-offset", 0)
-    if path.stat().st_size < end:
-        raise ValueError(
-            f"The image {path} is truncated: it has {path.stat().st_size} bytes, its tables tell "
-            f"of {end}. Fetch or build it again"
-        )
+    # The end is told in whole clusters, but a compressed image ends anywhere in its last one.
+    if path.stat().st_size <= end - int(info["cluster-size"]):
+        raise _truncated(path, end)
     return BaseImage(path, "qcow2", int(info["virtual-size"]))
 
 
@@ -117,15 +116,26 @@ def _check_is_raw(path: Path, start: bytes) -> None:
             f"{path} is not a disk image in qcow2 or raw format (no qcow2 header and no partition "
             "table). Other formats can be converted with 'qemu-img convert -O qcow2'"
         )
+    if path.stat().st_size < _expected_raw_size(start):
+        raise _truncated(path, _expected_raw_size(start))
+
+
+def _expected_raw_size(start: bytes) -> int:
+    """Tell from a disk's partition table how long the disk is at least, in bytes."""
     if start[_SECTOR : _SECTOR + 8] == _GPT_SIGNATURE:
         # UEFI 2.10, 5.3.2: the second table's header is in the disk's last sector.
         (last_sector,) = struct.unpack_from("<Q", start, _SECTOR + 32)
-        expected = (last_sector + 1) * _SECTOR
-        if path.stat().st_size < expected:
-            raise ValueError(
-                f"The image {path} is truncated: it has {path.stat().st_size} bytes, its partition "
-                f"table tells of {expected}. Fetch or build it again"
-            )
+        return int(last_sector + 1) * _SECTOR
+    # Four entries, each with its type at byte 4, first sector at 8, and length at 12.
+    entries = struct.iter_unpack("<4xB3xII", start[446:510])
+    return max(first + count if kind else 0 for kind, first, count in entries) * _SECTOR
+
+
+def _truncated(path: Path, expected: int) -> ValueError:
+    return ValueError(
+        f"The image {path} is truncated: it has {path.stat().st_size} bytes, its tables tell of "
+        f"{expected}. Fetch or build it again"
+    )
 
 
 def convert(source: Path, target: Path) -> None:

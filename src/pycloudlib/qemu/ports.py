@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock
 
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory
+from pycloudlib.files import create_private_directory, replace_atomically
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000
@@ -71,7 +71,8 @@ class PortRegistry:
                     "not needed any more"
                 )
             for port in free:
-                self._file(port).write_text(f"{owner}\n", encoding="utf-8")
+                with replace_atomically(self._file(port)) as temporary:
+                    temporary.write_text(f"{owner}\n", encoding="utf-8")
             return PortLease(*free)
 
     def release(self, lease: PortLease, owner: Path) -> None:
@@ -102,7 +103,7 @@ class PortRegistry:
 
     def _leased(self, port: int) -> bool:
         owner = self._owner(port)
-        return owner is not None and owner.is_dir()
+        return owner is not None and owner.is_absolute() and owner.is_dir()
 
 
 def can_listen(port: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudError
 
-_STDERR_LIMIT = 16 * 1024
+_OUTPUT_LIMIT = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,10 @@ class QemuProcess:
     def _said(self) -> str:
         try:
             with self._log.open("rb") as log:
-                log.seek(self._log_start)
-                return log.read(_STDERR_LIMIT).decode(errors="replace").strip()
+                # The last words are those that tell; after a chatty run there is much before.
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - _OUTPUT_LIMIT))
+                return log.read().decode(errors="replace").strip()
         except FileNotFoundError:
             return ""
 

@@ -1,0 +1,83 @@
+"""Fixtures that all layers share."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+UNIT_TESTS = Path(__file__).parent / "unit"
+
+# A partition table without partitions: what makes a raw file a disk.
+EMPTY_BOOT_SECTOR = bytes(510) + b"\x55\xaa"
+
+_USER_DIRECTORIES = {
+    "XDG_CACHE_HOME": ".cache",
+    "XDG_CONFIG_HOME": ".config",
+    "XDG_DATA_HOME": ".local/share",
+    "XDG_STATE_HOME": ".local/state",
+    "XDG_RUNTIME_DIR": ".run",
+}
+
+MakeImage = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def own_home(request: pytest.FixtureRequest) -> Path | None:
+    """Give each unit test a home of its own, so that nothing of the user's is read or written."""
+    if not request.path.is_relative_to(UNIT_TESTS):
+        return None
+    tmp_path: Path = request.getfixturevalue("tmp_path")
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for variable, directory in _USER_DIRECTORIES.items():
+        monkeypatch.setenv(variable, str(home / directory))
+    monkeypatch.delenv("PYCLOUDLIB_CONFIG", raising=False)
+    monkeypatch.setattr(
+        "pycloudlib.config.DEFAULT_LOCATIONS",
+        (Path("~/.config/pycloudlib.toml"), tmp_path / "etc" / "pycloudlib.toml"),
+    )
+    return home
+
+
+@pytest.fixture
+def home(own_home: Path | None) -> Path:
+    """Give the home directory that only this test has."""
+    assert own_home is not None, "only unit tests have a home of their own"
+    return own_home
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> MakeImage:
+    """Give a function that makes disk images whose content is `content`, then nothing."""
+
+    def make(
+        name: str = "tiny.img",
+        *,
+        image_format: str = "qcow2",
+        size: int = 1 << 20,
+        content: bytes = EMPTY_BOOT_SECTOR,
+        options: tuple[str, ...] = (),
+    ) -> Path:
+        image = tmp_path / name
+        raw = image if image_format == "raw" else tmp_path / f"{name}.content"
+        with raw.open("wb") as file:
+            file.write(content)
+            file.truncate(size)
+        if raw is not image:
+            command = ["qemu-img", "convert", "-f", "raw", "-O", image_format, *options]
+            subprocess.run([*command, str(raw), str(image)], check=True, capture_output=True)
+            raw.unlink()
+        return image
+
+    return make
+
+
+@pytest.fixture
+def tiny_image(make_image: MakeImage) -> Path:
+    """Give a qcow2 image of 1 MiB that holds nothing but an empty partition table."""
+    return make_image()

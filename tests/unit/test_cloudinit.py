@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from pycloudlib.guest.cloudinit import WAIT_SCRIPT, parse_status
+
+
+def stage(errors: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    return {"errors": errors or [], "start": 1700000000.5, "finished": 1700000002.0, **more}
+
+
+def make_output(state: str = "finished", **stages: dict[str, Any]) -> str:
+    v1: dict[str, Any] = {
+        "datasource": "DataSourceNoCloud [seed=/dev/vda]",
+        "init-local": stage(),
+        "init": stage(),
+        "modules-config": stage(),
+        "modules-final": stage(),
+        "stage": None,
+    }
+    v1.update({name.replace("_", "-"): value for name, value in stages.items()})
+    return f"{state}\n{json.dumps({'v1': v1}, indent=1)}\n"
+
+
+def test_boot_that_went_well() -> None:
+    status = parse_status(make_output())
+
+    assert status.state == "finished"
+    assert not status.failed
+    assert status.errors == ()
+    assert status.recoverable_errors == ()
+    assert status.datasource == "DataSourceNoCloud [seed=/dev/vda]"
+
+
+def test_stages_come_in_their_order_with_their_times() -> None:
+    stages = parse_status(make_output()).stages
+
+    assert [s.name for s in stages] == ["init-local", "init", "modules-config", "modules-final"]
+    assert all((s.started, s.finished) == (1700000000.5, 1700000002.0) for s in stages)
+
+
+def test_errors_are_given_in_cloud_inits_own_words() -> None:
+    status = parse_status(
+        make_output(
+            init=stage(["Failed loading yaml blob"]),
+            modules_final=stage(["('scripts_user', RuntimeError('Runparts: 1 failures'))"]),
+        )
+    )
+
+    assert status.failed
+    assert status.errors == (
+        "Failed loading yaml blob",
+        "('scripts_user', RuntimeError('Runparts: 1 failures'))",
+    )
+
+
+def test_recoverable_errors_are_told_and_are_no_failure() -> None:
+    warning = {"WARNING": ["Unhandled non-multipart userdata"], "DEPRECATED": ["use x"]}
+    status = parse_status(make_output(init=stage(recoverable_errors=warning)))
+
+    assert not status.failed
+    text = "\n".join(status.recoverable_errors)
+    assert "Unhandled non-multipart userdata" in text
+    assert "use x" in text
+    assert "WARNING" in text
+
+
+def test_crash_is_a_failure_even_without_errors() -> None:
+    status = parse_status(make_output("crashed"))
+
+    assert status.state == "crashed"
+    assert status.failed
+
+
+@pytest.mark.parametrize("output", ["crashed", "crashed\n", "finished\n"])
+def test_status_may_be_missing(output: str) -> None:
+    status = parse_status(output)
+
+    assert status.state == output.strip()
+    assert status.stages == ()
+
+
+@pytest.mark.parametrize("state", ["absent", "disabled"])
+def test_nothing_to_wait_for_is_no_failure(state: str) -> None:
+    status = parse_status(f"{state}\n")
+
+    assert status.state == state
+    assert not status.failed
+
+
+def test_stage_that_never_ran_has_no_times() -> None:
+    status = parse_status(make_output(modules_final={"errors": [], "start": None}))
+
+    assert (status.stages[-1].started, status.stages[-1].finished) == (None, None)
+
+
+def test_stages_of_other_versions_are_no_obstacle() -> None:
+    status = parse_status(make_output(new_stage=stage(), boot_status_code={"a": 1}))
+
+    assert len(status.stages) == 4
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "",
+        "\n\n",
+        "sh: 1: cloud-init: not found",
+        "status: done\n",
+        "finished\nnot JSON",
+        'finished\n{"v1": {"init": ',
+        "finished\n{}",
+        "finished\n[]",
+        "finished\nnull",
+        'finished\n{"v1": []}',
+        'finished\n{"v1": {"init": null}}',
+        'finished\n{"v1": {"init": {"errors": null}}}',
+        'finished\n{"v1": {"init": {"recoverable_errors": ["x"]}}}',
+    ],
+)
+def test_rubbish_is_refused_or_read_but_never_something_else(output: str) -> None:
+    try:
+        status = parse_status(output)
+    except ValueError:
+        return
+    assert status.state == "finished"
+
+
+@pytest.mark.parametrize("output", ["", "status: done\n", "finished\nnot JSON", "finished\n[]"])
+def test_what_is_no_status_is_refused(output: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_status(output)
+
+
+def test_script_is_one_that_a_shell_reads() -> None:
+    subprocess.run(["sh", "-n"], input=WAIT_SCRIPT.encode(), check=True)

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pycloudlib.errors import PycloudlibException
+from pycloudlib.qemu.disk import BaseImage, convert, create_overlay, inspect_image
+
+MakeImage = Callable[..., Path]
+
+GIB = 1 << 30
+SECTOR = 512
+
+
+def qemu_img(*arguments: str | Path) -> str:
+    command = ["qemu-img", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def image_info(path: Path) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads(qemu_img("info", "--output=json", path))
+    return info
+
+
+def boot_sector(*partitions: tuple[int, int, int]) -> bytes:
+    """Make a partition table of (type, first sector, number of sectors)."""
+    entries = b"".join(
+        struct.pack("<B3sB3sII", 0x80, b"\0\0\0", kind, b"\0\0\0", first, count)
+        for kind, first, count in partitions
+    )
+    return bytes(446) + entries.ljust(64, b"\0") + b"\x55\xaa"
+
+
+def gpt(sectors: int) -> bytes:
+    """Make the beginning of a disk with a GUID partition table of that many sectors."""
+    header = struct.pack("<8sIIIIQQ", b"EFI PART", 0x10000, 92, 0, 0, 1, sectors - 1)
+    return boot_sector((0xEE, 1, sectors - 1)) + header.ljust(SECTOR, b"\0")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        inspect_image(path)
+    message = str(caught.value)
+    assert str(path) in message, "the path is not told"
+    return message
+
+
+def test_qcow2_image_is_taken(tiny_image: Path) -> None:
+    assert inspect_image(tiny_image) == BaseImage(tiny_image, "qcow2", 1 << 20)
+
+
+@pytest.mark.parametrize("odd", [1, 511, 4096, 65535, 65536, 65537, 300000])
+@pytest.mark.parametrize("options", [(), ("-c",), ("-o", "compat=0.10"), ("-o", "cluster_size=4k")])
+def test_qcow2_image_of_any_make_is_taken(
+    options: tuple[str, ...], odd: int, make_image: MakeImage
+) -> None:
+    # Published images are compressed: their last cluster ends anywhere.
+    image = make_image(options=options, content=boot_sector() + os.urandom(odd), size=2 << 20)
+
+    assert inspect_image(image).virtual_size == 2 << 20
+
+
+def test_raw_image_with_a_partition_table_is_taken(make_image: MakeImage) -> None:
+    image = make_image(
+        image_format="raw", content=boot_sector((0x83, 2048, 2048)), size=4096 * SECTOR
+    )
+
+    assert inspect_image(image) == BaseImage(image, "raw", 4096 * SECTOR)
+
+
+def test_raw_image_with_a_guid_partition_table_is_taken(make_image: MakeImage) -> None:
+    image = make_image(image_format="raw", content=gpt(4096), size=4096 * SECTOR)
+
+    assert inspect_image(image) == BaseImage(image, "raw", 4096 * SECTOR)
+
+
+@pytest.mark.parametrize("missing", [SECTOR, 4095 * SECTOR // 2])
+def test_truncated_raw_image_is_refused(missing: int, make_image: MakeImage) -> None:
+    image = make_image(image_format="raw", content=gpt(4096), size=4096 * SECTOR - missing)
+
+    message = refusal(image)
+    assert "truncated" in message
+    assert "again" in message, "what to do is not told"
+
+
+def test_raw_image_with_a_partition_past_its_end_is_refused(make_image: MakeImage) -> None:
+    image = make_image(
+        image_format="raw", content=boot_sector((0x83, 2048, 20480)), size=4096 * SECTOR
+    )
+
+    assert "truncated" in refusal(image)
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.3])
+def test_qcow2_image_truncated_in_its_data_is_refused(kept: float, make_image: MakeImage) -> None:
+    image = make_image(content=boot_sector() + os.urandom(1 << 20), size=2 << 20)
+    os.truncate(image, int(image.stat().st_size * kept))
+
+    message = refusal(image)
+    assert "truncated" in message
+    assert "again" in message, "what to do is not told"
+
+
+@pytest.mark.parametrize("kept", [4, 60, 104, 600, 70000, 140000])
+def test_qcow2_image_truncated_in_its_tables_is_refused(kept: int, make_image: MakeImage) -> None:
+    image = make_image(content=boot_sector() + os.urandom(1 << 20), size=2 << 20)
+    os.truncate(image, kept)
+
+    assert "truncated" in refusal(image)
+
+
+def test_qcow2_image_with_damaged_tables_is_refused(tiny_image: Path) -> None:
+    with tiny_image.open("r+b") as file:
+        file.seek(40)  # the offset of the first table
+        file.write(b"\xff" * 8)
+
+    assert "damaged" in refusal(tiny_image)
+
+
+def test_qcow2_image_with_clusters_that_nobody_uses_is_taken(tiny_image: Path) -> None:
+    """A machine that was killed leaves such an image; nothing in it is lost."""
+    with tiny_image.open("r+b") as file:
+        header = file.read(64)
+        (table,) = struct.unpack_from(">Q", header, 48)
+        file.seek(table)
+        (block,) = struct.unpack(">Q", file.read(8))
+        cluster = 1 << struct.unpack_from(">I", header, 20)[0]
+        unused = tiny_image.stat().st_size // cluster + 1
+        file.seek(block + 2 * unused)
+        file.write(b"\0\1")
+
+    assert inspect_image(tiny_image).format == "qcow2"
+
+
+def test_image_with_a_backing_file_outside_is_refused(tiny_image: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.img"
+    qemu_img("create", "-f", "qcow2", "-F", "qcow2", "-b", tiny_image, overlay)
+
+    message = refusal(overlay)
+    assert str(tiny_image) in message
+    assert "qemu-img convert" in message, "what to do is not told"
+
+
+def test_image_that_would_read_a_file_of_the_host_is_refused(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 4096)
+    image = tmp_path / "thief.img"
+    qemu_img("create", "-f", "qcow2", "-F", "raw", "-b", secret, image)
+
+    assert str(secret) in refusal(image)
+
+
+def test_image_with_an_external_data_file_is_refused(tmp_path: Path) -> None:
+    image, data = tmp_path / "image.img", tmp_path / "data.raw"
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", image, "1M")
+
+    assert str(data) in refusal(image)
+
+
+@pytest.mark.parametrize("image_format", ["vmdk", "vdi", "vhdx", "qed", "qcow"])
+def test_image_of_another_format_is_refused(image_format: str, make_image: MakeImage) -> None:
+    image = make_image(image_format=image_format)
+
+    assert "qemu-img convert" in refusal(image), "what to do is not told"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"just text\n" * 200, bytes(SECTOR), bytes(1 << 20), b"QFI\xfb", b"\x7fELF" * 500],
+    ids=["empty", "one byte", "text", "one sector", "zeros", "magic alone", "program"],
+)
+def test_file_that_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
+    image = tmp_path / "not-an-image.img"
+    image.write_bytes(content)
+
+    refusal(image)
+
+
+def test_looking_at_an_image_changes_nothing(tiny_image: Path) -> None:
+    before = digest(tiny_image)
+
+    inspect_image(tiny_image)
+
+    assert digest(tiny_image) == before
+
+
+@pytest.mark.parametrize(
+    ("base_size", "overlay_size"),
+    [
+        (1 << 20, 10 * GIB),
+        (10 * GIB, 10 * GIB),
+        (10 * GIB + 65536, 10 * GIB + 65536),
+        (20 * GIB, 20 * GIB),
+    ],
+)
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_overlay_has_ten_gib_and_never_less_than_its_base(
+    image_format: str, base_size: int, overlay_size: int, tmp_path: Path, make_image: MakeImage
+) -> None:
+    base = make_image(image_format=image_format, size=base_size)
+    overlay = tmp_path / "overlay.qcow2"
+
+    create_overlay(inspect_image(base), overlay)
+
+    info = image_info(overlay)
+    assert info["virtual-size"] == overlay_size
+    assert info["format"] == "qcow2"
+    assert info["full-backing-filename"] == str(base)
+    assert info["backing-filename-format"] == image_format
+
+
+def test_overlay_is_readable_by_its_owner_alone(tiny_image: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+
+    create_overlay(inspect_image(tiny_image), overlay)
+
+    assert stat.S_IMODE(overlay.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["with space.img", "a,b,,c.img", "a:b.img", "grüß.img", "-x.img"])
+def test_names_of_any_kind_are_no_obstacle(
+    name: str, tmp_path: Path, make_image: MakeImage
+) -> None:
+    base = make_image(name)
+    overlay = tmp_path / f"overlay of {name}"
+
+    create_overlay(inspect_image(base), overlay)
+
+    assert image_info(overlay)["full-backing-filename"] == str(base)
+
+
+def test_base_is_never_written_to(tiny_image: Path, tmp_path: Path) -> None:
+    before = digest(tiny_image)
+    overlay = tmp_path / "overlay.qcow2"
+    create_overlay(inspect_image(tiny_image), overlay)
+
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", str(overlay)],
+        check=True,
+        capture_output=True,
+    )
+
+    assert digest(tiny_image) == before
+
+
+def test_overlay_that_fails_leaves_nothing(tiny_image: Path, tmp_path: Path) -> None:
+    base = inspect_image(tiny_image)
+    tiny_image.unlink()
+    overlay = tmp_path / "overlay.qcow2"
+
+    with pytest.raises(PycloudlibException, match="overlay") as caught:
+        create_overlay(base, overlay)
+
+    assert "tiny.img" in str(caught.value), "qemu-img's own words are not told"
+    assert not overlay.exists()
+
+
+def test_copy_needs_no_other_file(tiny_image: Path, tmp_path: Path) -> None:
+    overlay, copy = tmp_path / "overlay.qcow2", tmp_path / "copy.img"
+    create_overlay(inspect_image(tiny_image), overlay)
+
+    convert(overlay, copy)
+    overlay.unlink()
+    tiny_image.unlink()
+
+    assert inspect_image(copy).virtual_size == 10 * GIB
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    content = tmp_path / "content"
+    qemu_img("dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={copy}", f"of={content}")
+    assert content.read_bytes()[510:512] == b"\x55\xaa"
+
+
+def test_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "snapshots"
+    directory.mkdir()
+
+    with pytest.raises(PycloudlibException):
+        convert(tmp_path / "missing.qcow2", directory / "copy.img")
+
+    assert list(directory.iterdir()) == []

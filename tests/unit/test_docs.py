@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pycloudlib.config import ENVIRONMENT_VARIABLE
+from pycloudlib.qemu.settings import QemuSettings
+from pycloudlib.tools import PACKAGES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "pycloudlib"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
+DESIGN = ROOT / "docs" / "explanation" / "design.md"
+
+SHARED_KEYS = {"public_key_path", "private_key_path", "key_name"}
+"""Keys that the base class of clouds reads, for every cloud."""
+
+# Every Debian and Ubuntu system has these.
+ESSENTIAL_PACKAGES = {"dpkg", "util-linux"}
+
+_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    document: Path
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+
+def find_blocks(language: str) -> list[Block]:
+    return [
+        Block(document, content.count("\n", 0, match.start()) + 1, match["text"])
+        for document in DOCUMENTS
+        for content in (document.read_text(),)
+        for match in _FENCE.finditer(content)
+        if match["language"] == language
+    ]
+
+
+def find_links(document: Path) -> Iterator[str]:
+    prose = _FENCE.sub("", document.read_text())
+    for match in _LINK.finditer(prose):
+        if "://" not in match["target"]:
+            yield match["target"]
+
+
+def anchor(title: str) -> str:
+    """Give the name that a heading has in links."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    prose = _FENCE.sub("", document.read_text())
+    return {anchor(match["title"]) for match in _HEADING.finditer(prose)}
+
+
+def list_setup_programs() -> dict[str, str]:
+    """Give the programs that the setup script looks for, with their packages."""
+    script = (ROOT / "scripts" / "setup.sh").read_text()
+    return dict(re.findall(r'^    "([^/|"]+)\|([^|"]+)\|[^|"]+"$', script, re.MULTILINE))
+
+
+def test_there_are_documents_with_code() -> None:
+    assert {ROOT / "README.md", CONFIGURATION, DESIGN} <= set(DOCUMENTS)
+    assert len(find_blocks("python")) > 10
+
+
+@pytest.mark.parametrize("block", find_blocks("python"), ids=str)
+def test_python_blocks_compile(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+
+
+@pytest.mark.parametrize("block", find_blocks("python"), ids=str)
+def test_python_blocks_import_what_there_is(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or "")
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.parametrize("block", find_blocks("toml"), ids=str)
+def test_toml_blocks_have_known_keys(block: Block, caplog: pytest.LogCaptureFixture) -> None:
+    section = tomllib.loads(block.text)["qemu"]
+    assert section
+    # Paths of an example exist nowhere; that a key is known does not depend on its value.
+    values = dict.fromkeys(section)
+    with caplog.at_level(logging.WARNING):
+        QemuSettings.parse(values, str(block))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(document: Path) -> None:
+    for link in find_links(document):
+        path, _, fragment = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if fragment:
+            assert fragment in anchors(target), link
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        reached.add(document)
+        targets = {
+            (document.parent / link.partition("#")[0]).resolve() for link in find_links(document)
+        }
+        waiting += sorted(target for target in targets - reached if target.suffix == ".md")
+    assert reached == set(DOCUMENTS)
+
+
+def test_every_configuration_key_is_documented() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", CONFIGURATION.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted({*QemuSettings.__slots__, *SHARED_KEYS})
+
+
+def test_places_of_the_configuration_file_are_documented() -> None:
+    text = CONFIGURATION.read_text()
+    # Not from config.DEFAULT_LOCATIONS, which tests replace.
+    for place in (ENVIRONMENT_VARIABLE, "~/.config/pycloudlib.toml", "/etc/pycloudlib.toml"):
+        assert f"`{place}`" in text
+
+
+def test_every_dependency_is_accounted_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = {re.split(r"[<>=;\s]", line, maxsplit=1)[0] for line in project["dependencies"]}
+    text = DESIGN.read_text()
+    assert {name for name in dependencies if f"| `{name}` |" not in text} == set()
+
+
+def test_every_module_has_its_line_in_the_design() -> None:
+    text = DESIGN.read_text()
+    modules = {file.name for file in SOURCE.rglob("*.py") if not file.name.startswith("_")}
+    assert {name for name in modules if f"`{name}`" not in text} == set()
+
+
+def test_setup_installs_what_the_package_runs() -> None:
+    programs = list_setup_programs()
+    sources = "".join(file.read_text() for file in SOURCE.rglob("*.py") if file.name != "tools.py")
+    needed = {
+        program: package
+        for program, package in PACKAGES.items()
+        if f'"{program}"' in sources and package not in ESSENTIAL_PACKAGES
+    }
+    # A package is found by one of its programs.
+    assert set(needed.values()) <= set(programs.values())
+    assert {name: programs[name] for name in programs if name in PACKAGES} == {
+        name: package for name, package in PACKAGES.items() if name in programs
+    }
+
+
+def test_make_help_names_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
+    explained = re.findall(r"^([a-z]+):.*## .+$", makefile, re.MULTILINE)
+    assert sorted(explained) == sorted(phony.split())

@@ -1,0 +1,131 @@
+"""Who may import whom, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import pycloudlib
+
+ROOT: Final = Path(pycloudlib.__file__).parent
+PACKAGE: Final = "pycloudlib"
+
+# From the top down; each layer imports only what `ALLOWED` says. A module beside the front door
+# that is not named here is vocabulary.
+LAYERS: Final = {
+    PACKAGE: "front",
+    f"{PACKAGE}.__main__": "program",
+    f"{PACKAGE}.cli": "program",
+    f"{PACKAGE}.pytest_plugin": "program",
+    f"{PACKAGE}.qemu.cloud": "facade",
+    f"{PACKAGE}.qemu.instance": "facade",
+    f"{PACKAGE}.cloud": "base",
+    f"{PACKAGE}.instance": "base",
+}
+PACKAGE_LAYERS: Final = {"qemu": "engine", "images": "images", "guest": "guest"}
+
+ALLOWED: Final = {
+    "front": {"facade", "base", "vocabulary"},
+    "program": {"program", "front", "facade", "engine", "images", "guest", "base", "vocabulary"},
+    "facade": {"facade", "engine", "images", "guest", "base", "vocabulary"},
+    "engine": {"engine", "images", "guest", "vocabulary"},
+    "base": {"base", "guest", "vocabulary"},
+    "images": {"images", "vocabulary"},
+    "guest": {"guest", "vocabulary"},
+    "vocabulary": {"vocabulary"},
+}
+
+# Imported where they are used: each takes longer than all of this package.
+HEAVY: Final = ("cryptography", "httpx", "paramiko", "pycdlib", "rich", "yaml")
+
+
+def find_modules() -> dict[str, Path]:
+    modules = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return modules
+
+
+MODULES: Final = find_modules()
+
+
+def layer_of(module: str) -> str:
+    if module in LAYERS:
+        return LAYERS[module]
+    first, _, rest = module.removeprefix(f"{PACKAGE}.").partition(".")
+    if first in PACKAGE_LAYERS:
+        return PACKAGE_LAYERS[first]
+    assert not rest, f"the new package {first!r} has no layer yet: give it one here"
+    return "vocabulary"
+
+
+def find_imports(module: str) -> Iterator[tuple[str, int]]:
+    """Give what a module imports of this package, wherever in it, with the line."""
+    file = MODULES[module]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            source = importlib.util.resolve_name(relative, package)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                names.append(inner if inner in MODULES else source)
+        for name in names:
+            if name in MODULES:
+                yield name, getattr(node, "lineno", 0)
+
+
+def test_modules_are_found() -> None:
+    assert {PACKAGE, "pycloudlib.cloud", "pycloudlib.qemu.cloud"} <= set(MODULES)
+    assert "pycloudlib.cloud" in dict(find_imports("pycloudlib.qemu.cloud"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_is_below_it(module: str) -> None:
+    layer = layer_of(module)
+    wrong = [
+        f"{MODULES[module]}:{line} imports {name} ({layer_of(name)})"
+        for name, line in find_imports(module)
+        if layer_of(name) not in ALLOWED[layer]
+    ]
+
+    assert not wrong, f"{module} is of the layer {layer!r}, but " + "; ".join(wrong)
+
+
+@pytest.mark.parametrize("layer", ["base", "images", "guest", "vocabulary"])
+def test_nothing_below_the_engine_knows_it(layer: str) -> None:
+    assert not {"engine", "facade", "program", "front"} & ALLOWED[layer]
+
+
+def loaded_by(statement: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    loaded = loaded_by("import pycloudlib")
+
+    assert not loaded.intersection(HEAVY)
+
+
+def test_importing_the_package_alone_makes_its_modules_reachable() -> None:
+    names = ("cloud", "config", "errors", "instance", "key", "result", "util")
+    uses = "; ".join(f"pycloudlib.{name}" for name in names)
+
+    assert {f"pycloudlib.{name}" for name in names} <= loaded_by(f"import pycloudlib; {uses}")

@@ -1,0 +1,380 @@
+"""What clients import, call and subclass, held as data."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.metadata
+import inspect
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import pycloudlib
+from pycloudlib import errors
+from pycloudlib.cloud import BaseCloud, ImageType
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair
+from pycloudlib.qemu.cloud import Qemu
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.result import Result
+
+MODULES: Final[Mapping[str, tuple[str, ...]]] = {
+    "pycloudlib": (
+        "Qemu",
+        "__version__",
+        "cloud",
+        "config",
+        "errors",
+        "instance",
+        "key",
+        "result",
+        "util",
+    ),
+    "pycloudlib.cloud": ("BaseCloud", "ImageType"),
+    "pycloudlib.config": ("Config", "parse_config"),
+    "pycloudlib.errors": (
+        "CleanupError",
+        "CloudError",
+        "CloudSetupError",
+        "ImageNotFoundError",
+        "InstanceNotFoundError",
+        "InvalidTagNameError",
+        "MissingPrerequisiteError",
+        "NetworkNotFoundError",
+        "PycloudlibError",
+        "PycloudlibException",
+        "PycloudlibTimeoutError",
+        "ResourceNotFoundError",
+        "ResourceType",
+        "UnsetSSHKeyError",
+    ),
+    "pycloudlib.instance": ("BaseInstance",),
+    "pycloudlib.key": ("KeyPair",),
+    "pycloudlib.qemu.cloud": ("Qemu",),
+    "pycloudlib.qemu.instance": ("QemuInstance",),
+    "pycloudlib.result": ("Result",),
+    "pycloudlib.util": (
+        "LTS_RELEASES",
+        "UBUNTU_RELEASE_VERSION_MAP",
+        "add_key_to_cloud_config",
+        "get_timestamped_tag",
+        "log_exception_list",
+    ),
+}
+
+REQUIRED: Final = inspect.Parameter.empty
+OPTIONAL: Final = object()  # has a default; which one is not said
+
+# Parameters as `name: default`. The name "_" stands for one that clients give by position. After
+# "*" come those that clients give by name; "**" says that any other keyword is accepted.
+Parameters = Mapping[str, Any]
+
+LAUNCH: Final[Parameters] = {
+    "image_id": REQUIRED,
+    "instance_type": "c1m1500",
+    "user_data": None,
+    "meta_data": None,
+    "vendor_data": None,
+    "network_config": None,
+    "kernel_cmdline": "",
+    "kernel_path": None,
+    "no_seed_iso": False,
+    "username": None,
+    "launch_args": None,
+    "**": None,
+}
+
+CLOUD_METHODS: Final[Mapping[str, Parameters]] = {
+    "__init__": {"tag": REQUIRED, "timestamp_suffix": True, "config_file": None},
+    "__enter__": {},
+    "__exit__": {"_": REQUIRED, "_2": REQUIRED, "_3": REQUIRED},
+    "clean": {},
+    "create_key_pair": {},
+    "daily_image": {"release": REQUIRED, "**": None},
+    "delete_image": {"image_id": REQUIRED},
+    "get_instance": {"instance_id": REQUIRED, "username": None},
+    "image_serial": {"image_id": REQUIRED},
+    "list_keys": {},
+    "released_image": {"release": REQUIRED, "**": None},
+    "snapshot": {"instance": REQUIRED, "clean": True},
+    "use_key": {"public_key_path": REQUIRED, "private_key_path": None, "name": None},
+}
+
+INSTANCE_METHODS: Final[Mapping[str, Parameters]] = {
+    "__enter__": {},
+    "__exit__": {"_": REQUIRED, "_2": REQUIRED, "_3": REQUIRED},
+    "clean": {},
+    "console_log": {},
+    "delete": {"wait": True},
+    "execute": {
+        "_": REQUIRED,
+        "stdin": None,
+        "description": None,
+        "*": None,
+        "use_sudo": False,
+        "get_pty": False,
+    },
+    "get_boot_id": {},
+    "install": {"_": REQUIRED},
+    "pull_file": {"remote_path": REQUIRED, "local_path": REQUIRED},
+    "push_file": {"local_path": REQUIRED, "remote_path": REQUIRED},
+    "restart": {"wait": True},
+    "run_script": {"_": REQUIRED},
+    "shutdown": {"wait": True},
+    "start": {"wait": True},
+    "update": {},
+    "wait": {"*": None, "ready_timeout": OPTIONAL},
+    "wait_for_delete": {},
+    "wait_for_restart": {"old_boot_id": REQUIRED},
+    "wait_for_stop": {},
+    "_ssh": {"_": REQUIRED, "stdin": None},
+    "_ssh_connect": {},
+    "_wait_for_cloudinit": {},
+    "_wait_for_execute": {},
+}
+
+METHODS: Final[Mapping[type, Mapping[str, Parameters]]] = {
+    BaseCloud: {**CLOUD_METHODS, "launch": {"image_id": REQUIRED, "**": None}},
+    Qemu: {**CLOUD_METHODS, "launch": LAUNCH},
+    BaseInstance: INSTANCE_METHODS,
+    QemuInstance: {**INSTANCE_METHODS, "__del__": {}},
+    KeyPair: {"__init__": {"_": REQUIRED, "private_key_path": None, "name": None}},
+    Result: {"__new__": {"_": REQUIRED, "_2": "", "return_code": 0}},
+}
+
+CLOUD_ATTRIBUTES: Final = ("tag", "config", "key_pair", "created_instances", "created_images")
+QEMU_ATTRIBUTES: Final = ("image_dir", "working_dir", "parent_dir", "qemu_binary")
+RESULT_ATTRIBUTES: Final = ("stdout", "stderr", "return_code", "ok", "failed")
+INSTANCE_PROPERTIES: Final = ("id", "name", "ip")
+INSTANCE_ATTRIBUTES: Final = (
+    "port",
+    "telnet_port",
+    "username",
+    "key_pair",
+    "instance_dir",
+    "instance_path",
+)
+
+ERROR_PARENTS: Final[Mapping[str, str]] = {
+    "PycloudlibException": "Exception",
+    "PycloudlibError": "PycloudlibException",
+    "ResourceNotFoundError": "PycloudlibException",
+    "ImageNotFoundError": "ResourceNotFoundError",
+    "InstanceNotFoundError": "ResourceNotFoundError",
+    "NetworkNotFoundError": "ResourceNotFoundError",
+    "CloudSetupError": "PycloudlibException",
+    "CloudError": "PycloudlibException",
+    "PycloudlibTimeoutError": "PycloudlibException",
+    "CleanupError": "PycloudlibException",
+    "MissingPrerequisiteError": "PycloudlibException",
+    "InvalidTagNameError": "PycloudlibException",
+    "UnsetSSHKeyError": "PycloudlibException",
+}
+
+IMAGE_TYPES: Final = {
+    "GENERIC": "generic",
+    "MINIMAL": "minimal",
+    "PRO": "Pro",
+    "PRO_FIPS": "Pro FIPS",
+    "PRO_FIPS_UPDATES": "Pro FIPS Updates",
+}
+
+# At most these: every further one would break a client's subclass.
+ABSTRACT_METHODS: Final[Mapping[type, frozenset[str]]] = {
+    BaseCloud: frozenset(
+        (
+            "delete_image",
+            "released_image",
+            "daily_image",
+            "image_serial",
+            "get_instance",
+            "launch",
+            "snapshot",
+        )
+    ),
+    BaseInstance: frozenset(
+        (
+            "id",
+            "name",
+            "ip",
+            "delete",
+            "_do_restart",
+            "shutdown",
+            "start",
+            "wait_for_delete",
+            "wait_for_stop",
+        )
+    ),
+}
+
+
+def signature_problems(function: Any, expected: Parameters) -> list[str]:
+    """Compare a method with what clients rely on; what it has beyond that must be optional."""
+    given = list(inspect.signature(function).parameters.values())[1:]  # without self or cls
+    by_name = {parameter.name: parameter for parameter in given}
+    positional = [p for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]
+    problems = []
+    seen: set[str] = set()
+    by_keyword = False
+    for index, (name, default) in enumerate(expected.items()):
+        if name == "**":
+            if not any(p.kind is p.VAR_KEYWORD for p in given):
+                problems.append("does not accept other keywords")
+            continue
+        if name == "*":
+            by_keyword = True
+            continue
+        if by_keyword:
+            parameter = by_name.get(name)
+        else:
+            parameter = positional[index] if index < len(positional) else None
+        if parameter is None or not (name.startswith("_") or parameter.name == name):
+            where = "by name" if by_keyword else f"at position {index + 1}"
+            problems.append(f"has no {name!r} {where}")
+            continue
+        seen.add(parameter.name)
+        if default is OPTIONAL:
+            if parameter.default is REQUIRED:
+                problems.append(f"{name!r} has no default")
+        elif parameter.default != default:
+            problems.append(f"{name!r} has the default {parameter.default!r}, not {default!r}")
+    problems.extend(
+        f"{p.name!r} is required and new to clients"
+        for p in given
+        if p.name not in seen
+        and p.default is REQUIRED
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+    return problems
+
+
+def missing_from(thing: object, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not hasattr(thing, name)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_the_names_that_clients_import(module: str) -> None:
+    missing = missing_from(importlib.import_module(module), MODULES[module])
+
+    assert not missing, f"{module} lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        pytest.param(owner, method, id=f"{owner.__name__}.{method}")
+        for owner, methods in METHODS.items()
+        for method in methods
+    ],
+)
+def test_method_takes_the_parameters_that_clients_give(owner: type, method: str) -> None:
+    function = inspect.getattr_static(owner, method, None)
+    assert function is not None, f"{owner.__name__} lacks {method}()"
+
+    problems = signature_problems(getattr(function, "__func__", function), METHODS[owner][method])
+
+    assert not problems, f"{owner.__name__}.{method}(): {'; '.join(problems)}"
+
+
+@pytest.mark.parametrize("method", ["released_image", "daily_image"])
+def test_images_are_generic_unless_another_type_is_asked_for(method: str) -> None:
+    parameter = inspect.signature(getattr(Qemu, method)).parameters.get("image_type")
+
+    assert parameter is not None, f"Qemu.{method}() lacks image_type"
+    assert parameter.default is ImageType.GENERIC
+
+
+@pytest.mark.parametrize("error", ERROR_PARENTS)
+def test_error_has_its_place_in_the_tree(error: str) -> None:
+    parent = ERROR_PARENTS[error]
+    found = getattr(errors, error)
+
+    assert issubclass(found, getattr(errors, parent, Exception)), f"{error} is no {parent}"
+
+
+def test_every_error_of_the_package_is_below_the_root() -> None:
+    strangers = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type)
+        and issubclass(value, Exception)
+        and not issubclass(value, errors.PycloudlibException)
+    ]
+
+    assert not strangers, f"not below PycloudlibException: {', '.join(strangers)}"
+
+
+def test_resource_types_are_an_enum() -> None:
+    assert issubclass(errors.ResourceType, enum.Enum)
+    assert {"IMAGE", "INSTANCE", "NETWORK"} <= set(errors.ResourceType.__members__)
+
+
+def test_image_types_have_their_values() -> None:
+    assert {member.name: member.value for member in ImageType} == IMAGE_TYPES
+
+
+@pytest.mark.parametrize("base", ABSTRACT_METHODS, ids=lambda base: str(base.__name__))
+def test_base_class_asks_no_more_of_subclasses_than_agreed(base: type) -> None:
+    found: frozenset[str] = getattr(base, "__abstractmethods__", frozenset())
+    new = found - ABSTRACT_METHODS[base]
+
+    assert not new, f"{base.__name__} has the new abstract methods {', '.join(sorted(new))}"
+
+
+def test_qemu_classes_are_kinds_of_the_base_classes() -> None:
+    assert pycloudlib.Qemu is Qemu
+    assert issubclass(Qemu, BaseCloud)
+    assert issubclass(QemuInstance, BaseInstance)
+    assert not getattr(Qemu, "__abstractmethods__", None)
+    assert not getattr(QemuInstance, "__abstractmethods__", None)
+
+
+def test_cloud_has_its_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = tmp_path / "bin" / "qemu-system-x86_64"
+    binary.parent.mkdir()
+    binary.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{binary.parent}:{os.environ['PATH']}")
+
+    with Qemu("surface", config_file=io.StringIO("")) as cloud:
+        missing = missing_from(cloud, (*CLOUD_ATTRIBUTES, *QEMU_ATTRIBUTES))
+
+        assert not missing, f"Qemu objects lack {', '.join(missing)}"
+        assert cloud.created_instances == []
+        assert cloud.created_images == []
+        assert Path(cloud.parent_dir) == Path(cloud.working_dir) / f"pycl-qemu-{cloud.tag}"
+
+
+def test_result_has_its_attributes() -> None:
+    missing = missing_from(Result("out", "err", 1), RESULT_ATTRIBUTES)
+
+    assert not missing, f"Result lacks {', '.join(missing)}"
+
+
+def test_instance_has_its_attributes() -> None:
+    # The rest is set by the constructor, whose arguments are no business of clients.
+    source = inspect.getsource(QemuInstance) + inspect.getsource(BaseInstance)
+    missing = [
+        name
+        for name in INSTANCE_ATTRIBUTES
+        if not hasattr(QemuInstance, name)
+        and f"self.{name} = " not in source
+        and f"self.{name}: " not in source
+    ]
+    missing += missing_from(QemuInstance, INSTANCE_PROPERTIES)
+
+    assert not missing, f"QemuInstance lacks {', '.join(missing)}"
+
+
+def test_version_is_one_that_clients_accept() -> None:
+    version = Version(importlib.metadata.version("pycloudlib"))
+
+    assert version in SpecifierSet(">=1!10.0.2,<1!12", prereleases=True)
+    assert (version.epoch, version.major) == (1, 11)
+    assert Version(pycloudlib.__version__) == version
