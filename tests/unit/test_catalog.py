@@ -9,13 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.imageserver import (
-    ImageServer,
-    SigningKey,
-    forget_proxies,
-    new_signing_key,
-    running_image_server,
-)
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import download
@@ -25,6 +18,13 @@ from pycloudlib.images.catalog import (
     find_entry,
     parse_catalog,
     serial_order,
+)
+from tests.unit.imageserver import (
+    ImageServer,
+    SigningKey,
+    forget_proxies,
+    new_signing_key,
+    running_image_server,
 )
 
 SAMPLE = Path(__file__).parent / "data" / "released-download.json"

@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
+from pycloudlib.images import download, store
+from pycloudlib.images.catalog import CatalogEntry, ImageSource, Stream, find_entry
+from pycloudlib.images.releases import fetch_image, find_stored, image_path
+from pycloudlib.progress import Progress
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,
@@ -16,12 +22,6 @@ from tests.unit.imageserver import (
     new_signing_key,
     running_image_server,
 )
-
-from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download, store
-from pycloudlib.images.catalog import CatalogEntry, ImageSource, Stream, find_entry
-from pycloudlib.images.releases import fetch_image, find_stored, image_path
-from pycloudlib.progress import Progress
 
 
 @pytest.fixture(scope="module")

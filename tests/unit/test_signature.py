@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.imageserver import SigningKey, new_signing_key
 
 from pycloudlib.errors import ImageVerificationError, MissingPrerequisiteError
 from pycloudlib.images.signature import (
@@ -16,6 +15,7 @@ from pycloudlib.images.signature import (
     verify_clearsigned,
     verify_detached,
 )
+from tests.unit.imageserver import SigningKey, new_signing_key
 
 DATA = Path(__file__).parent / "data"
 SUMS = (DATA / "noble-SHA256SUMS").read_bytes()
