@@ -1,0 +1,61 @@
+# `make` alone lists what there is. Everything but `help` and `clean` sets itself up first, which
+# takes no time when all is there.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# The release whose image the demo starts: bookworm or trixie are built here, an Ubuntu series
+# such as noble is downloaded.
+RELEASE ?= bookworm
+# Handed to pytest by unit, qemu and guest, e.g. PYTEST_ARGS='-k download -x'.
+PYTEST_ARGS ?=
+
+PYTHON_IN_VENV := .venv/bin/python
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+CODE := src tests examples scripts
+
+.PHONY: help setup demo test lint format unit qemu guest wheel measure clean
+
+help:  ## List the targets
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+
+setup:  ## Install what is missing: QEMU and other host programs, a virtual environment in .venv
+	@scripts/setup.sh
+
+demo: setup  ## Launch a machine, run a few commands in it, delete it (RELEASE=noble for Ubuntu's image)
+	@$(PYTHON_IN_VENV) examples/demo.py --release $(RELEASE)
+
+test: lint unit wheel qemu guest  ## Everything that has to pass: lint, unit, wheel, qemu, guest
+
+lint: setup  ## Check style and types: ruff and mypy
+	$(PYTHON_IN_VENV) -m ruff check $(CODE)
+	$(PYTHON_IN_VENV) -m ruff format --check $(CODE)
+	$(PYTHON_IN_VENV) -m mypy $(CODE)
+
+format: setup  ## Format the code, and mend what ruff can mend
+	$(PYTHON_IN_VENV) -m ruff format $(CODE)
+	$(PYTHON_IN_VENV) -m ruff check --fix $(CODE)
+
+unit: setup  ## Run the tests without QEMU and network (seconds)
+	$(PYTEST) tests/unit $(PYTEST_ARGS)
+
+qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
+	$(PYTEST) tests/qemu $(PYTEST_ARGS)
+
+guest: setup  ## Run the tests that boot real guests (minutes in emulation)
+	$(PYTEST) tests/guest $(PYTEST_ARGS)
+
+wheel: setup  ## Build the package into dist/, install it elsewhere, and check what was installed
+	@rm -rf dist
+	@echo "Building dist/"
+	@$(PYTHON_IN_VENV) -m build > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@$(PYTHON_IN_VENV) -m scripts.check_wheel dist/*.whl
+
+measure: wheel  ## Measure the package: size of an installation, time of an import
+	@$(PYTHON_IN_VENV) -m scripts.measure dist/*.whl
+
+clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests examples scripts -name __pycache__ -prune -exec rm -rf {} +
