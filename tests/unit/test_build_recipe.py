@@ -4,6 +4,7 @@ import tarfile
 from typing import Any
 
 import pytest
+import yaml
 
 from pycloudlib.images import recipe as recipes
 from pycloudlib.images.recipe import BuildRecipe
@@ -86,8 +87,6 @@ class TestGuestFiles:
     def test_cloud_init_looks_for_nocloud_only_and_makes_the_user(
         self, files: dict[str, recipes.GuestFile]
     ) -> None:
-        import yaml
-
         config = yaml.safe_load(files["/etc/cloud/cloud.cfg.d/91_pycloudlib.cfg"].content)
 
         assert config["datasource_list"] == ["NoCloud", "None"]

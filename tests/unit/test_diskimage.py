@@ -67,7 +67,8 @@ class TestBootLoader:
     reason="needs sfdisk, mkfs.vfat and GRUB's files",
 )
 def test_a_disk_is_partitioned_and_made_bootable_without_root(tmp_path: Path) -> None:
-    disk = tmp_path / "disk.raw"
+    disk = tmp_path / "disk" / "disk.raw"
+    disk.parent.mkdir()
     layout = diskimage.build_layout(2)
 
     diskimage.write_partition_table("partitioning", disk, layout)
@@ -86,7 +87,7 @@ def test_a_disk_is_partitioned_and_made_bootable_without_root(tmp_path: Path) ->
     assert first_sector[450] == 0xEE  # the protective partition of a GPT
     assert core_pointer == (2049).to_bytes(8, "little")
     assert efi_sector[71:79] == b"UEFI    "
-    assert list(tmp_path.iterdir()) == [disk]
+    assert list(disk.parent.iterdir()) == [disk]
     listed = subprocess.run(
         ["/usr/sbin/sfdisk", "--list", "--quiet", "-o", "Device,Type", disk],
         capture_output=True,

@@ -10,20 +10,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import os
 import re
-import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
 from pycloudlib.images import confinement, diskimage, rootfs, store
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
+from pycloudlib.images.workshop import (
+    Workshop,
+    find_scratch_base,
+    make_scratch,
+    open_workshop,
+    remove_stale_workshops,
+)
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.tools import find_tool
 
@@ -33,8 +38,6 @@ _SOURCE = "built:"  # what the source in a record begins with; the recipe's key 
 _SERIAL = re.compile(r"(\d{8})(?:\.(\d+))?")
 
 _LOCK_NAME = ".build.lock"
-_WORKSHOP_PREFIX = ".build-"
-_SCRATCH_PREFIX = "pycloudlib-build-"
 _DISK = "disk.raw"
 
 _TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
@@ -110,21 +113,6 @@ def _serial_order(serial: str) -> tuple[int, int]:
 # -- the story ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """Where one build happens, and what is gone after it.
-
-    Attributes:
-        directory: The temporary directory, on the file system of the images.
-        product: The directory in it that becomes the image's own.
-        handover: The directory in it that confined programs reach.
-    """
-
-    directory: Path
-    product: Path
-    handover: rootfs.Handover
-
-
 MakeImage = Callable[[BuildRecipe, Workshop, "Steps"], None]
 """Makes the image of a recipe, its kernel and its initrd in the workshop's `product`."""
 
@@ -147,16 +135,14 @@ def _provide_image(
         now = find_built_image(recipe, image_dir)
         if now is not None and now != before:
             return now
-        _remove_stale_workshops(image_dir)
-        with _workshop(image_dir) as workshop:
+        remove_stale_workshops(image_dir)
+        with open_workshop(image_dir) as workshop:
             make(recipe, workshop, Steps(recipe, on_progress))
             return _put_in_place(recipe, workshop, image_dir)
 
 
 @contextlib.contextmanager
 def _exclusive(image_dir: Path, on_progress: ProgressCallback) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # noqa: PLC0415 - not needed when the image is there
-
     lock = FileLock(image_dir / _LOCK_NAME, mode=0o600)
     try:
         lock.acquire(timeout=0)
@@ -218,78 +204,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# -- the workshop ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _workshop(image_dir: Path) -> Iterator[Workshop]:
-    directory = Path(tempfile.mkdtemp(prefix=_WORKSHOP_PREFIX, dir=image_dir))
-    try:
-        product, shared = directory / "image", directory / "handover"
-        product.mkdir(mode=0o700)
-        shared.mkdir()
-        shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
-        with _open_locked(shared) as descriptor:
-            yield Workshop(directory, product, rootfs.Handover(shared, descriptor))
-    finally:
-        _remove_workshop(directory)
-
-
-def _scratch_base() -> Path:
-    # Not /tmp, which is memory on many hosts.
-    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - names in it are random
-
-
-def _make_scratch(directory: Path) -> Path:
-    """Make the directory that the system is installed in.
-
-    For an ordinary user it belongs to a subordinate id, which may be shut out of the user's home;
-    it is then one of the host's temporary directories, and its name is noted in the workshop before
-    it exists, so that it is found again after a crash.
-    """
-    if confinement.is_root():
-        scratch = directory / "scratch"
-        scratch.mkdir()
-        return scratch
-    scratch = _scratch_base() / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
-    (directory / "scratch-path").write_text(str(scratch))
-    confinement.run_confined("making a directory", ("mkdir", "--mode=0700", scratch))
-    return scratch
-
-
-def _remove_stale_workshops(image_dir: Path) -> None:
-    """Remove what killed builds left; under the build lock nobody else owns a workshop."""
-    for directory in image_dir.glob(f"{_WORKSHOP_PREFIX}*/"):
-        # The programs of a killed build hold its handover's lock for the instant they outlive it.
-        with contextlib.suppress(FileNotFoundError), _open_locked(directory / "handover"):
-            pass
-        _remove_workshop(directory)
-
-
-def _remove_workshop(directory: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        scratch = Path((directory / "scratch-path").read_text())
-        if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
-            rootfs.remove_tree("removing temporary files (rm)", scratch)
-    shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def _open_locked(directory: Path) -> Iterator[int]:
-    """Open a directory and lock it; programs that inherit the descriptor keep the lock."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Above the numbers that shells use for themselves.
-        descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 100)
-    finally:
-        os.close(opened)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 # -- the steps ------------------------------------------------------------------------------------
 
 
@@ -314,13 +228,13 @@ class Steps:
         """Announce a step, and name it in the error if it fails."""
         self._current = Progress(name, done=self._done, total=self.TOTAL, unit="step")
         self._on_progress(self._current)
-        build = f"Building an image of {self._recipe.release} failed while"
+        what = f"Cannot build an image of {self._recipe.release}"
         try:
             yield name
         except ToolError as error:
-            raise ImageBuildError(f"{build} {error}") from error
+            raise ImageBuildError(f"{what}: {error}") from error
         except OSError as error:
-            raise ImageBuildError(f"{build} {name}: {error}") from error
+            raise ImageBuildError(f"{what}: {name} failed: {error}") from error
         self._done += 1
 
     def tell(self, detail: str) -> None:
@@ -336,9 +250,9 @@ def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
     with steps.step("checking the host"):
         _check_host(workshop.directory)
         disk = handover.offer(_DISK)
-        system = _make_scratch(workshop.directory) / "rootfs"
+        system = make_scratch(workshop.directory) / "rootfs"
     with steps.step("installing packages (mmdebstrap)") as name:
-        rootfs.install_packages(name, recipe, system, steps.tell)
+        rootfs.install_packages(name, recipe, system, handover, steps.tell)
     with steps.step("configuring the guest (sh)") as name:
         rootfs.configure_guest(name, recipe, system, handover)
         handover.kernel.rename(store.kernel_path(image))
@@ -362,7 +276,7 @@ def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
 def _check_host(directory: Path) -> None:
     """See that everything a build needs is there before it begins."""
     _check_prerequisites()
-    places = {directory} if confinement.is_root() else {directory, _scratch_base()}
+    places = {directory} if confinement.is_root() else {directory, find_scratch_base()}
     for place in places:
         free = shutil.disk_usage(place).free
         if free < _NEEDED_SPACE:

@@ -183,6 +183,7 @@ def _key(recipe: BuildRecipe) -> str:
         list_apt_sources(recipe),
         [dataclasses.astuple(file) for file in list_guest_files(recipe)],
         _UNWANTED_FILES,
+        CONFIGURE_SCRIPT,
     )
     return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
@@ -281,3 +282,21 @@ ff00::0 ip6-mcastprefix
 ff02::1 ip6-allnodes
 ff02::2 ip6-allrouters
 """
+
+# $1 is the system's directory, $2 the handover directory; the rest are patterns of files to remove.
+CONFIGURE_SCRIPT = """\
+set -eu
+rootfs=$1 handover=$2
+shift 2
+for pattern; do
+    rm -f -- "$rootfs"$pattern
+done
+tar --extract --file="$handover/guest-files.tar" --directory="$rootfs" --unlink-first
+# Made by cloud-init otherwise, with the id that the default user should have.
+chroot "$rootfs" groupadd --system --force netdev
+# Everything is up to date: without these systemd runs ldconfig and others at the first boot.
+touch "$rootfs/etc/.updated" "$rootfs/var/.updated"
+cat "$rootfs/vmlinuz" >"$handover/kernel"
+cat "$rootfs/initrd.img" >"$handover/initrd"
+"""
+"""Makes a cloud image of an installed system; a shell script."""

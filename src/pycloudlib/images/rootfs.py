@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pycloudlib.images.confinement import is_root, run_confined
 from pycloudlib.images.recipe import (
+    CONFIGURE_SCRIPT,
     ROOT_LABEL,
     BuildRecipe,
     GuestFile,
@@ -37,6 +38,7 @@ _EXT4_FEATURES = (
     "large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 )
 
+# Named by the recipe's script too.
 _GUEST_FILES, _KERNEL, _INITRD = "guest-files.tar", "kernel", "initrd"
 
 
@@ -76,7 +78,7 @@ class Handover:
 
 
 def install_packages(
-    step: str, recipe: BuildRecipe, rootfs: Path, tell: Callable[[str], None]
+    step: str, recipe: BuildRecipe, rootfs: Path, handover: Handover, tell: Callable[[str], None]
 ) -> None:
     """Install a recipe's packages into a new directory; apt checks their signatures.
 
@@ -84,6 +86,7 @@ def install_packages(
         step: What this is called in an error.
         recipe: Whose packages.
         rootfs: The directory; its parent takes temporary files.
+        handover: Held open by the programs until the last of them ends.
         tell: Called with what happens just now.
     """
 
@@ -97,6 +100,7 @@ def install_packages(
         build_mmdebstrap_command(recipe, rootfs, inside_user_namespace=not is_root()),
         on_line=on_line,
         env={"TMPDIR": str(rootfs.parent)},
+        pass_fds=(handover.descriptor,),
     )
 
 
@@ -140,24 +144,6 @@ def find_detail(line: str) -> str | None:
     return match["mmdebstrap"] or match["handled"]
 
 
-# $1 is the system's directory, $2 the handover directory; the rest are patterns of files to remove.
-_CONFIGURE = """\
-set -eu
-rootfs=$1 handover=$2
-shift 2
-for pattern; do
-    rm -f -- "$rootfs"$pattern
-done
-tar --extract --file="$handover/guest-files.tar" --directory="$rootfs" --unlink-first
-# Made by cloud-init otherwise, with the id that the default user should have.
-chroot "$rootfs" groupadd --system --force netdev
-# Everything is up to date: without these systemd runs ldconfig and others at the first boot.
-touch "$rootfs/etc/.updated" "$rootfs/var/.updated"
-cat "$rootfs/vmlinuz" >"$handover/kernel"
-cat "$rootfs/initrd.img" >"$handover/initrd"
-"""
-
-
 def configure_guest(step: str, recipe: BuildRecipe, rootfs: Path, handover: Handover) -> None:
     """Make a cloud image of an installed system; hand over its kernel and initrd."""
     handover.offer(_GUEST_FILES).write_bytes(pack(list_guest_files(recipe), int(time.time())))
@@ -166,7 +152,7 @@ def configure_guest(step: str, recipe: BuildRecipe, rootfs: Path, handover: Hand
     inner = handover.inner_path
     run_confined(
         step,
-        ("sh", "-c", _CONFIGURE, "sh", rootfs, inner, *list_unwanted_files()),
+        ("sh", "-c", CONFIGURE_SCRIPT, "sh", rootfs, inner, *list_unwanted_files()),
         pass_fds=(handover.descriptor,),
     )
 
