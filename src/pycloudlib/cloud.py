@@ -6,6 +6,7 @@ import enum
 import logging
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.config import Config, ConfigFile, parse_config
 from pycloudlib.errors import CleanupError, InvalidTagNameError
 from pycloudlib.instance import BaseInstance
-from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519
+from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519, is_usable
 from pycloudlib.util import get_timestamped_tag, log_exception_list
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class BaseCloud(ABC):
             raise ValueError(
                 f"{self._config_file.source}: a required value of [{self._type}] is missing"
             )
+        self._key_lock = threading.Lock()
         self._key_pair = self._find_key_pair()
 
     def __enter__(self) -> Self:
@@ -100,9 +102,10 @@ class BaseCloud(ABC):
     @property
     def key_pair(self) -> KeyPair:
         """The SSH key that instances get: the configured one, the user's own, or a fresh one."""
-        if self._key_pair is None:
-            self._key_pair = self._make_key_pair(self._key_name)
-        return self._key_pair
+        with self._key_lock:
+            if self._key_pair is None:
+                self._key_pair = self._make_key_pair(self._key_name)
+            return self._key_pair
 
     @key_pair.setter
     def key_pair(self, key_pair: KeyPair) -> None:
@@ -120,7 +123,8 @@ class BaseCloud(ABC):
                 errors.extend(instance.delete() or ())
             except Exception as error:  # noqa: BLE001 - collected and reported, all of them
                 errors.append(error)
-        for image_id in list(self.created_images):
+        # Later ones may be built on earlier ones.
+        for image_id in reversed(list(self.created_images)):
             try:
                 self.delete_image(image_id)
             except Exception as error:  # noqa: BLE001 - collected and reported, all of them
@@ -221,7 +225,11 @@ class BaseCloud(ABC):
         for default in _DEFAULT_PUBLIC_KEYS:
             own = Path(default).expanduser()
             # A public key alone belongs to a token or an agent; no machine could be logged in to.
-            if own.exists() and own.with_suffix("").exists():
+            private_half = own.with_suffix("")
+            if own.exists() and private_half.exists():
+                if not is_usable(private_half):
+                    self._log.info("%s is passed over: it has a passphrase", private_half)
+                    continue
                 key_pair = KeyPair(own, name=name)
                 check_key_pair(key_pair, "the user's own SSH key")
                 return key_pair

@@ -148,6 +148,23 @@ class ImageVerificationError(PycloudlibError):
     """Data from an image server is not what its publisher signed."""
 
 
+class ImageInUseError(CloudError):
+    """An image cannot be deleted because others are built on it.
+
+    Attributes:
+        image_id: The image.
+        users: The instances and images that are built on it, by name.
+    """
+
+    def __init__(self, image_id: str, users: Sequence[str]) -> None:
+        self.image_id = image_id
+        self.users = list(users)
+        super().__init__(
+            f"The image {image_id} is not deleted: {', '.join(self.users)} built on it. "
+            "Delete them first"
+        )
+
+
 class ToolError(PycloudlibError):
     """A host program ended with an error.
 

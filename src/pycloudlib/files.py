@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all, and that only their owner reads."""
+"""Files that appear whole or not at all, that only their owner reads, and that lock."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from pycloudlib.errors import CloudSetupError
 
 
 @contextlib.contextmanager
@@ -27,14 +31,64 @@ def replace_atomically(target: Path) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, from its first byte on."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """Write a file that only its owner can read, from its first byte on; never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def create_private_directory(path: Path) -> Path:
-    """Make a directory that only its owner can enter; parents are made as the umask has it."""
+    """Make a directory that only its owner can enter; parents are made as the umask has it.
+
+    Raises:
+        CloudSetupError: There is something else of that name, or a directory that others own or
+            can write to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise CloudSetupError(
+            f"{path} is not a directory that belongs to this user alone; remove it, or use another "
+            "working_dir"
+        )
     return path
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock that other threads and processes wait for; it ends with this process, too.
+
+    The file may be removed by whoever holds the lock.
+
+    Args:
+        path: The lock's file; made when missing.
+        on_wait: Called when somebody else holds it.
+
+    Raises:
+        FileNotFoundError: The file's directory does not exist.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is not None:
+                    on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(descriptor, path):
+                continue  # removed while this one waited: the lock is another file now
+            yield
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

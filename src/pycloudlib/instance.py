@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import threading
 import time
@@ -56,6 +57,7 @@ class BaseInstance(ABC):
         self.banner_timeout = _BANNER_LIMIT
         self._ssh_client: paramiko.SSHClient | None = None
         self._ssh_lock = threading.Lock()
+        self._ssh_pid = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +163,22 @@ class BaseInstance(ABC):
     def get_boot_id(self) -> str:
         """Give the id of the current boot, a UUID that the kernel makes at each boot."""
         return self.execute("cat /proc/sys/kernel/random/boot_id").strip()
+
+    def add_network_interface(self, **kwargs: Any) -> str:
+        """Add a network interface to the running machine and give its address.
+
+        Raises:
+            NotImplementedError: This cloud cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot add network interfaces")
+
+    def remove_network_interface(self, ip_address: str) -> None:
+        """Remove the network interface that has an address.
+
+        Raises:
+            NotImplementedError: This cloud cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot remove network interfaces")
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console.
@@ -272,14 +290,20 @@ class BaseInstance(ABC):
         )
 
     def clean(self) -> None:
-        """Make the next boot a first boot: forget cloud-init's state, logs and the machine-id."""
-        self.execute(
-            "cloud-init clean --logs; : >/etc/machine-id; "
+        """Make the next boot a first boot: forget cloud-init's state, logs and the machine-id.
+
+        Raises:
+            PycloudlibError: The guest could not do it; says why.
+        """
+        result = self.execute(
+            "set -e; cloud-init clean --logs; : >/etc/machine-id; "
             "if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then "
             "rm -f /var/lib/dbus/machine-id; fi; sync",
             use_sudo=True,
             description="making the next boot a first boot",
         )
+        if result.failed:
+            raise PycloudlibError(f"{self.name} could not be cleaned: {result.stderr}")
 
     # What follows is for subclasses: clients override and call these.
 
@@ -366,6 +390,8 @@ class BaseInstance(ABC):
                 limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
                 ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
             boot_id = self.get_boot_id()
+        except paramiko.PasswordRequiredException:
+            raise  # no later attempt would go better
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
             return str(error) or type(error).__name__
@@ -386,7 +412,12 @@ class BaseInstance(ABC):
         self._log.info("Waiting for cloud-init on %s", self.name)
         with _keeping(self._deadline(None)) as deadline:
             output = self._follow_cloudinit(deadline)
-        self._cloudinit_ended(cloudinit.parse_status(output), raise_on_failure)
+        try:
+            status = cloudinit.parse_status(output)
+        except ValueError as error:
+            self._log.warning("cloud-init's status on %s cannot be read: %s", self.name, error)
+        else:
+            self._cloudinit_ended(status, raise_on_failure)
 
     def _follow_cloudinit(self, deadline: Deadline) -> str:
         """Give what the waiting script prints at cloud-init's end, over lost connections."""
@@ -431,6 +462,9 @@ class BaseInstance(ABC):
 
     def _client(self) -> paramiko.SSHClient:
         """Give the connection that is kept; a lost one is made anew."""
+        if self._ssh_pid != os.getpid():
+            # A forked child has no part in its parent's connection, nor in the lock's state.
+            self._ssh_pid, self._ssh_lock, self._ssh_client = os.getpid(), threading.Lock(), None
         with self._ssh_lock:
             if self._ssh_client is not None:
                 transport = self._ssh_client.get_transport()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import getpass
+import os
 from pathlib import Path
 
 from pycloudlib.errors import UnsetSSHKeyError
 from pycloudlib.files import write_private
+
+_OPENSSH_MAGIC = b"openssh-key-v1\0"
 
 
 class KeyPair:
@@ -80,6 +83,11 @@ def check_key_pair(key_pair: KeyPair, origin: str) -> None:
         raise ValueError(f"{origin}: cannot read the private key {private!r}: {error}") from error
     if "PRIVATE KEY" not in secret:
         raise ValueError(f"{origin}: {private!r} is not a private key")
+    if not is_usable(private):
+        raise ValueError(
+            f"{origin}: the private key {private!r} is protected by a passphrase, and there is no "
+            "SSH agent to ask"
+        )
 
 
 def _is_public_key(line: str) -> bool:
@@ -99,18 +107,40 @@ def _expand(path: str | Path) -> str:
     return str(Path(path).expanduser())
 
 
-def generate_key_pair(directory: Path, name: str = "id_ed25519") -> KeyPair:
-    """Make an ed25519 key pair in a directory, the private half readable by its owner alone.
+def generate_key_pair(directory: Path, name: str) -> KeyPair:
+    """Make an ed25519 key pair in a directory, the private half readable by its owner alone."""
+    private_path = directory / "id_ed25519"
+    public_path = directory / "id_ed25519.pub"
+    private_text, public_text = generate_ed25519(comment=name)
+    write_private(private_path, private_text)
+    write_private(public_path, public_text + "\n")
+    return KeyPair(public_path, private_path, name)
 
-    An existing pair of that name there is used again.
+
+def is_usable(private_key_path: str | Path) -> bool:
+    """Say whether a private key can be used without asking for a passphrase.
+
+    One that is encrypted can if an agent is there, which may hold it.
     """
-    private_path = directory / name
-    public_path = directory / f"{name}.pub"
-    if not (private_path.exists() and public_path.exists()):
-        private_text, public_text = generate_ed25519(comment=f"pycloudlib {name}")
-        write_private(private_path, private_text)
-        public_path.write_text(public_text + "\n", encoding="utf-8")
-    return KeyPair(public_path, private_path)
+    return bool(os.environ.get("SSH_AUTH_SOCK")) or not is_encrypted(private_key_path)
+
+
+def is_encrypted(private_key_path: str | Path) -> bool:
+    """Say whether a private key is protected by a passphrase.
+
+    Looked up in the file, as loading the key takes a library that is heavy to import. OpenSSH's
+    own format names the cipher after its magic (PROTOCOL.key); the older ones say it in words.
+    """
+    text = Path(private_key_path).read_text(encoding="utf-8", errors="replace")
+    if "BEGIN OPENSSH PRIVATE KEY" not in text:
+        return "ENCRYPTED" in text
+    try:
+        blob = base64.b64decode("".join(text.strip().splitlines()[1:-1]))
+    except ValueError:
+        return False
+    cipher_at = len(_OPENSSH_MAGIC) + 4
+    length = int.from_bytes(blob[len(_OPENSSH_MAGIC) : cipher_at], "big")
+    return blob[cipher_at : cipher_at + length] != b"none"
 
 
 def generate_ed25519(comment: str) -> tuple[str, str]:

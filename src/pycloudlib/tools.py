@@ -53,7 +53,11 @@ def _search_path() -> str:
 
 
 def run_tool(
-    step: str, argv: Sequence[str | Path], *, input_bytes: bytes = b""
+    step: str,
+    argv: Sequence[str | Path],
+    *,
+    input_bytes: bytes = b"",
+    accepted: Sequence[int] = (0,),
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a short host program to its end.
 
@@ -61,6 +65,7 @@ def run_tool(
         step: What it is run for, as it should read in an error.
         argv: The program, as `find_tool` finds it, and its arguments.
         input_bytes: What it reads on standard input; nothing by default.
+        accepted: The exit statuses that are no error.
 
     Returns:
         The finished process with its `stdout` and `stderr` as bytes.
@@ -71,7 +76,7 @@ def run_tool(
     """
     command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
     finished = subprocess.run(command, capture_output=True, check=False, input=input_bytes)
-    if finished.returncode != 0:
+    if finished.returncode not in accepted:
         output = (finished.stderr + finished.stdout).decode(errors="replace")
         raise ToolError(step, command, finished.returncode, output)
     return finished

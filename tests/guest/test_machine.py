@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import paramiko
@@ -152,7 +154,7 @@ def test_an_unexpected_host_key_is_refused(vm: QemuInstance) -> None:
 
 def test_a_key_that_the_guest_does_not_know_is_refused(vm: QemuInstance, tmp_path: Path) -> None:
     right = vm.key_pair
-    wrong = generate_key_pair(tmp_path)
+    wrong = generate_key_pair(tmp_path, "wrong")
     try:
         vm.key_pair = KeyPair(wrong.public_key_path, wrong.private_key_path)
         with pytest.raises(paramiko.AuthenticationException, match=str(tmp_path)):
@@ -172,6 +174,49 @@ def test_several_commands_at_once(vm: QemuInstance) -> None:
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(lambda n: vm.execute(f"sleep 0.2; echo {n}"), range(8)))
     assert results == [str(n) for n in range(8)]
+
+
+REPOSITORY = """
+set -e
+mkdir -p /srv/repo/greeting/DEBIAN /srv/repo/greeting/usr/bin
+cd /srv/repo
+printf '#!/bin/sh\necho greetings\n' >greeting/usr/bin/greeting
+chmod 755 greeting/usr/bin/greeting
+control='Package: greeting
+Version: 1.0
+Architecture: all
+Maintainer: Nobody <nobody@example.com>
+Description: says hello'
+echo "$control" >greeting/DEBIAN/control
+dpkg-deb --build greeting greeting.deb
+{ echo "$control"; echo "Filename: ./greeting.deb"; echo "Size: $(stat -c %s greeting.deb)"
+  echo "SHA256: $(sha256sum greeting.deb | cut -d' ' -f1)"; } >Packages
+rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*
+echo 'deb [trusted=yes] file:/srv/repo ./' >/etc/apt/sources.list
+"""
+
+
+def test_packages_are_installed_and_updated(vm: QemuInstance) -> None:
+    prepared = vm.execute(REPOSITORY, use_sudo=True, description="making a package repository")
+    assert prepared.ok, prepared.stderr
+    installed = vm.install(["greeting"])
+    assert installed.ok, installed.stderr
+    assert vm.execute("greeting") == "greetings"
+    updated = vm.update()
+    assert updated.ok, updated.stderr
+
+
+def test_a_machine_that_stands_still_ends_a_command_in_time(vm: QemuInstance) -> None:
+    pid = vm.machine.pid
+    assert pid is not None
+    vm.execute("true")  # a connection is there
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises((PycloudlibTimeoutError, paramiko.SSHException)):
+            vm.execute("true", timeout=2)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert vm.execute("echo goes on") == "goes on"
 
 
 def test_the_boot_id_is_a_uuid(vm: QemuInstance) -> None:

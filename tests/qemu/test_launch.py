@@ -25,8 +25,9 @@ from pycloudlib.errors import (
 )
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import LaunchError, State
+from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.rundir import short_path
+from pycloudlib.qemu.start import LaunchError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = pytest.mark.qemu

@@ -128,7 +128,7 @@ class TestCache:
     def test_deleting_an_image_leaves_nothing_of_it(self, image_dir: Path) -> None:
         image = provide(image_dir, FakeMaker())
 
-        store.delete(image)
+        store.delete(image, image_dir)
 
         assert not image.parent.exists()
         assert build.find_built_image(RECIPE, image_dir) is None

@@ -11,7 +11,7 @@ from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.command import Channels, Features, build_command
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
 
-CHANNELS = Channels(control=5, qmp=6, console=7, console_log=Path("/run/vm/console.log"))
+CHANNELS = Channels(control=5, attach=8, qmp=6, console=7, console_log=Path("/run/vm/console.log"))
 SPEC = MachineSpec(
     name="vm-1",
     instance_type=InstanceType(2, 2048),
@@ -44,6 +44,8 @@ GOLDEN = [
     "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     "-chardev", "socket,id=control,fd=5",
     "-mon", "chardev=control,mode=control",
+    "-chardev", "socket,id=attach,fd=8,server=on,wait=off",
+    "-mon", "chardev=attach,mode=control",
     "-chardev", "socket,id=qmp,fd=6,server=on,wait=off",
     "-mon", "chardev=qmp,mode=control",
     "-chardev", ("socket,id=console,fd=7,telnet=on,server=on,wait=off,"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pycloudlib.errors import PycloudlibException
-from pycloudlib.qemu.disk import BaseImage, convert, create_overlay, inspect_image
+from pycloudlib.progress import Progress, ignore_progress
+from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image
 
 MakeImage = Callable[..., Path]
 
@@ -268,26 +269,42 @@ def test_overlay_that_fails_leaves_nothing(tiny_image: Path, tmp_path: Path) -> 
     assert not overlay.exists()
 
 
-def test_copy_needs_no_other_file(tiny_image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", [True, False])
+def test_exported_image_needs_no_other_file(
+    tiny_image: Path, tmp_path: Path, compress: bool
+) -> None:
     overlay, copy = tmp_path / "overlay.qcow2", tmp_path / "copy.img"
     create_overlay(inspect_image(tiny_image), overlay)
+    reports: list[Progress] = []
 
-    convert(overlay, copy)
+    export(overlay, copy, compress=compress, on_progress=reports.append)
     overlay.unlink()
     tiny_image.unlink()
 
     assert inspect_image(copy).virtual_size == 10 * GIB
-    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert "backing-filename" not in image_info(copy)
     content = tmp_path / "content"
     qemu_img("dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", f"if={copy}", f"of={content}")
     assert content.read_bytes()[510:512] == b"\x55\xaa"
+    assert (reports[-1].done, reports[-1].total) == (100, 100)
 
 
-def test_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    directory = tmp_path / "snapshots"
+def test_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    source, directory = tmp_path / "source", tmp_path / "exports"
+    source.write_bytes(b"QFI\xfb and no more")
     directory.mkdir()
 
     with pytest.raises(PycloudlibException):
-        convert(tmp_path / "missing.qcow2", directory / "copy.img")
+        export(source, directory / "copy.img", compress=True, on_progress=ignore_progress)
 
     assert list(directory.iterdir()) == []
+
+
+def test_export_never_replaces_a_file(tiny_image: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.img"
+    there.write_text("mine")
+
+    with pytest.raises(FileExistsError, match="there"):
+        export(tiny_image, there, compress=True, on_progress=ignore_progress)
+
+    assert there.read_text() == "mine"

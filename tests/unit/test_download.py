@@ -398,5 +398,5 @@ def test_malformed_release_is_not_looked_for(image_dir: Path) -> None:
 def test_deleted_image_is_gone_with_all_beside_it(
     server: ImageServer, entry: CatalogEntry, image_dir: Path
 ) -> None:
-    store.delete(fetch_image(entry, server.source, image_dir))
+    store.delete(fetch_image(entry, server.source, image_dir), image_dir)
     assert list_files(image_dir) == ["24.04"]

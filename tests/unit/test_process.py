@@ -218,10 +218,20 @@ def test_binary_that_cannot_be_executed_is_named(binary: str, tmp_path: Path) ->
     assert path in str(caught.value)
 
 
+SLEEP = Path("sleep")  # what is on the command line, in the place of a machine's disk
+
+
+def test_process_of_another_disk_is_not_attached_to(
+    sleeper: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    disk = tmp_path / "vm.qcow2"
+    assert QemuProcess.attach(identify(sleeper.pid), disk, tmp_path / "qemu.log") is None
+
+
 def test_process_that_another_one_started_is_watched(
     sleeper: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    process = QemuProcess.attach(identify(sleeper.pid), tmp_path / "qemu.log")
+    process = QemuProcess.attach(identify(sleeper.pid), SLEEP, tmp_path / "qemu.log")
 
     assert process is not None
     assert not process.ended
@@ -237,7 +247,7 @@ def test_ended_process_is_not_attached_to(sleeper: subprocess.Popen[bytes], tmp_
     sleeper.kill()
     sleeper.wait()
 
-    assert QemuProcess.attach(identity, tmp_path / "qemu.log") is None
+    assert QemuProcess.attach(identity, SLEEP, tmp_path / "qemu.log") is None
 
 
 def test_remains_of_a_process_are_not_attached_to(
@@ -247,7 +257,7 @@ def test_remains_of_a_process_are_not_attached_to(
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
 
-    assert QemuProcess.attach(identity, tmp_path / "qemu.log") is None
+    assert QemuProcess.attach(identity, SLEEP, tmp_path / "qemu.log") is None
 
 
 def test_later_process_of_the_same_pid_is_not_attached_to(
@@ -256,7 +266,7 @@ def test_later_process_of_the_same_pid_is_not_attached_to(
     identity = identify(sleeper.pid)
     earlier = ProcessIdentity(identity.pid, identity.start_time - 1)
 
-    assert QemuProcess.attach(earlier, tmp_path / "qemu.log") is None
+    assert QemuProcess.attach(earlier, SLEEP, tmp_path / "qemu.log") is None
     assert identity.alive
 
 
@@ -275,7 +285,7 @@ def test_process_outlives_the_program_that_started_it(tmp_path: Path) -> None:
     )
     identity = ProcessIdentity(*map(int, done.stdout.split()))
 
-    process = QemuProcess.attach(identity, tmp_path / "qemu.log")
+    process = QemuProcess.attach(identity, SLEEP, tmp_path / "qemu.log")
 
     assert process is not None, "it ended with its program"
     process.kill()

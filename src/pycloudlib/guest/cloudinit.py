@@ -18,7 +18,7 @@ until [ -s /run/cloud-init/result.json ]; do
   sleep 0.1
 done
 [ -s /run/cloud-init/result.json ] && echo finished
-cat /run/cloud-init/status.json
+cat /run/cloud-init/status.json 2>/dev/null || :
 """
 """Shell script that ends when cloud-init has ended in *this* boot, and prints how.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from pycloudlib.files import write_private
 _log = logging.getLogger(__name__)
 
 # cloud-init's keys-to-console module prints the machine's host keys between these lines.
-_KEYS_BEGIN = "-----BEGIN SSH HOST KEY KEYS-----"
-_KEYS_END = "-----END SSH HOST KEY KEYS-----"
+_KEYS_BLOCK = re.compile(
+    r"^-----BEGIN SSH HOST KEY KEYS-----$(.*?)^-----END SSH HOST KEY KEYS-----$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,6 @@ class MachineHostKeys:
 
 def announced_host_keys(console: str) -> set[str]:
     """Find the host keys that cloud-init printed last, as `type base64` lines."""
-    _, begin, rest = console.rpartition(_KEYS_BEGIN)
-    block, end, _ = rest.partition(_KEYS_END)
-    if not begin or not end:
-        return set()
-    return {" ".join(line.split()[:2]) for line in block.splitlines() if line.strip()}
+    blocks = _KEYS_BLOCK.findall(console.replace("\r", ""))
+    lines = blocks[-1].splitlines() if blocks else []
+    return {" ".join(line.split()[:2]) for line in lines if line.strip()}

@@ -110,7 +110,10 @@ def _document(name: str, document: Document) -> bytes | None:
     if document is None or isinstance(document, bytes):
         return document
     if isinstance(document, str):
-        return document.encode()
+        try:
+            return document.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} cannot be written as UTF-8: {error}") from error
     if isinstance(document, Mapping):
         return _yaml(document, name)
     raise TypeError(f"{name} must be str, bytes or a mapping, not {type(document).__name__}")
@@ -192,7 +195,10 @@ def _mime_part(document: bytes) -> email.message.Message:
     multipart ones, and takes a document for MIME when its first 4096 bytes say so.
     """
     if document.startswith(_GZIP_MAGIC):
-        document = gzip.decompress(document)
+        try:
+            document = gzip.decompress(document)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"vendor_data is damaged gzip data: {error}") from error
     if b"mime-version:" in document[:4096].lower():
         return email.message_from_bytes(document)
     part = email.mime.nonmultipart.MIMENonMultipart("text", "plain")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.key import is_encrypted
 
 if TYPE_CHECKING:
     import paramiko
@@ -87,6 +88,8 @@ def connect(
             endpoint.username,
             key_filename=endpoint.private_key_path,
             look_for_keys=False,
+            # An agent is asked only for a key that cannot be read without one.
+            allow_agent=_needs_agent(endpoint),
             sock=open_with_banner(endpoint.host, endpoint.port, banner_timeout),
             timeout=_HANDSHAKE_LIMIT,
             banner_timeout=_HANDSHAKE_LIMIT,
@@ -112,6 +115,11 @@ def connect(
         client.close()
         raise
     return client
+
+
+def _needs_agent(endpoint: Endpoint) -> bool:
+    key = endpoint.private_key_path
+    return key is not None and Path(key).is_file() and is_encrypted(key)
 
 
 def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
@@ -172,18 +180,15 @@ def run(
     transport = client.get_transport()
     if transport is None:
         raise paramiko.SSHException("the connection is closed")
-    try:
-        channel = transport.open_session()
-    except (OSError, EOFError) as error:
-        raise paramiko.SSHException(f"the connection is gone: {error}") from error
-    with channel:
-        if get_pty:
-            channel.get_pty()
-        channel.exec_command(command)
+    deadline = None if timeout is None else Deadline.after(timeout)
+    with _open_channel(transport, deadline) as channel:
+        with _hung_up_on(channel, deadline):
+            if get_pty:
+                channel.get_pty()
+            channel.exec_command(command)
         outputs = _Drain(channel.recv), _Drain(channel.recv_stderr)
         feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
         feeder.start()
-        deadline = None if timeout is None else Deadline.after(timeout)
         for drain in outputs:
             drain.join(None if deadline is None else deadline.remaining)
         done = all(not drain.is_alive() for drain in outputs)
@@ -194,6 +199,29 @@ def run(
                 f"The command did not end within {timeout:g} s and was hung up on: {command}"
             )
         return outputs[0].data(), outputs[1].data(), channel.exit_status
+
+
+def _open_channel(transport: paramiko.Transport, deadline: Deadline | None) -> paramiko.Channel:
+    import paramiko  # noqa: PLC0415 - heavy
+
+    limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
+    try:
+        return transport.open_session(timeout=max(limit, 0.1))
+    except (OSError, EOFError) as error:
+        raise paramiko.SSHException(f"the connection is gone: {error}") from error
+
+
+@contextlib.contextmanager
+def _hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+    """Close a channel whose requests are not answered in time: they know no limit of their own."""
+    limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
+    watchdog = threading.Timer(limit, channel.close)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 class _Drain(threading.Thread):
@@ -229,7 +257,7 @@ def push(client: paramiko.SSHClient, local_path: str | Path, remote_path: str) -
         FileNotFoundError: The local file, or the remote directory, is not there.
     """
     source = Path(local_path)
-    with source.open("rb"), client.open_sftp() as sftp, _naming(remote_path):
+    with source.open("rb"), _open_sftp(client) as sftp, _naming(remote_path):
         sftp.put(str(source), remote_path)
 
 
@@ -242,13 +270,22 @@ def pull(client: paramiko.SSHClient, remote_path: str, local_path: str | Path) -
     target = Path(local_path)
     temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.part")
     try:
-        with client.open_sftp() as sftp:
+        with _open_sftp(client) as sftp:
             with _naming(remote_path):
                 sftp.stat(remote_path)
             sftp.get(remote_path, str(temporary))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_sftp(client: paramiko.SSHClient) -> paramiko.SFTPClient:
+    sftp = client.open_sftp()
+    channel = sftp.get_channel()
+    if channel is not None:
+        # For each answer, not for the whole copy.
+        channel.settimeout(_HANDSHAKE_LIMIT)
+    return sftp
 
 
 @contextlib.contextmanager

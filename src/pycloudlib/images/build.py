@@ -17,9 +17,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
+from pycloudlib.files import exclusive_lock
 from pycloudlib.images import confinement, diskimage, rootfs, store
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
 from pycloudlib.images.workshop import (
@@ -130,7 +129,8 @@ def _provide_image(
     if before is not None and not refresh:
         return before
     image_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _exclusive(image_dir, on_progress):
+    waiting = Progress("waiting for another process that builds an image")
+    with exclusive_lock(image_dir / _LOCK_NAME, on_wait=lambda: on_progress(waiting)):
         # Another process may have built it while this one waited.
         now = find_built_image(recipe, image_dir)
         if now is not None and now != before:
@@ -139,20 +139,6 @@ def _provide_image(
         with open_workshop(image_dir) as workshop:
             make(recipe, workshop, Steps(recipe, on_progress))
             return _put_in_place(recipe, workshop, image_dir)
-
-
-@contextlib.contextmanager
-def _exclusive(image_dir: Path, on_progress: ProgressCallback) -> Iterator[None]:
-    lock = FileLock(image_dir / _LOCK_NAME, mode=0o600)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_progress(Progress("waiting for another process that builds an image"))
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _put_in_place(recipe: BuildRecipe, workshop: Workshop, image_dir: Path) -> Path:

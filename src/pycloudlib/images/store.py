@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,26 @@ def write_record(image: Path, record: ImageRecord) -> None:
         temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
+def inherit(image: Path, base: Path, source: str) -> None:
+    """Give an image that was made of a machine's disk what its base has: kernel and record.
+
+    The digest stays empty: it would take as long as reading the whole disk.
+    """
+    for name in (kernel_path, initrd_path):
+        if name(base).is_file():
+            name(image).symlink_to(name(base))
+    known = find_record(base)
+    record = ImageRecord(
+        release=known.release if known else "",
+        serial=known.serial if known else "",
+        sha256="",
+        size=image.stat().st_size,
+        source=source,
+        default_user=known.default_user if known else DEFAULT_USER,
+    )
+    write_record(image, record)
+
+
 def find_record(image: Path) -> ImageRecord | None:
     """Read the record beside an image; None when there is none that can be read."""
     try:
@@ -80,11 +101,22 @@ def resolve(image_id: str, image_dir: Path) -> Path:
     Raises:
         ImageNotFoundError: There is no such file; says where it was looked for.
     """
-    path = image_dir / Path(image_id).expanduser()
-    if not image_id or not path.is_file():
+    path = locate(image_id, image_dir)
+    if not path.is_file():
         message = f"No image {image_id!r}: {path} is not a file"
         raise ImageNotFoundError(message, resource_id=image_id)
-    return path.absolute()
+    return path
+
+
+def locate(image_id: str, image_dir: Path) -> Path:
+    """Name the file that an id stands for; it need not exist.
+
+    Raises:
+        TypeError: The id is not a text.
+    """
+    if not isinstance(image_id, (str, os.PathLike)):
+        raise TypeError(f"image_id must be a text, not {image_id!r}")
+    return (image_dir / Path(image_id).expanduser()).absolute()
 
 
 def find_serial(image: Path) -> str:
@@ -94,7 +126,7 @@ def find_serial(image: Path) -> str:
         ImageNotFoundError: Neither tells it.
     """
     record = find_record(image)
-    if record is not None:
+    if record is not None and record.serial:
         return record.serial
     if _SERIAL.fullmatch(image.parent.name):
         return image.parent.name
@@ -104,10 +136,15 @@ def find_serial(image: Path) -> str:
     )
 
 
-def delete(image: Path) -> None:
-    """Remove an image and what stands beside it; a missing one is no error."""
+def delete(image: Path, image_dir: Path) -> None:
+    """Remove an image and what stands beside it, and the directory of its serial.
+
+    Args:
+        image: The image; a missing one is no error.
+        image_dir: Where images are stored; directories elsewhere are not ours to remove.
+    """
     for path in (image, kernel_path(image), initrd_path(image), record_path(image)):
         path.unlink(missing_ok=True)
-    # The directory is the serial's own; a user's directory with other files in it stays.
-    with contextlib.suppress(OSError):
-        image.parent.rmdir()
+    if image.parent.is_relative_to(image_dir) and image.parent != image_dir:
+        with contextlib.suppress(OSError):  # something else is in it
+            image.parent.rmdir()

@@ -105,10 +105,11 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
     if setting == Accelerator.TCG.value:
         choice = Choice(Accelerator.TCG, "configured")
     else:
-        problem = kvm_problem(qemu_binary, cache_dir)
+        asked_for = setting == Accelerator.KVM.value
+        problem = kvm_problem(qemu_binary, cache_dir, anew=asked_for)
         if problem is None:
             choice = Choice(Accelerator.KVM, "KVM was tried and works")
-        elif setting == Accelerator.KVM.value:
+        elif asked_for:
             raise CloudSetupError(
                 f"accelerator is 'kvm' in [qemu], but KVM does not work here: {problem}. "
                 "Set it to 'auto' or 'tcg' for software emulation"
@@ -119,10 +120,15 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
     return choice
 
 
-def kvm_problem(qemu_binary: Path, cache_dir: Path) -> str | None:
+def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> str | None:
     """Say what is wrong with KVM, or None when it works.
 
     The outcome of a trial holds for this boot of the host, this QEMU and this CPU model.
+
+    Args:
+        qemu_binary: The QEMU that will run the machines.
+        cache_dir: Where the outcome is remembered.
+        anew: Whether a failure that is remembered is looked into again.
     """
     if not KVM_DEVICE.exists():
         return f"{KVM_DEVICE} does not exist (no virtualization, or the kvm module is not loaded)"
@@ -131,7 +137,8 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path) -> str | None:
     remembered = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         outcome = json.loads(remembered.read_text())["problem"]
-        return None if outcome is None else str(outcome)
+        if outcome is None or not anew:
+            return None if outcome is None else str(outcome)
     trial = try_accelerator(qemu_binary, Accelerator.KVM)
     if trial.conclusive:
         _remember(remembered, trial.problem)
@@ -163,7 +170,10 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-    return Trial(_judge(process.returncode, stderr.decode(errors="replace").strip()))
+    status = process.returncode
+    # A plain error, such as a device that is busy, may be gone the next time; a crash will not.
+    conclusive = status == _PASSED or status < 0
+    return Trial(_judge(status, stderr.decode(errors="replace").strip()), conclusive)
 
 
 def _judge(exit_status: int, stderr: str) -> str | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +23,8 @@ from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.progress import ProgressCallback, ignore_progress
-from pycloudlib.qemu import disk
+from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.accelerator import choose_accelerator
-from pycloudlib.qemu.features import find_features
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
     Host,
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from pycloudlib.images.catalog import Stream
 
 _KEYS = "keys"
-_SNAPSHOTS = "snapshots"
 
 
 class Qemu(BaseCloud):
@@ -74,6 +76,7 @@ class Qemu(BaseCloud):
     def __init__(
         self, tag: str, timestamp_suffix: bool = True, config_file: ConfigFile | None = None
     ) -> None:
+        self._own_keys: weakref.finalize[..., Qemu] | None = None
         super().__init__(tag, timestamp_suffix, config_file)
         self.qemu_binary = str(find_tool(self.settings.qemu_binary))
         find_tool("qemu-img")
@@ -140,6 +143,10 @@ class Qemu(BaseCloud):
         """
         if kwargs:
             self._log.info("Ignored by launch(): %s", ", ".join(sorted(kwargs)))
+        if username is not None and not isinstance(username, str):
+            raise TypeError(f"username must be a text, not {username!r}")
+        if no_seed_iso and (user_data, meta_data, vendor_data, network_config) != (None,) * 4:
+            self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
         image = store.resolve(image_id, self.image_dir)
         request = LaunchRequest(
             name=make_name(self.tag),
@@ -155,20 +162,19 @@ class Qemu(BaseCloud):
                 vendor_data,
                 network_config,
             ),
-            image=disk.inspect_image(image),
-        )
-        login = LoginFacts(
-            username or _default_user(image),
-            self.key_pair.public_key_path,
-            self.key_pair.private_key_path,
+            image=disk.inspect_image(image, self.working_dir),
         )
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack)
-            rundir.write_login(login)
+            key_pair = self._key_for(rundir)
+            user = username or _default_user(image)
+            rundir.write_login(
+                LoginFacts(user, key_pair.public_key_path, key_pair.private_key_path)
+            )
             write_files(rundir, request)
             machine = start_machine(self._host, rundir, request, stack)
-            instance = self._make_instance(machine, self.key_pair, login.username)
+            instance = self._make_instance(machine, key_pair, user)
             self.created_instances.append(instance)
             stack.pop_all()
         self._log.info(
@@ -191,18 +197,17 @@ class Qemu(BaseCloud):
         Raises:
             InstanceNotFoundError: It does not exist (any more), or this is not an instance's id.
         """
-        disk_path, separator, _ports = str(instance_id).partition("::")
-        if not separator or not disk_path.startswith("/"):
+        rundir = RunDirectory(Path(str(instance_id).partition("::")[0]).parent)
+        spec = rundir.read_spec()
+        if instance_id != f"{rundir.disk}::{spec.ssh_port}::{spec.telnet_port}":
             raise InstanceNotFoundError(
-                f"{instance_id!r} is not an instance's id, which has the form "
-                "<path>::<ssh port>::<telnet port>",
+                f"{instance_id!r} is not the id of the instance in {rundir.path}; an id has the "
+                "form <path>::<ssh port>::<telnet port>",
                 resource_id=str(instance_id),
             )
-        rundir = RunDirectory(Path(disk_path).parent)
         login = rundir.read_login()
-        machine = Machine(rundir, rundir.read_spec(), self._host.binary, self._host.features)
-        machine.attach()
-        key_pair = KeyPair(login.public_key_path, login.private_key_path, self.key_pair.name)
+        machine = Machine(rundir, spec, Path(self.qemu_binary))
+        key_pair = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         return self._make_instance(machine, key_pair, username or login.username)
 
     def snapshot(self, instance: QemuInstance, clean: bool = True, **kwargs: Any) -> str:
@@ -218,14 +223,50 @@ class Qemu(BaseCloud):
         Returns:
             The image's id, its path.
         """
+        if kwargs:
+            self._log.info("Ignored by snapshot(): %s", ", ".join(sorted(kwargs)))
+        instance.check_exists()
         if clean:
+            instance.start()
             instance.clean()
         instance.shutdown()
-        directory = create_private_directory(self.parent_dir / _SNAPSHOTS)
-        image = directory / f"{make_name(instance.name)}.img"
-        disk.convert(instance.instance_path, image)
+        base = layers.chain(instance.instance_path)[-1]
+        image = layers.LayerStore(instance.instance_dir.parent).freeze(
+            instance.instance_path, f"{make_name(instance.name)}.img"
+        )
+        store.inherit(image, base, source=f"snapshot of {instance.name}")
         self.created_images.append(str(image))
+        self._log.info("Snapshot of %s: %s", instance.name, image)
         return str(image)
+
+    def export_image(
+        self,
+        image_id: str,
+        path: str | Path,
+        compress: bool = True,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
+        """Write an image, and all that it is built on, as one qcow2 file that needs no other.
+
+        Args:
+            image_id: The image.
+            path: The new file.
+            compress: Whether its content is compressed: smaller, and slower to write.
+            on_progress: Told how much is done, in percent.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            FileExistsError: There is a file at `path` already; it stays as it is.
+            FileNotFoundError: The directory of `path` does not exist.
+        """
+        image = store.resolve(image_id, self.image_dir)
+        target = Path(path).expanduser().absolute()
+        if not target.parent.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "no such directory to export to", str(target.parent)
+            )
+        disk.export(image, target, compress=compress, on_progress=on_progress)
 
     def build_image(
         self,
@@ -320,8 +361,17 @@ class Qemu(BaseCloud):
         return store.find_serial(store.resolve(image_id, self.image_dir))
 
     def delete_image(self, image_id: str, **kwargs: Any) -> None:
-        """Delete an image and what belongs to it; one that is not there is no error."""
-        store.delete(self.image_dir / image_id)
+        """Delete an image and what belongs to it; one that is not there is no error.
+
+        Raises:
+            ImageInUseError: Instances or snapshots are built on it; names them.
+        """
+        image = store.locate(image_id, self.image_dir)
+        if image.is_file():
+            layers.check_unused(image, self.working_dir)
+            store.delete(image, self.image_dir)
+        if layers.is_snapshot(image):
+            layers.LayerStore(image.parent.parent).collect()
         if image_id in self.created_images:
             self.created_images.remove(image_id)
 
@@ -332,18 +382,19 @@ class Qemu(BaseCloud):
             The errors met on the way; empty when nothing is left.
         """
         errors = super().clean()
-        others = RunDirectory.list_in(self.parent_dir)
-        if errors or others:
-            # Another cloud of the same tag may still work here, and needs the key, too.
-            self._log.warning("%s is kept for %s", self.parent_dir, others or "what is left in it")
-            return errors
         try:
-            shutil.rmtree(self.parent_dir)
+            if self._own_keys is not None:
+                self._own_keys()
+                self._own_keys, self._key_pair = None, None
+            self.parent_dir.rmdir()
         except FileNotFoundError:
             pass
         except OSError as error:
-            errors.append(error)
-        self._key_pair = self._find_key_pair()
+            if error.errno != errno.ENOTEMPTY:
+                errors.append(error)
+            elif not errors:
+                # Another cloud of the same tag works here, too.
+                self._log.warning("%s is kept: there are others' files in it", self.parent_dir)
         return errors
 
     @cached_property
@@ -352,15 +403,26 @@ class Qemu(BaseCloud):
         binary = Path(self.qemu_binary)
         cache_dir = platformdirs.user_cache_path(APPLICATION)
         choice = choose_accelerator(self.settings.accelerator, binary, cache_dir)
-        return Host(
-            binary,
-            find_features(binary),
-            choice.accelerator,
-            PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports"),
-        )
+        return Host(binary, choice.accelerator, self._ports)
+
+    @property
+    def _ports(self) -> PortRegistry:
+        return PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
 
     def _make_instance(self, machine: Machine, key_pair: KeyPair, username: str) -> QemuInstance:
-        return QemuInstance(key_pair, machine, self._host.ports, username, self._forget)
+        return QemuInstance(key_pair, machine, self._ports, username, self._forget)
+
+    def _key_for(self, rundir: RunDirectory) -> KeyPair:
+        """Give the key to keep with a machine: a copy, if it is one that goes with this object."""
+        key_pair = self.key_pair
+        if self._own_keys is None:
+            return key_pair
+        paths = [
+            str(shutil.copy2(path, rundir.path))
+            for path in (key_pair.public_key_path, key_pair.private_key_path)
+            if path is not None
+        ]
+        return KeyPair(paths[0], paths[1], key_pair.name)
 
     def _forget(self, instance: QemuInstance) -> None:
         with contextlib.suppress(ValueError):
@@ -379,10 +441,20 @@ class Qemu(BaseCloud):
         return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
 
     def _make_key_pair(self, name: str) -> KeyPair:
-        directory = create_private_directory(create_private_directory(self.parent_dir) / _KEYS)
-        key_pair = generate_key_pair(directory)
-        key_pair.name = name
-        return key_pair
+        create_private_directory(self.parent_dir)
+        # One of its own for each cloud object: several may share the tag, and each cleans up.
+        keys = Path(tempfile.mkdtemp(prefix=f"{_KEYS}-", dir=self.parent_dir))
+        # Gone with this object at the latest; machines that live on have a copy.
+        self._own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
+        return generate_key_pair(keys, name)
+
+
+def _remove_keys(directory: Path, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return  # a forked child's copy of the object
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is something else in it
+        directory.parent.rmdir()
 
 
 def _default_user(image: Path) -> str:

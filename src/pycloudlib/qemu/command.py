@@ -27,15 +27,22 @@ class Channels:
 
     Attributes:
         control: A connected stream socket for our own QMP session.
+        attach: A listening unix socket for the short sessions of other processes of ours.
         qmp: A listening unix socket for anybody's QMP session.
         console: A listening TCP socket for telnet to the serial console.
         console_log: The file that keeps the serial output.
     """
 
     control: int
+    attach: int
     qmp: int
     console: int
     console_log: Path
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What QEMU inherits."""
+        return (self.control, self.attach, self.qmp, self.console)
 
 
 def build_command(
@@ -63,6 +70,8 @@ def build_command(
         *(("-sandbox", SANDBOX) if features.sandbox else ()),
         "-chardev", f"socket,id=control,fd={channels.control}",
         "-mon", "chardev=control,mode=control",
+        "-chardev", f"socket,id=attach,fd={channels.attach},server=on,wait=off",
+        "-mon", "chardev=attach,mode=control",
         "-chardev", f"socket,id=qmp,fd={channels.qmp},server=on,wait=off",
         "-mon", "chardev=qmp,mode=control",
         "-chardev", (f"socket,id=console,fd={channels.console},telnet=on,server=on,wait=off,"

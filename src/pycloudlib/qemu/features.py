@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 from pathlib import Path
 
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.command import SANDBOX, Features
 
-_LIMIT_SECONDS = 10
+_log = logging.getLogger(__name__)
+
+_LIMIT_SECONDS = 30
 _GOODBYE = b'{"execute": "qmp_capabilities"} {"execute": "quit"}\n'
 
 
@@ -25,7 +28,10 @@ def find_features(binary: Path) -> Features:
             f"qemu_binary {str(binary)!r} does not answer as QEMU does; expected "
             "qemu-system-x86_64 or a path to one"
         )
-    return Features(sandbox=_says_goodbye(binary, "-sandbox", SANDBOX))
+    sandbox = _says_goodbye(binary, "-sandbox", SANDBOX)
+    if not sandbox:
+        _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
+    return Features(sandbox=sandbox)
 
 
 def _says_goodbye(binary: Path, *options: str) -> bool:
@@ -42,6 +48,11 @@ def _says_goodbye(binary: Path, *options: str) -> bool:
         answer = subprocess.run(
             argv, input=_GOODBYE, capture_output=True, timeout=_LIMIT_SECONDS, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
+        raise CloudSetupError(
+            f"qemu_binary {str(binary)!r} did not answer within {_LIMIT_SECONDS} s; is this host "
+            "out of breath?"
+        ) from None
+    except OSError:
         return False
     return answer.returncode == 0 and b'"QMP"' in answer.stdout

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest import ssh
+from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
+from pycloudlib.guest import network, ssh
 from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
 from pycloudlib.guest.hostkeys import MachineHostKeys
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
+from pycloudlib.qemu import hotplug
+from pycloudlib.qemu.layers import LayerStore
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import LOOPBACK, PortLease, PortRegistry
 from pycloudlib.result import Result
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
+# How long it may take to begin a reboot.
+_REBOOT_LIMIT = 60.0
 # QEMU's end is told by the kernel at once; the connections it held end a moment earlier.
 _END_GRACE = 0.5
 
@@ -121,14 +125,12 @@ class QemuInstance(BaseInstance):
             wait: Whether to wait until it is off.
             **kwargs: Accepted for older programs.
         """
+        self.check_exists()
         self._log.info("Shutting down %s", self.name)
-        if not wait:
-            with contextlib.suppress(MachineEndedError):
-                self.machine.execute("system_powerdown")
-            return
-        took = self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
-        self._forget_client()
-        self._log.info("%s is off (by %s)", self.name, took)
+        if wait:
+            self._power_off()
+        elif self.machine.state is not State.OFF:
+            self.machine.execute("system_powerdown")
 
     def start(self, wait: bool = True) -> None:
         """Power the machine on; one that runs already is only waited for.
@@ -136,6 +138,7 @@ class QemuInstance(BaseInstance):
         Args:
             wait: Whether to wait until it is ready.
         """
+        self.check_exists()
         if self.machine.state is State.OFF:
             self._log.info("Starting %s", self.name)
             self._forget_client()
@@ -155,6 +158,55 @@ class QemuInstance(BaseInstance):
                 f"{self.name} still runs after {deadline.limit:.0f} s of waiting for its stop"
             )
 
+    def add_network_interface(self, **kwargs: Any) -> str:
+        """Plug a network interface into the running machine.
+
+        It is in a user-mode network of its own and gets its address by DHCP; the default route
+        stays with the first interface. It lasts until it is removed or the machine is switched
+        off; a reboot keeps it.
+
+        Args:
+            **kwargs: Accepted for programs written for other clouds.
+
+        Returns:
+            The address it got in the guest.
+
+        Raises:
+            MachineEndedError: The machine is off.
+            CloudError: QEMU refused, or the interface got no address; it is unplugged again.
+        """
+        interface = hotplug.plug_interface(self.machine)
+        try:
+            result = self.execute(
+                network.configure_script(interface.mac),
+                use_sudo=True,
+                description="configuring a new network interface",
+            )
+            return network.parse_address(result)
+        except BaseException as error:
+            hotplug.unplug_interface(self.machine, interface)
+            if isinstance(error, ValueError):
+                raise CloudError(
+                    f"{self.name}: a new interface did not come up: {error}"
+                ) from error
+            raise
+
+    def remove_network_interface(self, ip_address: str) -> None:
+        """Pull out an interface that `add_network_interface` has plugged in.
+
+        Args:
+            ip_address: The address that it returned.
+
+        Raises:
+            CloudError: No plugged-in interface has that address.
+        """
+        mac = self.execute(network.find_mac_script(ip_address)).stdout
+        if not mac:
+            raise CloudError(f"No interface of {self.name} has the address {ip_address!r}")
+        interface = hotplug.find_plugged(self.machine, mac)
+        hotplug.unplug_interface(self.machine, interface)
+        self.execute(network.forget_script(mac), use_sudo=True)
+
     def wait_for_delete(self, **kwargs: Any) -> None:
         """Wait until the machine is gone; `delete` has seen to that when it returns.
 
@@ -173,16 +225,16 @@ class QemuInstance(BaseInstance):
         Returns:
             The errors met on the way; empty when nothing is left.
         """
-        errors: list[Exception] = []
-        spec = self.machine.spec
         with self._delete_lock:
+            try:
+                self.machine.delete()
+            except Exception as error:  # noqa: BLE001 - told, and its ports stay its own
+                return [error]
+            errors: list[Exception] = []
             for step in (
-                self.machine.kill,
                 self._forget_client,
-                lambda: self._registry.release(
-                    PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir
-                ),
-                self.machine.rundir.remove,
+                self._release_ports,
+                LayerStore(self.instance_dir.parent).collect,
             ):
                 try:
                     step()
@@ -198,18 +250,54 @@ class QemuInstance(BaseInstance):
         if client is not None:
             client.close()
 
+    def restart(self, wait: bool = True, **kwargs: Any) -> None:
+        """Reboot the machine: the same disk, cleanly if the guest can be asked to.
+
+        Args:
+            wait: Whether to wait until it has booted anew and cloud-init has finished.
+            **kwargs: Accepted for older programs.
+
+        Raises:
+            MachineEndedError: The machine is off; `start()` switches it on.
+            PycloudlibTimeoutError: It was not ready in time.
+        """
+        self.check_exists()
+        self.machine.check_on()
+        super().restart(wait, **kwargs)
+
     def _do_restart(self, **kwargs: Any) -> None:
         """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
-            # The connection goes down with the guest, so there is no exit status to look at.
-            self.execute("systemctl reboot", use_sudo=True)
-        except paramiko.SSHException as error:
-            self._log.warning("%s cannot be asked to reboot (%s): power cycle", self.name, error)
-            self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
+            # A guest that obeys may take the connection with it: then there is no exit status.
+            result = self.execute("systemctl reboot", use_sudo=True, timeout=_REBOOT_LIMIT)
+            problem = result.stderr if result.return_code > 0 else None
+        except (paramiko.SSHException, PycloudlibTimeoutError) as error:
+            problem = str(error)
+        if problem is not None:
+            self._log.warning("%s does not reboot by itself (%s): power cycle", self.name, problem)
+            self._power_off()
             self.machine.power_on()
         self._forget_client()
+
+    def _release_ports(self) -> None:
+        spec = self.machine.spec
+        self._registry.release(PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir)
+
+    def check_exists(self) -> None:
+        """Raise when the instance is deleted.
+
+        Raises:
+            InstanceNotFoundError: It is.
+        """
+        if not self.instance_dir.is_dir():
+            raise InstanceNotFoundError(f"{self.name} is deleted", resource_id=self.id)
+
+    def _power_off(self) -> None:
+        took = self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
+        self._forget_client()
+        self._log.info("%s is off (%s)", self.name, took.value)
 
     def _check_alive(self) -> None:
         self.machine.check_on()

@@ -14,8 +14,7 @@ from pycloudlib.images import store
 from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.command import Features
-from pycloudlib.qemu.machine import Machine, PortTakenError
+from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import (
@@ -25,6 +24,7 @@ from pycloudlib.qemu.spec import (
     complete_cmdline,
     make_mac,
 )
+from pycloudlib.qemu.start import PortTakenError
 
 # Programs that know nothing of leases can take a port between our look and QEMU's start.
 _PORT_TRIES = 5
@@ -47,13 +47,11 @@ class Host:
 
     Attributes:
         binary: The QEMU binary.
-        features: What it can do.
         accelerator: How guest instructions are executed.
         ports: The ports that are leased to machines.
     """
 
     binary: Path
-    features: Features
     accelerator: Accelerator
     ports: PortRegistry
 
@@ -119,12 +117,19 @@ def find_kernel_boot(
             f"kernel_cmdline {kernel_cmdline!r} needs a kernel: give kernel_path, or use an image "
             f"that was downloaded or built by this package (there is no {kernel})"
         )
-    initrd = kernel.with_name(kernel.name.replace("vmlinuz", "initrd"))
+    initrd = _find_initrd(kernel)
     return KernelBoot(
-        kernel.absolute(),
-        initrd.absolute() if initrd != kernel and initrd.is_file() else None,
-        complete_cmdline(kernel_cmdline),
+        kernel.absolute(), initrd, complete_cmdline(kernel_cmdline, has_initrd=initrd is not None)
     )
+
+
+def _find_initrd(kernel: Path) -> Path | None:
+    """Find what stands beside a kernel under the names that distributions give it."""
+    for name in ("initrd", "initrd.img"):
+        initrd = kernel.with_name(kernel.name.replace("vmlinuz", name))
+        if initrd.name != kernel.name and initrd.is_file():
+            return initrd.absolute()
+    return None
 
 
 def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirectory:
@@ -171,7 +176,7 @@ def start_machine(
             attempt.callback(host.ports.release, lease, rundir.path)
             spec = _make_spec(host, rundir, request, lease)
             rundir.write_spec(spec)
-            machine = Machine(rundir, spec, host.binary, host.features)
+            machine = Machine(rundir, spec, host.binary)
             attempt.callback(machine.kill)
             try:
                 machine.power_on()

@@ -5,27 +5,33 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import socket
+import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.qemu import ports
-from pycloudlib.qemu.command import Channels, Features, build_command
-from pycloudlib.qemu.process import ProcessEnd, QemuProcess
+from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
+from pycloudlib.qemu.process import ProcessEnd, ProcessIdentity, QemuProcess
 from pycloudlib.qemu.qmp import Event, LoopThread, QmpError, QmpSession
 from pycloudlib.qemu.rundir import RunDirectory, short_path
 from pycloudlib.qemu.spec import MachineSpec
+from pycloudlib.qemu.start import StartedQemu, launch_error, start_qemu
 
 _log = logging.getLogger(__name__)
 
 # QEMU greets within milliseconds; the limit is for a host that is out of breath.
 _GREETING_LIMIT = 30.0
+_ANSWER_LIMIT = 30.0
 _KILL_LIMIT = 10.0
+# A guest that is still booting misses the power button: it is pressed again this often.
+_BUTTON_INTERVAL = 10.0
+# Of the time for powering off, the last part is kept for harder ways.
+_ACPI_SHARE = 0.9
 _KEPT_EVENTS = 200
 
 
@@ -39,22 +45,14 @@ class State(enum.Enum):
     RUNNING = "running"
 
 
-class LaunchError(CloudError):
-    """QEMU did not start.
+@enum.unique
+class PowerOff(enum.Enum):
+    """What it took to power a machine off, from gentle to hard."""
 
-    Attributes:
-        argv: Its command line.
-        end: How the process ended, with its exit status and stderr.
-    """
-
-    def __init__(self, argv: list[str], end: ProcessEnd) -> None:
-        self.argv = argv
-        self.end = end
-        super().__init__(f"The machine could not be started. {end}")
-
-
-class PortTakenError(CloudError):
-    """Another program listens on a port that the machine was to have."""
+    OFF_ALREADY = "it was off already"
+    ACPI = "ACPI: the guest powered itself off"
+    QUIT = "QMP quit: the guest did not react in time"
+    KILL = "SIGKILL: QEMU did not react in time"
 
 
 class MachineEndedError(PycloudlibTimeoutError, CloudError):
@@ -71,23 +69,51 @@ class MachineEndedError(PycloudlibTimeoutError, CloudError):
         super().__init__(f"{name} is not running" + (f". {end}" if end else ""))
 
 
+class _Uninterrupted:
+    """Runs a function where no KeyboardInterrupt can come, and gives what came of it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        # Not Thread.join(): once interrupted, it takes the thread for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, args=(work,), name="qemu-start", daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        self._ended.wait()
+
+    def result(self) -> None:
+        """Wait for the end; raise what was raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error
+        finally:
+            self._ended.set()
+
+
 class Machine:
     """One machine over all its power cycles. Safe to use from several threads.
+
+    Several processes may each have a `Machine` of the same run directory: which QEMU runs is read
+    from there. The one that started it keeps a QMP session and hears its events; the others open a
+    short session for each command.
 
     Args:
         rundir: The instance's directory.
         spec: What machine it is.
         binary: The QEMU binary.
-        features: What the binary can do.
     """
 
-    def __init__(
-        self, rundir: RunDirectory, spec: MachineSpec, binary: Path, features: Features
-    ) -> None:
+    def __init__(self, rundir: RunDirectory, spec: MachineSpec, binary: Path) -> None:
         self.rundir = rundir
         self.spec = spec
         self._binary = binary
-        self._features = features
         self._changed = threading.Condition()
         self._state = State.OFF
         self._process: QemuProcess | None = None
@@ -96,10 +122,12 @@ class Machine:
         self._events: list[Event] = []
         self._powered_on = time.monotonic()
         self._console_start = 0
+        self._owner_pid = os.getpid()
 
     @property
     def state(self) -> State:
         """What it is doing now."""
+        self._catch_up()
         return self._state
 
     @property
@@ -109,7 +137,7 @@ class Machine:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """The latest QMP events, oldest first."""
+        """The latest QMP events, oldest first; none of a machine that another process started."""
         with self._changed:
             return tuple(self._events)
 
@@ -126,8 +154,9 @@ class Machine:
     @property
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off."""
+        off = self.state is State.OFF
         process = self._process
-        return None if process is None or self._state is State.OFF else process.identity.pid
+        return None if off or process is None else process.identity.pid
 
     def power_on(self) -> None:
         """Start QEMU and talk to it.
@@ -135,41 +164,53 @@ class Machine:
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
             PortTakenError: Another program listens on one of the machine's ports.
+            InstanceNotFoundError: The machine is deleted.
             CloudError: It runs already, or does not answer.
         """
-        with self._changed:
-            if self._state is not State.OFF:
-                raise CloudError(f"{self.spec.name} is {self._state.value} already")
-            self._state = State.STARTING
-        try:
-            self._start_process()
-        except BaseException:
-            self.kill()
-            raise
+        with self.rundir.power_lock():
+            with self._changed:
+                if self.state is not State.OFF:
+                    raise CloudError(
+                        f"{self.spec.name} is {self._state.value}; only a machine that is off can "
+                        "be switched on"
+                    )
+                self._state, self._process = State.STARTING, None
+            # In a thread of its own, because Ctrl-C reaches the main thread alone: so there is no
+            # moment at which a process exists that nobody knows of.
+            birth = _Uninterrupted(self._start)
+            try:
+                birth.result()
+            except BaseException:
+                birth.wait()
+                self.kill()
+                raise
 
-    def attach(self) -> None:
-        """Take over the machine that another process started, if it still runs."""
-        identity = self.rundir.find_process()
-        process = QemuProcess.attach(identity, self.rundir.qemu_log) if identity else None
-        if process is not None:
-            self._adopt(process)
-            self._set_state(State.RUNNING)
-
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = _ANSWER_LIMIT,
+    ) -> Any:
         """Execute a QMP command and give what it returns.
+
+        Args:
+            command: Its name (`query-status` …).
+            arguments: Its arguments.
+            timeout: Seconds it may take.
 
         Raises:
             MachineEndedError: The machine is off.
             QmpError: QEMU refused the command, or did not answer.
         """
         self.check_on()
-        if self._session is not None:
-            return self._session.execute(command, arguments)
-        # Started by another process, which has a session of its own: ours is as short as can be.
-        with short_path(self.rundir.qmp_socket) as address:
-            session = QmpSession.open(address, self._on_event, _GREETING_LIMIT)
+        session = self._session
+        if session is not None:
+            return session.execute(command, arguments, timeout=timeout)
+        with short_path(self.rundir.attach_socket) as address:
+            session = QmpSession.open(address, self._on_event, timeout)
         try:
-            return session.execute(command, arguments)
+            return session.execute(command, arguments, timeout=timeout)
         finally:
             session.close()
 
@@ -179,40 +220,40 @@ class Machine:
         Raises:
             MachineEndedError: It is; says how QEMU ended.
         """
-        if self._state is State.OFF:
+        if self.state is State.OFF:
             raise MachineEndedError(self.spec.name, self._end)
-
-    def wait_until(self, reached: Callable[[State], bool], deadline: Deadline) -> bool:
-        """Wait until the state is one that is looked for; say whether it came in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: reached(self._state), deadline.remaining)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
         """Wait until QEMU is gone; say whether it was in time."""
-        return self.wait_until(lambda state: state is State.OFF, deadline)
+        self._catch_up()
+        return self._wait_until(lambda state: state is State.OFF, deadline)
 
-    def power_off(self, deadline: Deadline) -> str:
-        """Power the machine off: by ACPI, as its power button does, then by force.
+    def power_off(self, deadline: Deadline) -> PowerOff:
+        """Power the machine off: cleanly if the guest does so in time, then by force.
 
-        Returns:
-            What it took: `off already`, `ACPI`, `quit` or `kill`.
+        Args:
+            deadline: When it has to be off; the last tenth of the time is for force.
         """
-        if self._state is State.OFF:
-            return "off already"
+        if self.state is State.OFF:
+            return PowerOff.OFF_ALREADY
+        # A guest whose processors do not run cannot react.
+        share = 0 if self.state is State.PAUSED else _ACPI_SHARE
+        acpi = Deadline(deadline.started, deadline.limit * share)
+        try:
+            while not acpi.expired:
+                self.execute("system_powerdown", timeout=acpi.remaining)
+                if self.wait_for_end(Deadline.after(acpi.capped(_BUTTON_INTERVAL))):
+                    return PowerOff.ACPI
+        except MachineEndedError:
+            return PowerOff.ACPI
+        except QmpError as error:
+            _log.warning("%s: %s", self.spec.name, error)
         with contextlib.suppress(QmpError, MachineEndedError):
-            self.execute("system_powerdown")
+            self.execute("quit", timeout=max(deadline.remaining, 1.0))
             if self.wait_for_end(deadline):
-                return "ACPI"
-        with contextlib.suppress(QmpError, MachineEndedError):
-            self.execute("quit")
-            if self.wait_for_end(Deadline.after(_KILL_LIMIT)):
-                return "quit"
+                return PowerOff.QUIT
         self.kill()
-        return "kill"
-
-    def reset(self) -> None:
-        """Reset the machine, as its reset button does."""
-        self.execute("system_reset")
+        return PowerOff.KILL
 
     def kill(self) -> None:
         """End QEMU at once and wait until it is gone; no error when it is gone already.
@@ -220,61 +261,97 @@ class Machine:
         Raises:
             CloudError: The kernel did not end it.
         """
+        self._catch_up()
         process = self._process
         if process is None:
             self._set_state(State.OFF)
             return
         process.kill()
-        if not self.wait_for_end(Deadline.after(_KILL_LIMIT)):
+        # Asked of the kernel, not of the loop's thread, which may not watch it yet.
+        if not process.wait(_KILL_LIMIT):
             raise CloudError(f"QEMU of {self.spec.name}, pid {process.identity.pid}, did not end")
+        self._on_end(process)
 
-    def _start_process(self) -> None:
-        with contextlib.ExitStack() as stack:
-            ours, theirs = socket.socketpair()
-            stack.callback(theirs.close)
-            qmp = stack.enter_context(self.rundir.open_qmp_listener())
-            console = stack.enter_context(_listen(self.spec.telnet_port))
-            channels = Channels(
-                theirs.fileno(), qmp.fileno(), console.fileno(), self.rundir.console_log
-            )
-            argv = build_command(str(self._binary), self.spec, channels, self._features)
-            _log.debug("Starting %s", argv)
-            self._powered_on = time.monotonic()
-            # QEMU appends to it, and would make it readable for everybody.
-            self.rundir.console_log.touch(mode=0o600)
-            self._console_start = self.rundir.console_log.stat().st_size
-            descriptors = (channels.control, channels.qmp, channels.console)
-            try:
-                process = QemuProcess.start(argv, pass_fds=descriptors, log=self.rundir.qemu_log)
-            except BaseException:
-                ours.close()
-                raise
-        self._adopt(process)
-        self.rundir.write_process(process.identity)
+    def delete(self) -> None:
+        """End QEMU and remove the run directory; one that is gone already is no error.
+
+        Raises:
+            CloudError: The kernel did not end it; the directory stays.
+        """
+        with contextlib.suppress(InstanceNotFoundError), self.rundir.power_lock():
+            self.kill()
+            self.rundir.remove()
+        self._set_state(State.OFF)
+
+    def _start(self) -> None:
+        started = start_qemu(self._binary, self.spec, self.rundir)
+        self._adopt(started.process)
+        self._powered_on = time.monotonic()
+        self._console_start = started.console_start
         try:
-            self._session = QmpSession.open(ours, self._on_event, _GREETING_LIMIT)
-            self._follow(self._session.execute("query-status")["running"])
+            session = QmpSession.open(started.control, self._on_event, _GREETING_LIMIT)
+            self._session = session
+            self._follow(session.execute("query-status")["running"])
         except QmpError as error:
-            self._raise_launch_error(argv, error)
+            self._raise_launch_error(started, error)
 
-    def _raise_launch_error(self, argv: list[str], error: QmpError) -> None:
+    def _raise_launch_error(self, started: StartedQemu, error: QmpError) -> None:
         """Say why there is no session: nearly always because QEMU is gone."""
+        started.control.close()
         if not self.wait_for_end(Deadline.after(1.0)) or self._end is None:
             raise error
-        if _names_taken_port(self._end.stderr):
-            raise PortTakenError(self._end.stderr) from error
-        raise LaunchError(argv, self._end) from error
+        raise launch_error(started.argv, self._end, self.spec) from error
+
+    def _catch_up(self) -> None:
+        """Take over the QEMU that another process started, if one runs now."""
+        with self._changed:
+            if self._owner_pid != os.getpid():
+                # A forked child has no part in its parent's session and threads.
+                self._owner_pid = os.getpid()
+                self._session, self._process, self._state = None, None, State.OFF
+            if self._state is not State.OFF:
+                return
+            identity = self.rundir.find_process()
+            if identity is None or not self._is_news(identity):
+                return
+            process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
+            if process is not None:
+                self._state = State.RUNNING
+                self._adopt(process)
+
+    def _is_news(self, identity: ProcessIdentity) -> bool:
+        return self._process is None or self._process.identity != identity
 
     def _adopt(self, process: QemuProcess) -> None:
         self._process = process
         self._end = None
-        LoopThread.get().watch(process.fileno(), lambda: self._on_end(process))
+        # The loop holds on to the process, but not to a machine that nobody else knows any more.
+        on_end = weakref.WeakMethod(self._on_end)
+
+        def tell() -> None:
+            method = on_end()
+            if method is not None:
+                method(process)
+
+        LoopThread.get().watch(process.fileno(), tell)
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if sys.is_finalizing():
+            return
+        if process is not None and self._owner_pid == os.getpid() and not self._end:
+            LoopThread.get().forget(process, process.fileno())
+        session = getattr(self, "_session", None)
+        if session is not None:
+            session.close_soon()
 
     def _on_end(self, process: QemuProcess) -> None:
-        """Take note of QEMU's end; called in the loop's thread."""
-        end = process.end()
-        _log.debug("%s: %s", self.spec.name, end)
+        """Take note of QEMU's end; called in the loop's thread, or by whoever saw to it."""
         with self._changed:
+            if process is not self._process or self._end is not None:
+                return
+            end = process.end()
+            _log.debug("%s: %s", self.spec.name, end)
             self._end = end
             if self._session is not None:
                 self._session.close_soon()
@@ -287,6 +364,7 @@ class Machine:
         _log.debug("%s: %s %s", self.spec.name, event.name, event.data)
         with self._changed:
             self._events = [*self._events[1 - _KEPT_EVENTS :], event]
+            self._changed.notify_all()
         if event.name in ("STOP", "RESUME"):
             self._follow(running=event.name == "RESUME")
 
@@ -295,19 +373,11 @@ class Machine:
             if self._state is not State.OFF:
                 self._set_state(State.RUNNING if running else State.PAUSED)
 
+    def _wait_until(self, reached: Callable[[State], bool], deadline: Deadline) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: reached(self._state), deadline.remaining)
+
     def _set_state(self, state: State) -> None:
         with self._changed:
             self._state = state
             self._changed.notify_all()
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        return ports.listen(port)
-    except OSError as error:
-        raise PortTakenError(f"Cannot listen on {ports.LOOPBACK}:{port}: {error}") from error
-
-
-def _names_taken_port(stderr: str) -> bool:
-    # QEMU's own words when it cannot bind the port of a `hostfwd`.
-    return "could not set up host forwarding rule" in stderr.lower()

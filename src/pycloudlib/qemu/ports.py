@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, replace_atomically
+from pycloudlib.files import create_private_directory, exclusive_lock, replace_atomically
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000
@@ -85,12 +83,8 @@ class PortRegistry:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         create_private_directory(self.directory)
-        # The lock is held for milliseconds; a minute without it means that something is wrong.
-        try:
-            with filelock.FileLock(self.directory / "lock", timeout=60, thread_local=False):
-                yield
-        except filelock.Timeout as error:
-            raise CloudError(f"Another process holds {self.directory / 'lock'}") from error
+        with exclusive_lock(self.directory / "lock"):
+            yield
 
     def _file(self, port: int) -> Path:
         return self.directory / str(port)
@@ -103,7 +97,12 @@ class PortRegistry:
 
     def _leased(self, port: int) -> bool:
         owner = self._owner(port)
-        return owner is not None and owner.is_absolute() and owner.is_dir()
+        if owner is None or not owner.is_absolute():
+            return False
+        try:
+            return owner.is_dir()
+        except OSError:
+            return True  # it cannot be told, as with a directory of root's: rather another port
 
 
 def can_listen(port: int) -> bool:

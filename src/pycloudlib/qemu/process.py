@@ -120,14 +120,21 @@ class QemuProcess:
         return cls(identity, pidfd, log, log_start, child)
 
     @classmethod
-    def attach(cls, identity: ProcessIdentity, log: Path) -> QemuProcess | None:
-        """Watch a QEMU that another process started; None when it does not run any more."""
+    def attach(cls, identity: ProcessIdentity, disk: Path, log: Path) -> QemuProcess | None:
+        """Watch a QEMU that another process started; None when it does not run any more.
+
+        Args:
+            identity: Which process it was.
+            disk: The machine's disk, which is on its command line: a second proof that this is
+                the machine's own QEMU, for a pid and start time kept over a reboot of the host.
+            log: Where its output goes.
+        """
         try:
             pidfd = os.pidfd_open(identity.pid)
         except ProcessLookupError:
             return None
         # Looked at only now: the pidfd holds on to whatever process has the pid at this moment.
-        if not identity.alive:
+        if not (identity.alive and str(disk) in _command_line(identity.pid)):
             os.close(pidfd)
             return None
         return cls(identity, pidfd, log, 0, None)
@@ -168,7 +175,16 @@ class QemuProcess:
             return ""
 
     def __del__(self) -> None:
-        os.close(self._pidfd)
+        with contextlib.suppress(AttributeError):  # interrupted before it was whole
+            os.close(self._pidfd)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        # As in QEMU's options, where a comma in a path is written twice.
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace(",,", ",")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _signal_name(number: int) -> str:

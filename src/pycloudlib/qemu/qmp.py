@@ -6,27 +6,30 @@ its sessions, and nobody else sees it. A caller with a running event loop of its
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
+import atexit
 import contextlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from qemu.qmp import ExecuteError, QMPClient, QMPError
-from qemu.qmp.protocol import ConnectError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pycloudlib.errors import CloudError
 
+# asyncio and qemu.qmp are most of what an import of this package would cost: only a machine that
+# runs needs them.
+if TYPE_CHECKING:
+    import asyncio
+
+    from qemu.qmp import QMPClient
+
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-# The library logs every lost connection as an error; here that is how each machine ends.
-logging.getLogger("qemu.qmp.protocol").setLevel(logging.CRITICAL)
+_STOP_LIMIT = 2.0
+_CLIENT_LOG = logging.getLogger(f"{__name__}.client")
+_CLIENT_LOG.setLevel(logging.CRITICAL)
 
 
 class QmpError(CloudError):
@@ -55,8 +58,10 @@ class LoopThread:
     _instance: LoopThread | None = None
 
     def __init__(self) -> None:
+        import asyncio  # noqa: PLC0415 - heavy
+
         self.loop = asyncio.new_event_loop()
-        self._pid = os.getpid()
+        self.sessions: set[QmpSession] = set()
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="pycloudlib-qmp", daemon=True
         )
@@ -66,7 +71,7 @@ class LoopThread:
     def get(cls) -> LoopThread:
         """Give this process's thread; a forked child gets one of its own."""
         with cls._lock:
-            if cls._instance is None or cls._instance._pid != os.getpid():
+            if cls._instance is None:
                 cls._instance = cls()
             return cls._instance
 
@@ -76,6 +81,9 @@ class LoopThread:
         Raises:
             TimeoutError: It took longer than `timeout` seconds; it is cancelled.
         """
+        import asyncio  # noqa: PLC0415 - heavy
+        import concurrent.futures  # noqa: PLC0415 - heavy
+
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
@@ -95,13 +103,56 @@ class LoopThread:
 
         self.loop.call_soon_threadsafe(self.loop.add_reader, descriptor, fire)
 
+    def stop(self) -> None:
+        """End the sessions that are open, and the thread."""
+        import asyncio  # noqa: PLC0415 - heavy
+
+        async def end_sessions() -> None:
+            # A session that is cancelled in the middle would complain on stderr.
+            ends = [asyncio.ensure_future(session.disconnect()) for session in self.sessions]
+            if ends:
+                await asyncio.wait(ends, timeout=_STOP_LIMIT)
+
+        with contextlib.suppress(TimeoutError):
+            self.run(end_sessions(), 2 * _STOP_LIMIT)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(_STOP_LIMIT)
+
+    def forget(self, process: object, descriptor: int) -> None:
+        """Watch a descriptor no more; its owner is kept until that has happened."""
+
+        def remove(_owner: object) -> None:
+            self.loop.remove_reader(descriptor)
+
+        self.loop.call_soon_threadsafe(remove, process)
+
+
+def _stop_thread() -> None:
+    """End the sessions before the interpreter ends; the machines run on."""
+    thread = LoopThread._instance
+    if thread is not None:
+        thread.stop()
+
+
+def _forget_parents_thread() -> None:
+    # Threads do not survive a fork, and another thread may have held the lock at that moment.
+    LoopThread._lock = threading.Lock()
+    LoopThread._instance = None
+
+
+atexit.register(_stop_thread)
+os.register_at_fork(after_in_child=_forget_parents_thread)
+
 
 class QmpSession:
     """One QMP session with a running QEMU."""
 
-    def __init__(self, client: QMPClient, events: asyncio.Task[None]) -> None:
+    def __init__(self, client: QMPClient, events: asyncio.Task[None], thread: LoopThread) -> None:
         self._client = client
         self._events = events
+        self._thread = thread
+        self._ending = False
+        thread.sessions.add(self)
 
     @classmethod
     def open(
@@ -120,16 +171,21 @@ class QmpSession:
         Raises:
             QmpError: QEMU closed the connection, did not answer, or is not QEMU.
         """
+        import asyncio  # noqa: PLC0415 - heavy
+
+        from qemu.qmp import QMPClient  # noqa: PLC0415 - heavy
+
+        thread = LoopThread.get()
 
         async def connect() -> QmpSession:
             client = QMPClient("pycloudlib")
+            # It would log each lost connection as an error; here that is how each machine ends.
+            client.logger = _CLIENT_LOG
             await client.connect(address)
-            return cls(client, asyncio.ensure_future(_deliver(client, on_event)))
+            return cls(client, asyncio.ensure_future(_deliver(client, on_event)), thread)
 
-        try:
-            return LoopThread.get().run(connect(), timeout)
-        except (ConnectError, QMPError, OSError) as error:
-            raise QmpError(f"No QMP session: {error}") from error
+        with _translated("No QMP session"):
+            return thread.run(connect(), timeout)
 
     def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = 30
@@ -148,28 +204,45 @@ class QmpSession:
             QmpError: QEMU refused it, is gone, or did not answer in time.
         """
         _log.debug("QMP %s %s", command, arguments or {})
-        try:
-            return LoopThread.get().run(
+        with _translated(f"QEMU did not carry out {command}"):
+            return self._thread.run(
                 self._client.execute(command, dict(arguments) if arguments else None), timeout
             )
-        except ExecuteError as error:
-            raise QmpError(f"QEMU refused {command}: {error}") from error
-        except (QMPError, OSError) as error:
-            raise QmpError(f"{command} got no answer from QEMU: {error}") from error
 
     def close(self) -> None:
         """End the session; QEMU runs on."""
         with contextlib.suppress(TimeoutError):
-            LoopThread.get().run(self._disconnect(), 5)
+            self._thread.run(self.disconnect(), _STOP_LIMIT)
 
     def close_soon(self) -> None:
-        """End the session, from within the loop's thread."""
-        self._closing = asyncio.ensure_future(self._disconnect())
+        """End the session without waiting for it, from any thread."""
+        loop = self._thread.loop
+        loop.call_soon_threadsafe(lambda: loop.create_task(self.disconnect()))
 
-    async def _disconnect(self) -> None:
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await self._client.disconnect()
-        self._events.cancel()
+    async def disconnect(self) -> None:
+        """End the session, within the loop's thread; one that is ending already is let end."""
+        from qemu.qmp import QMPError  # noqa: PLC0415 - heavy
+
+        if self._ending:
+            return
+        self._ending = True
+        try:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await self._client.disconnect()
+        finally:
+            self._events.cancel()
+            self._thread.sessions.discard(self)
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn the library's errors into ours."""
+    from qemu.qmp import QMPError  # noqa: PLC0415 - heavy
+
+    try:
+        yield
+    except (QMPError, OSError) as error:
+        raise QmpError(f"{what}: {error}") from error
 
 
 async def _deliver(client: QMPClient, on_event: Callable[[Event], None]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import replace_atomically, write_private
+from pycloudlib.files import exclusive_lock, replace_atomically, write_private
 from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.spec import MachineSpec
 
@@ -24,8 +24,8 @@ class LoginFacts:
     """What another process needs to log in, kept with the machine."""
 
     username: str
-    private_key_path: str | None
     public_key_path: str | None
+    private_key_path: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,11 @@ class RunDirectory:
         return self.path / "qmp-socket"
 
     @property
+    def attach_socket(self) -> Path:
+        """Where processes that did not start the machine control it."""
+        return self.path / "attach-socket"
+
+    @property
     def _spec_file(self) -> Path:
         return self.path / _SPEC_FILE
 
@@ -97,7 +102,8 @@ class RunDirectory:
         Raises:
             InstanceNotFoundError: There is no machine in this directory.
         """
-        return MachineSpec.from_json(self._read(self._spec_file))
+        with self._named(self._spec_file):
+            return MachineSpec.from_json(self._read(self._spec_file))
 
     def write_login(self, login: LoginFacts) -> None:
         """Keep how to log in."""
@@ -110,7 +116,8 @@ class RunDirectory:
         Raises:
             InstanceNotFoundError: There is no machine in this directory.
         """
-        return LoginFacts(**json.loads(self._read(self._login_file)))
+        with self._named(self._login_file):
+            return LoginFacts(**json.loads(self._read(self._login_file)))
 
     def write_process(self, identity: ProcessIdentity) -> None:
         """Keep which process runs the machine."""
@@ -123,18 +130,34 @@ class RunDirectory:
             return ProcessIdentity(facts["pid"], facts["start"])
         return None
 
-    def open_qmp_listener(self) -> socket.socket:
-        """Make the QMP socket's file and listen on it.
+    @contextlib.contextmanager
+    def power_lock(self) -> Iterator[None]:
+        """Keep other threads and processes from switching on or deleting it at the same time.
+
+        Raises:
+            InstanceNotFoundError: The instance is deleted.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive_lock(self.path / "power.lock"))
+            except FileNotFoundError:
+                raise InstanceNotFoundError(
+                    f"{self.path.name} is deleted", resource_id=str(self.path)
+                ) from None
+            yield
+
+    def open_listener(self, file: Path) -> socket.socket:
+        """Make a unix socket's file in this directory and listen on it.
 
         A unix socket's address has 107 bytes at most, which a path may exceed: so the directory
         is named by its descriptor.
         """
-        self.qmp_socket.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with short_path(self.qmp_socket) as address:
+            with short_path(file) as address:
                 listener.bind(address)
-            self.qmp_socket.chmod(0o600)
+            file.chmod(0o600)
             listener.listen(8)
         except BaseException:
             listener.close()
@@ -145,6 +168,17 @@ class RunDirectory:
         """Remove the directory and all in it; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.path)
+
+    @contextlib.contextmanager
+    def _named(self, file: Path) -> Iterator[None]:
+        """Name a file that holds something else than what was written there."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise InstanceNotFoundError(
+                f"No instance in {self.path}: {file.name} is damaged ({error})",
+                resource_id=str(self.path),
+            ) from error
 
     def _read(self, file: Path) -> str:
         try:

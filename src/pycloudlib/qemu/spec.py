@@ -14,7 +14,9 @@ from pycloudlib.qemu.accelerator import Accelerator
 
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
-_ROOT_DEFAULT = "root=LABEL=cloudimg-rootfs ro"
+# Only an initrd finds a file system by its label; without one the kernel wants a device.
+_ROOT_BY_LABEL = "root=LABEL=cloudimg-rootfs ro"
+_ROOT_BY_DEVICE = "root=/dev/sda1 ro"
 _CONSOLE_DEFAULT = "console=tty1 console=ttyS0"
 
 
@@ -120,12 +122,12 @@ def make_mac() -> str:
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
 
 
-def complete_cmdline(cmdline: str) -> str:
+def complete_cmdline(cmdline: str, *, has_initrd: bool = True) -> str:
     """Add a root file system and a serial console to a kernel command line that lacks them."""
     words = cmdline.split()
     parts = [cmdline.strip()]
     if not any(word.startswith("root=") for word in words):
-        parts.append(_ROOT_DEFAULT)
+        parts.append(_ROOT_BY_LABEL if has_initrd else _ROOT_BY_DEVICE)
     if not any(word.startswith("console=") for word in words):
         parts.append(_CONSOLE_DEFAULT)
-    return " ".join(parts)
+    return " ".join(filter(None, parts))

@@ -1,0 +1,183 @@
+"""Disk snapshots in constant time: a machine's overlay becomes a layer, and the layer an image.
+
+Nothing is copied. The overlay of a powered-off machine gets two more names (hard links): one among
+the cloud's layers, on which the machine goes on in a new overlay, and one that is the image. So an
+image can be deleted while its source machine lives on the layer, and the machine while the image
+lives; the layer itself goes when nothing is built on it any more.
+
+    instance/disk.qcow2 ──▶ layers/1f3a.qcow2 ──▶ bookworm-….img
+                            snapshots/NAME.img (the same file as layers/1f3a.qcow2)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudError, ImageInUseError
+from pycloudlib.files import create_private_directory, exclusive_lock
+from pycloudlib.qemu import disk
+from pycloudlib.qemu.rundir import RunDirectory
+
+MAXIMUM_DEPTH = 16
+"""Layers that a disk is built on before they are merged into one; see `performance.md`."""
+
+_QCOW2_HEADER = struct.Struct(">4sIQI")
+_PARENT_GLOB = "pycl-qemu-*"
+_SNAPSHOTS = "snapshots"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStore:
+    """The layers and snapshots of one cloud.
+
+    Attributes:
+        parent_dir: The cloud's directory.
+    """
+
+    parent_dir: Path
+
+    @property
+    def snapshots(self) -> Path:
+        """Where the images made by snapshots are."""
+        return self.parent_dir / _SNAPSHOTS
+
+    @property
+    def layers(self) -> Path:
+        """Where the layers are."""
+        return self.parent_dir / "layers"
+
+    def freeze(self, overlay: Path, image_name: str) -> Path:
+        """Make an image of a powered-off machine's overlay; the machine goes on in a new one.
+
+        Args:
+            overlay: The machine's disk.
+            image_name: The name of the image's file, without its directory.
+
+        Returns:
+            The image.
+
+        Raises:
+            CloudError: The file system knows no hard links.
+        """
+        create_private_directory(self.layers)
+        create_private_directory(self.snapshots)
+        layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
+        image = self.snapshots / image_name
+        fresh = overlay.with_name(f".{layer.name}")
+        with self._lock(), contextlib.ExitStack() as undo:
+            _limit_depth(overlay)
+            for name in (layer, image):
+                _link(overlay, name)
+                undo.callback(name.unlink)
+            undo.callback(fresh.unlink, missing_ok=True)
+            disk.create_overlay(disk.read_layer(layer), fresh)
+            # One rename: at any moment the machine has a whole disk under the same name.
+            fresh.replace(overlay)
+            undo.pop_all()
+        return image
+
+    def collect(self) -> None:
+        """Remove the layers on which nothing is built any more, and directories that are empty."""
+        with contextlib.suppress(FileNotFoundError), self._lock():
+            needed = {file for tip in _tips(self.parent_dir.parent) for file in chain(tip)[1:]}
+            for layer in self.layers.glob("*.qcow2"):
+                if layer not in needed:
+                    layer.unlink()
+            if [file.name for file in self.layers.iterdir()] == [_LOCK]:
+                (self.layers / _LOCK).unlink()
+        for directory in (self.layers, self.snapshots):
+            with contextlib.suppress(OSError):  # something is in it, or it is gone already
+                directory.rmdir()
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Keep others from collecting a layer before the machine is built on it."""
+        with exclusive_lock(self.layers / _LOCK):
+            yield
+
+
+def check_unused(image: Path, working_dir: Path) -> None:
+    """Make sure that no instance or snapshot is built on an image.
+
+    Args:
+        image: The image.
+        working_dir: Where the directories of clouds are, this one's and others'.
+
+    Raises:
+        ImageInUseError: Some are; names them.
+    """
+    users = sorted(
+        tip.stem for tip in _tips(working_dir) if tip != image and image in chain(tip)[1:]
+    )
+    if users:
+        raise ImageInUseError(str(image), users)
+
+
+def is_snapshot(image: Path) -> bool:
+    """Say whether an image has its place among the snapshots of a cloud."""
+    return image.parent.name == _SNAPSHOTS and image.parent.parent.match(_PARENT_GLOB)
+
+
+def chain(tip: Path) -> list[Path]:
+    """List the files that a disk consists of: itself, then what it is built on, to the bottom.
+
+    A file that is missing is the last one listed: a broken disk somewhere is no reason not to
+    clean up elsewhere, and QEMU names what it misses.
+    """
+    files = [tip]
+    while (below := read_backing_file(files[-1])) is not None:
+        files.append(below)
+    return files
+
+
+def read_backing_file(image: Path) -> Path | None:
+    """Read what a qcow2 file is built on; None for any other file, and for one that is missing.
+
+    The header is read directly (docs/interop/qcow2.txt): a chain has many files, and a qemu-img
+    process for each would be felt.
+    """
+    try:
+        with image.open("rb") as file:
+            header = file.read(_QCOW2_HEADER.size)
+            if len(header) < _QCOW2_HEADER.size or not header.startswith(disk.QCOW_MAGIC):
+                return None
+            _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
+            if offset == 0:
+                return None
+            file.seek(offset)
+            return image.parent / os.fsdecode(file.read(length))
+    except FileNotFoundError:
+        return None
+
+
+def _tips(working_dir: Path) -> Iterator[Path]:
+    """List the disks of all clouds' instances, and the images of their snapshots."""
+    for parent_dir in working_dir.glob(_PARENT_GLOB):
+        yield from parent_dir.glob(f"{_SNAPSHOTS}/*.img")
+        for rundir in RunDirectory.list_in(parent_dir):
+            if rundir.disk.exists():
+                yield rundir.disk
+
+
+def _limit_depth(overlay: Path) -> None:
+    """Merge the layers below a disk into it when they have become many."""
+    files = chain(overlay)
+    if len(files) - 1 > MAXIMUM_DEPTH:
+        disk.rebase(overlay, files[-1])
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise CloudError(
+            f"Cannot make the hard link {target}, which snapshots need: {error}. working_dir must "
+            "be on a file system that has hard links"
+        ) from error

@@ -1,0 +1,207 @@
+"""The life of a machine: console, interfaces, other processes, power, snapshots, kernels.
+
+The tests follow one another on few machines, because each boot takes a minute in emulation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.errors import ImageInUseError, InstanceNotFoundError
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import MachineEndedError, State
+from tests.guest.telnet import Console
+
+pytestmark = pytest.mark.guest
+
+PASSWORD = "on the console"
+USER_DATA = f"""\
+#cloud-config
+chpasswd:
+  expire: false
+  users: [{{name: ubuntu, password: {PASSWORD}, type: text}}]
+  list: ["ubuntu:{PASSWORD}"]
+"""
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[Qemu]:
+    with Qemu(tag="life") as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def life(cloud: Qemu, image: str) -> QemuInstance:
+    """Give the machine whose life is told."""
+    machine = cloud.launch(image, "c2m768", user_data=USER_DATA)
+    machine.wait()
+    machine.execute("echo kept >/var/tmp/mark; sync")
+    return machine
+
+
+def test_the_telnet_port_is_a_console_to_log_in_at(life: QemuInstance) -> None:
+    with Console(int(life.telnet_port)) as console:
+        console.send("")
+        console.expect("login: ")
+        console.send("ubuntu")
+        console.expect("Password: ")
+        console.send(PASSWORD)
+        console.expect(r"\$ ")
+        console.send("echo $((6 * 7)) is the answer")
+        assert "42 is the answer" in console.expect(r"[^(]42 is the answer")
+        console.send("exit")
+    assert "42 is the answer" in life.console_log()
+
+
+def test_an_interface_is_plugged_in_and_pulled_out(life: QemuInstance) -> None:
+    address = life.add_network_interface()
+    addresses = life.execute("ip -4 -oneline address show scope global")
+    assert f" {address}/" in addresses
+    assert len(addresses.splitlines()) == 2
+    assert "via 10.0.2.2" in life.execute("ip route show default")
+    life.remove_network_interface(address)
+    assert len(life.execute("ip -4 -oneline address show scope global").splitlines()) == 1
+
+
+def test_other_processes_find_it_and_work_with_it_at_the_same_time(
+    life: QemuInstance,
+) -> None:
+    program = (
+        "import sys\n"
+        "from pycloudlib import Qemu\n"
+        "vm = Qemu('other').get_instance(sys.argv[1])\n"
+        "status = vm.machine.execute('query-status')['status']\n"
+        "vm.execute('touch /var/tmp/' + sys.argv[2])\n"
+        "print(vm.name, status, vm.execute('cat /var/tmp/mark'), vm.machine.pid)\n"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, life.id, f"process-{n}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    outputs = [other.communicate(timeout=300)[0].split() for other in others]
+    assert outputs == [[life.name, "running", "kept", str(life.machine.pid)]] * 2
+    assert life.execute("ls /var/tmp/process-0 /var/tmp/process-1").ok
+
+
+def _work_in_fork(life: QemuInstance, answers: multiprocessing.SimpleQueue[str]) -> None:
+    status = life.machine.execute("query-status")["status"]
+    answers.put(f"{status} {life.execute('cat /var/tmp/mark')}")
+
+
+def test_a_forked_worker_works_with_it(life: QemuInstance) -> None:
+    life.execute("true")  # a connection is open, in which the child has no part
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    workers = [context.Process(target=_work_in_fork, args=(life, answers)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [answers.get() for _ in workers] == ["running kept"] * 2
+    assert life.execute("echo still here") == "still here"
+
+
+def test_restart_is_another_boot_of_the_same_machine(life: QemuInstance) -> None:
+    before = (life.get_boot_id(), life.id, life.machine.pid)
+    life.restart()
+    after = (life.get_boot_id(), life.id, life.machine.pid)
+    assert after[0] != before[0]
+    assert after[1:] == before[1:]
+    assert life.execute("cat /var/tmp/mark") == "kept"
+    assert life.console_log().count("Linux version") == 2
+
+
+def test_a_guest_that_powers_itself_off_is_seen_as_stopped_and_starts_again(
+    life: QemuInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (life.id, life.machine.pid)
+    life.execute("systemctl poweroff", use_sudo=True)
+    life.wait_for_stop()
+    assert life.machine.state is State.OFF
+    with pytest.raises(MachineEndedError, match="exit status 0"):
+        life.restart()
+    life.start()
+    assert life.id == before[0]
+    assert life.machine.pid != before[1]
+    assert life.execute("cat /var/tmp/mark") == "kept"
+    started = time.monotonic()
+    life.start()
+    assert time.monotonic() - started < 60, "starting a running machine is a short wait"
+    with caplog.at_level(logging.INFO):
+        life.shutdown()
+    assert "ACPI" in caplog.text
+
+
+def test_snapshots_of_snapshots_boot_while_their_source_runs(
+    cloud: Qemu, life: QemuInstance, image: str, tmp_path: Path
+) -> None:
+    first = cloud.snapshot(life, clean=False)
+    assert cloud.image_serial(first) == cloud.image_serial(image)
+    copy = cloud.launch(first, "c1m512")
+    with ThreadPoolExecutor(2) as boots:
+        list(boots.map(lambda machine: machine.start(), (life, copy)))
+    assert copy.execute("cat /var/tmp/mark; hostname") == f"kept\n{copy.name}"
+    assert life.execute("hostname") == life.name
+    life.execute("echo later >/var/tmp/mark; sync")
+    with pytest.raises(ImageInUseError, match=copy.name):
+        cloud.delete_image(first)
+
+    second = cloud.snapshot(copy, clean=True)
+    assert copy.delete() == []
+    with pytest.raises(ImageInUseError, match=Path(second).stem):
+        cloud.delete_image(first)
+    third = cloud.snapshot(life, clean=False)
+    assert life.delete() == []
+    with pytest.raises(InstanceNotFoundError, match=life.name):
+        life.start()
+    with pytest.raises(InstanceNotFoundError, match=life.name):
+        cloud.snapshot(life)
+
+    grandchild, sibling = (cloud.launch(made, "c1m512") for made in (second, third))
+    with ThreadPoolExecutor(2) as boots:
+        list(boots.map(lambda machine: machine.wait(), (grandchild, sibling)))
+    assert grandchild.execute("cat /var/tmp/mark") == "kept"
+    assert sibling.execute("cat /var/tmp/mark") == "later"
+    assert grandchild.execute("cat /etc/machine-id") != sibling.execute("cat /etc/machine-id")
+    result = json.loads(grandchild.execute("cat /var/lib/cloud/data/result.json"))
+    assert result["v1"]["errors"] == []
+    for machine in (grandchild, sibling):
+        assert machine.delete() == []
+    for made in (second, third, first):
+        cloud.delete_image(made)
+    assert not list(cloud.parent_dir.rglob("*.qcow2"))
+
+
+def test_kernels_are_booted_directly_and_nocloud_is_read_from_their_command_line(
+    cloud: Qemu, image: str
+) -> None:
+    seeded = cloud.launch(image, "c1m512", kernel_cmdline="ds=nocloud;h=myhost;i=myid quiet")
+    seedless = cloud.launch(
+        image, "c1m512", kernel_cmdline="ds=nocloud;h=seedless;i=other", no_seed_iso=True
+    )
+    with Console(int(seedless.telnet_port)) as console:
+        seeded.wait()
+        console.expect("seedless login: ", seconds=600)
+    words = seeded.execute("cat /proc/cmdline").split()
+    assert "ds=nocloud;h=myhost;i=myid" in words
+    assert "root=LABEL=cloudimg-rootfs" in words
+    assert "console=ttyS0" in words
+    assert seeded.execute("hostname") == "myhost"
+    assert seeded.execute("cat /var/lib/cloud/data/instance-id") == "myid"
+    assert "GRUB" not in seeded.console_log()

@@ -1,0 +1,250 @@
+"""Machines under several hands: threads, processes, interrupts; none is lost, none is left."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.qemu import ports
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
+from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.rundir import RunDirectory, short_path
+from pycloudlib.qemu.start import PortTakenError
+from tests.qemu.conftest import UNSTARTED, CloudMaker
+
+pytestmark = pytest.mark.qemu
+
+
+def processes_of(directory: Path) -> list[int]:
+    """List the processes that have a directory on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(directory).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_start_that_fails_can_be_tried_again(unstarted: QemuInstance) -> None:
+    unstarted.machine.kill()
+    with (
+        ports.listen(int(unstarted.telnet_port)),
+        pytest.raises(PortTakenError, match=unstarted.telnet_port),
+    ):
+        unstarted.start(wait=False)
+    with pytest.raises(MachineEndedError):
+        unstarted.machine.check_on()
+    unstarted.start(wait=False)
+    assert unstarted.machine.state is State.PAUSED
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "greeting"])
+def test_ctrl_c_at_any_moment_of_a_launch_leaves_nothing(
+    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The signal really comes, while QEMU is being born in another thread."""
+    start, write = QemuProcess.start, RunDirectory.write_process
+
+    def start_interrupted(
+        argv: Sequence[str], *, pass_fds: Sequence[int], log: Path
+    ) -> QemuProcess:
+        if moment == "before":
+            os.kill(os.getpid(), signal.SIGINT)
+        process = start(argv, pass_fds=pass_fds, log=log)
+        if moment == "after":
+            os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    def write_interrupted(rundir: RunDirectory, identity: ProcessIdentity) -> None:
+        write(rundir, identity)
+        if moment == "greeting":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(QemuProcess, "start", start_interrupted)
+    monkeypatch.setattr(RunDirectory, "write_process", write_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    assert processes_of(cloud.parent_dir) == []
+    assert list(cloud.parent_dir.glob("t-*")) == []
+    assert cloud.created_instances == []
+
+
+def test_delete_while_another_thread_starts_it_leaves_nothing(unstarted: QemuInstance) -> None:
+    unstarted.machine.kill()
+
+    def start() -> str:
+        try:
+            unstarted.start(wait=False)
+        except InstanceNotFoundError:
+            return "deleted first"
+        return "started first"
+
+    with ThreadPoolExecutor(2) as threads:
+        started, deleted = threads.submit(start), threads.submit(unstarted.delete)
+        assert deleted.result() == []
+        assert started.result() in ("deleted first", "started first")
+    assert processes_of(unstarted.instance_dir) == []
+    assert not unstarted.instance_dir.exists()
+
+
+def test_what_another_handle_started_is_seen_and_deleted(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    other = cloud.get_instance(unstarted.id)
+    other.machine.kill()
+    other.start(wait=False)
+    assert unstarted.machine.pid == other.machine.pid
+    with pytest.raises(CloudError, match="only a machine that is off"):
+        unstarted.machine.power_on()
+    assert unstarted.delete() == []
+    assert processes_of(unstarted.instance_dir) == []
+    assert other.machine.state is State.OFF
+
+
+def test_a_deleted_instance_says_so(unstarted: QemuInstance) -> None:
+    unstarted.delete()
+    for operation in (unstarted.start, unstarted.restart, unstarted.shutdown):
+        with pytest.raises(InstanceNotFoundError, match=unstarted.name):
+            operation()
+    unstarted.wait_for_stop()
+
+
+def test_a_program_at_the_qmp_socket_is_no_obstacle(cloud: Qemu, unstarted: QemuInstance) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as program,
+        short_path(unstarted.instance_dir / "qmp-socket") as address,
+    ):
+        program.connect(address)
+        other = cloud.get_instance(unstarted.id)
+        assert other.machine.execute("query-status")["status"] == "prelaunch"
+
+
+def test_a_guest_that_cannot_react_is_not_waited_for(unstarted: QemuInstance) -> None:
+    took = unstarted.machine.power_off(Deadline.after(600))
+    assert took is PowerOff.QUIT
+
+
+def test_many_handles_leak_nothing(cloud: Qemu, unstarted: QemuInstance) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    cloud.get_instance(unstarted.id).machine.execute("query-name")
+    before = descriptors()
+    for _ in range(30):
+        assert cloud.get_instance(unstarted.id).machine.state is State.RUNNING
+    # What a handle held is let go of in the loop's thread; one more round trip waits for that.
+    unstarted.machine.execute("query-name")
+    assert descriptors() <= before + 3
+    assert unstarted.machine.state is State.PAUSED
+
+
+def test_many_launches_leak_nothing(cloud: Qemu, tiny_image: Path) -> None:
+    def launch_and_delete() -> None:
+        assert cloud.launch(str(tiny_image), launch_args=UNSTARTED).delete() == []
+
+    launch_and_delete()
+    before = (len(list(Path("/proc/self/fd").iterdir())), threading.active_count())
+    for _ in range(20):
+        launch_and_delete()
+    after = (len(list(Path("/proc/self/fd").iterdir())), threading.active_count())
+    assert after[0] <= before[0] + 2
+    assert after[1] <= before[1]
+
+
+def test_commands_from_many_threads_are_each_answered(unstarted: QemuInstance) -> None:
+    def ask(number: int) -> str:
+        command = ("query-name", "query-status")[number % 2]
+        answer = unstarted.machine.execute(command)
+        return str(answer["name"] if number % 2 == 0 else answer["status"])
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(ask, range(80)))
+    assert answers == [unstarted.name, "prelaunch"] * 40
+
+
+def test_a_caller_with_a_running_event_loop_can_use_it(cloud: Qemu, tiny_image: Path) -> None:
+    async def work() -> str:
+        instance = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+        status = instance.machine.execute("query-status")["status"]
+        assert instance.delete() == []
+        return str(status)
+
+    assert asyncio.run(work()) == "prelaunch"
+
+
+def _use_and_delete(instance: QemuInstance, answers: multiprocessing.SimpleQueue[object]) -> None:
+    answers.put(instance.machine.execute("query-status")["status"])
+    answers.put([str(error) for error in instance.delete()])
+
+
+def test_a_forked_worker_can_use_and_delete_it(unstarted: QemuInstance) -> None:
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.SimpleQueue[object] = context.SimpleQueue()
+    worker = context.Process(target=_use_and_delete, args=(unstarted, answers))
+    worker.start()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+    assert [answers.get(), answers.get()] == ["prelaunch", []]
+    unstarted.wait_for_stop()
+    assert processes_of(unstarted.instance_dir) == []
+
+
+def test_clouds_of_one_tag_leave_each_others_things_alone(
+    make_cloud: CloudMaker, tiny_image: Path
+) -> None:
+    ours, theirs = make_cloud("same"), make_cloud("same")
+    assert ours.launch(str(tiny_image), launch_args=UNSTARTED).delete() == []
+    snapshot = theirs.snapshot(theirs.launch(str(tiny_image), launch_args=UNSTARTED), clean=False)
+    assert ours.clean() == []
+    assert Path(snapshot).exists()
+    theirs.launch(snapshot, launch_args=UNSTARTED)
+    ours.launch(str(tiny_image), launch_args=UNSTARTED)
+
+
+def test_deleting_an_image_that_is_not_there_changes_nothing(cloud: Qemu, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cloud.delete_image(str(empty / "missing.img"))
+    cloud.delete_image("")
+    assert empty.is_dir()
+
+
+def test_another_id_in_the_same_directory_is_not_found(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    path = unstarted.instance_path
+    for wrong in (f"{path}::1::2", f"{path.with_name('other.img')}::{unstarted.port}::1"):
+        with pytest.raises(InstanceNotFoundError, match="is not the id"):
+            cloud.get_instance(wrong)
+    (unstarted.instance_dir / "login.json").write_text("{}")
+    with pytest.raises(InstanceNotFoundError, match=r"login.json is damaged"):
+        cloud.get_instance(unstarted.id)
+
+
+def test_a_process_that_is_not_the_machines_own_is_left_alone(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    """The process file names another process, as after a reboot of the host."""
+    instance_id, pid = unstarted.id, unstarted.machine.pid
+    assert pid is not None
+    me = ProcessIdentity.find(os.getpid())
+    assert me is not None
+    unstarted.machine.rundir.write_process(me)
+    other = cloud.get_instance(instance_id)
+    assert other.machine.state is State.OFF
+    assert ProcessIdentity.find(pid) is not None
