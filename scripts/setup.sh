@@ -27,7 +27,6 @@ requirements=(
     "gpg|gpg|signs what the tests download"
     "gpg-agent|gpg-agent|holds the key they sign with"
     "mmdebstrap|mmdebstrap|builds images: installs their packages"
-    "/usr/share/keyrings/debian-archive-keyring.gpg|debian-archive-keyring|builds images: checks the signatures of those packages"
     "newuidmap|uidmap|builds images without root"
     "mke2fs|e2fsprogs|builds images: the root file system"
     "mkfs.vfat|dosfstools|builds images: the EFI partition's file system"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shlex
 import threading
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib.deadline import Deadline
-from pycloudlib.errors import CleanupError, PycloudlibError, PycloudlibTimeoutError
-from pycloudlib.guest import cloudinit, ssh
+from pycloudlib.errors import CleanupError, PycloudlibError
+from pycloudlib.guest import ssh
 from pycloudlib.key import KeyPair
+from pycloudlib.readiness import Readiness, current_deadline, keeping, ready_limit
 from pycloudlib.result import Result
 from pycloudlib.util import log_exception_list
 
@@ -26,20 +23,10 @@ if TYPE_CHECKING:
     import paramiko
     from typing_extensions import Self
 
-DEFAULT_READY_LIMIT = 20 * 60.0
-"""Seconds that a machine may take until it is ready: a cold boot in emulation on a busy host."""
-
 _BANNER_LIMIT = 10.0
-# An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
-# reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
-_ATTEMPT_LIMIT = 2.0
-_ATTEMPT_PAUSE = 0.2
-
-# The hooks that clients override take no deadline of ours, so it is handed to them this way.
-_ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
 
 
-class BaseInstance(ABC):
+class BaseInstance(Readiness):
     """A machine that can be logged in to.
 
     Args:
@@ -129,7 +116,7 @@ class BaseInstance(ABC):
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
             ValueError: `ready_timeout` is not a positive number.
         """
-        with _keeping(_ready_limit(ready_timeout)):
+        with keeping(ready_limit(ready_timeout)):
             self._wait_for_instance_start(**kwargs)
             self._wait_for_execute()
             self._wait_for_cloudinit()
@@ -143,7 +130,7 @@ class BaseInstance(ABC):
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with _keeping(_ready_limit(None)):
+        with keeping(ready_limit(None)):
             self._wait_for_execute(old_boot_id=old_boot_id)
             self._wait_for_cloudinit()
 
@@ -326,7 +313,7 @@ class BaseInstance(ABC):
 
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
-        deadline = _ready_deadline.get()
+        deadline = current_deadline()
         if timeout is None and deadline is not None:
             timeout = deadline.remaining
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
@@ -347,115 +334,6 @@ class BaseInstance(ABC):
     def _host_keys(self) -> ssh.HostKeys | None:
         """Say which host keys the machine may show; None accepts any."""
         return None
-
-    def _check_alive(self) -> None:  # noqa: B027 - optional to override
-        """Raise when the machine can never be reached any more; clouds that can tell override."""
-
-    def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
-        """Wait until the machine is powered on; clouds where that takes time override this."""
-
-    def _wait_for_execute(
-        self, old_boot_id: str | None = None, timeout: float | None = None
-    ) -> None:
-        """Wait until commands can be executed over SSH.
-
-        Args:
-            old_boot_id: When given, wait for a boot with another id than this.
-            timeout: Seconds it may take.
-        """
-        deadline = self._deadline(timeout)
-        self._log.info("Waiting for SSH on %s, for at most %.0f s", self.name, deadline.limit)
-        last_seen = "nothing was tried"
-        while not deadline.expired:
-            self._check_alive()
-            problem = self._try_execute(old_boot_id, deadline)
-            if problem is None:
-                return
-            last_seen = problem
-            time.sleep(deadline.capped(_ATTEMPT_PAUSE))
-        self._check_alive()
-        raise PycloudlibTimeoutError(
-            f"{self.name} could not be reached by SSH within {deadline.limit:.0f} s; "
-            f"last seen: {last_seen}"
-        )
-
-    def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> str | None:
-        """Try once; give what was in the way, or None when commands run."""
-        import paramiko  # noqa: PLC0415 - heavy
-
-        try:
-            if self._ssh_client is None:
-                # A cheap look first: a whole connection is worth its time only with a banner.
-                endpoint = self._endpoint()
-                limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
-                ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
-            boot_id = self.get_boot_id()
-        except paramiko.PasswordRequiredException:
-            raise  # no later attempt would go better
-        except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
-            self._forget_client()
-            return str(error) or type(error).__name__
-        if not boot_id:
-            return "the boot id could not be read"
-        if boot_id == old_boot_id:
-            # The old boot goes down soon, and the connection with it.
-            self._forget_client()
-            return "the machine has not rebooted yet"
-        return None
-
-    def _wait_for_cloudinit(self, *, raise_on_failure: bool = False) -> None:
-        """Wait until cloud-init has finished in this boot, and log what failed in it.
-
-        Args:
-            raise_on_failure: Whether a failure of cloud-init raises instead.
-        """
-        self._log.info("Waiting for cloud-init on %s", self.name)
-        with _keeping(self._deadline(None)) as deadline:
-            output = self._follow_cloudinit(deadline)
-        try:
-            status = cloudinit.parse_status(output)
-        except ValueError as error:
-            self._log.warning("cloud-init's status on %s cannot be read: %s", self.name, error)
-        else:
-            self._cloudinit_ended(status, raise_on_failure)
-
-    def _follow_cloudinit(self, deadline: Deadline) -> str:
-        """Give what the waiting script prints at cloud-init's end, over lost connections."""
-        import paramiko  # noqa: PLC0415 - heavy
-
-        while True:
-            self._check_alive()
-            try:
-                result = self._ssh(["sh", "-c", cloudinit.WAIT_SCRIPT])
-            except paramiko.SSHException as error:
-                problem = str(error)
-            except PycloudlibTimeoutError as error:
-                raise PycloudlibTimeoutError(
-                    f"cloud-init on {self.name} did not finish within {deadline.limit:.0f} s"
-                ) from error
-            else:
-                # The guest may reboot under the script: then there is no exit status.
-                if result.ok:
-                    return result.stdout
-                problem = f"exit status {result.return_code}: {result.stderr}"
-            self._check_alive()
-            self._log.debug("Asking for cloud-init's status again: %s", problem)
-            self._forget_client()
-            self._wait_for_execute()
-
-    def _cloudinit_ended(self, status: cloudinit.CloudInitStatus, raise_on_failure: bool) -> None:
-        if status.failed:
-            words = "; ".join(status.errors) or status.state
-            self._log.warning("cloud-init failed on %s: %s", self.name, words)
-            if raise_on_failure:
-                raise PycloudlibError(f"cloud-init failed on {self.name}: {words}")
-        for warning in status.recoverable_errors:
-            self._log.warning("cloud-init on %s: %s", self.name, warning)
-
-    def _deadline(self, timeout: float | None) -> Deadline:
-        if timeout is not None:
-            return Deadline.after(timeout)
-        return _ready_deadline.get() or Deadline.after(DEFAULT_READY_LIMIT)
 
     def _endpoint(self) -> ssh.Endpoint:
         return ssh.Endpoint(self.ip, int(self.port), self.username, self.key_pair.private_key_path)
@@ -480,24 +358,6 @@ class BaseInstance(ABC):
             if self._ssh_client is not None:
                 self._ssh_client.close()
                 self._ssh_client = None
-
-
-def _ready_limit(minutes: float | None) -> Deadline:
-    if minutes is None:
-        return Deadline.after(DEFAULT_READY_LIMIT)
-    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
-        raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
-    return Deadline.after(minutes * 60)
-
-
-@contextlib.contextmanager
-def _keeping(deadline: Deadline) -> Iterator[Deadline]:
-    """Set the deadline that the hooks called inside keep to."""
-    token = _ready_deadline.set(deadline)
-    try:
-        yield deadline
-    finally:
-        _ready_deadline.reset(token)
 
 
 def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:

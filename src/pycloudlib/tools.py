@@ -13,10 +13,8 @@ from pathlib import Path
 from pycloudlib.errors import MissingPrerequisiteError, ToolError
 
 PACKAGES = {
-    "dpkg": "dpkg",
     "gpgv": "gpgv",
     "grub-mkimage": "grub-common",
-    "mcopy": "mtools",
     "mke2fs": "e2fsprogs",
     "mkfs.vfat": "dosfstools",
     "mmdebstrap": "mmdebstrap",

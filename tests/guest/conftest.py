@@ -1,7 +1,7 @@
 """Real guests: few boots, shared by many tests.
 
-A machine is booted for each kind of user-data that the selected tests ask for; two at a time,
-because a boot in emulation keeps about one processor busy.
+A machine is booted for each kind of user-data that the selected tests ask for, all of them at
+once: eight, when all tests run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.seeds import SEEDS, Kind
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = 2
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +29,16 @@ def image() -> str:
 
 
 @pytest.fixture(scope="session")
-def guests(
-    image: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Kind, Future[Guest]]]:
+def guests(image: str, request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]]:
     """Boot the machines that the selected tests ask for."""
     kinds = [kind for kind in Kind if any(asks_for(item, kind) for item in request.session.items)]
-    with Qemu(tag="guest") as cloud, ThreadPoolExecutor(_AT_ONCE) as boots:
+    images = dict.fromkeys(kinds, image)
+    if Kind.TRIXIE in kinds:
+        with Qemu(tag="test-image") as builder:
+            images[Kind.TRIXIE] = builder.build_image("trixie", on_progress=_log_progress)
+    with Qemu(tag="guest") as cloud, ThreadPoolExecutor(len(Kind)) as boots:
         try:
-            yield {kind: boots.submit(boot, cloud, image, kind) for kind in kinds}
+            yield {kind: boots.submit(boot, cloud, images[kind], kind) for kind in kinds}
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
             cloud.clean()  # ends waits that still go on
@@ -56,7 +57,7 @@ def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
     seed = SEEDS[kind]
     machine = cloud.launch(
         image,
-        "c1m1024",
+        "c1m512",
         user_data=seed.user_data,
         meta_data=seed.meta_data,
         vendor_data=seed.vendor_data,

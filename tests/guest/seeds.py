@@ -15,7 +15,7 @@ from pycloudlib.key import generate_ed25519
 
 @enum.unique
 class Kind(enum.Enum):
-    """Kinds of user-data."""
+    """Kinds of user-data; the last is a script again, in a newer distribution."""
 
     CLOUD_CONFIG = "cloud-config"
     SCRIPT = "script"
@@ -24,6 +24,7 @@ class Kind(enum.Enum):
     JINJA = "jinja"
     GZIP = "gzip"
     NONE = "none"
+    TRIXIE = "trixie"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,5 +114,6 @@ SEEDS = {
     Kind.ARCHIVE: TestSeed(ARCHIVE, (_CAT, "archive")),
     Kind.JINJA: TestSeed(JINJA, (f"{_CAT} | sed s/$(hostname)/HOSTNAME/", "jinja HOSTNAME")),
     Kind.GZIP: TestSeed(gzip.compress(b"#!/bin/sh\necho gzip >/var/tmp/proof\n"), (_CAT, "gzip")),
+    Kind.TRIXIE: TestSeed("#!/bin/sh\necho trixie >/var/tmp/proof\n", (_CAT, "trixie")),
     Kind.NONE: TestSeed(None, ("test -e /var/tmp/proof || echo nothing", "nothing")),
 }

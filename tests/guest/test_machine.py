@@ -15,7 +15,11 @@ from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.seeds import CALLERS_KEY, Kind
 
-pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.CLOUD_CONFIG)]
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.uses(Kind.CLOUD_CONFIG),
+    pytest.mark.xdist_group("eight"),  # with the other tests of the machines that boot together
+]
 
 MEGABYTES = 10_000_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import paramiko
 import pytest
@@ -14,7 +14,7 @@ from pycloudlib.errors import PycloudlibTimeoutError
 from tests.guest.conftest import Guest
 from tests.guest.seeds import OWN_HOST_KEY, SEEDS, Kind
 
-pytestmark = pytest.mark.guest
+pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("eight")]
 
 
 @pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
@@ -27,6 +27,19 @@ def test_user_data_takes_effect_untouched(kind: Kind, guests: dict[Kind, Future[
     # cloud-init keeps what it read, byte for byte, but for compression.
     digest = vm.execute("md5sum </var/lib/cloud/instance/user-data.txt", use_sudo=True)
     assert digest.split()[0] == _md5(content)
+
+
+@pytest.mark.uses(*Kind)
+def test_eight_machines_launched_together_all_come_up(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    machines = [guest.result().machine for guest in guests.values()]
+    assert len(machines) == 8
+    ports = {port for machine in machines for port in (machine.port, machine.telnet_port)}
+    assert len(ports) == 16
+    with ThreadPoolExecutor(8) as threads:
+        names = list(threads.map(lambda machine: machine.execute("hostname"), machines))
+    assert len(set(names)) == 8
 
 
 @pytest.mark.uses(Kind.ARCHIVE)

@@ -139,7 +139,9 @@ class TestMmdebstrap:
     def test_the_command_line(self, tmp_path: Any) -> None:
         recipe = BuildRecipe(release="trixie", packages=("htop",))
 
-        command = build_mmdebstrap_command(recipe, tmp_path, inside_user_namespace=True)
+        command = build_mmdebstrap_command(
+            recipe, tmp_path, tmp_path / "keys.gpg", inside_user_namespace=True
+        )
 
         packages = ",".join((recipe.kernel, *recipes.BASE_PACKAGES, "htop"))
         assert command == [
@@ -148,7 +150,7 @@ class TestMmdebstrap:
             "--format=directory",
             "--variant=apt",
             "--verbose",
-            "--keyring=/usr/share/keyrings/debian-archive-keyring.gpg",
+            f"--keyring={tmp_path}/keys.gpg",
             "--dpkgopt=force-unsafe-io",
             f"--include={packages}",
             "trixie",

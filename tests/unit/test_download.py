@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,17 @@ def test_image_without_initrd_is_fetched(server: ImageServer, image_dir: Path) -
     image = fetch_image(entry, server.source, image_dir)
     assert store.kernel_path(image).is_file()
     assert not store.initrd_path(image).exists()
+
+
+def test_image_that_many_ask_for_at_once_is_transferred_once(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(fetch_image, entry, server.source, image_dir) for _ in range(4)]
+    assert len({future.result() for future in asked}) == 1
+    assert server.requests.count(server.path_of(entry.url)) == 1
+    assert not list(image_dir.rglob("*.replaced"))
+    assert not list(image_dir.glob(".*"))
 
 
 def test_lost_kernel_is_fetched_alone(

@@ -70,6 +70,14 @@ def test_key_that_the_machine_announced_is_pinned_from_then_on(keys: MachineHost
     assert not keys.accepts(RSA)
 
 
+def test_key_without_a_line_end_is_read(keys: MachineHostKeys) -> None:
+    """As cloud-init prints a key that user-data gave without one."""
+    supply(keys)
+    keys.console_log.write_text(announce(OTHER).replace("root@vm\r\n-----END", "mine-----END"))
+
+    assert keys.accepts(OTHER)
+
+
 def test_key_elsewhere_on_the_console_is_not_an_announcement(keys: MachineHostKeys) -> None:
     supply(keys)
     keys.console_log.write_text(f"{OTHER} root@vm\n{announce(RSA)}{OTHER} root@vm\n")

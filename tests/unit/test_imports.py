@@ -25,9 +25,11 @@ LAYERS: Final = {
     f"{PACKAGE}.cli": "program",
     f"{PACKAGE}.pytest_plugin": "program",
     f"{PACKAGE}.qemu.cloud": "facade",
+    f"{PACKAGE}.qemu.images": "facade",
     f"{PACKAGE}.qemu.instance": "facade",
     f"{PACKAGE}.cloud": "base",
     f"{PACKAGE}.instance": "base",
+    f"{PACKAGE}.readiness": "base",
 }
 PACKAGE_LAYERS: Final = {"qemu": "engine", "images": "images", "guest": "guest"}
 
@@ -88,7 +90,7 @@ def find_imports(module: str) -> Iterator[tuple[str, int]]:
 
 def test_modules_are_found() -> None:
     assert {PACKAGE, "pycloudlib.cloud", "pycloudlib.qemu.cloud"} <= set(MODULES)
-    assert "pycloudlib.cloud" in dict(find_imports("pycloudlib.qemu.cloud"))
+    assert "pycloudlib.cloud" in dict(find_imports("pycloudlib.qemu.images"))
 
 
 @pytest.mark.parametrize("module", MODULES)

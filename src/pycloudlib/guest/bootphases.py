@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import re
 import threading
 import time
@@ -10,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
+
 # The console's file is looked at this often; only the bytes that are new are read.
 _LOOK_SECONDS = 0.25
+# What a line is looked at for comes early in it; one that never ends must not grow for ever.
+_LONGEST_LINE = 4096
 # Colours and cursor movements, which systemd and firmware print.
 _CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[()][0-9AB]|c)|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -128,7 +133,11 @@ class BootWatch:
         while not self._stop.wait(_LOOK_SECONDS):
             self._look()
             if self._on_line is not None:
-                self._on_line(self.phase, self._last_line)
+                try:
+                    self._on_line(self.phase, self._last_line)
+                except Exception:  # noqa: BLE001 - a callback's error must not end the wait
+                    _log.exception("The callback for progress failed and is not called any more")
+                    self._on_line = None
 
     def _look(self) -> None:
         try:
@@ -138,7 +147,8 @@ class BootWatch:
         except FileNotFoundError:
             return
         self._position += len(new)
-        *lines, self._partial = (self._partial + new).split(b"\n")
+        *lines, rest = (self._partial + new).split(b"\n")
+        self._partial = rest[-_LONGEST_LINE:]
         for line in lines:
             self._note(line)
         # GRUB and prompts leave their line open.

@@ -12,9 +12,10 @@ from pycloudlib.files import write_private
 
 _log = logging.getLogger(__name__)
 
-# cloud-init's keys-to-console module prints the machine's host keys between these lines.
+# cloud-init's keys-to-console module prints the machine's host keys between these marks. The
+# second follows right after a key that came without a line end.
 _KEYS_BLOCK = re.compile(
-    r"^-----BEGIN SSH HOST KEY KEYS-----$(.*?)^-----END SSH HOST KEY KEYS-----$",
+    r"^-----BEGIN SSH HOST KEY KEYS-----$(.*?)-----END SSH HOST KEY KEYS-----",
     re.MULTILINE | re.DOTALL,
 )
 

@@ -40,10 +40,7 @@ _LOCK_NAME = ".build.lock"
 _DISK = "disk.raw"
 
 _TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
-_PREREQUISITE_FILES = (
-    (rootfs.KEYRING, "debian-archive-keyring"),
-    (diskimage.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),
-)
+_PREREQUISITE_FILES = ((diskimage.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),)
 
 _GIB = 1024**3
 # Measured: 0.6 GiB of system, the same again as a disk image, 0.2 GiB compressed; further packages

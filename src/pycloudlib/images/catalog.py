@@ -67,7 +67,8 @@ class ImageSource:
         parts = urlsplit(self.mirror)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                f"Invalid image mirror {self.mirror!r}: expected a URL such as {DEFAULT_MIRROR!r}"
+                f"Invalid image mirror {shown_url(self.mirror)!r}: expected a URL such as "
+                f"{DEFAULT_MIRROR!r}"
             )
 
     def base_url(self, stream: Stream, *, minimal: bool) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import replace_atomically
+from pycloudlib.files import exclusive_lock, replace_atomically
 from pycloudlib.images import store
 from pycloudlib.images.catalog import (
     CatalogEntry,
@@ -29,10 +29,12 @@ from pycloudlib.images.download import (
     shown_url,
 )
 from pycloudlib.images.signature import load_trusted_keys, verify_detached
-from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     import httpx
+
+_LOCK = ".download.lock"
 
 # As sha256sum(1) writes it; "*" marks that the file was read as binary.
 _SUM_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>[^/\s]+)")
@@ -111,6 +113,20 @@ def fetch_image(
     image = image_path(entry, image_dir)
     if _is_complete(image, entry):
         return image
+    waiting = Progress("waiting for another process that downloads an image")
+    lock = image_dir / _LOCK
+    with _new_directory(image_dir), exclusive_lock(lock, on_wait=lambda: on_progress(waiting)):
+        try:
+            if not _is_complete(image, entry):
+                _fetch(entry, source, image, on_progress)
+        finally:
+            lock.unlink()
+    return image
+
+
+def _fetch(
+    entry: CatalogEntry, source: ImageSource, image: Path, on_progress: ProgressCallback
+) -> None:
     with _new_directory(image.parent), open_client() as client:
         files = [
             *_find_boot_files(client, entry, source, image),
@@ -120,7 +136,6 @@ def fetch_image(
         _download_all(client, missing, on_progress)
         # Last: an image that has its record is complete.
         store.write_record(image, _make_record(entry))
-    return image
 
 
 def _is_complete(image: Path, entry: CatalogEntry) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -28,8 +29,11 @@ from pycloudlib.images.recipe import (
 )
 from pycloudlib.tools import find_tool
 
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-"""The keys of Debian's archive, from the package debian-archive-keyring."""
+KEYRING = Path(__file__).parent / "keys" / "debian-archive.gpg"
+"""The keys that sign bookworm and trixie, as Debian's package debian-archive-keyring has them.
+
+Shipped, because other distributions' copies of that package end with older releases.
+"""
 
 # Chosen, not left to the host's mke2fs.conf: boot loaders and kernels older than the host's
 # e2fsprogs have to read it.
@@ -89,6 +93,10 @@ def install_packages(
         handover: Held open by the programs until the last of them ends.
         tell: Called with what happens just now.
     """
+    # Beside the system, where programs in a user namespace can read it, too.
+    keyring = rootfs.parent / KEYRING.name
+    shutil.copyfile(KEYRING, keyring)
+    keyring.chmod(0o644)
 
     def on_line(line: str) -> None:
         detail = find_detail(line)
@@ -97,7 +105,7 @@ def install_packages(
 
     run_confined(
         step,
-        build_mmdebstrap_command(recipe, rootfs, inside_user_namespace=not is_root()),
+        build_mmdebstrap_command(recipe, rootfs, keyring, inside_user_namespace=not is_root()),
         on_line=on_line,
         env={"TMPDIR": str(rootfs.parent)},
         pass_fds=(handover.descriptor,),
@@ -105,7 +113,7 @@ def install_packages(
 
 
 def build_mmdebstrap_command(
-    recipe: BuildRecipe, rootfs: Path, *, inside_user_namespace: bool
+    recipe: BuildRecipe, rootfs: Path, keyring: Path, *, inside_user_namespace: bool
 ) -> list[str | Path]:
     """Write the command line that installs a recipe's packages into a directory."""
     return [
@@ -115,7 +123,7 @@ def build_mmdebstrap_command(
         "--format=directory",
         "--variant=apt",
         "--verbose",
-        f"--keyring={KEYRING}",
+        f"--keyring={keyring}",
         "--dpkgopt=force-unsafe-io",  # a build that is cut short is thrown away
         f"--include={','.join(list_packages(recipe))}",
         recipe.release,

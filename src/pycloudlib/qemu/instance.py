@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
 from pycloudlib.guest import network, ssh
-from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
+from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart, find_phase
 from pycloudlib.guest.hostkeys import MachineHostKeys
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
@@ -301,6 +301,13 @@ class QemuInstance(BaseInstance):
 
     def _check_alive(self) -> None:
         self.machine.check_on()
+
+    def _is_told(self) -> bool:
+        log = self.machine.rundir.console_log
+        if not log.exists():
+            return False
+        lines = log.read_bytes()[self.machine.console_start :].splitlines()
+        return any(find_phase(line) is Phase.CLOUD_INIT_DONE for line in lines)
 
     def _host_keys(self) -> ssh.HostKeys:
         rundir = self.machine.rundir

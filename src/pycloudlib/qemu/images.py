@@ -1,0 +1,198 @@
+"""The images of the QEMU cloud as clients see them: got, built, exported, deleted."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pycloudlib.cloud import BaseCloud, ImageType
+from pycloudlib.images import store
+from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.qemu import disk, layers
+from pycloudlib.qemu.settings import QemuSettings
+
+if TYPE_CHECKING:
+    from pycloudlib.images.catalog import Stream
+
+
+class QemuImages(BaseCloud):
+    """What the QEMU cloud does with images, and where it keeps them."""
+
+    @cached_property
+    def settings(self) -> QemuSettings:
+        """Section `[qemu]` of the configuration."""
+        return QemuSettings.parse(self.config, self._config_file.source)
+
+    @property
+    def image_dir(self) -> Path:
+        """Where images are looked up and stored."""
+        return self.settings.image_dir
+
+    @property
+    def working_dir(self) -> Path:
+        """Where the directories of clouds go."""
+        return self.settings.working_dir
+
+    @property
+    def parent_dir(self) -> Path:
+        """The directory of everything that this cloud makes."""
+        return self.working_dir / f"pycl-qemu-{self.tag}"
+
+    def export_image(
+        self,
+        image_id: str,
+        path: str | Path,
+        compress: bool = True,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
+        """Write an image, and all that it is built on, as one qcow2 file that needs no other.
+
+        Args:
+            image_id: The image.
+            path: The new file.
+            compress: Whether its content is compressed: smaller, and slower to write.
+            on_progress: Told how much is done, in percent.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            FileExistsError: There is a file at `path` already; it stays as it is.
+            FileNotFoundError: The directory of `path` does not exist.
+        """
+        image = store.resolve(image_id, self.image_dir)
+        target = Path(path).expanduser().absolute()
+        if not target.parent.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "no such directory to export to", str(target.parent)
+            )
+        disk.export(image, target, compress=compress, on_progress=on_progress)
+
+    def build_image(
+        self,
+        release: str = "bookworm",
+        packages: Sequence[str] = (),
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+        refresh: bool = False,
+        **options: Any,
+    ) -> str:
+        """Build a cloud image from a distribution's signed packages; no image server is needed.
+
+        An image that was built of the same parts before is used again, and two processes that
+        ask for the same one build it once.
+
+        Args:
+            release: `bookworm` or `trixie`, of Debian.
+            packages: Packages to install besides those that a cloud image has.
+            on_progress: Told of each step.
+            refresh: Whether to build anew, with the distribution's latest packages.
+            **options: More about the image; see `pycloudlib.images.build.BuildRecipe`.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or an option is malformed.
+            MissingPrerequisiteError: A tool for building is not installed; names the package.
+            ImageBuildError: A step failed; names it, with the tool's own last lines.
+        """
+        from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
+
+        recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
+        return str(build_image(recipe, self.image_dir, refresh=refresh, on_progress=on_progress))
+
+    def released_image(
+        self,
+        release: str,
+        *,
+        image_type: ImageType = ImageType.GENERIC,
+        on_progress: ProgressCallback = ignore_progress,
+        **kwargs: Any,
+    ) -> str:
+        """Give the latest released image of an Ubuntu release; downloaded if there is none yet.
+
+        Args:
+            release: A series (`noble`) or a version (`24.04`).
+            image_type: `GENERIC` or `MINIMAL`.
+            on_progress: Told how much of a download is done, in bytes.
+            **kwargs: Accepted for older programs.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or no image of that type.
+            ImageBuildError: The download failed.
+            ImageVerificationError: What the server sent is not what its publisher signed.
+        """
+        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+
+        stream = catalog.Stream.RELEASED
+        minimal = _is_minimal(image_type)
+        stored = releases.find_stored(self.image_dir, stream, release, minimal=minimal)
+        if stored is not None:
+            return str(stored)
+        return self._fetch(stream, release, minimal, on_progress)
+
+    def daily_image(
+        self,
+        release: str,
+        *,
+        image_type: ImageType = ImageType.GENERIC,
+        on_progress: ProgressCallback = ignore_progress,
+        **kwargs: Any,
+    ) -> str:
+        """Give the latest daily image of an Ubuntu release; downloaded unless it is there.
+
+        Arguments, result and errors are those of `released_image`.
+        """
+        from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
+
+        minimal = _is_minimal(image_type)
+        return self._fetch(Stream.DAILY, release, minimal, on_progress)
+
+    def image_serial(self, image_id: str) -> str:
+        """Give the build serial of an image.
+
+        Raises:
+            ImageNotFoundError: There is no such image, or nothing tells its serial.
+        """
+        return store.find_serial(store.resolve(image_id, self.image_dir))
+
+    def delete_image(self, image_id: str, **kwargs: Any) -> None:
+        """Delete an image and what belongs to it; one that is not there is no error.
+
+        Raises:
+            ImageInUseError: Instances or snapshots are built on it; names them.
+        """
+        image = store.locate(image_id, self.image_dir)
+        if image.is_file():
+            layers.check_unused(image, self.working_dir)
+            store.delete(image, self.image_dir)
+        if layers.is_snapshot(image):
+            layers.LayerStore(image.parent.parent).collect()
+        if image_id in self.created_images:
+            self.created_images.remove(image_id)
+
+    def _fetch(
+        self, stream: Stream, release: str, minimal: bool, on_progress: ProgressCallback
+    ) -> str:
+        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+
+        settings = self.settings
+        source = catalog.ImageSource(
+            settings.image_mirror or catalog.DEFAULT_MIRROR, settings.image_keyring
+        )
+        entry = catalog.find_entry(source, stream, release, minimal=minimal)
+        return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
+
+
+def _is_minimal(image_type: ImageType) -> bool:
+    if image_type not in (ImageType.GENERIC, ImageType.MINIMAL):
+        raise ValueError(
+            f"image_type is {image_type!r}, expected ImageType.GENERIC or ImageType.MINIMAL"
+        )
+    return image_type is ImageType.MINIMAL
