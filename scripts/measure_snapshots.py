@@ -32,7 +32,7 @@ def fill(disk: Path, mib: int) -> None:
     # One request may be 2 GiB long at most; the image's own data lies below.
     for done in range(0, mib, 1024):
         command = f"write -P 165 {4096 + done}M {min(1024, mib - done)}M"
-        argv = ["qemu-io", "-f", "qcow2", "-c", command, disk]
+        argv: list[str | Path] = ["qemu-io", "-f", "qcow2", "-c", command, disk]
         subprocess.run(argv, check=True, capture_output=True)
 
 

@@ -48,13 +48,33 @@ def create_private_directory(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
+    try:
+        found = path.lstat()
+    except FileNotFoundError:  # removed again by another process
+        return create_private_directory(path)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise CloudSetupError(
             f"{path} is not a directory that belongs to this user alone; remove it, or use another "
             "working_dir"
         )
     return path
+
+
+def create_new_directory(path: Path) -> Path:
+    """Make a directory that must be new, and its parent if that is missing, both private.
+
+    The parent may be removed by another process, that finds it empty, just before there is
+    something in it: then both are made again.
+
+    Raises:
+        FileExistsError: There is something of that name.
+        CloudSetupError: The parent is not this user's own.
+    """
+    while True:
+        create_private_directory(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            path.mkdir(mode=0o700)
+            return path
 
 
 @contextlib.contextmanager

@@ -119,7 +119,8 @@ def test_a_forked_worker_works_with_it(life: QemuInstance) -> None:
 
 def test_restart_is_another_boot_of_the_same_machine(life: QemuInstance) -> None:
     before = (life.get_boot_id(), life.id, life.machine.pid)
-    life.restart()
+    life.restart(wait=False)
+    life.wait_for_restart(before[0])
     after = (life.get_boot_id(), life.id, life.machine.pid)
     assert after[0] != before[0]
     assert after[1:] == before[1:]
@@ -205,3 +206,6 @@ def test_kernels_are_booted_directly_and_nocloud_is_read_from_their_command_line
     assert seeded.execute("hostname") == "myhost"
     assert seeded.execute("cat /var/lib/cloud/data/instance-id") == "myid"
     assert "GRUB" not in seeded.console_log()
+    seeded.shutdown(wait=False)
+    seeded.wait_for_stop()
+    assert seeded.machine.state is State.OFF

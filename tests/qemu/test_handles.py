@@ -17,12 +17,13 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.progress import Progress
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
 from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
 from pycloudlib.qemu.rundir import RunDirectory, short_path
-from pycloudlib.qemu.start import PortTakenError
+from pycloudlib.qemu.start import LaunchError, PortTakenError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = pytest.mark.qemu
@@ -137,6 +138,61 @@ def test_a_program_at_the_qmp_socket_is_no_obstacle(cloud: Qemu, unstarted: Qemu
 def test_a_guest_that_cannot_react_is_not_waited_for(unstarted: QemuInstance) -> None:
     took = unstarted.machine.power_off(Deadline.after(600))
     assert took is PowerOff.QUIT
+
+
+def test_a_guest_that_cannot_be_reached_is_power_cycled(
+    unstarted: QemuInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (unstarted.id, unstarted.machine.pid)
+    unstarted.banner_timeout = 0.5
+    with caplog.at_level("INFO"):
+        unstarted.restart(wait=False)
+    assert unstarted.machine.state is State.PAUSED
+    assert unstarted.id == before[0]
+    assert unstarted.machine.pid != before[1]
+    assert "power cycle" in caplog.text
+    assert PowerOff.QUIT.value in caplog.text
+
+
+def test_a_powered_off_machine_says_how_it_is_started_again(unstarted: QemuInstance) -> None:
+    unstarted.shutdown()
+    with pytest.raises(MachineEndedError, match="not running"):
+        unstarted.restart()
+    unstarted.shutdown()
+    unstarted.start(wait=False)
+    assert unstarted.machine.state is State.PAUSED
+
+
+def test_an_exported_snapshot_stands_alone(
+    cloud: Qemu, tiny_image: Path, unstarted: QemuInstance, tmp_path: Path
+) -> None:
+    snapshot = cloud.snapshot(unstarted, clean=False)
+    target = tmp_path / "exported.img"
+    reports: list[Progress] = []
+    cloud.export_image(snapshot, target, on_progress=reports.append)
+    with pytest.raises(FileExistsError, match=r"exported\.img"):
+        cloud.export_image(snapshot, target)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        cloud.export_image(snapshot, tmp_path / "nowhere" / "x.img")
+    assert unstarted.delete() == []
+    cloud.delete_image(snapshot)
+    tiny_image.unlink()
+    assert cloud.launch(str(target), launch_args=UNSTARTED).machine.state is State.PAUSED
+    assert reports
+
+
+def test_a_given_kernel_is_the_one_that_is_booted(
+    cloud: Qemu, tiny_image: Path, tmp_path: Path
+) -> None:
+    kernel, initrd = tmp_path / "vmlinuz-1.0", tmp_path / "initrd.img-1.0"
+    kernel.write_bytes(bytes(1024) + b"not a kernel")
+    initrd.write_bytes(b"not an initrd")
+    with pytest.raises(LaunchError) as raised:
+        cloud.launch(str(tiny_image), kernel_cmdline="quiet", kernel_path=kernel)
+    argv = raised.value.argv
+    assert argv[argv.index("-kernel") + 1] == str(kernel)
+    assert argv[argv.index("-initrd") + 1] == str(initrd)
+    assert argv[argv.index("-append") + 1].startswith("quiet root=LABEL=")
 
 
 def test_many_handles_leak_nothing(cloud: Qemu, unstarted: QemuInstance) -> None:

@@ -1,4 +1,7 @@
-"""Many machines from many processes: their ports never collide, and nothing is left."""
+"""Many machines from many processes: their ports never collide, and nothing is left.
+
+Half of the processes share a tag, and so a directory in which each cleans up while others work.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from pycloudlib import Qemu
 
 config, image, tag = sys.argv[1:]
 for batch in range({MACHINES_EACH // BATCH}):
-    with Qemu(tag, config_file=io.StringIO(config)) as cloud:
+    with Qemu(tag, timestamp_suffix=False, config_file=io.StringIO(config)) as cloud:
         launch = lambda _number: cloud.launch(image, "c1m64", launch_args=["-S"])
         with ThreadPoolExecutor({BATCH}) as threads:
             machines = list(threads.map(launch, range({BATCH})))
@@ -42,7 +45,7 @@ def test_two_hundred_machines_from_eight_processes(tmp_path: Path, tiny_image: P
     config = f'[qemu]\nworking_dir = "{working_dir}"\naccelerator = "tcg"\n'
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, config, str(tiny_image), f"many-{number}"],
+            [sys.executable, "-c", WORKER, config, str(tiny_image), f"many-{number % 2}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

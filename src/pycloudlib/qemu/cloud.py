@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,7 +17,7 @@ import platformdirs
 
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import create_private_directory
+from pycloudlib.files import create_new_directory
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
@@ -229,6 +229,7 @@ class Qemu(QemuImages):
             if self._own_keys is not None:
                 self._own_keys()
                 self._own_keys, self._key_pair = None, None
+            layers.LayerStore(self.parent_dir).remove_if_empty()
             self.parent_dir.rmdir()
         except FileNotFoundError:
             pass
@@ -237,7 +238,7 @@ class Qemu(QemuImages):
                 errors.append(error)
             elif not errors:
                 # Another cloud of the same tag works here, too.
-                self._log.warning("%s is kept: there are others' files in it", self.parent_dir)
+                self._log.info("%s is kept: there are others' files in it", self.parent_dir)
         return errors
 
     @cached_property
@@ -272,9 +273,8 @@ class Qemu(QemuImages):
             self.created_instances.remove(instance)
 
     def _make_key_pair(self, name: str) -> KeyPair:
-        create_private_directory(self.parent_dir)
         # One of its own for each cloud object: several may share the tag, and each cleans up.
-        keys = Path(tempfile.mkdtemp(prefix=f"{_KEYS}-", dir=self.parent_dir))
+        keys = create_new_directory(self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}")
         # Gone with this object at the latest; machines that live on have a copy.
         self._own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
         return generate_key_pair(keys, name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.files import create_private_directory, write_private
+from pycloudlib.files import create_new_directory, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import generate_ed25519
@@ -134,9 +134,8 @@ def _find_initrd(kernel: Path) -> Path | None:
 
 def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirectory:
     """Make an instance's directory; `stack` removes it, and its parent if that is empty then."""
-    create_private_directory(path.parent)
     stack.callback(_remove_if_empty, path.parent)
-    rundir = RunDirectory.create(path)
+    rundir = RunDirectory(create_new_directory(path))
     stack.callback(rundir.remove)
     return rundir
 

@@ -84,12 +84,16 @@ class LayerStore:
         return image
 
     def collect(self) -> None:
-        """Remove the layers on which nothing is built any more, and directories that are empty."""
+        """Remove the layers on which nothing is built any more."""
         with contextlib.suppress(FileNotFoundError), self._lock():
             needed = {file for tip in _tips(self.parent_dir.parent) for file in chain(tip)[1:]}
             for layer in self.layers.glob("*.qcow2"):
                 if layer not in needed:
                     layer.unlink()
+
+    def remove_if_empty(self) -> None:
+        """Remove the directories of layers and snapshots that have nothing in them."""
+        with contextlib.suppress(FileNotFoundError), self._lock():
             if [file.name for file in self.layers.iterdir()] == [_LOCK]:
                 (self.layers / _LOCK).unlink()
         for directory in (self.layers, self.snapshots):

@@ -35,12 +35,6 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> RunDirectory:
-        """Make the directory; its name must be new."""
-        path.mkdir(mode=0o700)
-        return cls(path)
-
-    @classmethod
     def list_in(cls, parent: Path) -> list[RunDirectory]:
         """List the directories of instances in a cloud's directory."""
         return [cls(file.parent) for file in sorted(parent.glob(f"*/{_SPEC_FILE}"))]
