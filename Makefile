@@ -45,7 +45,7 @@ qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
 	$(PYTEST) tests/qemu $(PYTEST_ARGS)
 
 guest: setup  ## Run the tests that boot real guests (minutes in emulation)
-	$(PYTEST) tests/guest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) tests/guest $(PYTEST_ARGS)
 
 wheel: setup  ## Build the package into dist/, install it elsewhere, and check what was installed
 	@rm -rf dist

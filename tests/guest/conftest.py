@@ -25,19 +25,6 @@ _log = logging.getLogger(__name__)
 
 _BOOTS_AT_ONCE = threading.Semaphore(2)
 
-# Two groups run at a time (pytest-xdist's loadgroup); the longest begin.
-_GROUPS = ("eight", "life", "build")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest groups begin; the order within a group stays."""
-    items.sort(key=_group_order)
-
-
-def _group_order(item: pytest.Item) -> int:
-    marker = item.get_closest_marker("xdist_group")
-    return _GROUPS.index(marker.args[0]) if marker and marker.args[0] in _GROUPS else -1
-
 
 @pytest.fixture(scope="session")
 def image() -> str:
@@ -50,7 +37,10 @@ def image() -> str:
 def guests(image: str, request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]]:
     """Boot the machines that the selected tests ask for."""
     kinds = [kind for kind in Kind if any(asks_for(item, kind) for item in request.session.items)]
-    images = dict.fromkeys(kinds, image)
+    if not kinds:
+        yield {}
+        return
+    images = dict.fromkeys(kinds, request.getfixturevalue("image"))
     if Kind.TRIXIE in kinds:
         with Qemu(tag="test-image") as builder:
             images[Kind.TRIXIE] = builder.build_image("trixie", on_progress=_log_progress)
@@ -60,6 +50,11 @@ def guests(image: str, request: pytest.FixtureRequest) -> Iterator[dict[Kind, Fu
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
             cloud.clean()  # ends waits that still go on
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _boots_in_the_background(guests: dict[Kind, Future[Guest]]) -> None:
+    """Begin with the boots, so that they go on while other tests leave a processor idle."""
 
 
 class Guest:

@@ -22,7 +22,7 @@ from pycloudlib.images.build import build_image
 from pycloudlib.images.recipe import BuildRecipe
 from pycloudlib.progress import Progress
 
-pytestmark = [pytest.mark.build, pytest.mark.xdist_group("build")]
+pytestmark = pytest.mark.build
 
 RECIPE = BuildRecipe(release="bookworm")
 SECTOR = 512

@@ -23,7 +23,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from tests.guest.telnet import Console
 
-pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("life")]
+pytestmark = pytest.mark.guest
 
 PASSWORD = "on the console"
 USER_DATA = f"""\

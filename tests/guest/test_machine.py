@@ -18,7 +18,6 @@ from tests.guest.seeds import CALLERS_KEY, Kind
 pytestmark = [
     pytest.mark.guest,
     pytest.mark.uses(Kind.CLOUD_CONFIG),
-    pytest.mark.xdist_group("eight"),  # with the other tests of the machines that boot together
 ]
 
 MEGABYTES = 10_000_000

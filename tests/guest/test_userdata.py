@@ -14,7 +14,7 @@ from pycloudlib.errors import PycloudlibTimeoutError
 from tests.guest.conftest import Guest
 from tests.guest.seeds import OWN_HOST_KEY, SEEDS, Kind
 
-pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("eight")]
+pytestmark = pytest.mark.guest
 
 
 @pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
