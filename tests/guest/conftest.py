@@ -34,7 +34,7 @@ def image() -> str:
 
 
 @pytest.fixture(scope="session")
-def guests(image: str, request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]]:
+def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]]:
     """Boot the machines that the selected tests ask for."""
     kinds = [kind for kind in Kind if any(asks_for(item, kind) for item in request.session.items)]
     if not kinds:
