@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.config import Config, ConfigFile, parse_config
-from pycloudlib.errors import CleanupError, InvalidTagNameError
+from pycloudlib.errors import InvalidTagNameError
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519, is_usable
-from pycloudlib.util import get_timestamped_tag, log_exception_list
+from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,14 +90,7 @@ class BaseCloud(ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        errors = self.clean()
-        if not errors:
-            return
-        if exc is not None and not isinstance(exc, Exception):
-            # Ctrl-C and sys.exit() go on; what is left is told all the same.
-            log_exception_list(errors)
-            return
-        raise CleanupError(errors)
+        raise_cleanup_errors(self.clean(), exc)
 
     @property
     def key_pair(self) -> KeyPair:

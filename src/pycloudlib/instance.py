@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib.errors import CleanupError, PycloudlibError
+from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import ssh
 from pycloudlib.key import KeyPair
 from pycloudlib.readiness import Readiness, current_deadline, keeping, ready_limit
 from pycloudlib.result import Result
-from pycloudlib.util import log_exception_list
+from pycloudlib.util import raise_cleanup_errors
 
 if TYPE_CHECKING:
     import paramiko
@@ -55,11 +55,7 @@ class BaseInstance(Readiness):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        errors = self.delete()
-        if errors and exc is not None and not isinstance(exc, Exception):
-            log_exception_list(errors)
-        elif errors:
-            raise CleanupError(errors)
+        raise_cleanup_errors(self.delete(), exc)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id})"

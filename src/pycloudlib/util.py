@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 
+from pycloudlib.errors import CleanupError
+
 UBUNTU_RELEASE_VERSION_MAP = {
     "resolute": "26.04",
     "questing": "25.10",
@@ -65,6 +67,23 @@ def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
     if public_key not in keys:
         keys.append(public_key)
     return "#cloud-config\n" + yaml.safe_dump(config, sort_keys=False)
+
+
+def raise_cleanup_errors(errors: Sequence[Exception], leaving_with: BaseException | None) -> None:
+    """Raise what went wrong while a context manager cleaned up; nothing when nothing did.
+
+    Args:
+        errors: What went wrong.
+        leaving_with: What the block was left with. Ctrl-C and sys.exit() go on, and the errors
+            are logged instead.
+
+    Raises:
+        CleanupError: Something could not be cleaned up.
+    """
+    if errors and leaving_with is not None and not isinstance(leaving_with, Exception):
+        log_exception_list(errors)
+    elif errors:
+        raise CleanupError(errors)
 
 
 def log_exception_list(exceptions: Sequence[BaseException]) -> None:
