@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.memory import SHARED, Memory
+from pycloudlib.qemu.ports import LOOPBACK
 from pycloudlib.qemu.spec import MachineSpec
 
 # Bounds the memory of emulation's cache of translated code; the default is a quarter of the host's.
 _TCG_CACHE_MIB = 256
+
+HELPER_PORT = "org.pycloudlib.helper.0"
+"""The name of the helper's port, by which the guest finds it in /dev/virtio-ports."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -30,6 +35,7 @@ class Channels:
         attach: A listening unix socket for the short sessions of other processes of ours.
         qmp: A listening unix socket for anybody's QMP session.
         console: A listening TCP socket for telnet to the serial console.
+        helper: A listening unix socket that leads to the helper's port in the guest.
         console_log: The file that keeps the serial output.
     """
 
@@ -37,16 +43,46 @@ class Channels:
     attach: int
     qmp: int
     console: int
+    helper: int
     console_log: Path
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What QEMU inherits."""
-        return (self.control, self.attach, self.qmp, self.console)
+        return (self.control, self.attach, self.qmp, self.console, self.helper)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a QEMU begins with.
+
+    Attributes:
+        memory: The guest's memory.
+        state: Descriptor of a stream, which QEMU inherits, that the machine's state comes from;
+            None when the power is switched on.
+        replaces: Whether another QEMU runs this machine until the state has come, and holds its
+            ports and names until then.
+    """
+
+    memory: Memory = SHARED
+    state: int | None = None
+    replaces: bool = False
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What QEMU inherits."""
+        return () if self.state is None else (self.state,)
+
+
+POWER_ON = Origin()
 
 
 def build_command(
-    binary: str, spec: MachineSpec, channels: Channels, features: Features
+    binary: str,
+    spec: MachineSpec,
+    channels: Channels,
+    features: Features,
+    origin: Origin = POWER_ON,
 ) -> list[str]:
     """Build the command line.
 
@@ -55,17 +91,19 @@ def build_command(
         spec: The machine.
         channels: How we talk to it.
         features: What the binary can do.
+        origin: What it begins with.
     """
     # fmt: off
     return [
         binary,
         "-name", f"guest={spec.name}",
         "-no-user-config", "-nodefaults",
-        "-machine", "pc,graphics=off",
+        "-machine", "pc,graphics=off,memory-backend=ram0",
         "-accel", _accel(spec.accelerator),
         "-cpu", spec.accelerator.cpu_model,
         "-smp", str(spec.instance_type.cpus),
         "-m", f"{spec.instance_type.memory_mib}M",
+        "-object", _memory(origin.memory, spec.instance_type.memory_mib),
         "-display", "none",
         *(("-sandbox", SANDBOX) if features.sandbox else ()),
         "-chardev", f"socket,id=control,fd={channels.control}",
@@ -83,18 +121,36 @@ def build_command(
                    f"file={escape(spec.disk)}"),
         "-device", "scsi-hd,drive=root,bus=scsi0.0,bootindex=1",
         *_seed(spec.seed),
-        "-netdev", f"user,id=net0,hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:22",
+        "-netdev", "user,id=net0" + ("" if origin.replaces else f",hostfwd={ssh_rule(spec)}"),
         # An empty romfile leaves out the network boot ROM, and the time it would take.
         "-device", f"virtio-net-pci,netdev=net0,mac={spec.mac},romfile=",
+        # A port for the helper in the guest, which is there only when the machine is to be saved.
+        "-device", "virtio-serial-pci",
+        "-chardev", f"socket,id=helper,fd={channels.helper},server=on,wait=off",
+        "-device", f"virtserialport,chardev=helper,name={HELPER_PORT}",
         *_kernel(spec),
         *spec.launch_args,
+        *(("-incoming", "defer") if origin.state is not None else ()),
     ]
     # fmt: on
+
+
+def ssh_rule(spec: MachineSpec) -> str:
+    """Give the rule by which user-mode networking forwards the SSH port to the guest."""
+    return f"tcp:{LOOPBACK}:{spec.ssh_port}-:22"
 
 
 def escape(path: Path) -> str:
     """Write a path as the value of an option: QEMU takes a doubled comma for one comma."""
     return str(path).replace(",", ",,")
+
+
+def _memory(memory: Memory, mebibytes: int) -> str:
+    """Give the backend of the memory: of one id for all kinds, by which a state is fitted to it."""
+    common = f"id=ram0,size={mebibytes}M"
+    if memory.file is not None:
+        return f"memory-backend-file,{common},share=off,mem-path={escape(memory.file)}"
+    return f"memory-backend-memfd,{common},share=on" if memory.shared else f"memory-backend-ram,{common}"
 
 
 def _accel(accelerator: Accelerator) -> str:

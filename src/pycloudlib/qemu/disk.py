@@ -82,12 +82,13 @@ def create_overlay(base: BaseImage, path: Path) -> None:
     """Make a disk on top of an image; the image is never written to.
 
     It is at least 10 GiB, and never smaller than the image: with a smaller size, qemu-img would
-    cut the guest's disk without a word.
+    cut the guest's disk without a word. The image is not opened (`-u`): it was looked at before, and
+    may be a disk that a running QEMU still writes to.
     """
     size = max(base.virtual_size, MINIMUM_DISK_SIZE)
     # fmt: off
     argv: list[str | Path] = [
-        "qemu-img", "create", "-q",
+        "qemu-img", "create", "-q", "-u",
         "-f", "qcow2",
         "-F", base.format,
         "-b", base.path,

@@ -70,7 +70,7 @@ def find_plugged(machine: Machine, mac: str) -> PluggedInterface:
     Raises:
         CloudError: There is none; the machine's first interface is not one.
     """
-    for name in _plugged_names(machine):
+    for name in list_plugged(machine):
         found = machine.execute(
             "qom-get", {"path": f"/machine/peripheral/{name}", "property": "mac"}
         )
@@ -88,7 +88,7 @@ def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     machine.execute("device_del", {"id": interface.name})
     deadline = Deadline.after(_UNPLUG_LIMIT)
     # Looked at, not waited for as an event: another process's machine tells us no events.
-    while interface.name in _plugged_names(machine):
+    while interface.name in list_plugged(machine):
         if deadline.expired:
             raise PycloudlibTimeoutError(
                 f"{machine.spec.name} did not let go of {interface.name} within "
@@ -98,13 +98,14 @@ def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     machine.execute("netdev_del", {"id": interface.name})
 
 
-def _plugged_names(machine: Machine) -> list[str]:
+def list_plugged(machine: Machine) -> list[str]:
+    """Name the interfaces that are plugged in."""
     children = machine.execute("qom-list", {"path": "/machine/peripheral"})
     return [child["name"] for child in children if _NAME.fullmatch(child["name"])]
 
 
 def _free_number(machine: Machine) -> int:
-    taken = set(_plugged_names(machine))
+    taken = set(list_plugged(machine))
     for number in range(_FIRST_NETWORK, _LAST_NETWORK + 1):
         if f"hotnet{number}" not in taken:
             return number

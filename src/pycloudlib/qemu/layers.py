@@ -53,14 +53,19 @@ class LayerStore:
         """Where the layers are."""
         return self.parent_dir / "layers"
 
-    def freeze(self, overlay: Path, image_name: str) -> Path:
-        """Make an image of a powered-off machine's overlay; the machine goes on in a new one.
+    @contextlib.contextmanager
+    def freezing(self, overlay: Path, image_name: str, *, in_use: bool = False) -> Iterator[Path]:
+        """Make an image of a machine's overlay; the machine goes on in a new one.
+
+        Whatever goes wrong in the block, the machine has its overlay back.
 
         Args:
             overlay: The machine's disk.
             image_name: The name of the image's file, without its directory.
+            in_use: Whether a QEMU writes to the disk still; it must have ended, or gone on in the
+                new overlay, when the block ends.
 
-        Returns:
+        Yields:
             The image.
 
         Raises:
@@ -72,16 +77,23 @@ class LayerStore:
         image = self.snapshots / image_name
         fresh = overlay.with_name(f".{layer.name}")
         with self._lock(), contextlib.ExitStack() as undo:
-            _limit_depth(overlay)
+            if not in_use:
+                _limit_depth(overlay)
             for name in (layer, image):
                 _link(overlay, name)
-                undo.callback(name.unlink)
+                undo.callback(name.unlink, missing_ok=True)
             undo.callback(fresh.unlink, missing_ok=True)
             disk.create_overlay(disk.read_layer(layer), fresh)
             # One rename: at any moment the machine has a whole disk under the same name.
             fresh.replace(overlay)
+            undo.callback(layer.replace, overlay)
+            yield image
             undo.pop_all()
-        return image
+
+    def freeze(self, overlay: Path, image_name: str) -> Path:
+        """Make an image of a powered-off machine's overlay; see `freezing`."""
+        with self.freezing(overlay, image_name) as image:
+            return image
 
     def collect(self) -> None:
         """Remove the layers on which nothing is built any more."""
@@ -105,6 +117,12 @@ class LayerStore:
         """Keep others from collecting a layer before the machine is built on it."""
         with exclusive_lock(self.layers / _LOCK):
             yield
+
+
+def too_deep(overlay: Path) -> Path | None:
+    """Give the lowest file of a disk whose layers have become many; None for any other."""
+    files = chain(overlay)
+    return files[-1] if len(files) - 1 > MAXIMUM_DEPTH else None
 
 
 def check_unused(image: Path, working_dir: Path) -> None:
@@ -172,9 +190,9 @@ def _tips(working_dir: Path) -> Iterator[Path]:
 
 def _limit_depth(overlay: Path) -> None:
     """Merge the layers below a disk into it when they have become many."""
-    files = chain(overlay)
-    if len(files) - 1 > MAXIMUM_DEPTH:
-        disk.rebase(overlay, files[-1])
+    lowest = too_deep(overlay)
+    if lowest is not None:
+        disk.rebase(overlay, lowest)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -116,14 +116,35 @@ def can_listen(port: int) -> bool:
     return True
 
 
-def listen(port: int) -> socket.socket:
+def listen_shared(port: int, *, anew: bool) -> socket.socket:
+    """Listen on a local port in such a way that this user's next QEMU can take it over.
+
+    Args:
+        port: The port.
+        anew: Whether nobody may listen on it yet.
+
+    Raises:
+        OSError: Another program has it.
+    """
+    if anew:
+        listen(port).close()
+    return listen(port, shared=True)
+
+
+def listen(port: int, *, shared: bool = False) -> socket.socket:
     """Listen on a local port.
+
+    Args:
+        port: The port.
+        shared: Whether others of this user that listen so, too, are no obstacle (SO_REUSEPORT).
 
     Raises:
         OSError: Another program has it.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # As QEMU does: connections of an earlier machine that linger are no obstacle.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((LOOPBACK, port))

@@ -209,6 +209,21 @@ class QmpSession:
                 self._client.execute(command, dict(arguments) if arguments else None), timeout
             )
 
+    def send_descriptor(self, name: str, descriptor: int) -> None:
+        """Give QEMU a file descriptor, to be named in the next commands of this session.
+
+        Raises:
+            QmpError: QEMU is gone, or did not take it.
+        """
+
+        async def send() -> None:
+            # Sent with one byte of the stream; `getfd` takes the one that came last.
+            self._client.send_fd_scm(descriptor)
+            await self._client.execute("getfd", {"fdname": name})
+
+        with _translated("QEMU did not take a file descriptor"):
+            self._thread.run(send(), 30)
+
     def close(self) -> None:
         """End the session; QEMU runs on."""
         with contextlib.suppress(TimeoutError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -75,6 +76,11 @@ class RunDirectory:
         return self.path / "attach-socket"
 
     @property
+    def helper_socket(self) -> Path:
+        """Where the helper in the guest is talked to."""
+        return self.path / "helper-socket"
+
+    @property
     def _spec_file(self) -> Path:
         return self.path / _SPEC_FILE
 
@@ -140,24 +146,6 @@ class RunDirectory:
                 ) from None
             yield
 
-    def open_listener(self, file: Path) -> socket.socket:
-        """Make a unix socket's file in this directory and listen on it.
-
-        A unix socket's address has 107 bytes at most, which a path may exceed: so the directory
-        is named by its descriptor.
-        """
-        file.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with short_path(file) as address:
-                listener.bind(address)
-            file.chmod(0o600)
-            listener.listen(8)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-
     def remove(self) -> None:
         """Remove the directory and all in it; one that is gone already is no error."""
         with contextlib.suppress(FileNotFoundError):
@@ -181,6 +169,46 @@ class RunDirectory:
             raise InstanceNotFoundError(
                 f"No instance in {self.path}: {file.name} is missing", resource_id=str(self.path)
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSocket:
+    """A listening unix socket under another name than it is to have.
+
+    Attributes:
+        listener: The socket.
+        staged: The name that it has.
+        file: The name that it is to have.
+    """
+
+    listener: socket.socket
+    staged: Path
+    file: Path
+
+    @classmethod
+    def listen(cls, file: Path) -> StagedSocket:
+        """Make a socket beside the file that it is to be, and listen on it."""
+        staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # A unix socket's address has 107 bytes at most, which a path may exceed.
+            with short_path(staged) as address:
+                listener.bind(address)
+            staged.chmod(0o600)
+            listener.listen(8)
+        except BaseException:
+            listener.close()
+            staged.unlink(missing_ok=True)
+            raise
+        return cls(listener, staged, file)
+
+    def publish(self) -> None:
+        """Give it its name, in place of a socket that had it before."""
+        self.staged.replace(self.file)
+
+    def discard(self) -> None:
+        """Take its name away, if it has only the staged one."""
+        self.staged.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu import ports
-from pycloudlib.qemu.command import Channels, build_command
+from pycloudlib.qemu.command import POWER_ON, Channels, Origin, build_command, ssh_rule
 from pycloudlib.qemu.features import find_features
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.rundir import RunDirectory, StagedSocket
 from pycloudlib.qemu.spec import MachineSpec
 
 _log = logging.getLogger(__name__)
@@ -39,23 +39,41 @@ class PortTakenError(CloudError):
 
 @dataclass(frozen=True, slots=True)
 class StartedQemu:
-    """A QEMU that was just born.
+    """A QEMU that was just born, and that nobody else knows of yet.
 
     Attributes:
         process: Its process.
         control: Our end of its first QMP session.
         argv: Its command line.
         console_start: Where in the console log its output begins, in bytes.
+        sockets: The unix sockets that it listens on, by another name than they are to have.
+        rundir: The machine's directory.
     """
 
     process: QemuProcess
     control: socket.socket
     argv: list[str]
     console_start: int
+    sockets: tuple[StagedSocket, ...]
+    rundir: RunDirectory
+
+    def publish(self) -> None:
+        """Make it the machine's QEMU in the eyes of all, in place of one that there was before."""
+        for staged in self.sockets:
+            staged.publish()
+        self.rundir.write_process(self.process.identity)
+
+    def discard(self) -> None:
+        """Give up what it has; the process is its owner's to end."""
+        self.control.close()
+        for staged in self.sockets:
+            staged.discard()
 
 
-def start_qemu(binary: Path, spec: MachineSpec, rundir: RunDirectory) -> StartedQemu:
-    """Start QEMU and note in the run directory which process it is.
+def start_qemu(
+    binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
+) -> StartedQemu:
+    """Start QEMU.
 
     Raises:
         PortTakenError: Another program listens on the console's port.
@@ -68,34 +86,41 @@ def start_qemu(binary: Path, spec: MachineSpec, rundir: RunDirectory) -> Started
         control, peer = socket.socketpair()
         ours.callback(control.close)
         theirs.callback(peer.close)
+        sockets = []
+        for file in (rundir.attach_socket, rundir.qmp_socket, rundir.helper_socket):
+            staged = StagedSocket.listen(file)
+            theirs.callback(staged.listener.close)
+            ours.callback(staged.discard)
+            sockets.append(staged)
+        attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
+        console = theirs.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
         channels = Channels(
             control=peer.fileno(),
-            attach=theirs.enter_context(rundir.open_listener(rundir.attach_socket)).fileno(),
-            qmp=theirs.enter_context(rundir.open_listener(rundir.qmp_socket)).fileno(),
-            console=theirs.enter_context(_listen(spec.telnet_port)).fileno(),
+            attach=attach,
+            qmp=qmp,
+            console=console.fileno(),
+            helper=helper,
             console_log=rundir.console_log,
         )
-        argv = build_command(str(binary), spec, channels, find_features(binary))
+        argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
-        process = QemuProcess.start(argv, pass_fds=channels.descriptors, log=rundir.qemu_log)
-        ours.callback(process.kill)
-        rundir.write_process(process.identity)
+        descriptors = (*channels.descriptors, *origin.descriptors)
+        process = QemuProcess.start(argv, pass_fds=descriptors, log=rundir.qemu_log)
         ours.pop_all()
-    return StartedQemu(process, control, argv, console_start)
+    return StartedQemu(process, control, argv, console_start, tuple(sockets), rundir)
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:
     """Say why a QEMU that ended at once did so."""
     # QEMU's own words when it cannot bind the port of a `hostfwd`; the caller's arguments may
     # hold others.
-    rule = f"host forwarding rule 'tcp:{ports.LOOPBACK}:{spec.ssh_port}-"
-    if rule in end.stderr:
+    if f"host forwarding rule '{ssh_rule(spec)}" in end.stderr:
         return PortTakenError(str(end))
     return LaunchError(argv, end)
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(port: int, *, takes_over: bool) -> socket.socket:
     try:
-        return ports.listen(port)
+        return ports.listen_shared(port, anew=not takes_over)
     except OSError as error:
         raise PortTakenError(f"Cannot listen on {ports.LOOPBACK}:{port}: {error}") from error

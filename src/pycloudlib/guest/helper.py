@@ -1,0 +1,255 @@
+"""The helper in a guest, seen from here: commands and fix-ups without SSH and without a network.
+
+A copy of a saved machine has been asleep, and its twins are all alike. The helper, a small program
+that was running in the saved machine, puts right what a copy cannot know (the time, its random
+numbers, who it is), and runs the first commands: in emulation, SSH's cryptography in a machine that
+has just woken up takes a second. It answers on a virtio-serial port and listens to nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import shlex
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+
+LARGEST_STDIN = 1 << 20
+"""Bytes of input beyond which a command is better given to SSH."""
+
+_CHUNK = 1 << 16
+_ENTROPY_BYTES = 64
+# A round trip bounds how wrong the other side's clock can be read; a shorter one is tried for.
+_GOOD_ROUND_TRIP = 0.04
+_CLOCK_TRIES = 6
+
+_INSTALL = """
+set -e
+umask 022
+sudo mkdir -p /run/pycloudlib
+env -0 | grep -zvE '^(SSH_|XDG_SESSION|XDG_RUNTIME|_=|PWD=|OLDPWD=|SHLVL=|SUDO_)' \\
+  | sudo sh -c 'umask 077; cat >/run/pycloudlib/environment'
+sudo sh -c 'cat >/run/pycloudlib/helper.py'
+if command -v systemd-run >/dev/null; then
+  sudo systemd-run --quiet --collect --unit=pycloudlib-helper python3 /run/pycloudlib/helper.py
+else
+  sudo setsid --fork python3 /run/pycloudlib/helper.py </dev/null >/dev/null 2>&1
+fi
+"""
+
+
+class HelperError(CloudError):
+    """The helper did not do what it was asked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a copy is to be.
+
+    Attributes:
+        hostname: Its name.
+        machine_id: 32 hexadecimal digits (machine-id(5)).
+        instance_id: For cloud-init.
+        host_key: Its ed25519 SSH host key: private key in OpenSSH's format, and public line.
+    """
+
+    hostname: str
+    machine_id: str
+    instance_id: str
+    host_key: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """An SSH key that is let in in place of another.
+
+    Attributes:
+        user: The login user.
+        old: The public key that was let in.
+        new: The public key to let in.
+    """
+
+    user: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class FixUp:
+    """What is put right in a copy before anybody uses it; its clock and random numbers always.
+
+    Attributes:
+        identity: Who it is to be; None to leave it the one it was saved as.
+        new_key: The SSH key to let in, if another one.
+    """
+
+    identity: Identity | None = None
+    new_key: NewKey | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as the helper takes it, with fresh random bytes."""
+        fields: dict[str, Any] = {
+            "op": "fix",
+            "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
+        }
+        if self.new_key is not None:
+            key = self.new_key
+            fields["authorize"] = {"user": key.user, "old": key.old, "new": key.new}
+        if self.identity is not None:
+            private, public = self.identity.host_key
+            fields["identity"] = {
+                "hostname": self.identity.hostname,
+                "machine_id": self.identity.machine_id,
+                "instance_id": self.identity.instance_id,
+                "host_key": {"private": private, "public": public},
+            }
+        return fields
+
+
+@dataclass
+class Command:
+    """A command's outputs and exit status, as they come.
+
+    Attributes:
+        out: Its standard output.
+        err: Its standard error.
+        status: Its exit status; None until it has ended.
+    """
+
+    out: bytearray = field(default_factory=bytearray)
+    err: bytearray = field(default_factory=bytearray)
+    status: int | None = None
+
+
+def program() -> str:
+    """Give the text of the program that runs in the guest."""
+    return resources.files(__package__).joinpath("helper_in_guest.py").read_text("utf-8")
+
+
+def install_script() -> str:
+    """Give the script that starts the helper; it reads the program from its input.
+
+    Run as the login user over SSH, whose environment the helper's commands get, too.
+    """
+    return _INSTALL
+
+
+class HelperConnection:
+    """A connection to the helper; a context manager. One at a time, for one thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray()
+
+    def __enter__(self) -> HelperConnection:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._socket.close()
+
+    def fix(self, fix_up: FixUp, deadline: Deadline) -> None:
+        """Put a copy right.
+
+        Raises:
+            HelperError: It could not be done; says what was in the way.
+            PycloudlibTimeoutError: The helper did not answer in time.
+        """
+        ahead = self._measure_clock(deadline)
+        self._ask({**fix_up.to_json(), "ahead": ahead}, deadline)
+
+    def _measure_clock(self, deadline: Deadline) -> float:
+        """Tell how far our clock is ahead of the guest's, in seconds."""
+        best = (float("inf"), 0.0)
+        for _ in range(_CLOCK_TRIES):
+            sent = time.time()
+            answer = self._ask({"op": "clock"}, deadline)
+            came = time.time()
+            best = min(best, (came - sent, (sent + came) / 2 - answer["now"]))
+            if best[0] < _GOOD_ROUND_TRIP:
+                break
+        return best[1]
+
+    def execute(
+        self, argv: Sequence[str], user: str, stdin: bytes, deadline: Deadline | None
+    ) -> Command:
+        """Run a command to its end.
+
+        Raises:
+            HelperError: The connection ended before the command did, or it could not be run.
+            PycloudlibTimeoutError: It went on past the deadline; it is hung up on.
+        """
+        request = {"op": "exec", "argv": list(argv), "user": user, "stdin": len(stdin)}
+        number = self._send(request, stdin)
+        command = Command()
+        while command.status is None:
+            answer = self._receive(number, deadline)
+            if "exit" in answer:
+                command.status = answer["exit"]
+            for name, kept in (("out", command.out), ("err", command.err)):
+                if name in answer:
+                    kept += self._read(answer[name], deadline)
+        return command
+
+    def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:
+        return self._receive(self._send(request), deadline)
+
+    def _send(self, request: Mapping[str, Any], data: bytes = b"") -> int:
+        # Answers to whoever was connected before may still be on their way.
+        number = secrets.randbits(48)
+        line = json.dumps({**request, "id": number}).encode() + b"\n"
+        try:
+            self._socket.settimeout(None)
+            self._socket.sendall(line + data)
+        except OSError as error:
+            raise HelperError(f"the helper cannot be reached: {error}") from error
+        return number
+
+    def _receive(self, number: int, deadline: Deadline | None) -> dict[str, Any]:
+        while True:
+            while b"\n" not in self._buffer:
+                self._fill(deadline)
+            line, _, rest = self._buffer.partition(b"\n")
+            self._buffer = rest
+            try:
+                answer: dict[str, Any] = json.loads(line)
+                if not isinstance(answer, dict) or answer.get("id") != number:
+                    continue
+            except ValueError:
+                continue  # of an earlier connection
+            if "error" in answer:
+                raise HelperError(f"the helper in the guest: {answer['error']}")
+            return answer
+
+    def _read(self, size: int, deadline: Deadline | None) -> bytes:
+        while len(self._buffer) < size:
+            self._fill(deadline)
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def _fill(self, deadline: Deadline | None) -> None:
+        if deadline is not None and deadline.expired:
+            raise PycloudlibTimeoutError("the helper did not answer in time")
+        self._socket.settimeout(None if deadline is None else max(deadline.remaining, 0.001))
+        try:
+            data = self._socket.recv(_CHUNK)
+        except TimeoutError:
+            return
+        except OSError as error:
+            raise HelperError(f"the connection to the helper is lost: {error}") from error
+        if not data:
+            raise HelperError("the connection to the helper is lost")
+        self._buffer += data
+
+
+def once_command() -> str:
+    """Give the command that answers requests on its standard input, where no helper runs."""
+    return f"python3 -c {shlex.quote(program())} once"

@@ -1,0 +1,356 @@
+"""The helper: runs inside a guest that is to be saved, and answers on one virtio-serial port.
+
+Not imported: its text is sent to the guest and run there by the guest's own Python (3.5 or newer,
+nothing but its standard library). It lives in the guest's memory only and is gone after a reboot.
+
+Requests and answers are lines of JSON, some followed by bytes:
+
+    {"id": 1, "op": "clock"}                       {"id": 1, "now": 1700000000.25}
+    {"id": 2, "op": "fix", "ahead": 0.5, …}        {"id": 2, "done": ["clock", …]}
+    {"id": 3, "op": "exec", "argv": […], "stdin": 5}⏎hello
+                                                   {"id": 3, "out": 2}⏎hi   (and "err")
+                                                   {"id": 3, "exit": 0}
+    whatever failed                                {"id": 3, "error": "…"}
+"""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+DIRECTORY = "/run/pycloudlib"
+PORT_NAME = "org.pycloudlib.helper.0"
+CHUNK = 1 << 16
+# linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+CLOUD = "/var/lib/cloud"
+
+
+class HungUp(Exception):
+    """The host has closed the connection."""
+
+
+class Port:
+    """The virtio-serial port; the host connects and disconnects as it likes."""
+
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.buffer = b""
+        # The kernel signals the host's connecting, for which poll() alone does not wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+        fcntl.fcntl(self.fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+
+    def poll(self, seconds=None):
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN)
+        events = poller.poll(None if seconds is None else seconds * 1000)
+        return events[0][1] if events else 0
+
+    def wait_for_host(self):
+        while self.poll(0) & select.POLLHUP:
+            self.buffer = b""
+            # The limit is for a signal that came just before.
+            signal.sigtimedwait([signal.SIGIO], 2)
+
+    def fill(self):
+        if self.poll() & select.POLLHUP:
+            raise HungUp
+        with contextlib.suppress(BlockingIOError):
+            self.buffer += os.read(self.fd, CHUNK)
+
+    def read_line(self):
+        while b"\n" not in self.buffer:
+            self.fill()
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line
+
+    def read(self, size):
+        while len(self.buffer) < size:
+            self.fill()
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def write(self, data):
+        while data:
+            try:
+                data = data[os.write(self.fd, data[:CHUNK]) :]
+            except BlockingIOError:
+                poller = select.poll()
+                poller.register(self.fd, select.POLLOUT)
+                if poller.poll(5000) and self.poll(0) & select.POLLHUP:
+                    raise HungUp from None
+
+    def hung_up(self):
+        return bool(self.poll(0) & select.POLLHUP)
+
+
+class Pipe:
+    """Standard input and output, where there is no port: each request is there from the start."""
+
+    def read_line(self):
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise HungUp
+        return line
+
+    def read(self, size):
+        return sys.stdin.buffer.read(size)
+
+    def write(self, data):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    def hung_up(self):
+        return False
+
+
+def find_port():
+    """Find the port's device by its name."""
+    for directory in sorted(os.listdir("/sys/class/virtio-ports")):
+        with open("/sys/class/virtio-ports/" + directory + "/name") as file:
+            if file.read().strip() == PORT_NAME:
+                return "/dev/" + directory
+    raise SystemExit("no virtio-serial port named " + PORT_NAME)
+
+
+def read_environment():
+    """Read what the login user's SSH session had in its environment."""
+    with open(DIRECTORY + "/environment", "rb") as file:
+        words = [word.partition(b"=") for word in file.read().split(b"\0") if word]
+    return {name: value for name, _, value in words}
+
+
+def execute(port, request, environment):
+    """Run a command as the login user, and pass its outputs on while they come."""
+    user = pwd.getpwnam(request["user"])
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+
+    def become_user():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
+        os.setgroups(groups)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+        os.umask(request.get("umask", 0o022))
+
+    stdin = port.read(request["stdin"])
+    try:
+        child = subprocess.Popen(
+            request["argv"],
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=user.pw_dir if os.path.isdir(user.pw_dir) else "/",
+            env=environment,
+            preexec_fn=become_user,
+            start_new_session=True,
+        )
+    except OSError as error:
+        # As a shell would say it.
+        answer(port, request, b"%s: %s\n" % (request["argv"][0].encode(), str(error).encode()))
+        answer(port, request, exit=127)
+        return
+    try:
+        relay(port, request, child, stdin)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGHUP)
+        raise
+    status = child.wait()
+    answer(port, request, exit=status if status >= 0 else 128 - status)
+
+
+def relay(port, request, child, stdin):
+    """Feed a command's input and pass on its outputs until both have ended."""
+    outputs = {child.stdout.fileno(): "out", child.stderr.fileno(): "err"}
+    poller = select.poll()
+    for descriptor in outputs:
+        poller.register(descriptor, select.POLLIN)
+    if stdin:
+        os.set_blocking(child.stdin.fileno(), False)
+        poller.register(child.stdin.fileno(), select.POLLOUT)
+    while outputs:
+        for descriptor, _ in poller.poll(1000):
+            if descriptor in outputs:
+                data = os.read(descriptor, CHUNK)
+                if data:
+                    answer(port, request, data, outputs[descriptor])
+                else:
+                    poller.unregister(descriptor)
+                    del outputs[descriptor]
+            else:
+                try:
+                    stdin = stdin[os.write(descriptor, stdin[:4096]) :]
+                except BrokenPipeError:
+                    stdin = b""
+                if not stdin:
+                    poller.unregister(descriptor)
+                    child.stdin.close()
+        if port.hung_up():
+            raise HungUp
+
+
+def answer(port, request, data=None, output="err", **fields):
+    """Send one answer."""
+    fields["id"] = request.get("id")
+    if data is not None:
+        fields[output] = len(data)
+    port.write(json.dumps(fields).encode() + b"\n" + (data or b""))
+
+
+def fix(request):
+    """Make this copy of a machine one of its own; give the names of what was done."""
+    done = []
+    # Random numbers first: whatever follows may need some.
+    entropy = base64.b64decode(request["entropy"])
+    with open("/dev/random", "wb", buffering=0) as device:
+        content = struct.pack("ii", 8 * len(entropy), len(entropy)) + entropy
+        fcntl.ioctl(device, RNDADDENTROPY, content)
+        fcntl.ioctl(device, RNDRESEEDCRNG)
+    done.append("random numbers")
+    if "ahead" in request:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + request["ahead"])
+        done.append("clock")
+    if request.get("authorize"):
+        authorize(request["authorize"])
+        done.append("key")
+    if request.get("identity"):
+        take_identity(request["identity"])
+        done.append("identity")
+    return done
+
+
+def authorize(keys):
+    """Let another SSH key in, in place of one that was let in before."""
+    home = pwd.getpwnam(keys["user"]).pw_dir
+    for path in (home + "/.ssh/authorized_keys", "/root/.ssh/authorized_keys"):
+        if not os.path.exists(path):
+            continue
+        with open(path) as file:
+            text = file.read()
+        if keys["old"] in text:
+            rewrite(path, text.replace(keys["old"], keys["new"]))
+
+
+def take_identity(identity):
+    """Take another name, machine-id, instance-id and SSH host key."""
+    rewrite("/etc/machine-id", identity["machine_id"] + "\n")
+    if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink("/var/lib/dbus/machine-id"):
+        rewrite("/var/lib/dbus/machine-id", identity["machine_id"] + "\n")
+    take_host_key(identity["host_key"])
+    take_hostname(identity["hostname"])
+    take_instance_id(identity["instance_id"])
+
+
+def take_hostname(hostname):
+    old = os.uname().nodename
+    with open("/proc/sys/kernel/hostname", "w") as file:
+        file.write(hostname)
+    rewrite("/etc/hostname", hostname + "\n")
+    with open("/etc/hosts") as file:
+        hosts = file.read()
+    pattern = r"(?<![\w.-])" + re.escape(old) + r"(?![\w-])"
+    rewrite("/etc/hosts", re.sub(pattern, hostname, hosts))
+
+
+def take_instance_id(instance_id):
+    """Let the state that cloud-init has be that of another instance, so that it begins no boot."""
+    path = CLOUD + "/data/instance-id"
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        old = file.read().strip()
+    if os.path.isdir(CLOUD + "/instances/" + old):
+        os.rename(CLOUD + "/instances/" + old, CLOUD + "/instances/" + instance_id)
+        link = CLOUD + "/instance"
+        os.symlink(CLOUD + "/instances/" + instance_id, link + ".new")
+        os.rename(link + ".new", link)
+    for name in ("instance-id", "previous-instance-id"):
+        rewrite(CLOUD + "/data/" + name, instance_id + "\n")
+    for name in (".instance-id", "instance-data.json", "instance-data-sensitive.json"):
+        path = "/run/cloud-init/" + name
+        if os.path.exists(path):
+            with open(path) as file:
+                rewrite(path, file.read().replace(old, instance_id))
+
+
+def take_host_key(host_key):
+    """Replace the SSH host keys by one, and let the server take notice."""
+    directory = "/etc/ssh"
+    if not os.path.isdir(directory):
+        return
+    for name in os.listdir(directory):
+        if re.match(r"ssh_host_.*_key(\.pub)?$", name):
+            os.unlink(directory + "/" + name)
+    base = directory + "/ssh_host_ed25519_key"
+    rewrite(base, host_key["private"], 0o600)
+    rewrite(base + ".pub", host_key["public"] + "\n", 0o644)
+    # A server that is started for each connection has no pid file, and reads the key then.
+    with contextlib.suppress(OSError, ValueError), open("/run/sshd.pid") as file:
+        os.kill(int(file.read()), signal.SIGHUP)
+
+
+def rewrite(path, text, mode=None):
+    """Replace a file's content at once, keeping its owner and mode."""
+    with contextlib.suppress(FileNotFoundError):
+        known = os.stat(path)
+        mode = known.st_mode & 0o7777 if mode is None else mode
+        owner = (known.st_uid, known.st_gid)
+    temporary = path + ".pycloudlib"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        os.fchmod(file.fileno(), 0o644 if mode is None else mode)
+        if "owner" in locals():
+            os.fchown(file.fileno(), *owner)
+    os.rename(temporary, path)
+
+
+def serve(port, environment):
+    """Answer one request."""
+    line = port.read_line()
+    try:
+        request = json.loads(line.decode())
+    except ValueError:
+        return  # the end of a request whose beginning was cut off
+    try:
+        if request["op"] == "exec":
+            execute(port, request, environment)
+        elif request["op"] == "fix":
+            answer(port, request, done=fix(request), now=time.time())
+        elif request["op"] == "clock":
+            answer(port, request, now=time.time())
+        else:
+            answer(port, request, error="unknown operation " + request["op"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        answer(port, request, error="{}: {}".format(type(error).__name__, error))
+
+
+def main():
+    """Serve the port for ever; with the argument `once`, serve standard input to its end."""
+    if sys.argv[1:] == ["once"]:
+        with contextlib.suppress(HungUp):
+            while True:
+                serve(Pipe(), dict(os.environb))
+        return
+    environment = read_environment()
+    port = Port(find_port())
+    while True:
+        port.wait_for_host()
+        with contextlib.suppress(HungUp):
+            while True:
+                serve(port, environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Handing a running machine over from one QEMU to another, on this host, in milliseconds.
+
+The successor is started while the machine runs on, up to the point where all that it misses is the
+machine's state. That state comes by QEMU's own live migration: directly, or through this process,
+which keeps a copy of it:
+
+    predecessor ── state ──▶ here ── state ──▶ successor
+                              └──▶ file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError
+from pycloudlib.qemu.command import Origin, ssh_rule
+from pycloudlib.qemu.machine import Machine, MachineEndedError, uninterrupted
+from pycloudlib.qemu.memory import Memory
+from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
+from pycloudlib.qemu.running import RunningQemu
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+# A gigabyte of memory takes about a second; a guest that writes faster than it can be copied is
+# slowed down by QEMU more and more (auto-converge).
+_LIMIT_SECONDS = 300.0
+# While the last of a guest's memory is copied, it stands still; QEMU estimates for how long.
+_DOWNTIME_MS = 20
+_BANDWIDTH = 1 << 40
+# After the state, QEMU waits for nothing any more.
+_RESUME_LIMIT = 30.0
+
+
+def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = None) -> float | None:
+    """Let a new QEMU go on with a running machine.
+
+    Args:
+        machine: The machine.
+        memory: The memory of the new QEMU. Memory that is a file is the machine's own shared
+            memory: then the state that goes over holds none of it.
+        kept_state: Where a copy of the state is kept, if at all; a new file.
+
+    Returns:
+        How long the guest stood still, in seconds; None for one that did so before.
+
+    Raises:
+        MachineEndedError: The machine is off.
+        CloudError: It did not work; the machine goes on where it was.
+    """
+    with machine.rundir.power_lock(), machine.session() as session:
+        predecessor = machine.qemu()
+        begun = len(predecessor.events)
+        with _successor(machine, memory) as (successor, incoming):
+            deadline = Deadline.after(_LIMIT_SECONDS)
+            # Not interrupted: at any moment exactly one of the two is the machine.
+            uninterrupted(
+                lambda: _move(
+                    machine, session, successor, incoming, memory, kept_state, deadline
+                ),
+                undo=_nothing,
+            )
+        _forward_ssh(machine, successor)
+    return _pause(predecessor.events[begun:], successor.events)
+
+
+@contextlib.contextmanager
+def _successor(machine: Machine, memory: Memory) -> Iterator[tuple[RunningQemu, socket.socket]]:
+    """Start the QEMU that waits for the state; end it if the block fails."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            origin = Origin(memory, state=theirs.fileno(), replaces=True)
+            number = theirs.fileno()
+            successor = RunningQemu.start(machine.binary, machine.spec, machine.rundir, origin)
+        try:
+            _set_capabilities(successor, memory)
+            successor.execute("migrate-incoming", {"uri": f"fd:{number}"})
+            yield successor, ours
+        except BaseException:
+            successor.abandon()
+            raise
+
+
+def receive(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
+    """Let a QEMU that was started with `Origin.state` take its state from that descriptor."""
+    _set_capabilities(qemu, memory)
+    qemu.execute("migrate-incoming", {"uri": f"fd:{descriptor}"})
+
+
+def _set_capabilities(qemu: RunningQemu | QmpSession, memory: Memory) -> None:
+    """Agree on what the state holds; both sides have to be told the same."""
+    states = {
+        "events": True,
+        "x-ignore-shared": memory.file is not None,
+        "auto-converge": memory.file is None,
+    }
+    qemu.execute(
+        "migrate-set-capabilities",
+        {"capabilities": [{"capability": name, "state": on} for name, on in states.items()]},
+    )
+
+
+def _move(
+    machine: Machine,
+    session: QmpSession,
+    successor: RunningQemu,
+    incoming: socket.socket,
+    memory: Memory,
+    kept_state: Path | None,
+    deadline: Deadline,
+) -> None:
+    """Move the state, then the machine; on failure the machine goes on where it was."""
+    _set_capabilities(session, memory)
+    session.execute(
+        "migrate-set-parameters", {"downtime-limit": _DOWNTIME_MS, "max-bandwidth": _BANDWIDTH}
+    )
+    pump = None if kept_state is None else _Pump(incoming, kept_state)
+    try:
+        with incoming if pump is None else pump.source as outgoing:
+            session.send_descriptor("state", outgoing.fileno())
+        session.execute("migrate", {"uri": "fd:state"})
+        event = successor.wait_for_event(_is_decided, deadline)
+        if event.data["status"] != "completed":
+            raise CloudError(f"{machine.spec.name} could not be handed over to another QEMU")
+        if pump is not None:
+            pump.result()
+    except BaseException as error:
+        successor.kill()
+        _go_on(session, machine)
+        if isinstance(error, MachineEndedError):
+            raise CloudError(
+                f"{machine.spec.name} could not be handed over to another QEMU. {error.end}"
+            ) from error
+        raise
+    machine.go_on_in(successor)
+
+
+def _is_decided(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
+
+
+def _go_on(session: QmpSession, machine: Machine) -> None:
+    """Let the guest run on where it was, whether it had stopped already or not."""
+    try:
+        with contextlib.suppress(QmpError):
+            session.execute("migrate_cancel")
+        if session.execute("query-status")["status"] in ("postmigrate", "finish-migrate"):
+            session.execute("cont")
+    except QmpError as error:
+        _log.error("%s cannot go on: %s", machine.spec.name, error)
+
+
+def _forward_ssh(machine: Machine, qemu: RunningQemu) -> None:
+    """Forward the SSH port: the predecessor had it until its end."""
+    answer = qemu.execute(
+        "human-monitor-command",
+        {"command-line": f"hostfwd_add net0 {ssh_rule(machine.spec)}"},
+    )
+    if answer.strip():
+        raise CloudError(
+            f"{machine.spec.name} goes on, but its SSH port was lost: {answer.strip()}"
+        )
+
+
+def _pause(before: tuple[Event, ...], after: tuple[Event, ...]) -> float | None:
+    """Tell how long the guest stood still: between the two QEMUs' own timestamps."""
+    stops = [event.timestamp for event in before if event.name == "STOP"]
+    resumes = [event.timestamp for event in after if event.name == "RESUME"]
+    return resumes[0] - stops[-1] if stops and resumes else None
+
+
+def _nothing() -> None:
+    """Nothing has to be undone: the machine is whole on either side."""
+
+
+class _Pump(threading.Thread):
+    """Passes the state on to its end, and keeps a copy of it.
+
+    Attributes:
+        source: What the predecessor is given to write to.
+    """
+
+    def __init__(self, target: socket.socket, copy: Path) -> None:
+        super().__init__(name="state-pump", daemon=True)
+        self._from, self.source = socket.socketpair()
+        self._target = target
+        self._copy = copy
+        self._kept: list[bytes] = []
+        self._error: OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        with self._from:
+            try:
+                while chunk := self._from.recv(_CHUNK):
+                    self._target.sendall(chunk)
+                    self._kept.append(chunk)
+                self._target.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._error = error
+
+    def result(self) -> None:
+        """Wait for the end of the stream, and write the copy.
+
+        Raises:
+            OSError: The stream broke, or the copy could not be written.
+        """
+        self.join(_RESUME_LIMIT)
+        if self._error is not None:
+            raise self._error
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with os.fdopen(os.open(self._copy, flags, 0o600), "wb") as file:
+            file.writelines(self._kept)
+
+
+def feed(target: socket.socket, state: Path) -> None:
+    """Send a kept state to a QEMU that waits for it, without waiting for QEMU."""
+
+    def send() -> None:
+        # A QEMU that ends early says why itself.
+        with target, contextlib.suppress(OSError):
+            target.sendall(state.read_bytes())
+
+    threading.Thread(target=send, name="state-feed", daemon=True).start()

@@ -1,0 +1,122 @@
+"""Where a guest's memory is: what kinds there are, which one a machine gets, how one is kept.
+
+A machine can be saved while it runs when its memory is a shared mapping: QEMU then leaves the
+memory out of the saved state (the migration capability `x-ignore-shared`), and what is left takes
+milliseconds. Machines that go on from a saved state map the kept memory privately, so that all of
+them share what none has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudError
+from pycloudlib.qemu.accelerator import Accelerator
+
+_HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+# QEMU's own name of the file in which `memory-backend-memfd` has a guest's memory.
+_MEMFD_NAME = "/memfd:memory-backend-memfd"
+# What is looked at for having nothing in it, and left out.
+_CHUNK = 256 << 10
+_ZEROS = bytes(_CHUNK)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A guest's memory, as QEMU is to make it.
+
+    Attributes:
+        shared: Whether it is a shared mapping of a file of its own, which has no name and goes
+            with the process.
+        file: Kept memory that is mapped copy-on-write; None for memory that begins empty.
+    """
+
+    shared: bool = False
+    file: Path | None = None
+
+
+ANONYMOUS = Memory()
+SHARED = Memory(shared=True)
+
+
+def choose_memory(accelerator: Accelerator) -> Memory:
+    """Choose the memory of a machine that boots.
+
+    Shared memory can be saved at once. Under KVM, however, guests are faster with huge pages,
+    which most hosts give to anonymous memory only: there a machine is moved into shared memory
+    when it is saved for the first time.
+    """
+    if accelerator is Accelerator.KVM and not _shared_memory_has_huge_pages():
+        return ANONYMOUS
+    return SHARED
+
+
+def _shared_memory_has_huge_pages() -> bool:
+    """Tell by the chosen word: "always within_size advise [never] deny force" (admin-guide/mm)."""
+    with contextlib.suppress(OSError):
+        chosen = _HUGE_SHARED.read_text().partition("[")[2].partition("]")[0]
+        return chosen in ("always", "within_size", "advise", "force")
+    return False
+
+
+def find_shared_memory(pid: int) -> Path | None:
+    """Find the file of a QEMU's shared memory; None when its memory is of another kind.
+
+    Its name is good as long as the process lives, or whoever has opened it.
+    """
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(link.readlink()).startswith(_MEMFD_NAME):
+                return link
+    return None
+
+
+def keep(memory: int, target: Path) -> None:
+    """Copy a guest's memory into a file, leaving out what has nothing in it.
+
+    Args:
+        memory: Descriptor of the shared memory; nobody may write to it any more.
+        target: The new file; only its owner can read it, since it holds the guest's secrets.
+
+    Raises:
+        CloudError: There is no room for it; nothing is left.
+    """
+    size = os.fstat(memory).st_size
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        os.ftruncate(descriptor, size)
+        end = 0
+        while (start := _next_data(memory, end)) is not None:
+            end = os.lseek(memory, start, os.SEEK_HOLE)
+            _copy(memory, descriptor, start, end)
+    except OSError as error:
+        target.unlink()
+        if error.errno != errno.ENOSPC:
+            raise
+        raise CloudError(f"No room for the guest's memory in {target.parent}: {error}") from error
+    except BaseException:
+        target.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _next_data(memory: int, offset: int) -> int | None:
+    try:
+        return os.lseek(memory, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # there is none any more
+            return None
+        raise
+
+
+def _copy(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        data = os.pread(source, min(_CHUNK, end - start), start)
+        if data != _ZEROS[: len(data)]:
+            os.pwrite(target, data, start)
+        start += len(data)

@@ -1,0 +1,276 @@
+"""One QEMU, from its birth (or from when it was found) to its end: process, session, events."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.qemu.command import POWER_ON, Origin
+from pycloudlib.qemu.process import ProcessEnd, QemuProcess
+from pycloudlib.qemu.qmp import Event, LoopThread, QmpError, QmpSession
+from pycloudlib.qemu.rundir import RunDirectory, short_path
+from pycloudlib.qemu.spec import MachineSpec
+from pycloudlib.qemu.start import StartedQemu, launch_error, start_qemu
+
+_log = logging.getLogger(__name__)
+
+# QEMU greets within milliseconds; the limit is for a host that is out of breath.
+_GREETING_LIMIT = 30.0
+ANSWER_LIMIT = 30.0
+"""Seconds that QEMU may take to answer a QMP command."""
+_KILL_LIMIT = 10.0
+_KEPT_EVENTS = 200
+
+
+@enum.unique
+class State(enum.Enum):
+    """What a machine is doing."""
+
+    OFF = "off"
+    STARTING = "starting"
+    PAUSED = "paused"
+    RUNNING = "running"
+
+
+class MachineEndedError(PycloudlibTimeoutError, CloudError):
+    """The machine is gone, so that what was waited for can never happen.
+
+    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+
+    Attributes:
+        end: How the process ended; None when it was not running in the first place.
+    """
+
+    def __init__(self, name: str, end: ProcessEnd | None) -> None:
+        self.end = end
+        super().__init__(f"{name} is not running" + (f". {end}" if end else ""))
+
+
+class RunningQemu:
+    """One QEMU process and what it tells. Safe to use from several threads.
+
+    The process that started it keeps a QMP session and hears its events; others open a short
+    session for each command.
+
+    Args:
+        name: The machine's name, for messages.
+        rundir: The machine's directory.
+        process: The process.
+        state: What it is doing.
+
+    Attributes:
+        process: The process.
+        on_change: Called when its state has changed or an event came, in any thread.
+    """
+
+    def __init__(
+        self, name: str, rundir: RunDirectory, process: QemuProcess, state: State
+    ) -> None:
+        self.process = process
+        self.on_change: Callable[[], None] = _nobody
+        self._name = name
+        self._rundir = rundir
+        self._state = state
+        self._end: ProcessEnd | None = None
+        self._unpublished: StartedQemu | None = None
+        self._session: QmpSession | None = None
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+        self._owner_pid = os.getpid()
+        # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
+        on_end = weakref.WeakMethod(self.note_end)
+
+        def tell() -> None:
+            method = on_end()
+            if method is not None:
+                method()
+
+        LoopThread.get().watch(process.fileno(), tell)
+
+    @classmethod
+    def start(
+        cls, binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
+    ) -> RunningQemu:
+        """Start QEMU and talk to it; it is the machine's own once it is published.
+
+        Raises:
+            LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
+            PortTakenError: Another program listens on one of the machine's ports.
+            CloudError: It does not answer.
+        """
+        started = start_qemu(binary, spec, rundir, origin)
+        qemu = cls(spec.name, rundir, started.process, State.STARTING)
+        try:
+            if origin.replaces:
+                qemu._unpublished = started
+            else:
+                # Before the session: a QEMU that others cannot find is one that is leaked.
+                started.publish()
+            qemu._open_session(started, spec)
+        except BaseException:
+            started.discard()
+            qemu.kill()
+            raise
+        return qemu
+
+    def publish(self) -> None:
+        """Make one that was to replace another the machine's QEMU in the eyes of all."""
+        if self._unpublished is not None:
+            self._unpublished.publish()
+            self._unpublished = None
+
+    def abandon(self) -> None:
+        """End one that was to replace another and will not."""
+        if self._unpublished is not None:
+            self._unpublished.discard()
+            self._unpublished = None
+        self.kill()
+
+    @property
+    def state(self) -> State:
+        """What it is doing."""
+        return self._state
+
+    @property
+    def end(self) -> ProcessEnd | None:
+        """How it ended; None while it runs."""
+        return self._end
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The latest QMP events, oldest first; none of one that another process started."""
+        with self._changed:
+            return tuple(self._events)
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = ANSWER_LIMIT,
+    ) -> Any:
+        """Execute a QMP command and give what it returns.
+
+        Raises:
+            QmpError: QEMU refused the command, or did not answer.
+        """
+        with self.session(timeout) as session:
+            return session.execute(command, arguments, timeout=timeout)
+
+    @contextlib.contextmanager
+    def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
+        """Give a QMP session: the one that is kept, or one for this block."""
+        kept = self._session
+        if kept is not None:
+            yield kept
+            return
+        with short_path(self._rundir.attach_socket) as address:
+            opened = QmpSession.open(address, self._on_event, timeout)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+    def wait_for_event(self, wanted: Callable[[Event], bool], deadline: Deadline) -> Event:
+        """Wait for an event that came, or comes, since it was started.
+
+        Raises:
+            MachineEndedError: QEMU ended before.
+            PycloudlibTimeoutError: It did not come in time.
+        """
+
+        def find() -> Event | None:
+            return next(filter(wanted, self._events), None)
+
+        with self._changed:
+            self._changed.wait_for(
+                lambda: find() is not None or self._end is not None, deadline.remaining
+            )
+            found = find()
+        if found is not None:
+            return found
+        if self._end is not None:
+            raise MachineEndedError(self._name, self._end)
+        raise PycloudlibTimeoutError(
+            f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
+        )
+
+    def kill(self) -> None:
+        """End the process at once and wait until it is gone; no error when it is gone already.
+
+        Raises:
+            CloudError: The kernel did not end it.
+        """
+        self.process.kill()
+        # Asked of the kernel, not of the loop's thread, which may not watch it yet.
+        if not self.process.wait(_KILL_LIMIT):
+            raise CloudError(f"QEMU of {self._name}, pid {self.process.identity.pid}, did not end")
+        self.note_end()
+
+    def note_end(self) -> None:
+        """Take note of its end; called in the loop's thread, or by whoever saw to it."""
+        with self._changed:
+            if self._end is not None:
+                return
+            self._end = self.process.end()
+            _log.debug("%s: %s", self._name, self._end)
+            if self._session is not None:
+                self._session.close_soon()
+                self._session = None
+            self._state = State.OFF
+            self._changed.notify_all()
+        self.on_change()
+
+    def _open_session(self, started: StartedQemu, spec: MachineSpec) -> None:
+        try:
+            session = QmpSession.open(started.control, self._on_event, _GREETING_LIMIT)
+            self._session = session
+            self._follow(session.execute("query-status")["running"])
+        except QmpError as error:
+            # Nearly always because QEMU is gone.
+            started.control.close()
+            if not self.process.wait(1.0):
+                raise
+            self.note_end()
+            assert self._end is not None
+            raise launch_error(started.argv, self._end, spec) from error
+
+    def _on_event(self, event: Event) -> None:
+        """Take note of a QMP event; called in the loop's thread."""
+        _log.debug("%s: %s %s", self._name, event.name, event.data)
+        with self._changed:
+            self._events = [*self._events[1 - _KEPT_EVENTS :], event]
+            self._changed.notify_all()
+        if event.name in ("STOP", "RESUME"):
+            self._follow(running=event.name == "RESUME")
+
+    def _follow(self, running: bool) -> None:
+        with self._changed:
+            if self._state is not State.OFF:
+                self._state = State.RUNNING if running else State.PAUSED
+                self._changed.notify_all()
+        self.on_change()
+
+    def __del__(self) -> None:
+        process = getattr(self, "process", None)
+        if sys.is_finalizing():
+            return
+        if process is not None and getattr(self, "_owner_pid", None) == os.getpid():
+            if not self._end:
+                LoopThread.get().forget(process, process.fileno())
+            if self._session is not None:
+                self._session.close_soon()
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
