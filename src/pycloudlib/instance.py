@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import ssh
 from pycloudlib.key import KeyPair
-from pycloudlib.readiness import Readiness, current_deadline, keeping, ready_limit
+from pycloudlib.readiness import Readiness, command_limit, keeping, ready_limit
 from pycloudlib.result import Result
 from pycloudlib.util import raise_cleanup_errors
 
@@ -309,12 +309,10 @@ class BaseInstance(Readiness):
 
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
-        deadline = current_deadline()
-        if timeout is None and deadline is not None:
-            timeout = deadline.remaining
+        limit = command_limit(timeout)
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
         out, err, status = ssh.run(
-            self._client(), shlex.join(command), stdin=data, get_pty=get_pty, timeout=timeout
+            self._client(), shlex.join(command), stdin=data, get_pty=get_pty, timeout=limit
         )
         return Result(_text(out), _text(err), status)
 

@@ -58,6 +58,12 @@ def current_deadline() -> Deadline | None:
     return _ready_deadline.get()
 
 
+def command_limit(timeout: float | None) -> float | None:
+    """Give the seconds that a command may take: the caller's, else what its wait has left."""
+    deadline = current_deadline()
+    return deadline.remaining if timeout is None and deadline is not None else timeout
+
+
 class Readiness(ABC):
     """The hooks of waiting, which clients of an instance override and call."""
 

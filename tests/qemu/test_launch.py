@@ -258,7 +258,7 @@ def test_an_interrupt_in_the_middle_of_a_launch_leaves_nothing(
         started.append(running)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pycloudlib.qemu.machine.Machine._follow", interrupted)
+    monkeypatch.setattr("pycloudlib.qemu.running.RunningQemu._follow", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     assert started

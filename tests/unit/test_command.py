@@ -11,7 +11,9 @@ from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.command import Channels, Features, build_command
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
 
-CHANNELS = Channels(control=5, attach=8, qmp=6, console=7, console_log=Path("/run/vm/console.log"))
+CHANNELS = Channels(
+    control=5, attach=8, qmp=6, console=7, helper=9, console_log=Path("/run/vm/console.log")
+)
 SPEC = MachineSpec(
     name="vm-1",
     instance_type=InstanceType(2, 2048),
@@ -35,11 +37,12 @@ GOLDEN = [
     "/usr/bin/qemu-system-x86_64",
     "-name", "guest=vm-1",
     "-no-user-config", "-nodefaults",
-    "-machine", "pc,graphics=off",
+    "-machine", "pc,graphics=off,memory-backend=ram0",
     "-accel", "tcg,thread=multi,tb-size=256",
     "-cpu", "max",
     "-smp", "2",
     "-m", "2048M",
+    "-object", "memory-backend-memfd,id=ram0,size=2048M,share=on",
     "-display", "none",
     "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     "-chardev", "socket,id=control,fd=5",
@@ -60,6 +63,9 @@ GOLDEN = [
     "-device", "virtio-blk-pci,drive=seed",
     "-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:18004-:22",
     "-device", "virtio-net-pci,netdev=net0,mac=52:54:00:01:02:03,romfile=",
+    "-device", "virtio-serial-pci",
+    "-chardev", "socket,id=helper,fd=9,server=on,wait=off",
+    "-device", "virtserialport,chardev=helper,name=org.pycloudlib.helper.0",
     "-kernel", "/images/vmlinuz",
     "-initrd", "/images/initrd",
     "-append", "root=/dev/sda1 console=ttyS0",

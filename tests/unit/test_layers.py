@@ -144,7 +144,7 @@ def test_failure_in_the_middle_leaves_the_disk_as_it_was(
     write(disk, 1)
     before = disk.stat().st_ino
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pycloudlib.qemu.disk.create_overlay", fail)

@@ -9,12 +9,13 @@ has just woken up takes a second. It answers on a virtio-serial port and listens
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import secrets
 import shlex
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -28,7 +29,7 @@ LARGEST_STDIN = 1 << 20
 _CHUNK = 1 << 16
 _ENTROPY_BYTES = 64
 # A round trip bounds how wrong the other side's clock can be read; a shorter one is tried for.
-_GOOD_ROUND_TRIP = 0.04
+_GOOD_ROUND_TRIP = 0.1
 _CLOCK_TRIES = 6
 
 _INSTALL = """
@@ -94,23 +95,31 @@ class FixUp:
     identity: Identity | None = None
     new_key: NewKey | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> str:
+        """Write it as text, for the run directory of a machine that is not put right yet."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FixUp:
+        """Read what `to_json` wrote."""
+        fields = json.loads(text)
+        identity, new_key = fields["identity"], fields["new_key"]
+        if identity is not None:
+            identity = Identity(**{**identity, "host_key": tuple(identity["host_key"])})
+        return cls(identity, None if new_key is None else NewKey(**new_key))
+
+    def request(self) -> dict[str, Any]:
         """Give it as the helper takes it, with fresh random bytes."""
         fields: dict[str, Any] = {
             "op": "fix",
             "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
         }
         if self.new_key is not None:
-            key = self.new_key
-            fields["authorize"] = {"user": key.user, "old": key.old, "new": key.new}
+            fields["authorize"] = dataclasses.asdict(self.new_key)
         if self.identity is not None:
             private, public = self.identity.host_key
-            fields["identity"] = {
-                "hostname": self.identity.hostname,
-                "machine_id": self.identity.machine_id,
-                "instance_id": self.identity.instance_id,
-                "host_key": {"private": private, "public": public},
-            }
+            fields["identity"] = dataclasses.asdict(self.identity)
+            fields["identity"]["host_key"] = {"private": private, "public": public}
         return fields
 
 
@@ -142,6 +151,23 @@ def install_script() -> str:
     return _INSTALL
 
 
+def measure_clock(read_guest: Callable[[], float]) -> float:
+    """Tell how far our clock is ahead of the guest's, in seconds.
+
+    Args:
+        read_guest: Reads the guest's clock; the shorter it takes, the better it can be told.
+    """
+    best = (float("inf"), 0.0)
+    for _ in range(_CLOCK_TRIES):
+        sent = time.time()
+        guest = read_guest()
+        came = time.time()
+        best = min(best, (came - sent, (sent + came) / 2 - guest))
+        if best[0] < _GOOD_ROUND_TRIP:
+            break
+    return best[1]
+
+
 class HelperConnection:
     """A connection to the helper; a context manager. One at a time, for one thread."""
 
@@ -162,20 +188,8 @@ class HelperConnection:
             HelperError: It could not be done; says what was in the way.
             PycloudlibTimeoutError: The helper did not answer in time.
         """
-        ahead = self._measure_clock(deadline)
-        self._ask({**fix_up.to_json(), "ahead": ahead}, deadline)
-
-    def _measure_clock(self, deadline: Deadline) -> float:
-        """Tell how far our clock is ahead of the guest's, in seconds."""
-        best = (float("inf"), 0.0)
-        for _ in range(_CLOCK_TRIES):
-            sent = time.time()
-            answer = self._ask({"op": "clock"}, deadline)
-            came = time.time()
-            best = min(best, (came - sent, (sent + came) / 2 - answer["now"]))
-            if best[0] < _GOOD_ROUND_TRIP:
-                break
-        return best[1]
+        ahead = measure_clock(lambda: float(self._ask({"op": "clock"}, deadline)["now"]))
+        self._ask({**fix_up.request(), "ahead": ahead}, deadline)
 
     def execute(
         self, argv: Sequence[str], user: str, stdin: bytes, deadline: Deadline | None
@@ -193,9 +207,9 @@ class HelperConnection:
             answer = self._receive(number, deadline)
             if "exit" in answer:
                 command.status = answer["exit"]
-            for name, kept in (("out", command.out), ("err", command.err)):
+            for name, output in (("out", command.out), ("err", command.err)):
                 if name in answer:
-                    kept += self._read(answer[name], deadline)
+                    output.extend(self._read(answer[name], deadline))
         return command
 
     def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:

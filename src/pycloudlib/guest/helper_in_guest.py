@@ -26,6 +26,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any, Dict, List, Optional, Union
 
 DIRECTORY = "/run/pycloudlib"
 PORT_NAME = "org.pycloudlib.helper.0"
@@ -43,7 +44,7 @@ class HungUp(Exception):
 class Port:
     """The virtio-serial port; the host connects and disconnects as it likes."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self.buffer = b""
         # The kernel signals the host's connecting, for which poll() alone does not wait.
@@ -51,37 +52,37 @@ class Port:
         fcntl.fcntl(self.fd, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
 
-    def poll(self, seconds=None):
+    def poll(self, seconds: Optional[float] = None) -> int:
         poller = select.poll()
         poller.register(self.fd, select.POLLIN)
         events = poller.poll(None if seconds is None else seconds * 1000)
         return events[0][1] if events else 0
 
-    def wait_for_host(self):
+    def wait_for_host(self) -> None:
         while self.poll(0) & select.POLLHUP:
             self.buffer = b""
             # The limit is for a signal that came just before.
             signal.sigtimedwait([signal.SIGIO], 2)
 
-    def fill(self):
+    def fill(self) -> None:
         if self.poll() & select.POLLHUP:
             raise HungUp
         with contextlib.suppress(BlockingIOError):
             self.buffer += os.read(self.fd, CHUNK)
 
-    def read_line(self):
+    def read_line(self) -> bytes:
         while b"\n" not in self.buffer:
             self.fill()
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         while len(self.buffer) < size:
             self.fill()
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         while data:
             try:
                 data = data[os.write(self.fd, data[:CHUNK]) :]
@@ -91,31 +92,31 @@ class Port:
                 if poller.poll(5000) and self.poll(0) & select.POLLHUP:
                     raise HungUp from None
 
-    def hung_up(self):
-        return bool(self.poll(0) & select.POLLHUP)
-
 
 class Pipe:
     """Standard input and output, where there is no port: each request is there from the start."""
 
-    def read_line(self):
+    fd = None  # type: Optional[int]
+
+    def read_line(self) -> bytes:
         line = sys.stdin.buffer.readline()
         if not line:
             raise HungUp
         return line
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         return sys.stdin.buffer.read(size)
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    def hung_up(self):
-        return False
+
+Channel = Union[Port, Pipe]
+Request = Dict[str, Any]
 
 
-def find_port():
+def find_port() -> str:
     """Find the port's device by its name."""
     for directory in sorted(os.listdir("/sys/class/virtio-ports")):
         with open("/sys/class/virtio-ports/" + directory + "/name") as file:
@@ -124,19 +125,19 @@ def find_port():
     raise SystemExit("no virtio-serial port named " + PORT_NAME)
 
 
-def read_environment():
+def read_environment() -> Dict[bytes, bytes]:
     """Read what the login user's SSH session had in its environment."""
     with open(DIRECTORY + "/environment", "rb") as file:
         words = [word.partition(b"=") for word in file.read().split(b"\0") if word]
     return {name: value for name, _, value in words}
 
 
-def execute(port, request, environment):
+def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) -> None:
     """Run a command as the login user, and pass its outputs on while they come."""
     user = pwd.getpwnam(request["user"])
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
 
-    def become_user():
+    def become_user() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
         os.setgroups(groups)
         os.setgid(user.pw_gid)
@@ -152,7 +153,7 @@ def execute(port, request, environment):
             stderr=subprocess.PIPE,
             cwd=user.pw_dir if os.path.isdir(user.pw_dir) else "/",
             env=environment,
-            preexec_fn=become_user,
+            preexec_fn=become_user,  # noqa: PLW1509 - there is one thread
             start_new_session=True,
         )
     except OSError as error:
@@ -170,17 +171,24 @@ def execute(port, request, environment):
     answer(port, request, exit=status if status >= 0 else 128 - status)
 
 
-def relay(port, request, child, stdin):
+def relay(port: Channel, request: Request, child: "subprocess.Popen[bytes]", stdin: bytes) -> None:
     """Feed a command's input and pass on its outputs until both have ended."""
+    assert child.stdout
+    assert child.stderr
     outputs = {child.stdout.fileno(): "out", child.stderr.fileno(): "err"}
     poller = select.poll()
     for descriptor in outputs:
         poller.register(descriptor, select.POLLIN)
-    if stdin:
+    if port.fd is not None:
+        poller.register(port.fd, select.POLLIN)
+    if child.stdin:
         os.set_blocking(child.stdin.fileno(), False)
         poller.register(child.stdin.fileno(), select.POLLOUT)
     while outputs:
-        for descriptor, _ in poller.poll(1000):
+        for descriptor, _ in poller.poll():
+            if descriptor == port.fd:
+                # The host asks for nothing more while a command runs, unless it has given it up.
+                raise HungUp
             if descriptor in outputs:
                 data = os.read(descriptor, CHUNK)
                 if data:
@@ -193,14 +201,18 @@ def relay(port, request, child, stdin):
                     stdin = stdin[os.write(descriptor, stdin[:4096]) :]
                 except BrokenPipeError:
                     stdin = b""
-                if not stdin:
+                if not stdin and child.stdin:
                     poller.unregister(descriptor)
                     child.stdin.close()
-        if port.hung_up():
-            raise HungUp
 
 
-def answer(port, request, data=None, output="err", **fields):
+def answer(
+    port: Channel,
+    request: Request,
+    data: Optional[bytes] = None,
+    output: str = "err",
+    **fields: Any,
+) -> None:
     """Send one answer."""
     fields["id"] = request.get("id")
     if data is not None:
@@ -208,7 +220,7 @@ def answer(port, request, data=None, output="err", **fields):
     port.write(json.dumps(fields).encode() + b"\n" + (data or b""))
 
 
-def fix(request):
+def fix(request: Request) -> List[str]:
     """Make this copy of a machine one of its own; give the names of what was done."""
     done = []
     # Random numbers first: whatever follows may need some.
@@ -230,7 +242,7 @@ def fix(request):
     return done
 
 
-def authorize(keys):
+def authorize(keys: Dict[str, str]) -> None:
     """Let another SSH key in, in place of one that was let in before."""
     home = pwd.getpwnam(keys["user"]).pw_dir
     for path in (home + "/.ssh/authorized_keys", "/root/.ssh/authorized_keys"):
@@ -242,17 +254,19 @@ def authorize(keys):
             rewrite(path, text.replace(keys["old"], keys["new"]))
 
 
-def take_identity(identity):
+def take_identity(identity: Request) -> None:
     """Take another name, machine-id, instance-id and SSH host key."""
     rewrite("/etc/machine-id", identity["machine_id"] + "\n")
-    if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink("/var/lib/dbus/machine-id"):
+    if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink(
+        "/var/lib/dbus/machine-id"
+    ):
         rewrite("/var/lib/dbus/machine-id", identity["machine_id"] + "\n")
     take_host_key(identity["host_key"])
     take_hostname(identity["hostname"])
     take_instance_id(identity["instance_id"])
 
 
-def take_hostname(hostname):
+def take_hostname(hostname: str) -> None:
     old = os.uname().nodename
     with open("/proc/sys/kernel/hostname", "w") as file:
         file.write(hostname)
@@ -263,7 +277,7 @@ def take_hostname(hostname):
     rewrite("/etc/hosts", re.sub(pattern, hostname, hosts))
 
 
-def take_instance_id(instance_id):
+def take_instance_id(instance_id: str) -> None:
     """Let the state that cloud-init has be that of another instance, so that it begins no boot."""
     path = CLOUD + "/data/instance-id"
     if not os.path.exists(path):
@@ -284,7 +298,7 @@ def take_instance_id(instance_id):
                 rewrite(path, file.read().replace(old, instance_id))
 
 
-def take_host_key(host_key):
+def take_host_key(host_key: Dict[str, str]) -> None:
     """Replace the SSH host keys by one, and let the server take notice."""
     directory = "/etc/ssh"
     if not os.path.isdir(directory):
@@ -300,8 +314,9 @@ def take_host_key(host_key):
         os.kill(int(file.read()), signal.SIGHUP)
 
 
-def rewrite(path, text, mode=None):
+def rewrite(path: str, text: str, mode: Optional[int] = None) -> None:
     """Replace a file's content at once, keeping its owner and mode."""
+    owner = (0, 0)
     with contextlib.suppress(FileNotFoundError):
         known = os.stat(path)
         mode = known.st_mode & 0o7777 if mode is None else mode
@@ -311,12 +326,11 @@ def rewrite(path, text, mode=None):
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
         os.fchmod(file.fileno(), 0o644 if mode is None else mode)
-        if "owner" in locals():
-            os.fchown(file.fileno(), *owner)
+        os.fchown(file.fileno(), *owner)
     os.rename(temporary, path)
 
 
-def serve(port, environment):
+def serve(port: Channel, environment: Dict[bytes, bytes]) -> None:
     """Answer one request."""
     line = port.read_line()
     try:
@@ -336,7 +350,7 @@ def serve(port, environment):
         answer(port, request, error="{}: {}".format(type(error).__name__, error))
 
 
-def main():
+def main() -> None:
     """Serve the port for ever; with the argument `once`, serve standard input to its end."""
     if sys.argv[1:] == ["once"]:
         with contextlib.suppress(HungUp):

@@ -11,12 +11,16 @@ import email.mime.multipart
 import email.mime.nonmultipart
 import gzip
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _GZIP_MAGIC = b"\x1f\x8b"
+VOLUME_UNIT = 1 << 20
+"""Bytes. A copy of a running machine gets a seed of its own, on a disk whose size the guest knows
+already: so sizes differ in large steps only."""
 
 Document = str | bytes | Mapping[str, Any] | None
 """A document for cloud-init as callers give it; a mapping is written as YAML."""
@@ -87,7 +91,10 @@ def build_seed(
 
 
 def write_iso(seed: Seed, path: Path) -> None:
-    """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it."""
+    """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it.
+
+    The file is as long as a whole number of `VOLUME_UNIT`.
+    """
     import pycdlib  # noqa: PLC0415 - heavy
 
     iso = pycdlib.PyCdlib()
@@ -103,7 +110,51 @@ def write_iso(seed: Seed, path: Path) -> None:
     with path.open("xb") as file:
         path.chmod(0o600)
         iso.write_fp(file)
+        file.truncate(-(-file.seek(0, os.SEEK_END) // VOLUME_UNIT) * VOLUME_UNIT)
     iso.close()
+
+
+def read_iso(path: Path) -> Seed:
+    """Read a seed that `write_iso` wrote.
+
+    Raises:
+        ValueError: It is not such a volume.
+    """
+    import pycdlib  # noqa: PLC0415 - heavy
+
+    iso = pycdlib.PyCdlib()
+    try:
+        iso.open(str(path))
+        files: dict[str, bytes] = {}
+        for child in iso.list_children(joliet_path="/"):
+            if child.is_file():
+                content = io.BytesIO()
+                name = child.file_identifier().decode("utf-16_be")
+                iso.get_file_from_iso_fp(content, joliet_path=f"/{name}")
+                files[name] = content.getvalue()
+        iso.close()
+        return Seed(
+            files["user-data"],
+            files["meta-data"],
+            files.get("vendor-data"),
+            files.get("network-config"),
+        )
+    except (pycdlib.pycdlibexception.PyCdlibException, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a NoCloud volume that was made here: {error}") from error
+
+
+def rename(seed: Seed, *, instance_id: str, hostname: str, host_key: tuple[str, str]) -> Seed:
+    """Give the seed of a copy of a machine: the same but for who it is for."""
+    import yaml  # noqa: PLC0415 - heavy
+
+    meta_data = yaml.safe_load(seed.meta_data)
+    meta_data.update({"instance-id": instance_id, "local-hostname": hostname})
+    return Seed(
+        seed.user_data,
+        _yaml(meta_data, "meta_data"),
+        _merge_vendor_data(seed.vendor_data or b"", _host_key_config(host_key)),
+        seed.network_config,
+    )
 
 
 def _document(name: str, document: Document) -> bytes | None:

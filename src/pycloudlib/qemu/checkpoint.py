@@ -58,6 +58,9 @@ class SavedMachine:
         host: What it has to run on; see `host_fingerprint`.
         helper: Whether the helper runs in it.
         saved_at: When it was saved, in seconds since the epoch.
+        memory_mark: By which a change of its memory is noticed: size and time, since reading
+            all of it would take longer than all else together.
+        state_mark: The same of its state.
     """
 
     image: Path
@@ -66,6 +69,8 @@ class SavedMachine:
     host: str
     helper: bool
     saved_at: float
+    memory_mark: str = ""
+    state_mark: str = ""
 
     @property
     def directory(self) -> Path:
@@ -96,11 +101,11 @@ class SavedMachine:
         """Say why it cannot go on here; None when it can."""
         if host != self.host:
             return "it was saved by another QEMU, on another processor or with another accelerator"
-        size = self.spec.instance_type.memory_mib << 20
-        if not self.memory.is_file() or self.memory.stat().st_size != size:
-            return f"its memory {self.memory} is missing or damaged"
-        if not self.state.is_file() or not self.state.stat().st_size:
-            return f"its state {self.state} is missing or damaged"
+        for file, digest in ((self.memory, self.memory_mark), (self.state, self.state_mark)):
+            if not file.is_file():
+                return f"{file} is missing"
+            if _mark(file) != digest:
+                return f"{file} was changed since"
         return None
 
 
@@ -123,6 +128,8 @@ def find(image: Path) -> SavedMachine | None:
             facts["host"],
             facts["helper"],
             facts["saved_at"],
+            facts["memory_mark"],
+            facts["state_mark"],
         )
     except FileNotFoundError:
         return None
@@ -161,9 +168,8 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
             # From here on the machine's old disk is a layer that it is built on.
             undo.callback(image.unlink)
             undo.callback(shutil.rmtree, directory)
-            keep(memory, directory / "memory")
-            saved = _describe(machine, image, helper)
-            _write(saved, machine.rundir)
+            keep(memory, directory / "memory", release=True)
+            saved = _write(_describe(machine, image, helper), machine.rundir)
             undo.pop_all()
     finally:
         os.close(memory)
@@ -184,20 +190,34 @@ def host_fingerprint(binary: Path, accelerator: Accelerator) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def copy(saved: SavedMachine, image: Path) -> None:
-    """Put what is kept of a saved machine beside another image of the same disk."""
+def copy(saved: SavedMachine, image: Path, *, by_link: bool = False) -> None:
+    """Put what is kept of a saved machine beside another image of the same disk.
+
+    Args:
+        saved: The machine.
+        image: The image.
+        by_link: Whether the large file is shared with the first, on the same file system.
+    """
     with _new_directory(directory_of(image)) as directory:
         for file in sorted(saved.directory.iterdir()):
-            if file == saved.memory:
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    keep(descriptor, directory / file.name)
-                finally:
-                    os.close(descriptor)
-            else:
+            if file != saved.memory:
                 shutil.copy2(file, directory / file.name)
-        relocated = dataclasses.replace(saved, image=image, login=_relocate(saved, directory))
-        _write_facts(relocated)
+            elif by_link:
+                os.link(file, directory / file.name)
+            else:
+                _copy_memory(file, directory / file.name)
+        _write_facts(dataclasses.replace(saved, image=image, login=_relocate(saved, directory)))
+
+
+def _copy_memory(source: Path, target: Path) -> None:
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        keep(descriptor, target)
+    finally:
+        os.close(descriptor)
+    # By this a change is noticed.
+    facts = source.stat()
+    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 def delete(image: Path) -> None:
@@ -255,19 +275,16 @@ def _open_shared_memory(machine: Machine) -> int:
 
 def _has_shared_memory(machine: Machine) -> bool:
     return any(
-        device["id"] == "ram0" and device.get("share")
-        for device in machine.execute("query-memdev")
+        device["id"] == "ram0" and device.get("share") for device in machine.execute("query-memdev")
     )
 
 
 def _describe(machine: Machine, image: Path, helper: bool) -> SavedMachine:
     host = host_fingerprint(machine.binary, machine.spec.accelerator)
-    return SavedMachine(
-        image, machine.spec, machine.rundir.read_login(), host, helper, time.time()
-    )
+    return SavedMachine(image, machine.spec, machine.rundir.read_login(), host, helper, time.time())
 
 
-def _write(saved: SavedMachine, rundir: RunDirectory) -> None:
+def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
     """Put beside the memory what goes with it."""
     for source, target in (
         (rundir.seed, saved.seed),
@@ -280,7 +297,7 @@ def _write(saved: SavedMachine, rundir: RunDirectory) -> None:
         # A key that goes with the machine: the user's own stays where it is.
         if key is not None and Path(key).parent == rundir.path:
             shutil.copy2(key, saved.directory / Path(key).name)
-    _write_facts(dataclasses.replace(saved, login=_relocate(saved, saved.directory)))
+    return _write_facts(dataclasses.replace(saved, login=_relocate(saved, saved.directory)))
 
 
 def _relocate(saved: SavedMachine, directory: Path) -> LoginFacts:
@@ -294,7 +311,15 @@ def _relocate(saved: SavedMachine, directory: Path) -> LoginFacts:
     return LoginFacts(login.username, here(login.public_key_path), here(login.private_key_path))
 
 
-def _write_facts(saved: SavedMachine) -> None:
+def _mark(file: Path) -> str:
+    facts = file.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def _write_facts(saved: SavedMachine) -> SavedMachine:
+    marked = dataclasses.replace(
+        saved, memory_mark=_mark(saved.memory), state_mark=_mark(saved.state)
+    )
     facts = {
         "format": FORMAT,
         "spec": json.loads(saved.spec.to_json()),
@@ -302,10 +327,13 @@ def _write_facts(saved: SavedMachine) -> None:
         "host": saved.host,
         "helper": saved.helper,
         "saved_at": saved.saved_at,
+        "memory_mark": marked.memory_mark,
+        "state_mark": marked.state_mark,
     }
     # Written last: with it, the saved machine is whole.
     with replace_atomically(saved.directory / "saved.json") as temporary:
         write_private(temporary, json.dumps(facts, indent=1) + "\n")
+    return marked
 
 
 @contextlib.contextmanager

@@ -11,30 +11,32 @@ import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import platformdirs
 
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import create_new_directory
+from pycloudlib.files import create_new_directory, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
-from pycloudlib.qemu import disk, layers
+from pycloudlib.qemu import checkpoint, disk, layers
 from pycloudlib.qemu.accelerator import choose_accelerator
-from pycloudlib.qemu.images import QemuImages
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
     Host,
+    LaunchOptions,
     LaunchRequest,
     SeedRequest,
     create_run_directory,
+    describe_machine,
     find_kernel_boot,
     parse_launch_args,
     start_machine,
     write_files,
 )
+from pycloudlib.qemu.live import QemuLive
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
@@ -42,13 +44,10 @@ from pycloudlib.qemu.settings import APPLICATION
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, make_name
 from pycloudlib.tools import find_tool
 
-if TYPE_CHECKING:
-    pass
-
 _KEYS = "keys"
 
 
-class Qemu(QemuImages):
+class Qemu(QemuLive):
     """Launches cloud images as local QEMU virtual machines.
 
     A context manager: leaving it deletes every instance and snapshot it made.
@@ -93,9 +92,15 @@ class Qemu(QemuImages):
         no_seed_iso: bool = False,
         username: str | None = None,
         launch_args: Sequence[str] | None = None,
+        *,
+        warm: bool = False,
+        fresh_identity: bool | None = None,
         **kwargs: Any,
     ) -> QemuInstance:
         """Start a machine from an image, without waiting for its boot.
+
+        From the image of a saved machine (`snapshot(..., memory=True)`) a copy of that machine is
+        started, which runs at once: nothing boots.
 
         Args:
             image_id: The image: an absolute path, or one below `image_dir`.
@@ -110,6 +115,11 @@ class Qemu(QemuImages):
             no_seed_iso: Whether to leave out the seed: no SSH key, no host key, no user-data.
             username: The login user; by default the image's own.
             launch_args: Further arguments for QEMU.
+            warm: Whether to start a copy of a machine that was launched with just these arguments
+                before, and was saved when it was ready. The first such launch boots, waits and
+                saves; see `warm_images`.
+            fresh_identity: Whether a copy is somebody of its own: host name, machine-id,
+                instance-id and SSH host key. By default, a warm one is, and others are not.
             **kwargs: Accepted for older programs, and logged.
 
         Raises:
@@ -124,48 +134,75 @@ class Qemu(QemuImages):
             self._log.info("Ignored by launch(): %s", ", ".join(sorted(kwargs)))
         if username is not None and not isinstance(username, str):
             raise TypeError(f"username must be a text, not {username!r}")
-        if no_seed_iso and (user_data, meta_data, vendor_data, network_config) != (None,) * 4:
-            self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
+        options = LaunchOptions(
+            instance_type,
+            user_data,
+            meta_data,
+            vendor_data,
+            network_config,
+            kernel_cmdline,
+            kernel_path,
+            no_seed_iso,
+            username,
+            launch_args,
+        )
         image = store.resolve(image_id, self.image_dir)
+        saved = checkpoint.find(image)
+        if saved is not None:
+            return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
+        if warm:
+            return self._launch_warm(image, options, fresh_identity=fresh_identity is not False)
+        if fresh_identity:
+            self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
+        return self._launch_cold(image, options)
+
+    def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
+        """Start a machine that boots."""
+        data = (
+            options.user_data,
+            options.meta_data,
+            options.vendor_data,
+            options.network_config,
+        )
+        if options.no_seed_iso and data != (None,) * len(data):
+            self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
+        seed = SeedRequest(self.key_pair.public_key_content, *data)
         request = LaunchRequest(
             name=make_name(self.tag),
-            instance_type=InstanceType.parse(instance_type or DEFAULT_INSTANCE_TYPE),
-            launch_args=parse_launch_args(launch_args),
-            kernel_boot=find_kernel_boot(image, kernel_cmdline, kernel_path),
-            seed=None
-            if no_seed_iso
-            else SeedRequest(
-                self.key_pair.public_key_content,
-                user_data,
-                meta_data,
-                vendor_data,
-                network_config,
-            ),
+            instance_type=InstanceType.parse(options.instance_type or DEFAULT_INSTANCE_TYPE),
+            launch_args=parse_launch_args(options.launch_args),
+            kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
+            seed=None if options.no_seed_iso else seed,
             image=disk.inspect_image(image, self.working_dir),
         )
+        return self._start(request, options.username or _default_user(image))
+
+    def _start(
+        self,
+        request: LaunchRequest,
+        username: str,
+        key_pair: KeyPair | None = None,
+        first_run: str | None = None,
+    ) -> QemuInstance:
+        """Start a machine from a request that was checked."""
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack)
-            key_pair = self._key_for(rundir)
-            user = username or _default_user(image)
-            rundir.write_login(
-                LoginFacts(user, key_pair.public_key_path, key_pair.private_key_path)
-            )
+            key = key_pair or self._key_for(rundir)
+            rundir.write_login(LoginFacts(username, key.public_key_path, key.private_key_path))
             write_files(rundir, request)
-            machine = start_machine(self._host, rundir, request, stack)
-            instance = self._make_instance(machine, key_pair, user)
+            if first_run is not None:
+                write_private(rundir.first_run, first_run)
+            machine = start_machine(
+                self._host,
+                rundir,
+                lambda lease: describe_machine(self._host, rundir, request, lease),
+                stack,
+            )
+            instance = self._make_instance(machine, key, username)
             self.created_instances.append(instance)
             stack.pop_all()
-        self._log.info(
-            "Launched %s from %s: ssh -p %s %s@%s, telnet %s %s",
-            instance.name,
-            image,
-            instance.port,
-            instance.username,
-            instance.ip,
-            instance.ip,
-            instance.telnet_port,
-        )
+        self._tell_launched(instance, f"from {request.image.path}")
         return instance
 
     def get_instance(
@@ -189,22 +226,46 @@ class Qemu(QemuImages):
         key_pair = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         return self._make_instance(machine, key_pair, username or login.username)
 
-    def snapshot(self, instance: QemuInstance, clean: bool = True, **kwargs: Any) -> str:
-        """Make an image of an instance's disk.
+    def snapshot(
+        self,
+        instance: QemuInstance,
+        clean: bool = True,
+        *,
+        memory: bool = False,
+        path: str | Path | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Make an image of an instance: of its disk, or of the whole running machine.
 
-        The instance is shut down and stays usable: `start()` goes on with it.
+        For an image of the disk, the instance is shut down and stays usable: `start()` goes on
+        with it. For one of the whole machine it stands still for milliseconds; machines launched
+        from the image go on from that moment, and nothing boots.
 
         Args:
             instance: The instance.
-            clean: Whether machines of the image are to boot as for the first time.
+            clean: Whether machines of the image are to boot as for the first time; of no meaning
+                with `memory`, since nothing boots.
+            memory: Whether to save the running machine, memory and all.
+            path: Where a saved machine is kept beyond this cloud's end; a new file, beside which
+                a directory `<path>.live` is made.
             **kwargs: Accepted for older programs.
 
         Returns:
             The image's id, its path.
+
+        Raises:
+            InstanceNotFoundError: The instance is deleted.
+            MachineEndedError: It is to be saved and does not run.
+            CloudError: It could not be saved, and goes on; says why.
+            FileExistsError: There is something at `path` already; it stays as it is.
         """
         if kwargs:
             self._log.info("Ignored by snapshot(): %s", ", ".join(sorted(kwargs)))
         instance.check_exists()
+        if memory:
+            return self._save(instance, path)
+        if path is not None:
+            raise ValueError("path is for a saved machine (memory=True); see export_image()")
         if clean:
             instance.start()
             instance.clean()
@@ -254,7 +315,7 @@ class Qemu(QemuImages):
         return PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
 
     def _make_instance(self, machine: Machine, key_pair: KeyPair, username: str) -> QemuInstance:
-        return QemuInstance(key_pair, machine, self._ports, username, self._forget)
+        return QemuInstance(key_pair, machine, self._ports, username, self)
 
     def _key_for(self, rundir: RunDirectory) -> KeyPair:
         """Give the key to keep with a machine: a copy, if it is one that goes with this object."""
@@ -268,7 +329,8 @@ class Qemu(QemuImages):
         ]
         return KeyPair(paths[0], paths[1], key_pair.name)
 
-    def _forget(self, instance: QemuInstance) -> None:
+    def forget(self, instance: QemuInstance) -> None:
+        """Take note that an instance is deleted; called by the instance."""
         with contextlib.suppress(ValueError):
             self.created_instances.remove(instance)
 

@@ -150,7 +150,11 @@ def _memory(memory: Memory, mebibytes: int) -> str:
     common = f"id=ram0,size={mebibytes}M"
     if memory.file is not None:
         return f"memory-backend-file,{common},share=off,mem-path={escape(memory.file)}"
-    return f"memory-backend-memfd,{common},share=on" if memory.shared else f"memory-backend-ram,{common}"
+    return (
+        f"memory-backend-memfd,{common},share=on"
+        if memory.shared
+        else f"memory-backend-ram,{common}"
+    )
 
 
 def _accel(accelerator: Accelerator) -> str:

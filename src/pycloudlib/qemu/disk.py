@@ -78,17 +78,22 @@ def read_layer(path: Path) -> BaseImage:
     return BaseImage(path, "qcow2", int.from_bytes(header[_QCOW2_SIZE_AT:], "big"))
 
 
-def create_overlay(base: BaseImage, path: Path) -> None:
+def create_overlay(base: BaseImage, path: Path, *, unopened: bool = False) -> None:
     """Make a disk on top of an image; the image is never written to.
 
     It is at least 10 GiB, and never smaller than the image: with a smaller size, qemu-img would
-    cut the guest's disk without a word. The image is not opened (`-u`): it was looked at before, and
-    may be a disk that a running QEMU still writes to.
+    cut the guest's disk without a word.
+
+    Args:
+        base: The image.
+        path: The new disk.
+        unopened: Whether the image is not looked at, as a running QEMU may still write to it.
     """
     size = max(base.virtual_size, MINIMUM_DISK_SIZE)
     # fmt: off
     argv: list[str | Path] = [
-        "qemu-img", "create", "-q", "-u",
+        "qemu-img", "create", "-q",
+        *(["-u"] if unopened else []),
         "-f", "qcow2",
         "-F", base.format,
         "-b", base.path,

@@ -33,7 +33,7 @@ _CHUNK = 1 << 20
 # slowed down by QEMU more and more (auto-converge).
 _LIMIT_SECONDS = 300.0
 # While the last of a guest's memory is copied, it stands still; QEMU estimates for how long.
-_DOWNTIME_MS = 20
+_DOWNTIME_MS = 10
 _BANDWIDTH = 1 << 40
 # After the state, QEMU waits for nothing any more.
 _RESUME_LIMIT = 30.0
@@ -62,9 +62,7 @@ def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = Non
             deadline = Deadline.after(_LIMIT_SECONDS)
             # Not interrupted: at any moment exactly one of the two is the machine.
             uninterrupted(
-                lambda: _move(
-                    machine, session, successor, incoming, memory, kept_state, deadline
-                ),
+                lambda: _move(machine, session, successor, incoming, memory, kept_state, deadline),
                 undo=_nothing,
             )
         _forward_ssh(machine, successor)
@@ -81,8 +79,7 @@ def _successor(machine: Machine, memory: Memory) -> Iterator[tuple[RunningQemu, 
             number = theirs.fileno()
             successor = RunningQemu.start(machine.binary, machine.spec, machine.rundir, origin)
         try:
-            _set_capabilities(successor, memory)
-            successor.execute("migrate-incoming", {"uri": f"fd:{number}"})
+            receive(successor, memory, number)
             yield successor, ours
         except BaseException:
             successor.abandon()
@@ -93,6 +90,18 @@ def receive(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
     """Let a QEMU that was started with `Origin.state` take its state from that descriptor."""
     _set_capabilities(qemu, memory)
     qemu.execute("migrate-incoming", {"uri": f"fd:{descriptor}"})
+
+
+def wait_for_state(qemu: RunningQemu, deadline: Deadline) -> None:
+    """Wait until a QEMU has taken its state, and goes on.
+
+    Raises:
+        MachineEndedError: It ended: the state does not fit it.
+        CloudError: It did not come to its end.
+    """
+    event = qemu.wait_for_event(_is_decided, deadline)
+    if event.data["status"] != "completed":
+        raise CloudError("QEMU could not go on from the state it was given")
 
 
 def _set_capabilities(qemu: RunningQemu | QmpSession, memory: Memory) -> None:
@@ -127,9 +136,7 @@ def _move(
         with incoming if pump is None else pump.source as outgoing:
             session.send_descriptor("state", outgoing.fileno())
         session.execute("migrate", {"uri": "fd:state"})
-        event = successor.wait_for_event(_is_decided, deadline)
-        if event.data["status"] != "completed":
-            raise CloudError(f"{machine.spec.name} could not be handed over to another QEMU")
+        wait_for_state(successor, deadline)
         if pump is not None:
             pump.result()
     except BaseException as error:

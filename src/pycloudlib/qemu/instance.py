@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
-from pycloudlib.guest import network, ssh
-from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart, find_phase
-from pycloudlib.guest.hostkeys import MachineHostKeys
-from pycloudlib.instance import BaseInstance
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.guest import network
+from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
-from pycloudlib.qemu import hotplug
+from pycloudlib.qemu import copies, hotplug
+from pycloudlib.qemu.access import GuestAccess
+from pycloudlib.qemu.checkpoint import SavedMachine, host_fingerprint
 from pycloudlib.qemu.layers import LayerStore
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
-from pycloudlib.qemu.ports import LOOPBACK, PortLease, PortRegistry
-from pycloudlib.result import Result
-
-if TYPE_CHECKING:
-    import paramiko
+from pycloudlib.qemu.ports import PortLease, PortRegistry
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
 # How long it may take to begin a reboot.
 _REBOOT_LIMIT = 60.0
-# QEMU's end is told by the kernel at once; the connections it held end a moment earlier.
-_END_GRACE = 0.5
 
 
-class QemuInstance(BaseInstance):
+class Owner(Protocol):
+    """What an instance asks of the cloud that it belongs to."""
+
+    def forget(self, instance: QemuInstance) -> None:
+        """Take note that an instance is deleted."""
+
+    def fork(self, instance: QemuInstance, count: int, fresh_identity: bool) -> list[QemuInstance]:
+        """Start copies of a running instance."""
+
+    def find_saved(self, image_id: str) -> SavedMachine:
+        """Find the saved machine that an image id stands for."""
+
+
+class QemuInstance(GuestAccess):
     """One QEMU machine.
 
     Made by `Qemu.launch` and `Qemu.get_instance`. Safe to use from several threads.
@@ -53,16 +60,14 @@ class QemuInstance(BaseInstance):
         machine: Machine,
         registry: PortRegistry,
         username: str | None = None,
-        on_deleted: Callable[[QemuInstance], None] | None = None,
+        owner: Owner | None = None,
     ) -> None:
-        super().__init__(key_pair, username)
-        self.machine = machine
-        self.port = str(machine.spec.ssh_port)
+        super().__init__(key_pair, machine, username)
         self.telnet_port = str(machine.spec.telnet_port)
         self.instance_dir: Path = machine.rundir.path
         self.instance_path: Path = machine.rundir.disk
         self._registry = registry
-        self._on_deleted = on_deleted
+        self._owner = owner
         self._delete_lock = threading.Lock()
         self._timeline: tuple[PhaseStart, ...] = ()
 
@@ -70,16 +75,6 @@ class QemuInstance(BaseInstance):
     def id(self) -> str:
         """`<instance_path>::<ssh_port>::<telnet_port>`, readable after the end, too."""
         return f"{self.instance_path}::{self.port}::{self.telnet_port}"
-
-    @property
-    def name(self) -> str:
-        """The instance's name, and the guest's host name unless meta-data said otherwise."""
-        return self.machine.spec.name
-
-    @property
-    def ip(self) -> str:
-        """The address of its ports: this host's loopback."""
-        return LOOPBACK
 
     @property
     def boot_timeline(self) -> tuple[PhaseStart, ...]:
@@ -109,6 +104,7 @@ class QemuInstance(BaseInstance):
         """
         with self._watching_boot(on_progress):
             super().wait(ready_timeout, **kwargs)
+        self._run_first()
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console over all its boots."""
@@ -141,10 +137,60 @@ class QemuInstance(BaseInstance):
         self.check_exists()
         if self.machine.state is State.OFF:
             self._log.info("Starting %s", self.name)
-            self._forget_client()
+            self._forget_guest()
             self.machine.power_on()
         if wait:
             self.wait()
+
+    def fork(self, count: int = 1, *, fresh_identity: bool = False) -> list[QemuInstance]:
+        """Start running copies of this running machine; it goes on itself.
+
+        Args:
+            count: How many.
+            fresh_identity: Whether each is somebody of its own; see `Qemu.launch`.
+
+        Raises:
+            MachineEndedError: The machine is off.
+            CloudError: It could not be saved, or a copy did not start; then there is none.
+            ValueError: `count` is not a positive number.
+        """
+        self.check_exists()
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"count is {count!r}, expected a positive number of copies")
+        return self._cloud().fork(self, count, fresh_identity)
+
+    def rollback(self, image_id: str) -> None:
+        """Go back to the moment at which this machine was saved; as often as wanted.
+
+        What happened since is forgotten. Ports, name and console log stay.
+
+        Args:
+            image_id: What `snapshot(..., memory=True)` of this machine gave, or what it was
+                launched from, if that is a saved machine.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            CloudError: It is not a saved machine, or another one's, or cannot go on here; then
+                nothing has changed.
+        """
+        self.check_exists()
+        saved = self._cloud().find_saved(image_id)
+        copies.check_is_of(saved, self.machine.spec)
+        machine = self.machine
+        host = host_fingerprint(machine.binary, machine.spec.accelerator)
+        obstacle = saved.find_obstacle(host)
+        if obstacle is not None:
+            raise CloudError(f"{self.name} cannot be rolled back to {image_id}: {obstacle}")
+        self._forget_client()
+        copies.roll_back(self.machine, saved)
+        LayerStore(self.instance_dir.parent).collect()
+        self.put_right_soon()
+        self._log.info("Rolled %s back to %s", self.name, image_id)
+
+    def _cloud(self) -> Owner:
+        if self._owner is None:
+            raise CloudError(f"{self.name} belongs to no cloud")
+        return self._owner
 
     def wait_for_stop(self, **kwargs: Any) -> None:
         """Wait until the machine is off.
@@ -240,8 +286,8 @@ class QemuInstance(BaseInstance):
                     step()
                 except Exception as error:  # noqa: BLE001 - collected: all steps are tried
                     errors.append(error)
-            if not errors and self._on_deleted is not None:
-                self._on_deleted(self)
+            if not errors and self._owner is not None:
+                self._owner.forget(self)
         return errors
 
     def __del__(self) -> None:
@@ -279,75 +325,16 @@ class QemuInstance(BaseInstance):
             self._log.warning("%s does not reboot by itself (%s): power cycle", self.name, problem)
             self._power_off()
             self.machine.power_on()
-        self._forget_client()
+        self._forget_guest()
 
     def _release_ports(self) -> None:
         spec = self.machine.spec
         self._registry.release(PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir)
 
-    def check_exists(self) -> None:
-        """Raise when the instance is deleted.
-
-        Raises:
-            InstanceNotFoundError: It is.
-        """
-        if not self.instance_dir.is_dir():
-            raise InstanceNotFoundError(f"{self.name} is deleted", resource_id=self.id)
-
     def _power_off(self) -> None:
         took = self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
-        self._forget_client()
+        self._forget_guest()
         self._log.info("%s is off (%s)", self.name, took.value)
-
-    def _check_alive(self) -> None:
-        self.machine.check_on()
-
-    def _is_told(self) -> bool:
-        log = self.machine.rundir.console_log
-        if not log.exists():
-            return False
-        lines = log.read_bytes()[self.machine.console_start :].splitlines()
-        return any(find_phase(line) is Phase.CLOUD_INIT_DONE for line in lines)
-
-    def _host_keys(self) -> ssh.HostKeys:
-        rundir = self.machine.rundir
-        return MachineHostKeys(rundir.known_hosts, rundir.console_log)
-
-    def _ssh_connect(self) -> paramiko.SSHClient:
-        with self._naming_end():
-            self.machine.check_on()
-            return super()._ssh_connect()
-
-    def _ssh(
-        self,
-        command: Sequence[str],
-        stdin: str | bytes | None = None,
-        get_pty: bool = False,
-        timeout: float | None = None,
-    ) -> Result:
-        with self._naming_end():
-            result = super()._ssh(command, stdin, get_pty, timeout)
-            # The connection ended before the command did: because the guest closed it, which
-            # the caller may have wanted, or because the machine is gone.
-            if result.return_code < 0 and self.machine.wait_for_end(Deadline.after(_END_GRACE)):
-                self.machine.check_on()
-        return result
-
-    @contextlib.contextmanager
-    def _naming_end(self) -> Iterator[None]:
-        """Name the cause where SSH failed because QEMU is gone."""
-        import paramiko  # noqa: PLC0415 - heavy
-
-        try:
-            yield
-        except MachineEndedError as error:
-            raise paramiko.SSHException(str(error)) from error
-        except paramiko.SSHException as error:
-            if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
-                raise paramiko.SSHException(
-                    str(MachineEndedError(self.name, self.machine.end))
-                ) from error
-            raise
 
     @contextlib.contextmanager
     def _watching_boot(self, on_progress: ProgressCallback | None) -> Iterator[None]:

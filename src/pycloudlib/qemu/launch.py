@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import (
+    DEFAULT_INSTANCE_TYPE,
     InstanceType,
     KernelBoot,
     MachineSpec,
@@ -39,6 +41,47 @@ class SeedRequest:
     meta_data: nocloud.Document = None
     vendor_data: nocloud.Document = None
     network_config: nocloud.Document = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What the caller of a launch asks for, as it was given; see `Qemu.launch`."""
+
+    instance_type: str | None = DEFAULT_INSTANCE_TYPE
+    user_data: str | bytes | None = None
+    meta_data: nocloud.Document = None
+    vendor_data: nocloud.Document = None
+    network_config: nocloud.Document = None
+    kernel_cmdline: str = ""
+    kernel_path: str | Path | None = None
+    no_seed_iso: bool = False
+    username: str | None = None
+    launch_args: Sequence[str] | None = None
+
+    def to_plain(self) -> dict[str, str]:
+        """Give each option as a text that tells it from all others."""
+        return {name: repr(getattr(self, name)) for name in LaunchOptions.__slots__}
+
+    def changes_to(self, spec: MachineSpec) -> list[str]:
+        """Name the options that ask for another machine than one that exists already."""
+        changes = [
+            name for name in _MACHINE_OPTIONS if getattr(self, name) != getattr(_NO_OPTIONS, name)
+        ]
+        if self.instance_type not in (None, DEFAULT_INSTANCE_TYPE, str(spec.instance_type)):
+            changes.insert(0, "instance_type")
+        return changes
+
+
+_NO_OPTIONS = LaunchOptions()
+_MACHINE_OPTIONS = (
+    "meta_data",
+    "vendor_data",
+    "network_config",
+    "kernel_cmdline",
+    "kernel_path",
+    "no_seed_iso",
+    "launch_args",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +107,7 @@ class LaunchRequest:
         name: The instance's name.
         image: The image to start from.
         instance_type: Processors and memory.
-        seed: Data for cloud-init; None for a machine without a seed.
+        seed: Data for cloud-init, or a volume that holds it already; None for a machine without.
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU.
     """
@@ -72,7 +115,7 @@ class LaunchRequest:
     name: str
     image: disk.BaseImage
     instance_type: InstanceType
-    seed: SeedRequest | None
+    seed: SeedRequest | Path | None
     kernel_boot: KernelBoot | None
     launch_args: tuple[str, ...]
 
@@ -145,6 +188,9 @@ def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
     disk.create_overlay(request.image, rundir.disk)
     if request.seed is None:
         return
+    if isinstance(request.seed, Path):
+        shutil.copy2(request.seed, rundir.seed)
+        return
     private, public = generate_ed25519(comment=f"root@{request.name}")
     seed = nocloud.build_seed(
         instance_id=f"iid-{uuid.uuid4()}",
@@ -161,9 +207,20 @@ def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
 
 
 def start_machine(
-    host: Host, rundir: RunDirectory, request: LaunchRequest, stack: contextlib.ExitStack
+    host: Host,
+    rundir: RunDirectory,
+    describe: Callable[[PortLease], MachineSpec],
+    stack: contextlib.ExitStack,
+    switch_on: Callable[[Machine], None] = Machine.power_on,
 ) -> Machine:
     """Lease ports and start the machine; `stack` ends it and gives the ports back.
+
+    Args:
+        host: What it runs on.
+        rundir: Its directory.
+        describe: Gives the machine that has these ports.
+        stack: Takes over what is made.
+        switch_on: Starts the machine.
 
     Raises:
         LaunchError: QEMU ended at once.
@@ -173,12 +230,12 @@ def start_machine(
         with contextlib.ExitStack() as attempt:
             lease = host.ports.acquire(rundir.path)
             attempt.callback(host.ports.release, lease, rundir.path)
-            spec = _make_spec(host, rundir, request, lease)
+            spec = describe(lease)
             rundir.write_spec(spec)
             machine = Machine(rundir, spec, host.binary)
             attempt.callback(machine.kill)
             try:
-                machine.power_on()
+                switch_on(machine)
             except PortTakenError:
                 if not tries_left:
                     raise
@@ -194,9 +251,10 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _make_spec(
+def describe_machine(
     host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
 ) -> MachineSpec:
+    """Say what machine was asked for."""
     return MachineSpec(
         name=request.name,
         instance_type=request.instance_type,

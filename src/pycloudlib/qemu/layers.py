@@ -83,7 +83,7 @@ class LayerStore:
                 _link(overlay, name)
                 undo.callback(name.unlink, missing_ok=True)
             undo.callback(fresh.unlink, missing_ok=True)
-            disk.create_overlay(disk.read_layer(layer), fresh)
+            disk.create_overlay(disk.read_layer(layer), fresh, unopened=True)
             # One rename: at any moment the machine has a whole disk under the same name.
             fresh.replace(overlay)
             undo.callback(layer.replace, overlay)
@@ -135,11 +135,16 @@ def check_unused(image: Path, working_dir: Path) -> None:
     Raises:
         ImageInUseError: Some are; names them.
     """
-    users = sorted(
-        tip.stem for tip in _tips(working_dir) if tip != image and image in chain(tip)[1:]
-    )
+    users = find_users(image, working_dir)
     if users:
         raise ImageInUseError(str(image), users)
+
+
+def find_users(image: Path, working_dir: Path) -> list[str]:
+    """Name the instances and snapshots that are built on an image."""
+    return sorted(
+        tip.stem for tip in _tips(working_dir) if tip != image and image in chain(tip)[1:]
+    )
 
 
 def is_snapshot(image: Path) -> bool:

@@ -133,11 +133,14 @@ class Machine:
         qemu = self._qemu
         return None if off or qemu is None else qemu.process.identity.pid
 
-    def power_on(self, origin: Origin | None = None) -> None:
+    def power_on(
+        self, origin: Origin | None = None, settle: Callable[[RunningQemu], None] | None = None
+    ) -> None:
         """Start QEMU and talk to it.
 
         Args:
             origin: What it begins with; by default with a boot.
+            settle: What has to succeed before the QEMU is taken for the machine's.
 
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
@@ -156,7 +159,7 @@ class Machine:
                     )
                 self._starting = True
             try:
-                uninterrupted(lambda: self._start(beginning), undo=self.kill)
+                uninterrupted(lambda: self._start(beginning, settle), undo=self.kill)
             finally:
                 self._starting = False
                 self._notify()
@@ -276,11 +279,17 @@ class Machine:
         if predecessor is not None:
             predecessor.kill()
 
-    def _start(self, origin: Origin) -> None:
+    def _start(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
         begun = time.monotonic()
         log = self.rundir.console_log
         console_start = log.stat().st_size if log.exists() else 0
         qemu = RunningQemu.start(self.binary, self.spec, self.rundir, origin)
+        if settle is not None:
+            try:
+                settle(qemu)
+            except BaseException:
+                qemu.kill()
+                raise
         with self._changed:
             self._powered_on, self._console_start = begun, console_start
             self._take(qemu)

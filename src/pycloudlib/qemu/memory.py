@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +77,14 @@ def find_shared_memory(pid: int) -> Path | None:
     return None
 
 
-def keep(memory: int, target: Path) -> None:
+def keep(memory: int, target: Path, *, release: bool = False) -> None:
     """Copy a guest's memory into a file, leaving out what has nothing in it.
 
     Args:
         memory: Descriptor of the shared memory; nobody may write to it any more.
         target: The new file; only its owner can read it, since it holds the guest's secrets.
+        release: Whether what has nothing in it is given back to the host on the way: a memory that
+            was copied page by page takes its full size.
 
     Raises:
         CloudError: There is no room for it; nothing is left.
@@ -89,10 +93,10 @@ def keep(memory: int, target: Path) -> None:
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         os.ftruncate(descriptor, size)
-        end = 0
-        while (start := _next_data(memory, end)) is not None:
-            end = os.lseek(memory, start, os.SEEK_HOLE)
-            _copy(memory, descriptor, start, end)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if release else 0)
+        with mmap.mmap(memory, size, mmap.MAP_SHARED, protection) as content:
+            for start, end in _data(memory):
+                _copy(content, descriptor, start, end, release=release)
     except OSError as error:
         target.unlink()
         if error.errno != errno.ENOSPC:
@@ -105,18 +109,25 @@ def keep(memory: int, target: Path) -> None:
         os.close(descriptor)
 
 
-def _next_data(memory: int, offset: int) -> int | None:
-    try:
-        return os.lseek(memory, offset, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # there is none any more
-            return None
-        raise
+def _data(memory: int) -> Iterator[tuple[int, int]]:
+    """List the pieces of a sparse file that have something in them."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(memory, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # there is none any more
+                return
+            raise
+        end = os.lseek(memory, start, os.SEEK_HOLE)
+        yield start, end
 
 
-def _copy(source: int, target: int, start: int, end: int) -> None:
+def _copy(content: mmap.mmap, target: int, start: int, end: int, *, release: bool) -> None:
     while start < end:
-        data = os.pread(source, min(_CHUNK, end - start), start)
+        data = content[start : min(start + _CHUNK, end)]
         if data != _ZEROS[: len(data)]:
             os.pwrite(target, data, start)
+        elif release:
+            content.madvise(mmap.MADV_REMOVE, start, len(data))
         start += len(data)

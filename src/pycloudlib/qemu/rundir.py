@@ -81,6 +81,26 @@ class RunDirectory:
         return self.path / "helper-socket"
 
     @property
+    def helper_mark(self) -> Path:
+        """There as long as the helper is believed to run in the guest; holds its user's name."""
+        return self.path / "helper"
+
+    @property
+    def fix_up(self) -> Path:
+        """What is to be put right in a copy before it is used; gone when that is done."""
+        return self.path / "fix-up.json"
+
+    @property
+    def fixed_up(self) -> Path:
+        """What was put right in it."""
+        return self.path / "fixed-up.json"
+
+    @property
+    def first_run(self) -> Path:
+        """A script that is to run once in a copy."""
+        return self.path / "first-run"
+
+    @property
     def _spec_file(self) -> Path:
         return self.path / _SPEC_FILE
 

@@ -73,9 +73,7 @@ class RunningQemu:
         on_change: Called when its state has changed or an event came, in any thread.
     """
 
-    def __init__(
-        self, name: str, rundir: RunDirectory, process: QemuProcess, state: State
-    ) -> None:
+    def __init__(self, name: str, rundir: RunDirectory, process: QemuProcess, state: State) -> None:
         self.process = process
         self.on_change: Callable[[], None] = _nobody
         self._name = name
@@ -90,7 +88,7 @@ class RunningQemu:
         # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
         on_end = weakref.WeakMethod(self.note_end)
 
-        def tell() -> None:
+        def tell(_held: QemuProcess = process) -> None:
             method = on_end()
             if method is not None:
                 method()

@@ -27,8 +27,10 @@ _KNOWN_KEYS = (
     "private_key_path",
     "public_key_path",
     "qemu_binary",
+    "warm_cache_mib",
     "working_dir",
 )
+DEFAULT_WARM_CACHE_MIB = 20 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class QemuSettings:
         accelerator: `auto`, `kvm` or `tcg`.
         image_mirror: Base URL of the image server; None for Ubuntu's.
         image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
+        warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)`) may take.
     """
 
     image_dir: Path
@@ -50,6 +53,7 @@ class QemuSettings:
     accelerator: str = AUTO
     image_mirror: str | None = None
     image_keyring: Path | None = None
+    warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -74,6 +78,7 @@ class QemuSettings:
             accelerator=reader.one_of("accelerator", SETTINGS) or AUTO,
             image_mirror=reader.text("image_mirror"),
             image_keyring=reader.file("image_keyring"),
+            warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
         )
 
 
@@ -93,6 +98,12 @@ class _Reader:
         value = self.section.get(key)
         if value is not None and (not isinstance(value, str) or not value):
             raise self.error(key, "a text")
+        return value
+
+    def number(self, key: str, default: int) -> int:
+        value = self.section.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(key, "a whole number, not negative")
         return value
 
     def one_of(self, key: str, possible: tuple[str, ...]) -> str | None:

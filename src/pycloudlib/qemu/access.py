@@ -1,0 +1,270 @@
+"""How a machine's guest is reached: by SSH, and by the helper in a copy of a saved machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
+from pycloudlib.files import exclusive_lock
+from pycloudlib.guest import helper, ssh
+from pycloudlib.guest.bootphases import Phase, find_phase
+from pycloudlib.guest.helper import FixUp, HelperError
+from pycloudlib.guest.hostkeys import MachineHostKeys
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair
+from pycloudlib.qemu.helperlink import HelperLink
+from pycloudlib.qemu.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.ports import LOOPBACK
+from pycloudlib.readiness import command_limit
+from pycloudlib.result import Result
+
+if TYPE_CHECKING:
+    import paramiko
+
+# QEMU's end is told by the kernel at once; the connections it held end a moment earlier.
+_END_GRACE = 0.5
+_BANNER_LIMIT = 30.0
+_BANNER_PAUSE = 0.05
+
+
+class GuestAccess(BaseInstance):
+    """A machine whose guest is reached by SSH, or by a helper that runs in it.
+
+    Attributes:
+        machine: The machine.
+    """
+
+    def __init__(self, key_pair: KeyPair, machine: Machine, username: str | None) -> None:
+        super().__init__(key_pair, username)
+        self.machine = machine
+        self.port = str(machine.spec.ssh_port)
+        self._helper = HelperLink(machine)
+        self._ssh_begins_anew = False
+
+    @property
+    def name(self) -> str:
+        """The instance's name, and the guest's host name unless meta-data said otherwise."""
+        return self.machine.spec.name
+
+    @property
+    def ip(self) -> str:
+        """The address of its ports: this host's loopback."""
+        return LOOPBACK
+
+    def check_exists(self) -> None:
+        """Raise when the instance is deleted.
+
+        Raises:
+            InstanceNotFoundError: It is.
+        """
+        if not self.machine.rundir.path.is_dir():
+            raise InstanceNotFoundError(f"{self.name} is deleted", resource_id=self.id)
+
+    def wait_until_well(self) -> None:
+        """Wait until the machine is ready, and cloud-init has ended without an error.
+
+        Raises:
+            PycloudlibTimeoutError: It could not be reached in time.
+            PycloudlibError: cloud-init failed; in its own words.
+        """
+        self.wait()
+        self._wait_for_cloudinit(raise_on_failure=True)
+
+    def start_helper(self) -> bool:
+        """Start the helper in the guest, unless it runs already; say whether it runs.
+
+        It is a program that answers on a virtio-serial port, in memory alone: a reboot ends it.
+        """
+        import paramiko  # noqa: PLC0415 - heavy
+
+        if self.machine.state is not State.RUNNING:
+            return False
+        if self._helper.expected and self._helper.appears():
+            return True
+        try:
+            result = self.execute(
+                helper.install_script(), stdin=helper.program(), description="starting the helper"
+            )
+        except (paramiko.SSHException, PycloudlibTimeoutError) as error:
+            self._log.warning("%s is saved without a helper: %s", self.name, error)
+            return False
+        if result.failed or not self._helper.expect(self.username):
+            self._log.warning("%s is saved without a helper: %s", self.name, result.stderr)
+            return False
+        # What the first command of a copy needs is in the guest's memory then.
+        return self.execute("true").ok
+
+    def has_moved(self) -> None:
+        """Take note that another QEMU runs the machine: connections through the first are lost."""
+        self._forget_client()
+        if self._helper.expected:
+            with contextlib.suppress(CloudError, PycloudlibTimeoutError):
+                # What the guest's clock has lost meanwhile.
+                self._helper.fix(FixUp())
+
+    def put_right_soon(self) -> None:
+        """Put a copy right at once if its helper answers; `wait()` sees to it otherwise."""
+        try:
+            if self._helper.expected:
+                self._put_right()
+        except (CloudError, PycloudlibTimeoutError) as error:
+            self._log.warning("%s will be put right by wait(): %s", self.name, error)
+
+    def _put_right(self) -> None:
+        """Put a copy right that is not yet: its clock, its random numbers, who it is."""
+        rundir = self.machine.rundir
+        if not rundir.fix_up.exists():
+            return
+        with exclusive_lock(rundir.path / "fix-up.lock"):
+            try:
+                fix_up = FixUp.from_json(rundir.fix_up.read_text())
+            except FileNotFoundError:
+                return  # another thread was first
+            try:
+                self._helper.fix(fix_up)
+            except HelperError as error:
+                self._log.info("%s is put right by SSH: %s", self.name, error)
+                self._put_right_by_ssh(fix_up)
+            rundir.fix_up.replace(rundir.fixed_up)
+        if fix_up.identity is not None:
+            # Its SSH server begins anew with the new key, and is not there for a moment.
+            self._forget_client()
+            self._ssh_begins_anew = True
+
+    def _put_right_by_ssh(self, fix_up: FixUp) -> None:
+        """Do what the helper would, where none runs: by the same program."""
+        ahead = helper.measure_clock(lambda: float(self.execute("date +%s.%N")))
+        result = self.execute(
+            helper.once_command(),
+            stdin=json.dumps({**fix_up.request(), "ahead": ahead}) + "\n",
+            use_sudo=True,
+            description="putting a copy right",
+        )
+        if result.failed or '"error"' in result:
+            raise CloudError(f"{self.name} could not be put right: {result}{result.stderr}")
+
+    def _run_first(self) -> None:
+        """Run what a copy was given as user-data; a failure is told as one of cloud-init is."""
+        script = self.machine.rundir.first_run
+        try:
+            text = script.read_text()
+            script.unlink()
+        except FileNotFoundError:
+            return
+        result = self.execute(
+            "exec sh -s",
+            stdin=text,
+            use_sudo=True,
+            description="running the user-data",
+        )
+        if result.failed:
+            self._log.warning(
+                "The user-data failed on %s with exit status %d: %s",
+                self.name,
+                result.return_code,
+                result.stderr,
+            )
+
+    def _forget_guest(self) -> None:
+        """Close the connection and forget the helper: the guest they were with is no more."""
+        self._forget_client()
+        self._helper.forget()
+
+    def _wait_for_execute(
+        self, old_boot_id: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until commands can be executed: by the helper, where one runs, or else over SSH."""
+        if old_boot_id is None and self._helper.expected:
+            with contextlib.suppress(CloudError, PycloudlibTimeoutError):
+                self._put_right()
+                if self._by_helper(["true"], b"", _BANNER_LIMIT) is not None:
+                    self._wait_for_banner()
+                    return
+        super()._wait_for_execute(old_boot_id, timeout)
+        self._put_right()
+
+    def _by_helper(
+        self, command: Sequence[str], stdin: bytes, timeout: float | None
+    ) -> Result | None:
+        """Run a command by the helper; None where SSH has to do it."""
+        if not self._helper.expected:
+            return None
+        return self._helper.execute(command, self.username, stdin, timeout)
+
+    def _wait_for_banner(self) -> None:
+        """Wait for an SSH server that was told to begin anew."""
+        if not self._ssh_begins_anew:
+            return
+        deadline = Deadline.after(_BANNER_LIMIT)
+        while True:
+            try:
+                ssh.open_with_banner(self.ip, int(self.port), max(deadline.remaining, 0.1)).close()
+                self._ssh_begins_anew = False
+                return
+            except OSError as error:
+                self._check_alive()
+                if deadline.expired:
+                    raise PycloudlibTimeoutError(
+                        f"SSH did not come back in {self.name}: {error}"
+                    ) from error
+                time.sleep(deadline.capped(_BANNER_PAUSE))
+
+    def _check_alive(self) -> None:
+        self.machine.check_on()
+
+    def _is_told(self) -> bool:
+        log = self.machine.rundir.console_log
+        if not log.exists():
+            return False
+        lines = log.read_bytes()[self.machine.console_start :].splitlines()
+        return any(find_phase(line) is Phase.CLOUD_INIT_DONE for line in lines)
+
+    def _host_keys(self) -> ssh.HostKeys:
+        rundir = self.machine.rundir
+        return MachineHostKeys(rundir.known_hosts, rundir.console_log)
+
+    def _ssh_connect(self) -> paramiko.SSHClient:
+        with self._naming_end():
+            self.machine.check_on()
+            self._wait_for_banner()
+            return super()._ssh_connect()
+
+    def _ssh(
+        self,
+        command: Sequence[str],
+        stdin: str | bytes | None = None,
+        get_pty: bool = False,
+        timeout: float | None = None,
+    ) -> Result:
+        with self._naming_end():
+            data = stdin.encode() if isinstance(stdin, str) else stdin or b""
+            limit = command_limit(timeout)
+            result = None if get_pty else self._by_helper(command, data, limit)
+            if result is None:
+                result = super()._ssh(command, stdin, get_pty, timeout)
+            # The connection ended before the command did: because the guest closed it, which
+            # the caller may have wanted, or because the machine is gone.
+            if result.return_code < 0 and self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                self.machine.check_on()
+        return result
+
+    @contextlib.contextmanager
+    def _naming_end(self) -> Iterator[None]:
+        """Name the cause where SSH failed because QEMU is gone."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            yield
+        except MachineEndedError as error:
+            raise paramiko.SSHException(str(error)) from error
+        except paramiko.SSHException as error:
+            if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                raise paramiko.SSHException(
+                    str(MachineEndedError(self.name, self.machine.end))
+                ) from error
+            raise

@@ -1,0 +1,167 @@
+"""The steps of starting a copy of a saved machine; each owns what it makes, as in a launch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import shutil
+import socket
+import uuid
+from dataclasses import dataclass
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError
+from pycloudlib.files import write_private
+from pycloudlib.guest import seed as nocloud
+from pycloudlib.guest.helper import FixUp, Identity, NewKey
+from pycloudlib.key import generate_ed25519
+from pycloudlib.qemu import disk
+from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu.command import Origin
+from pycloudlib.qemu.handover import feed, receive, wait_for_state
+from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.memory import Memory
+from pycloudlib.qemu.ports import PortLease
+from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.qemu.spec import MachineSpec
+
+_WAKE_LIMIT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """A copy as it is asked for.
+
+    Attributes:
+        name: The instance's name.
+        saved: The machine to go on from.
+        fresh_identity: Whether it is to be somebody of its own.
+        new_key: The SSH key to let in, if another one than the saved machine's.
+        first_run: A script to run in it once.
+    """
+
+    name: str
+    saved: SavedMachine
+    fresh_identity: bool = False
+    new_key: NewKey | None = None
+    first_run: str | None = None
+
+
+def write_files(rundir: RunDirectory, request: CopyRequest) -> None:
+    """Make the copy's disk and seed, and note what is to be put right in it."""
+    saved = request.saved
+    disk.create_overlay(disk.read_layer(saved.image), rundir.disk, unopened=True)
+    identity = _make_identity(request.name) if request.fresh_identity else None
+    if identity is not None:
+        _write_renamed_seed(rundir, saved, identity)
+        write_private(rundir.known_hosts, " ".join(identity.host_key[1].split()[:2]) + "\n")
+    else:
+        for source, target in ((saved.seed, rundir.seed), (saved.known_hosts, rundir.known_hosts)):
+            if source.exists():
+                shutil.copy2(source, target)
+    write_private(rundir.fix_up, FixUp(identity, request.new_key).to_json())
+    if saved.helper:
+        write_private(rundir.helper_mark, saved.login.username)
+    if request.first_run is not None:
+        write_private(rundir.first_run, request.first_run)
+
+
+def describe_copy(rundir: RunDirectory, request: CopyRequest, lease: PortLease) -> MachineSpec:
+    """Say what machine the copy is: the saved one at another place."""
+    saved = request.saved.spec
+    return dataclasses.replace(
+        saved,
+        name=request.name,
+        disk=rundir.disk,
+        seed=rundir.seed if saved.seed else None,
+        ssh_port=lease.ssh,
+        telnet_port=lease.telnet,
+    )
+
+
+def wake(machine: Machine, saved: SavedMachine) -> None:
+    """Let a machine that is off go on from where another was saved.
+
+    Raises:
+        MachineEndedError: QEMU did not take the state.
+        CloudError: It did not come to run.
+    """
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        memory = Memory(file=saved.memory)
+        number = theirs.fileno()
+
+        def settle(qemu: RunningQemu) -> None:
+            receive(qemu, memory, number)
+            feed(ours, saved.state)
+            wait_for_state(qemu, Deadline.after(_WAKE_LIMIT))
+
+        machine.power_on(Origin(memory, state=number), settle)
+
+
+def roll_back(machine: Machine, saved: SavedMachine) -> None:
+    """Let a machine go on from where it was saved; what happened since is forgotten.
+
+    Raises:
+        CloudError: It did not work; the machine is off, and its disk is as it was.
+    """
+    rundir = machine.rundir
+    fresh = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")
+    before = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")
+    disk.create_overlay(disk.read_layer(saved.image), fresh, unopened=True)
+    machine.kill()
+    rundir.disk.replace(before)
+    fresh.replace(rundir.disk)
+    try:
+        wake(machine, saved)
+    except BaseException:
+        before.replace(rundir.disk)
+        raise
+    before.unlink()
+    # Who it is goes with it: what was put right in it once is put right again.
+    if rundir.fixed_up.exists():
+        rundir.fixed_up.replace(rundir.fix_up)
+    elif not rundir.fix_up.exists():
+        write_private(rundir.fix_up, FixUp().to_json())
+        if saved.known_hosts.exists():
+            shutil.copy2(saved.known_hosts, rundir.known_hosts)
+    if saved.helper:
+        write_private(rundir.helper_mark, saved.login.username)
+
+
+def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
+    """Make sure that a machine can be rolled back to a saved one.
+
+    Raises:
+        CloudError: It is another machine; says in what.
+    """
+    places = ("name", "disk", "seed", "ssh_port", "telnet_port")
+    for field in dataclasses.fields(MachineSpec):
+        ours, theirs = getattr(spec, field.name), getattr(saved.spec, field.name)
+        if field.name not in places and ours != theirs:
+            raise CloudError(
+                f"{spec.name} cannot be rolled back to {saved.image}: that is another machine "
+                f"(its {field.name} is {theirs}, not {ours})"
+            )
+
+
+def _make_identity(name: str) -> Identity:
+    host_key = generate_ed25519(comment=f"root@{name}")
+    return Identity(name, secrets.token_hex(16), f"iid-{uuid.uuid4()}", host_key)
+
+
+def _write_renamed_seed(rundir: RunDirectory, saved: SavedMachine, identity: Identity) -> None:
+    """Let later boots find on the seed who the machine is by then."""
+    if not saved.seed.exists():
+        return
+    seed = nocloud.rename(
+        nocloud.read_iso(saved.seed),
+        instance_id=identity.instance_id,
+        hostname=identity.hostname,
+        host_key=identity.host_key,
+    )
+    nocloud.write_iso(seed, rundir.seed)

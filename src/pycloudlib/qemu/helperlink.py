@@ -1,0 +1,163 @@
+"""The way to the helper in a machine's guest: whether it is there, one user at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.files import write_private
+from pycloudlib.guest.helper import LARGEST_STDIN, FixUp, HelperConnection, HelperError
+from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.rundir import short_path
+from pycloudlib.result import Result
+
+_log = logging.getLogger(__name__)
+
+_FIX_LIMIT = 60.0
+_APPEAR_LIMIT = 60.0
+_APPEAR_LOOK = 0.05
+
+
+class HelperLink:
+    """Talks to the helper of one machine, if it runs there. Safe to use from several threads.
+
+    Args:
+        machine: The machine.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    @property
+    def expected(self) -> bool:
+        """Whether it is believed to run: it was started, and the guest has not been rebooted."""
+        return self._machine.rundir.helper_mark.exists()
+
+    def appears(self) -> bool:
+        """Say whether something in the guest has the helper's port open."""
+        chardevs = self._machine.execute("query-chardev")
+        return any(dev["label"] == "helper" and dev["frontend-open"] for dev in chardevs)
+
+    def expect(self, user: str) -> bool:
+        """Wait for a helper that was just started; say whether it came.
+
+        Args:
+            user: The login user, as which its commands run.
+        """
+        deadline = Deadline.after(_APPEAR_LIMIT)
+        # Looked at, because an event of it (VSERPORT_CHANGE) comes only to who started the QEMU.
+        while not self.appears():
+            if deadline.expired:
+                return False
+            time.sleep(_APPEAR_LOOK)
+        write_private(self._machine.rundir.helper_mark, user)
+        return True
+
+    def forget(self) -> None:
+        """Take note that it runs no more."""
+        self._machine.rundir.helper_mark.unlink(missing_ok=True)
+
+    def fix(self, fix_up: FixUp) -> None:
+        """Put a copy right.
+
+        Raises:
+            HelperError: It could not be done.
+            PycloudlibTimeoutError: The helper did not answer in time.
+        """
+        with self._connection(wait=True) as connection:
+            if connection is None:
+                raise HelperError(f"no helper runs in {self._machine.spec.name}")
+            connection.fix(fix_up, Deadline.after(_FIX_LIMIT))
+
+    def execute(
+        self, argv: Sequence[str], user: str, stdin: bytes, timeout: float | None
+    ) -> Result | None:
+        """Run a command by the helper.
+
+        Returns:
+            Its result; None when SSH has to do it: the helper is not there, is busy, or runs
+            commands as another user. The exit status is -1 when the guest went away meanwhile.
+
+        Raises:
+            PycloudlibTimeoutError: It went on past `timeout`; it is hung up on.
+        """
+        if len(stdin) > LARGEST_STDIN or not self._serves(user):
+            return None
+        deadline = None if timeout is None else Deadline.after(timeout)
+        with self._connection(wait=False) as connection:
+            if connection is None:
+                return None
+            try:
+                command = connection.execute(argv, user, stdin, deadline)
+            except PycloudlibTimeoutError:
+                raise PycloudlibTimeoutError(
+                    f"The command did not end within {timeout or 0:g} s and was hung up on: "
+                    f"{' '.join(argv)}"
+                ) from None
+            except HelperError as error:
+                _log.debug("%s: %s", self._machine.spec.name, error)
+                return Result("", "", -1)
+        return Result(_text(command.out), _text(command.err), command.status or 0)
+
+    def _serves(self, user: str) -> bool:
+        try:
+            return self._machine.rundir.helper_mark.read_text() == user
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
+        """Connect, if nobody else is connected; None when that cannot be."""
+        try:
+            if not self.appears():
+                _log.debug("The helper of %s is gone", self._machine.spec.name)
+                self.forget()
+                yield None
+                return
+        except CloudError:
+            # Whoever uses SSH next is told how the machine ended.
+            yield None
+            return
+        with _turn(self._machine.rundir.path / "helper.lock", wait=wait) as ours:
+            if not ours:
+                yield None
+                return
+            with HelperConnection(self._connect()) as connection:
+                yield connection
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with short_path(self._machine.rundir.helper_socket) as address:
+                sock.connect(address)
+        except OSError as error:
+            sock.close()
+            raise HelperError(f"the helper cannot be reached: {error}") from error
+        return sock
+
+
+@contextlib.contextmanager
+def _turn(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Take turns among threads and processes; say whether it is ours now."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _text(output: bytearray) -> str:
+    return output.decode("utf-8", errors="replace").rstrip()

@@ -1,0 +1,198 @@
+"""Machines that are kept ready: saved once when they had booted, found again by what made them.
+
+A cache below `working_dir`: each entry is a saved machine in a directory named by a digest of
+everything that decides what the machine is like. What does not fit any more is not found again,
+and is dropped when room is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib._version import __version__
+from pycloudlib.errors import CloudError
+from pycloudlib.files import create_private_directory, exclusive_lock
+from pycloudlib.images import store
+from pycloudlib.qemu import checkpoint, layers
+from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu.launch import Host, LaunchOptions
+
+_log = logging.getLogger(__name__)
+
+_DIRECTORY = "warm"
+_DISK = "disk.img"
+_BLOCK = 512  # stat(2): the unit of st_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class WarmImage:
+    """A machine that is kept ready.
+
+    Attributes:
+        key: The digest by which it is found.
+        image_id: Its id, which `launch` takes as that of any saved machine.
+        base: The image that it was launched from.
+        instance_type: Its size.
+        size: Bytes that it takes on disk.
+        last_used: When a copy of it was last launched, in seconds since the epoch.
+    """
+
+    key: str
+    image_id: str
+    base: str
+    instance_type: str
+    size: int
+    last_used: float
+
+
+def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
+    """Digest everything that decides what a machine is like when it has booted."""
+    record = store.find_record(image)
+    facts = image.stat()
+    kernel = None if options.kernel_path is None else Path(options.kernel_path).expanduser()
+    parts = {
+        "format": checkpoint.FORMAT,
+        "package": __version__,
+        "host": checkpoint.host_fingerprint(host.binary, host.accelerator),
+        "image": [str(image.resolve()), facts.st_size, facts.st_mtime_ns],
+        "digest": record.sha256 if record else "",
+        "kernel": None if kernel is None else [str(kernel), kernel.stat().st_mtime_ns],
+        "options": options.to_plain(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmCache:
+    """The machines that are kept ready for one user.
+
+    Attributes:
+        working_dir: Where the directories of clouds are; the cache is beside them.
+        bound: Bytes that it may take on disk.
+    """
+
+    working_dir: Path
+    bound: int
+
+    @property
+    def directory(self) -> Path:
+        """Where the entries are."""
+        return self.working_dir / _DIRECTORY
+
+    @contextlib.contextmanager
+    def making(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep others that ask for the same machine waiting while it is made."""
+        create_private_directory(self.directory)
+        with exclusive_lock(self.directory / f"{key}.lock", on_wait):
+            yield
+
+    def find(self, key: str, host: Host) -> SavedMachine | None:
+        """Find a machine; None when there is none, or it cannot go on here (any more)."""
+        image = self.directory / key / _DISK
+        saved = checkpoint.find(image)
+        if saved is None:
+            return None
+        missing = [str(file) for file in layers.chain(image) if not file.is_file()]
+        obstacle = saved.find_obstacle(
+            checkpoint.host_fingerprint(host.binary, host.accelerator)
+        ) or (f"{missing[0]} is missing" if missing else None)
+        if obstacle is not None:
+            _log.warning("The warm machine %s is not used: %s", image, obstacle)
+            self._drop(key)
+            return None
+        # When it was last used is told by the time of its directory.
+        os.utime(image.parent)
+        return saved
+
+    def add(self, key: str, saved: SavedMachine) -> None:
+        """Keep a machine that was saved; what was least used goes if there is no room.
+
+        Raises:
+            CloudError: It is larger than the cache may be.
+        """
+        size = _size(saved.image, saved.directory)
+        if size > self.bound:
+            raise CloudError(
+                f"it takes {size >> 20} MiB, and warm machines may take {self.bound >> 20} MiB in "
+                "all (warm_cache_mib in [qemu])"
+            )
+        self.prune(self.bound - size)
+        entry = create_private_directory(self.directory / key)
+        try:
+            # The same file under another name, as with every layer of a disk.
+            os.link(saved.image, entry / _DISK)
+            checkpoint.copy(saved, entry / _DISK, by_link=True)
+        except BaseException:
+            shutil.rmtree(entry)
+            raise
+
+    def entries(self) -> list[WarmImage]:
+        """List the machines, the one that was used last first."""
+        found = []
+        for entry in self.directory.glob(f"*/{_DISK}"):
+            saved = checkpoint.find(entry)
+            if saved is not None:
+                found.append(_describe(entry, saved))
+        return sorted(found, key=lambda warm: warm.last_used, reverse=True)
+
+    def prune(self, bound: int) -> list[str]:
+        """Drop the machines that were used longest ago until the rest fits into `bound` bytes.
+
+        One that a machine of today is built on stays.
+
+        Returns:
+            The keys of what was dropped.
+        """
+        dropped, taken = [], 0
+        for warm in self.entries():
+            taken += warm.size
+            if taken > bound and self._drop(warm.key):
+                taken -= warm.size
+                dropped.append(warm.key)
+        for lock in self.directory.glob("*.lock"):
+            if not lock.with_suffix("").exists():
+                self._remove_lock(lock)
+        with contextlib.suppress(OSError):  # something is in it, or it is not there
+            self.directory.rmdir()
+        return dropped
+
+    def forget_base(self, image: Path) -> None:
+        """Drop the machines that are built on an image that is to be deleted."""
+        for warm in self.entries():
+            if image in layers.chain(Path(warm.image_id)):
+                self._drop(warm.key)
+
+    def _drop(self, key: str) -> bool:
+        entry = self.directory / key
+        if layers.find_users(entry / _DISK, self.working_dir):
+            return False
+        shutil.rmtree(entry, ignore_errors=True)
+        return True
+
+    def _remove_lock(self, lock: Path) -> None:
+        # Who waits for it finds out that it is gone, and makes it anew.
+        with contextlib.suppress(FileNotFoundError), exclusive_lock(lock):
+            lock.unlink()
+
+
+def _describe(image: Path, saved: SavedMachine) -> WarmImage:
+    return WarmImage(
+        key=image.parent.name,
+        image_id=str(image),
+        base=str(layers.chain(image)[-1]),
+        instance_type=str(saved.spec.instance_type),
+        size=_size(image, saved.directory),
+        last_used=image.parent.stat().st_mtime,
+    )
+
+
+def _size(image: Path, directory: Path) -> int:
+    return _BLOCK * sum(file.stat().st_blocks for file in (image, *directory.iterdir()))
