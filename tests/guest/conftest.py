@@ -3,6 +3,9 @@
 A machine is launched for each kind of user-data that the selected tests ask for, all of them at
 once: eight, when all tests run. Their processors are let run two machines at a time, because in
 emulation a boot keeps a processor busy, and eight of them on two only get into each other's way.
+
+One of them is saved when it is ready. Tests that need a machine of their own, and are not about a
+boot, start from it.
 """
 
 from __future__ import annotations
@@ -87,6 +90,8 @@ def asks_for(item: pytest.Item, kind: Kind) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is not None and callspec.params.get("kind") is kind:
         return True
+    if kind is Kind.NONE and "saved" in getattr(item, "fixturenames", ()):
+        return True
     marker = item.get_closest_marker("uses")
     return marker is not None and kind in marker.args
 
@@ -95,6 +100,14 @@ def asks_for(item: pytest.Item, kind: Kind) -> bool:
 def vm(guests: dict[Kind, Future[Guest]]) -> QemuInstance:
     """Give the machine with a cloud-config, on which most tests run."""
     return guests[Kind.CLOUD_CONFIG].result().machine
+
+
+@pytest.fixture(scope="session")
+def saved(guests: dict[Kind, Future[Guest]]) -> str:
+    """Give the image of a saved machine: booted, ready, with nothing done to it."""
+    machine = guests[Kind.NONE].result().machine
+    # Goes with the cloud of the machine: all that it is made of is in that cloud's directory.
+    return Qemu(tag="guest-saved").snapshot(machine, memory=True)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from pycloudlib.qemu import layers
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.handover import hand_over
 from pycloudlib.qemu.hotplug import list_plugged
-from pycloudlib.qemu.machine import Machine, State
+from pycloudlib.qemu.machine import Machine, State, uninterrupted
 from pycloudlib.qemu.memory import SHARED, Memory, find_shared_memory, keep
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.spec import MachineSpec
@@ -44,6 +44,7 @@ FORMAT = 1
 """Changes with whatever decides whether a saved machine can go on: the devices above all."""
 
 _SUFFIX = ".live"
+_FACTS = "saved.json"
 _MERGE_LIMIT = 600.0
 
 
@@ -117,7 +118,7 @@ def directory_of(image: Path) -> Path:
 def find(image: Path) -> SavedMachine | None:
     """Find the saved machine that belongs to an image; None for an image of a disk alone."""
     try:
-        facts = json.loads((directory_of(image) / "saved.json").read_text())
+        facts = json.loads((directory_of(image) / _FACTS).read_text())
         if facts["format"] != FORMAT:
             _log.warning("%s was saved in another format; only its disk is used", image)
             return None
@@ -155,20 +156,22 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
     memory = _open_shared_memory(machine)
     try:
         with contextlib.ExitStack() as undo:
-            store = layers.LayerStore(machine.rundir.path.parent)
-            with (
-                store.freezing(machine.rundir.disk, image_name, in_use=True) as image,
-                _new_directory(directory_of(image)) as directory,
-            ):
-                pause = hand_over(
-                    machine,
-                    Memory(file=Path(f"/proc/{os.getpid()}/fd/{memory}")),
-                    kept_state=directory / "state",
-                )
-            # From here on the machine's old disk is a layer that it is built on.
-            undo.callback(image.unlink)
-            undo.callback(shutil.rmtree, directory)
-            keep(memory, directory / "memory", release=True)
+
+            def freeze() -> tuple[Path, float | None]:
+                store = layers.LayerStore(machine.rundir.path.parent)
+                with (
+                    store.freezing(machine.rundir.disk, image_name, in_use=True) as image,
+                    _new_directory(directory_of(image)) as directory,
+                ):
+                    shared = Memory(file=Path(f"/proc/{os.getpid()}/fd/{memory}"))
+                    pause = hand_over(machine, shared, kept_state=directory / "state")
+                # From here on the machine's old disk is a layer that it is built on.
+                undo.callback(image.unlink)
+                undo.callback(shutil.rmtree, directory)
+                return image, pause
+
+            image, pause = uninterrupted(freeze)
+            keep(memory, directory_of(image) / "memory", release=True)
             saved = _write(_describe(machine, image, helper), machine.rundir)
             undo.pop_all()
     finally:
@@ -221,9 +224,10 @@ def _copy_memory(source: Path, target: Path) -> None:
 
 
 def delete(image: Path) -> None:
-    """Remove what is kept beside an image."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(directory_of(image))
+    """Remove what is kept beside an image; a directory of another kind stays."""
+    directory = directory_of(image)
+    if (directory / _FACTS).exists():
+        shutil.rmtree(directory)
 
 
 def _check_can_be_saved(machine: Machine) -> None:
@@ -259,7 +263,7 @@ def _merge_layers(machine: Machine) -> None:
 def _open_shared_memory(machine: Machine) -> int:
     """Open the machine's memory; it is moved into shared memory first if it is elsewhere."""
     if not _has_shared_memory(machine):
-        pause = hand_over(machine, SHARED)
+        pause = uninterrupted(lambda: hand_over(machine, SHARED))
         _log.info(
             "Moved %s into memory that can be saved; the guest stood still for %.0f ms",
             machine.spec.name,
@@ -331,7 +335,7 @@ def _write_facts(saved: SavedMachine) -> SavedMachine:
         "state_mark": marked.state_mark,
     }
     # Written last: with it, the saved machine is whole.
-    with replace_atomically(saved.directory / "saved.json") as temporary:
+    with replace_atomically(saved.directory / _FACTS) as temporary:
         write_private(temporary, json.dumps(facts, indent=1) + "\n")
     return marked
 

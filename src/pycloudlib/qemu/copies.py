@@ -20,7 +20,7 @@ from pycloudlib.qemu import disk
 from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.handover import feed, receive, wait_for_state
-from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.machine import Machine, uninterrupted
 from pycloudlib.qemu.memory import Memory
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.rundir import RunDirectory
@@ -109,6 +109,10 @@ def roll_back(machine: Machine, saved: SavedMachine) -> None:
     Raises:
         CloudError: It did not work; the machine is off, and its disk is as it was.
     """
+    uninterrupted(lambda: _roll_back(machine, saved))
+
+
+def _roll_back(machine: Machine, saved: SavedMachine) -> None:
     rundir = machine.rundir
     fresh = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")
     before = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")

@@ -73,16 +73,15 @@ class QemuLive(QemuImages):
         def start(_number: int) -> QemuInstance:
             return self._launch_copy(saved, fresh_identity=fresh_identity)
 
-        started: list[QemuInstance] = []
-        try:
-            with ThreadPoolExecutor(min(count, 2 * (os.cpu_count() or 1))) as threads:
-                for future in [threads.submit(start, number) for number in range(count)]:
-                    started.append(future.result())
-        except BaseException:
-            for copy in started:
+        with ThreadPoolExecutor(min(count, 2 * (os.cpu_count() or 1))) as threads:
+            attempts = [threads.submit(start, number) for number in range(count)]
+        failed = [attempt for attempt in attempts if attempt.exception() is not None]
+        copies_made = [attempt.result() for attempt in attempts if attempt not in failed]
+        if failed:
+            for copy in copies_made:
                 copy.delete()
-            raise
-        return started
+            failed[0].result()
+        return copies_made
 
     def warm_images(self) -> list[WarmImage]:
         """List the machines that are kept ready for launches with `warm=True`."""

@@ -44,11 +44,11 @@ class PowerOff(enum.Enum):
     KILL = "SIGKILL: QEMU did not react in time"
 
 
-def uninterrupted(work: Callable[[], _T], undo: Callable[[], None]) -> _T:
+def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None) -> _T:
     """Run a function where no KeyboardInterrupt can come: in a thread of its own.
 
-    Ctrl-C reaches the main thread alone. When it comes, the work is let end and then undone: so
-    there is no moment at which a process exists that nobody knows of.
+    Ctrl-C reaches the main thread alone. When it comes, the work is let end, and undone if `undo`
+    is given: so there is no moment at which a process exists that nobody knows of.
     """
     results: list[_T] = []
     errors: list[BaseException] = []
@@ -68,7 +68,8 @@ def uninterrupted(work: Callable[[], _T], undo: Callable[[], None]) -> _T:
         ended.wait()
     except BaseException:
         ended.wait()
-        undo()
+        if undo is not None:
+            undo()
         raise
     if errors:
         raise errors[0]

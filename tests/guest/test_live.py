@@ -1,0 +1,284 @@
+"""Saved machines: copies go on from where they were saved, each right in time and its own."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import State
+from pycloudlib.qemu.process import ProcessIdentity
+
+pytestmark = pytest.mark.guest
+
+COPIES = 20
+CLOCK_LIMIT = 0.1
+
+# Counts in memory alone, and hashes a tree of files over and over.
+WORK = """
+import hashlib, os, pathlib, time
+tree = pathlib.Path("/var/tmp/tree")
+tree.mkdir()
+for number in range(40):
+    (tree / str(number)).write_bytes(os.urandom(20000))
+count, hashes = 0, set()
+while True:
+    digest = hashlib.sha256()
+    for file in sorted(tree.iterdir()):
+        digest.update(file.read_bytes())
+    hashes.add(digest.hexdigest())
+    count += 1
+    text = f"{os.getpid()} {count} {' '.join(sorted(hashes))}"
+    pathlib.Path("/run/work.new").write_text(text)
+    os.rename("/run/work.new", "/run/work")
+    time.sleep(0.01)
+"""
+
+WHO = {
+    "host name": "hostname",
+    "machine-id": "cat /etc/machine-id",
+    "instance-id": "cat /var/lib/cloud/data/instance-id",
+    "host key": "cat /etc/ssh/ssh_host_ed25519_key.pub",
+    "random bytes": "head -c 32 /dev/urandom | base64",
+    "random UUID": "cat /proc/sys/kernel/random/uuid",
+}
+
+
+@pytest.fixture
+def cloud() -> Iterator[Qemu]:
+    with Qemu(tag="live") as cloud:
+        yield cloud
+
+
+def clock_error(vm: QemuInstance) -> float:
+    """Tell how wrong a guest's clock is at least, in seconds; what cannot be known is left out."""
+    errors = []
+    for _ in range(5):
+        sent = time.time()
+        guest = float(vm.execute("date +%s.%N"))
+        came = time.time()
+        errors.append(max(sent - guest, guest - came, 0.0))
+    return min(errors)
+
+
+def work_of(vm: QemuInstance) -> list[str]:
+    return vm.execute("cat /run/work").split()
+
+
+def start_work(vm: QemuInstance) -> None:
+    started = vm.execute(["sudo", "systemd-run", "--quiet", "--unit=work", "python3", "-c", WORK])
+    assert started.ok, started.stderr
+    assert vm.execute("until [ -s /run/work ]; do sleep 0.1; done", timeout=60).ok
+
+
+def test_copies_go_on_from_one_moment_of_a_machine_that_works(cloud: Qemu, saved: str) -> None:
+    source = cloud.launch(saved)
+    start_work(source)
+    before = work_of(source)
+    pid = source.machine.pid
+    image = cloud.snapshot(source, memory=True)
+    after = work_of(source)
+    assert source.machine.pid != pid, "another QEMU runs it"
+    assert after[0] == before[0], "the same process goes on"
+    assert int(after[1]) > int(before[1])
+    assert source.delete() == []
+
+    first, second, third = (cloud.launch(image) for _ in range(3))
+    begun = {vm.name: work_of(vm) for vm in (first, second, third)}
+    third.machine.kill()
+    for vm in (first, second):
+        now = work_of(vm)
+        assert now[0] == before[0]
+        assert int(now[1]) > int(begun[vm.name][1]) >= int(before[1])
+        # One hash only: no file was ever read as anything but what it is.
+        assert now[2:] == before[2:]
+        assert vm.execute("find /var/tmp/tree -type f -print0 | xargs -0 cat | wc -c") == "800000"
+    again = cloud.snapshot(first, memory=True)
+    grandchild = cloud.launch(again)
+    assert int(work_of(grandchild)[1]) > int(begun[first.name][1])
+    assert work_of(grandchild)[2:] == before[2:]
+
+
+def test_copies_are_each_their_own_and_right_in_time(cloud: Qemu, saved: str) -> None:
+    copies = [cloud.launch(saved, fresh_identity=True) for _ in range(COPIES)]
+    for vm in copies:
+        assert clock_error(vm) <= CLOCK_LIMIT, vm.name
+    told = {
+        vm.name: {what: vm.execute(command, use_sudo=True) for what, command in WHO.items()}
+        for vm in copies
+    }
+    for (one, ours), (other, theirs) in itertools.combinations(told.items(), 2):
+        for what in WHO:
+            assert ours[what].ok
+            assert ours[what] != theirs[what], f"{what} of {one} and {other}"
+    for vm in copies:
+        assert told[vm.name]["host name"] == vm.name
+        pinned = vm.machine.rundir.known_hosts.read_text().split()
+        assert told[vm.name]["host key"].split()[:2] == pinned
+    # The pinned key is what its SSH server shows.
+    vm = copies[-1]
+    vm.wait()
+    vm._ssh_connect().close()
+    for copy in copies:
+        assert copy.delete() == []
+
+
+def test_a_copy_is_the_same_machine_unless_it_is_to_be_another(cloud: Qemu, saved: str) -> None:
+    one, other = cloud.launch(saved), cloud.launch(saved)
+    for what in ("host name", "machine-id", "instance-id", "host key"):
+        assert one.execute(WHO[what]) == other.execute(WHO[what])
+    assert one.execute(WHO["random bytes"]) != other.execute(WHO["random bytes"])
+    assert one.get_boot_id() == other.get_boot_id()
+
+
+def test_copies_one_after_another_leave_nothing(cloud: Qemu, saved: str) -> None:
+    def count_all() -> tuple[int, int]:
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        return descriptors, len(list(cloud.parent_dir.iterdir()))
+
+    pids = []
+    with cloud.launch(saved) as kept:
+        before = count_all()
+        for _ in range(100):
+            with cloud.launch(saved) as vm:
+                assert vm.execute("echo here") == "here"
+                pids.append(vm.machine.pid)
+        after = count_all()
+        assert kept.execute("echo still") == "still"
+    assert after[0] <= before[0] + 3
+    assert after[1] == before[1]
+    assert all(pid is not None and ProcessIdentity.find(pid) is None for pid in pids)
+
+
+def test_user_data_of_a_copy_is_run_in_it(
+    cloud: Qemu, saved: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = cloud.launch(saved, user_data="#!/bin/sh\nid -un >/var/tmp/who; exit 3\n")
+    config = cloud.launch(
+        saved,
+        user_data="#cloud-config\n"
+        "write_files: [{path: /var/tmp/written, content: by cloud-init}]\n"
+        "runcmd: [[sh, -c, 'cat /var/tmp/written >/var/tmp/ran']]\n"
+        "timezone: Europe/Vienna\n",
+    )
+    script.wait()
+    assert script.execute("cat /var/tmp/who") == "root"
+    assert "user-data failed" in caplog.text
+    caplog.clear()
+    config.wait()
+    assert config.execute("cat /var/tmp/ran; date +%Z") in (
+        "by cloud-initCET",
+        "by cloud-initCEST",
+    )
+    assert "failed" not in caplog.text
+    with pytest.raises(ValueError, match="growpart"):
+        cloud.launch(saved, user_data="#cloud-config\ngrowpart: {mode: auto}\n")
+
+
+def test_commands_run_without_a_network_and_by_ssh_without_a_helper(
+    cloud: Qemu, saved: str
+) -> None:
+    vm = cloud.launch(saved)
+    interface = vm.execute("ip -oneline route show default | cut -d' ' -f5")
+    assert vm.execute(f"ip link set {interface} down", use_sudo=True).ok
+    assert vm.execute("id -un") == "ubuntu"
+    assert vm.execute(f"ip link set {interface} up", use_sudo=True).ok
+
+    other = cloud.launch(saved)
+    other.execute("systemctl stop pycloudlib-helper", use_sudo=True)
+    assert other.execute("echo $SSH_CONNECTION") != ""
+    other.machine.rundir.fix_up.write_text('{"identity": null, "new_key": null}')
+    other.execute("date --set='1 hour ago'", use_sudo=True)
+    other.wait()
+    assert clock_error(other) <= CLOCK_LIMIT
+
+
+def test_a_machine_is_taken_back_as_often_as_wanted(cloud: Qemu, saved: str) -> None:
+    vm = cloud.launch(saved, fresh_identity=True)
+    vm.execute("echo before >/var/tmp/state; sync")
+    place = (vm.id, vm.name, vm.port)
+    image = cloud.snapshot(vm, memory=True)
+    for _ in range(2):
+        assert vm.execute("echo after >/var/tmp/state; sync; hostname") == vm.name
+        vm.rollback(image)
+        assert (vm.id, vm.name, vm.port) == place
+        assert vm.execute("cat /var/tmp/state; hostname") == f"before\n{vm.name}"
+        assert clock_error(vm) <= CLOCK_LIMIT
+    vm.wait()
+    vm._ssh_connect().close()
+    assert vm.machine.state is State.RUNNING
+
+
+def test_forks_of_a_machine_run_side_by_side(cloud: Qemu, saved: str) -> None:
+    vm = cloud.launch(saved)
+    vm.execute("echo common >/run/mark")
+    forks = vm.fork(4)
+    with ThreadPoolExecutor(4) as threads:
+        marks = list(threads.map(lambda fork: fork.execute("cat /run/mark"), forks))
+    assert marks == ["common"] * 4
+    assert len({fork.port for fork in (vm, *forks)}) == 5
+    assert vm.execute("cat /run/mark") == "common"
+
+
+KEPT = """
+import sys
+from pycloudlib import Qemu
+with Qemu("another-day") as cloud:
+    vm = cloud.launch(sys.argv[1])
+    print(vm.execute("cat /run/mark"))
+    vm.wait()
+    vm._ssh_connect().close()
+"""
+
+
+def test_a_kept_machine_goes_on_in_another_program(saved: str, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.img"
+    with Qemu(tag="live-kept") as cloud:
+        vm = cloud.launch(saved)
+        vm.execute("echo kept >/run/mark", use_sudo=True)
+        assert cloud.snapshot(vm, memory=True, path=kept) == str(kept)
+        with pytest.raises(FileExistsError):
+            cloud.snapshot(vm, memory=True, path=kept)
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT, kept], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "kept\n"
+
+
+WARM = """
+import io, sys
+from pycloudlib import Qemu
+config = io.StringIO(f'[qemu]\\nworking_dir = "{sys.argv[2]}"\\n')
+with Qemu("warm", config_file=config) as cloud:
+    vm = cloud.launch(sys.argv[1], "c1m512", user_data=sys.argv[3], warm=True)
+    vm.wait()
+    print("booted" if "Linux version" in vm.console_log() else "copied")
+    print(vm.execute("cat /var/tmp/proof; hostname; cat /etc/machine-id").replace("\\n", " "))
+"""
+
+
+def test_two_programs_that_want_a_warm_machine_boot_it_once(image: str, tmp_path: Path) -> None:
+    user_data = "#!/bin/sh\necho warm >/var/tmp/proof\n"
+    arguments = [sys.executable, "-c", WARM, image, str(tmp_path), user_data]
+    programs = [
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [program.communicate(timeout=1200) for program in programs]
+    outputs = [output.splitlines() for output, _errors in told]
+    assert all(len(output) == 2 for output in outputs), told
+    assert sorted(output[0] for output in outputs) == ["booted", "copied"]
+    proofs = [output[1].split() for output in outputs]
+    assert [proof[0] for proof in proofs] == ["warm"] * 2
+    assert proofs[0][1] != proofs[1][1]
+    assert proofs[0][2] != proofs[1][2]
+    assert [path.name for path in tmp_path.iterdir()] == ["warm"]
