@@ -14,17 +14,22 @@ from pycloudlib.errors import CloudSetupError
 
 
 @contextlib.contextmanager
-def replace_atomically(target: Path) -> Iterator[Path]:
+def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a temporary name in the target's directory; it becomes the target on success.
 
     The final name never shows half a file: the content is synced before it is renamed, and on
     any error, interruption included, nothing is left.
+
+    Args:
+        target: The file.
+        synced: Whether it has to survive a crash of the host.
     """
     temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if synced:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

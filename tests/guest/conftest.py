@@ -43,6 +43,8 @@ def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]
     if not kinds:
         yield {}
         return
+    # First what most tests start from.
+    kinds.sort(key=lambda kind: kind is not Kind.NONE)
     images = dict.fromkeys(kinds, request.getfixturevalue("image"))
     if Kind.TRIXIE in kinds:
         with Qemu(tag="test-image") as builder:

@@ -12,7 +12,13 @@ from pycloudlib.qemu.command import Channels, Features, build_command
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
 
 CHANNELS = Channels(
-    control=5, attach=8, qmp=6, console=7, helper=9, console_log=Path("/run/vm/console.log")
+    control=5,
+    attach=8,
+    qmp=6,
+    console=7,
+    helper=9,
+    memory=10,
+    console_log=Path("/run/vm/console.log"),
 )
 SPEC = MachineSpec(
     name="vm-1",
@@ -42,7 +48,7 @@ GOLDEN = [
     "-cpu", "max",
     "-smp", "2",
     "-m", "2048M",
-    "-object", "memory-backend-memfd,id=ram0,size=2048M,share=on",
+    "-object", "memory-backend-file,id=ram0,size=2048M,share=on,mem-path=/proc/self/fd/10",
     "-display", "none",
     "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     "-chardev", "socket,id=control,fd=5",

@@ -31,14 +31,17 @@ _ENTROPY_BYTES = 64
 # A round trip bounds how wrong the other side's clock can be read; a shorter one is tried for.
 _GOOD_ROUND_TRIP = 0.1
 _CLOCK_TRIES = 6
+_SEND_LIMIT = 60.0
+# The connection stays when the helper ends, so that is looked at this often.
+_LOOK = 0.5
 
 _INSTALL = """
 set -e
-umask 022
-sudo mkdir -p /run/pycloudlib
+sudo mkdir -p -m 755 /run/pycloudlib
 env -0 | grep -zvE '^(SSH_|XDG_SESSION|XDG_RUNTIME|_=|PWD=|OLDPWD=|SHLVL=|SUDO_)' \\
   | sudo sh -c 'umask 077; cat >/run/pycloudlib/environment'
-sudo sh -c 'cat >/run/pycloudlib/helper.py'
+umask | sudo sh -c 'cat >/run/pycloudlib/umask'
+sudo sh -c 'umask 022; cat >/run/pycloudlib/helper.py'
 if command -v systemd-run >/dev/null; then
   sudo systemd-run --quiet --collect --unit=pycloudlib-helper python3 /run/pycloudlib/helper.py
 else
@@ -48,7 +51,11 @@ fi
 
 
 class HelperError(CloudError):
-    """The helper did not do what it was asked to."""
+    """The helper did not do what it was asked to, or is gone."""
+
+
+class HelperRefusedError(HelperError):
+    """The helper answered that it cannot do what it was asked to; nothing was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +176,16 @@ def measure_clock(read_guest: Callable[[], float]) -> float:
 
 
 class HelperConnection:
-    """A connection to the helper; a context manager. One at a time, for one thread."""
+    """A connection to the helper; a context manager. One at a time, for one thread.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Args:
+        sock: The connection.
+        is_there: Says whether the helper still runs, which the connection does not tell.
+    """
+
+    def __init__(self, sock: socket.socket, is_there: Callable[[], bool] = lambda: True) -> None:
         self._socket = sock
+        self._is_there = is_there
         self._buffer = bytearray()
 
     def __enter__(self) -> HelperConnection:
@@ -197,11 +210,12 @@ class HelperConnection:
         """Run a command to its end.
 
         Raises:
-            HelperError: The connection ended before the command did, or it could not be run.
+            HelperRefusedError: It could not be run.
+            HelperError: The helper was gone before the command had ended.
             PycloudlibTimeoutError: It went on past the deadline; it is hung up on.
         """
         request = {"op": "exec", "argv": list(argv), "user": user, "stdin": len(stdin)}
-        number = self._send(request, stdin)
+        number = self._send(request, deadline, stdin)
         command = Command()
         while command.status is None:
             answer = self._receive(number, deadline)
@@ -213,15 +227,19 @@ class HelperConnection:
         return command
 
     def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:
-        return self._receive(self._send(request), deadline)
+        return self._receive(self._send(request, deadline), deadline)
 
-    def _send(self, request: Mapping[str, Any], data: bytes = b"") -> int:
+    def _send(
+        self, request: Mapping[str, Any], deadline: Deadline | None, data: bytes = b""
+    ) -> int:
         # Answers to whoever was connected before may still be on their way.
         number = secrets.randbits(48)
         line = json.dumps({**request, "id": number}).encode() + b"\n"
         try:
-            self._socket.settimeout(None)
+            self._socket.settimeout(_SEND_LIMIT if deadline is None else deadline.remaining + 0.1)
             self._socket.sendall(line + data)
+        except TimeoutError:
+            raise PycloudlibTimeoutError("the helper did not read its request in time") from None
         except OSError as error:
             raise HelperError(f"the helper cannot be reached: {error}") from error
         return number
@@ -233,13 +251,17 @@ class HelperConnection:
             line, _, rest = self._buffer.partition(b"\n")
             self._buffer = rest
             try:
-                answer: dict[str, Any] = json.loads(line)
-                if not isinstance(answer, dict) or answer.get("id") != number:
-                    continue
+                answer: Any = json.loads(line)
             except ValueError:
-                continue  # of an earlier connection
+                continue  # cut off, of an earlier connection
+            if not isinstance(answer, dict):
+                continue
+            if answer.get("id") != number:
+                for output in ("out", "err"):
+                    self._read(int(answer.get(output, 0)), deadline)
+                continue
             if "error" in answer:
-                raise HelperError(f"the helper in the guest: {answer['error']}")
+                raise HelperRefusedError(f"the helper in the guest: {answer['error']}")
             return answer
 
     def _read(self, size: int, deadline: Deadline | None) -> bytes:
@@ -252,10 +274,13 @@ class HelperConnection:
     def _fill(self, deadline: Deadline | None) -> None:
         if deadline is not None and deadline.expired:
             raise PycloudlibTimeoutError("the helper did not answer in time")
-        self._socket.settimeout(None if deadline is None else max(deadline.remaining, 0.001))
+        look = _LOOK if deadline is None else deadline.capped(_LOOK)
+        self._socket.settimeout(max(look, 0.001))
         try:
             data = self._socket.recv(_CHUNK)
         except TimeoutError:
+            if not self._is_there():
+                raise HelperError("the helper is gone") from None
             return
         except OSError as error:
             raise HelperError(f"the connection to the helper is lost: {error}") from error

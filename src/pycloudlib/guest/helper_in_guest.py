@@ -85,6 +85,10 @@ class Port:
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
+    def end_request(self) -> None:
+        """Forget what has come of a request."""
+        self.buffer = b""
+
     def write(self, data: bytes) -> None:
         while data:
             try:
@@ -150,12 +154,12 @@ def find_user(name: str) -> Tuple[pwd.struct_passwd, List[int]]:
 
 def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) -> None:
     """Run a command as the login user, and pass its outputs on while they come."""
-    user, groups = find_user(request["user"])
     stdin = port.read(request["stdin"])
+    user, groups = find_user(request["user"])
     try:
         with acting_as(user, groups):
             child = subprocess.Popen(
-                request["argv"],
+                [word.encode() for word in request["argv"]],
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -165,17 +169,19 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
             )
     except OSError as error:
         # As a shell would say it.
-        answer(port, request, b"%s: %s\n" % (request["argv"][0].encode(), str(error).encode()))
-        answer(port, request, exit=127)
+        words = "{}: {}\n".format(request["argv"][0], error).encode()
+        answer(port, request, {"err": len(words)}, words)
+        answer(port, request, {"exit": 127})
         return
     try:
         relay(port, request, child, stdin)
+        wait_for(port, child)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGHUP)
         raise
-    status = child.wait()
-    answer(port, request, exit=status if status >= 0 else 128 - status)
+    # Ended by a signal, there is no exit status, as over SSH.
+    answer(port, request, {"exit": max(child.returncode, -1)})
 
 
 @contextlib.contextmanager
@@ -203,7 +209,7 @@ def acting_as(user: pwd.struct_passwd, groups: List[int]) -> Iterator[None]:
 
 
 def relay(port: Channel, request: Request, child: "subprocess.Popen[bytes]", stdin: bytes) -> None:
-    """Feed a command's input and pass on its outputs until both have ended."""
+    """Feed a command's input and pass on its outputs until all of them have ended."""
     assert child.stdout
     assert child.stderr
     outputs = {child.stdout.fileno(): "out", child.stderr.fileno(): "err"}
@@ -215,7 +221,7 @@ def relay(port: Channel, request: Request, child: "subprocess.Popen[bytes]", std
     if child.stdin:
         os.set_blocking(child.stdin.fileno(), False)
         poller.register(child.stdin.fileno(), select.POLLOUT)
-    while outputs:
+    while outputs or stdin:
         for descriptor, _ in poller.poll():
             if descriptor == port.fd:
                 # The host asks for nothing more while a command runs, unless it has given it up.
@@ -223,32 +229,36 @@ def relay(port: Channel, request: Request, child: "subprocess.Popen[bytes]", std
             if descriptor in outputs:
                 data = os.read(descriptor, CHUNK)
                 if data:
-                    answer(port, request, data, outputs[descriptor])
+                    answer(port, request, {outputs[descriptor]: len(data)}, data)
                 else:
                     poller.unregister(descriptor)
                     del outputs[descriptor]
-            else:
+            elif child.stdin:
                 try:
                     stdin = stdin[os.write(descriptor, stdin[:4096]) :]
                 except BrokenPipeError:
                     stdin = b""
-                if not stdin and child.stdin:
+                if not stdin:
                     poller.unregister(descriptor)
                     child.stdin.close()
 
 
-def answer(
-    port: Channel,
-    request: Request,
-    data: Optional[bytes] = None,
-    output: str = "err",
-    **fields: Any,
-) -> None:
-    """Send one answer."""
-    fields["id"] = request.get("id")
-    if data is not None:
-        fields[output] = len(data)
-    port.write(json.dumps(fields).encode() + b"\n" + (data or b""))
+def wait_for(port: Channel, child: "subprocess.Popen[bytes]") -> None:
+    """Wait for the end of a command whose outputs have ended, unless the host gives it up."""
+    delay = 0.001
+    while child.poll() is None:
+        if isinstance(port, Pipe):
+            child.wait()
+        elif port.poll(delay):
+            raise HungUp
+        delay = min(2 * delay, 0.05)
+
+
+def answer(port: Channel, request: Request, fields: Request, data: bytes = b"") -> None:
+    """Send one answer, and the bytes that it announces."""
+    line = json.dumps(dict(fields, id=request.get("id"))).encode()
+    # What was cut off before it, if anything, ends with the first line end.
+    port.write(b"\n" + line + b"\n" + data)
 
 
 def fix(request: Request) -> List[str]:
@@ -318,6 +328,8 @@ def take_instance_id(instance_id: str) -> None:
     if os.path.isdir(CLOUD + "/instances/" + old):
         os.rename(CLOUD + "/instances/" + old, CLOUD + "/instances/" + instance_id)
         link = CLOUD + "/instance"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link + ".new")
         os.symlink(CLOUD + "/instances/" + instance_id, link + ".new")
         os.rename(link + ".new", link)
     for name in ("instance-id", "previous-instance-id"):
@@ -353,7 +365,11 @@ def rewrite(path: str, text: str, mode: Optional[int] = None) -> None:
         mode = known.st_mode & 0o7777 if mode is None else mode
         owner = (known.st_uid, known.st_gid)
     temporary = path + ".pycloudlib"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    # In a directory of the user's, nothing that the user has put there is followed.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(temporary, flags, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
         os.fchmod(file.fileno(), 0o644 if mode is None else mode)
@@ -367,18 +383,20 @@ def serve(port: Channel, environment: Dict[bytes, bytes]) -> None:
     try:
         request = json.loads(line.decode())
     except ValueError:
+        request = None
+    if not isinstance(request, dict):
         return  # the end of a request whose beginning was cut off
     try:
         if request["op"] == "exec":
             execute(port, request, environment)
         elif request["op"] == "fix":
-            answer(port, request, done=fix(request), now=time.time())
+            answer(port, request, {"done": fix(request)})
         elif request["op"] == "clock":
-            answer(port, request, now=time.time())
+            answer(port, request, {"now": time.time()})
         else:
-            answer(port, request, error="unknown operation " + request["op"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        answer(port, request, error="{}: {}".format(type(error).__name__, error))
+            answer(port, request, {"error": "unknown operation " + request["op"]})
+    except (OSError, LookupError, TypeError, ValueError, subprocess.SubprocessError) as error:
+        answer(port, request, {"error": "{}: {}".format(type(error).__name__, error)})
 
 
 def main() -> None:
@@ -389,6 +407,8 @@ def main() -> None:
                 serve(Pipe(), dict(os.environb))
         return
     environment = read_environment()
+    with open(DIRECTORY + "/umask") as file:
+        os.umask(int(file.read(), 8))
     port = Port(find_port())
     # A copy that wakes up, and whose clock is set, has much to do; whoever waits for the helper's
     # answer comes first. What it starts is of ordinary priority.
@@ -397,9 +417,12 @@ def main() -> None:
         os.sched_setscheduler(0, policy, os.sched_param(1))
     while True:
         port.wait_for_host()
-        with contextlib.suppress(HungUp):
+        try:
             while True:
                 serve(port, environment)
+        except HungUp:
+            # The rest of a request that was cut off is no beginning of another one.
+            port.end_request()
 
 
 if __name__ == "__main__":

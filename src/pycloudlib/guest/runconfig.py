@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def build_script(user_data: str | bytes) -> str:
     if content.startswith(_GZIP_MAGIC):
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"user_data is damaged gzip data: {error}") from error
     try:
         text = content.decode()
@@ -104,10 +105,14 @@ def _run_modules(modules: list[str]) -> str:
 
 
 def _place(text: str, then: str) -> str:
-    """Give the script that puts a text into a file `$f` in a directory `$d`, then goes on."""
+    """Give the script that puts a text into a file `$f` in a directory `$d`, then goes on.
+
+    Not below /run or /tmp, where many guests let nothing be executed.
+    """
     encoded = base64.b64encode(text.encode()).decode()
     return (
-        "d=$(mktemp -d /run/pycloudlib-user-data.XXXXXX)\n"
+        "d=$(mktemp -d /var/lib/pycloudlib-user-data.XXXXXX)\n"
+        "trap 'rm -rf $d' EXIT\n"
         "f=$d/user-data\n"
         f"echo {encoded} | base64 -d >$f\n"
         f"{then}\n"

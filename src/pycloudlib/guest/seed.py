@@ -12,6 +12,7 @@ import email.mime.nonmultipart
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 VOLUME_UNIT = 1 << 20
 """Bytes. A copy of a running machine gets a seed of its own, on a disk whose size the guest knows
 already: so sizes differ in large steps only."""
+
+_SPARE = 64 << 10  # what another name and host key take at most, in bytes
 
 Document = str | bytes | Mapping[str, Any] | None
 """A document for cloud-init as callers give it; a mapping is written as YAML."""
@@ -93,7 +96,7 @@ def build_seed(
 def write_iso(seed: Seed, path: Path) -> None:
     """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it.
 
-    The file is as long as a whole number of `VOLUME_UNIT`.
+    The file is as long as a whole number of `VOLUME_UNIT`, with some room to spare.
     """
     import pycdlib  # noqa: PLC0415 - heavy
 
@@ -110,7 +113,8 @@ def write_iso(seed: Seed, path: Path) -> None:
     with path.open("xb") as file:
         path.chmod(0o600)
         iso.write_fp(file)
-        file.truncate(-(-file.seek(0, os.SEEK_END) // VOLUME_UNIT) * VOLUME_UNIT)
+        needed = file.seek(0, os.SEEK_END) + _SPARE
+        file.truncate(-(-needed // VOLUME_UNIT) * VOLUME_UNIT)
     iso.close()
 
 
@@ -248,7 +252,7 @@ def _mime_part(document: bytes) -> email.message.Message:
     if document.startswith(_GZIP_MAGIC):
         try:
             document = gzip.decompress(document)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"vendor_data is damaged gzip data: {error}") from error
     if b"mime-version:" in document[:4096].lower():
         return email.message_from_bytes(document)

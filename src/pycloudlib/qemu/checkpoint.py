@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,10 +103,10 @@ class SavedMachine:
         """Say why it cannot go on here; None when it can."""
         if host != self.host:
             return "it was saved by another QEMU, on another processor or with another accelerator"
-        for file, digest in ((self.memory, self.memory_mark), (self.state, self.state_mark)):
+        for file, mark in ((self.memory, self.memory_mark), (self.state, self.state_mark)):
             if not file.is_file():
                 return f"{file} is missing"
-            if _mark(file) != digest:
+            if _mark(file) != mark:
                 return f"{file} was changed since"
         return None
 
@@ -118,6 +119,8 @@ def directory_of(image: Path) -> Path:
 def find(image: Path) -> SavedMachine | None:
     """Find the saved machine that belongs to an image; None for an image of a disk alone."""
     try:
+        if not _is_own(directory_of(image)):
+            return None
         facts = json.loads((directory_of(image) / _FACTS).read_text())
         if facts["format"] != FORMAT:
             _log.warning("%s was saved in another format; only its disk is used", image)
@@ -132,11 +135,21 @@ def find(image: Path) -> SavedMachine | None:
             facts["memory_mark"],
             facts["state_mark"],
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError) as error:
         _log.warning("%s is damaged (%s); only its disk is used", directory_of(image), error)
         return None
+
+
+def _is_own(directory: Path) -> bool:
+    """Say whether a directory is this user's alone: what it tells of is run as this user."""
+    facts = directory.lstat()
+    own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
+    if not own or facts.st_mode & 0o022:
+        _log.warning("%s is not this user's alone; only the disk beside it is used", directory)
+        return False
+    return True
 
 
 def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
@@ -193,23 +206,26 @@ def host_fingerprint(binary: Path, accelerator: Accelerator) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def copy(saved: SavedMachine, image: Path, *, by_link: bool = False) -> None:
+def copy(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> None:
     """Put what is kept of a saved machine beside another image of the same disk.
 
     Args:
         saved: The machine.
         image: The image.
-        by_link: Whether the large file is shared with the first, on the same file system.
+        linked_for: The name that the image is going to have, when the large file is shared with
+            the first one's; None for a copy of it.
     """
     with _new_directory(directory_of(image)) as directory:
         for file in sorted(saved.directory.iterdir()):
             if file != saved.memory:
                 shutil.copy2(file, directory / file.name)
-            elif by_link:
+            elif linked_for is not None:
                 os.link(file, directory / file.name)
             else:
                 _copy_memory(file, directory / file.name)
-        _write_facts(dataclasses.replace(saved, image=image, login=_relocate(saved, directory)))
+        final = directory_of(linked_for or image)
+        relocated = dataclasses.replace(saved, image=image)
+        _write_facts(relocated, _relocate(saved, directory, final))
 
 
 def _copy_memory(source: Path, target: Path) -> None:
@@ -226,14 +242,16 @@ def _copy_memory(source: Path, target: Path) -> None:
 def delete(image: Path) -> None:
     """Remove what is kept beside an image; a directory of another kind stays."""
     directory = directory_of(image)
-    if (directory / _FACTS).exists():
+    if any((directory / name).exists() for name in (_FACTS, "state", "memory")):
         shutil.rmtree(directory)
 
 
 def _check_can_be_saved(machine: Machine) -> None:
     machine.check_on()
-    if machine.state is State.STARTING:
-        raise CloudError(f"{machine.spec.name} is starting; it can be saved when it runs")
+    if machine.state is not State.RUNNING:
+        raise CloudError(
+            f"{machine.spec.name} is {machine.state.value}; it can be saved when it runs"
+        )
     plugged = list_plugged(machine)
     if plugged:
         raise CloudError(
@@ -301,18 +319,18 @@ def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
         # A key that goes with the machine: the user's own stays where it is.
         if key is not None and Path(key).parent == rundir.path:
             shutil.copy2(key, saved.directory / Path(key).name)
-    return _write_facts(dataclasses.replace(saved, login=_relocate(saved, saved.directory)))
+    return _write_facts(saved, _relocate(saved, saved.directory, saved.directory))
 
 
-def _relocate(saved: SavedMachine, directory: Path) -> LoginFacts:
-    """Name the keys that are kept in a directory there."""
+def _relocate(saved: SavedMachine, directory: Path, final: Path) -> LoginFacts:
+    """Name the keys that are kept in a directory by the name that it is going to have."""
 
-    def here(path: str | None) -> str | None:
-        kept = None if path is None else directory / Path(path).name
-        return str(kept) if kept is not None and kept.exists() else path
+    def there(path: str | None) -> str | None:
+        kept = path is not None and (directory / Path(path).name).exists()
+        return str(final / Path(path).name) if kept and path is not None else path
 
     login = saved.login
-    return LoginFacts(login.username, here(login.public_key_path), here(login.private_key_path))
+    return LoginFacts(login.username, there(login.public_key_path), there(login.private_key_path))
 
 
 def _mark(file: Path) -> str:
@@ -320,14 +338,17 @@ def _mark(file: Path) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-def _write_facts(saved: SavedMachine) -> SavedMachine:
+def _write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
     marked = dataclasses.replace(
-        saved, memory_mark=_mark(saved.memory), state_mark=_mark(saved.state)
+        saved,
+        login=login,
+        memory_mark=_mark(saved.memory),
+        state_mark=_mark(saved.state),
     )
     facts = {
         "format": FORMAT,
         "spec": json.loads(saved.spec.to_json()),
-        "login": dataclasses.asdict(saved.login),
+        "login": dataclasses.asdict(login),
         "host": saved.host,
         "helper": saved.helper,
         "saved_at": saved.saved_at,

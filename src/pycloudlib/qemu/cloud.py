@@ -17,7 +17,7 @@ import platformdirs
 
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import create_new_directory, write_private
+from pycloudlib.files import create_new_directory
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
@@ -36,7 +36,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
     write_files,
 )
-from pycloudlib.qemu.live import QemuLive
+from pycloudlib.qemu.live import QemuLive, check_new
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
@@ -177,22 +177,14 @@ class Qemu(QemuLive):
         )
         return self._start(request, options.username or _default_user(image))
 
-    def _start(
-        self,
-        request: LaunchRequest,
-        username: str,
-        key_pair: KeyPair | None = None,
-        first_run: str | None = None,
-    ) -> QemuInstance:
+    def _start(self, request: LaunchRequest, username: str) -> QemuInstance:
         """Start a machine from a request that was checked."""
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack)
-            key = key_pair or self._key_for(rundir)
+            key = self._key_for(rundir)
             rundir.write_login(LoginFacts(username, key.public_key_path, key.private_key_path))
             write_files(rundir, request)
-            if first_run is not None:
-                write_private(rundir.first_run, first_run)
             machine = start_machine(
                 self._host,
                 rundir,
@@ -258,12 +250,13 @@ class Qemu(QemuLive):
             MachineEndedError: It is to be saved and does not run.
             CloudError: It could not be saved, and goes on; says why.
             FileExistsError: There is something at `path` already; it stays as it is.
+            FileNotFoundError: The directory of `path` does not exist.
         """
         if kwargs:
             self._log.info("Ignored by snapshot(): %s", ", ".join(sorted(kwargs)))
         instance.check_exists()
         if memory:
-            return self._save(instance, path)
+            return self._save(instance, None if path is None else check_new(path))
         if path is not None:
             raise ValueError("path is for a saved machine (memory=True); see export_image()")
         if clean:

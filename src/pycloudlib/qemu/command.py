@@ -36,6 +36,7 @@ class Channels:
         qmp: A listening unix socket for anybody's QMP session.
         console: A listening TCP socket for telnet to the serial console.
         helper: A listening unix socket that leads to the helper's port in the guest.
+        memory: The file of memory to be shared; None for memory of another kind.
         console_log: The file that keeps the serial output.
     """
 
@@ -45,11 +46,13 @@ class Channels:
     console: int
     helper: int
     console_log: Path
+    memory: int | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What QEMU inherits."""
-        return (self.control, self.attach, self.qmp, self.console, self.helper)
+        all_of_them = (self.control, self.attach, self.qmp, self.console, self.helper, self.memory)
+        return tuple(number for number in all_of_them if number is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def build_command(
         "-cpu", spec.accelerator.cpu_model,
         "-smp", str(spec.instance_type.cpus),
         "-m", f"{spec.instance_type.memory_mib}M",
-        "-object", _memory(origin.memory, spec.instance_type.memory_mib),
+        "-object", _memory(origin.memory, channels.memory, spec.instance_type.memory_mib),
         "-display", "none",
         *(("-sandbox", SANDBOX) if features.sandbox else ()),
         "-chardev", f"socket,id=control,fd={channels.control}",
@@ -129,10 +132,16 @@ def build_command(
         "-chardev", f"socket,id=helper,fd={channels.helper},server=on,wait=off",
         "-device", f"virtserialport,chardev=helper,name={HELPER_PORT}",
         *_kernel(spec),
-        *spec.launch_args,
-        *(("-incoming", "defer") if origin.state is not None else ()),
+        *(spec.launch_args if origin.state is None else _incoming(spec.launch_args)),
+        # One that takes over is let run when everybody knows that it is the machine.
+        *(["-S"] if origin.replaces else []),
     ]
     # fmt: on
+
+
+def _incoming(launch_args: tuple[str, ...]) -> list[str]:
+    """Let QEMU wait for a state, which says whether the machine runs: `-S` would overrule it."""
+    return [*(argument for argument in launch_args if argument != "-S"), "-incoming", "defer"]
 
 
 def ssh_rule(spec: MachineSpec) -> str:
@@ -145,16 +154,14 @@ def escape(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _memory(memory: Memory, mebibytes: int) -> str:
+def _memory(memory: Memory, shared: int | None, mebibytes: int) -> str:
     """Give the backend of the memory: of one id for all kinds, by which a state is fitted to it."""
     common = f"id=ram0,size={mebibytes}M"
     if memory.file is not None:
         return f"memory-backend-file,{common},share=off,mem-path={escape(memory.file)}"
-    return (
-        f"memory-backend-memfd,{common},share=on"
-        if memory.shared
-        else f"memory-backend-ram,{common}"
-    )
+    if shared is not None:
+        return f"memory-backend-file,{common},share=on,mem-path=/proc/self/fd/{shared}"
+    return f"memory-backend-ram,{common}"
 
 
 def _accel(accelerator: Accelerator) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import shutil
 import socket
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError
@@ -16,7 +19,7 @@ from pycloudlib.files import write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
 from pycloudlib.key import generate_ed25519
-from pycloudlib.qemu import disk
+from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.handover import feed, receive, wait_for_state
@@ -40,6 +43,7 @@ class CopyRequest:
         fresh_identity: Whether it is to be somebody of its own.
         new_key: The SSH key to let in, if another one than the saved machine's.
         first_run: A script to run in it once.
+        boots: Whether it boots from the saved disk, as the saved machine cannot go on here.
     """
 
     name: str
@@ -47,6 +51,7 @@ class CopyRequest:
     fresh_identity: bool = False
     new_key: NewKey | None = None
     first_run: str | None = None
+    boots: bool = False
 
 
 def write_files(rundir: RunDirectory, request: CopyRequest) -> None:
@@ -61,8 +66,9 @@ def write_files(rundir: RunDirectory, request: CopyRequest) -> None:
         for source, target in ((saved.seed, rundir.seed), (saved.known_hosts, rundir.known_hosts)):
             if source.exists():
                 shutil.copy2(source, target)
-    write_private(rundir.fix_up, FixUp(identity, request.new_key).to_json())
-    if saved.helper:
+    if identity is not None or not request.boots:
+        write_private(rundir.fix_up, FixUp(identity, request.new_key).to_json())
+    if saved.helper and not request.boots:
         write_private(rundir.helper_mark, saved.login.username)
     if request.first_run is not None:
         write_private(rundir.first_run, request.first_run)
@@ -88,10 +94,17 @@ def wake(machine: Machine, saved: SavedMachine) -> None:
         MachineEndedError: QEMU did not take the state.
         CloudError: It did not come to run.
     """
+    with _waking(saved) as (origin, settle):
+        machine.power_on(origin, settle)
+
+
+@contextlib.contextmanager
+def _waking(
+    saved: SavedMachine,
+) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
+    """Give what a QEMU begins with, and how it comes to run."""
     ours, theirs = socket.socketpair()
-    with contextlib.ExitStack() as stack:
-        stack.callback(ours.close)
-        stack.callback(theirs.close)
+    with ours, theirs:
         memory = Memory(file=saved.memory)
         number = theirs.fileno()
 
@@ -100,7 +113,7 @@ def wake(machine: Machine, saved: SavedMachine) -> None:
             feed(ours, saved.state)
             wait_for_state(qemu, Deadline.after(_WAKE_LIMIT))
 
-        machine.power_on(Origin(memory, state=number), settle)
+        yield Origin(memory, state=number), settle
 
 
 def roll_back(machine: Machine, saved: SavedMachine) -> None:
@@ -109,24 +122,38 @@ def roll_back(machine: Machine, saved: SavedMachine) -> None:
     Raises:
         CloudError: It did not work; the machine is off, and its disk is as it was.
     """
-    uninterrupted(lambda: _roll_back(machine, saved))
+    store = layers.LayerStore(machine.rundir.path.parent)
+    # What the disk of before is built on is needed until the machine runs.
+    with store.keeping_all():
+        uninterrupted(lambda: _roll_back(machine, saved))
 
 
 def _roll_back(machine: Machine, saved: SavedMachine) -> None:
     rundir = machine.rundir
-    fresh = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")
-    before = rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2")
-    disk.create_overlay(disk.read_layer(saved.image), fresh, unopened=True)
-    machine.kill()
-    rundir.disk.replace(before)
-    fresh.replace(rundir.disk)
-    try:
-        wake(machine, saved)
-    except BaseException:
-        before.replace(rundir.disk)
-        raise
+    fresh, before = (rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2") for _ in range(2))
+
+    def exchange_disk() -> None:
+        os.link(rundir.disk, before)
+        # One rename: at any moment there is a whole disk under that name.
+        fresh.replace(rundir.disk)
+
+    with contextlib.ExitStack() as undo, _waking(saved) as (origin, settle):
+        undo.callback(fresh.unlink, missing_ok=True)
+        undo.callback(_put_back, before, rundir.disk)
+        disk.create_overlay(disk.read_layer(saved.image), fresh, unopened=True)
+        machine.begin_anew(exchange_disk, origin, settle)
+        undo.pop_all()
     before.unlink()
-    # Who it is goes with it: what was put right in it once is put right again.
+    _expect_fix_up(rundir, saved)
+
+
+def _put_back(before: Path, disk_file: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        before.replace(disk_file)
+
+
+def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
+    """Note what is to be put right: who it is goes with it, as it was put right before."""
     if rundir.fixed_up.exists():
         rundir.fixed_up.replace(rundir.fix_up)
     elif not rundir.fix_up.exists():
@@ -135,6 +162,8 @@ def _roll_back(machine: Machine, saved: SavedMachine) -> None:
             shutil.copy2(saved.known_hosts, rundir.known_hosts)
     if saved.helper:
         write_private(rundir.helper_mark, saved.login.username)
+    else:
+        rundir.helper_mark.unlink(missing_ok=True)
 
 
 def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:

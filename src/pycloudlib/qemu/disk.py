@@ -210,6 +210,8 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
     # fmt: on
     temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
     try:
+        # qemu-img would make it readable for everybody; it holds the machine's secrets.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         run_tool_streaming(
             "exporting the image", [*argv, temporary], on_line=_percent_reader(on_progress)
         )

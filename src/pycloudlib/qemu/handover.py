@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.command import Origin, ssh_rule
 from pycloudlib.qemu.machine import Machine, MachineEndedError
-from pycloudlib.qemu.memory import Memory
+from pycloudlib.qemu.memory import Memory, find_shared_memory
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.running import RunningQemu
 
@@ -37,6 +38,8 @@ _DOWNTIME_MS = 10
 _BANDWIDTH = 1 << 40
 # After the state, QEMU waits for nothing any more.
 _RESUME_LIMIT = 30.0
+_LOOK = 0.01
+_SETTLED = (None, "none", "cancelled", "failed", "completed")
 
 
 def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = None) -> float | None:
@@ -59,6 +62,8 @@ def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = Non
     """
     with machine.rundir.power_lock(), machine.session() as session:
         predecessor = machine.qemu()
+        if memory.file is not None:
+            _check_is_own(machine, predecessor, memory.file)
         begun = len(predecessor.events)
         with _successor(machine, memory) as (successor, incoming):
             deadline = Deadline.after(_LIMIT_SECONDS)
@@ -124,7 +129,11 @@ def _move(
     kept_state: Path | None,
     deadline: Deadline,
 ) -> None:
-    """Move the state, then the machine; on failure the machine goes on where it was."""
+    """Move the state, then the machine; on failure the machine goes on where it was.
+
+    The successor does nothing until all else has succeeded: so it can be given up until then.
+    """
+    ran = session.execute("query-status")["running"]
     _set_capabilities(session, memory)
     session.execute(
         "migrate-set-parameters", {"downtime-limit": _DOWNTIME_MS, "max-bandwidth": _BANDWIDTH}
@@ -137,9 +146,12 @@ def _move(
         wait_for_state(successor, deadline)
         if pump is not None:
             pump.result()
+        successor.publish()
+        if ran:
+            successor.execute("cont")
     except BaseException as error:
         successor.kill()
-        _go_on(session, machine)
+        _go_on(session, machine, ran=ran)
         if isinstance(error, MachineEndedError):
             raise CloudError(
                 f"{machine.spec.name} could not be handed over to another QEMU. {error.end}"
@@ -152,15 +164,33 @@ def _is_decided(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
 
 
-def _go_on(session: QmpSession, machine: Machine) -> None:
-    """Let the guest run on where it was, whether it had stopped already or not."""
+def _go_on(session: QmpSession, machine: Machine, *, ran: bool) -> None:
+    """Let the machine go on where it was, whether it had stopped already or not."""
+    deadline = Deadline.after(_RESUME_LIMIT)
     try:
         with contextlib.suppress(QmpError):
             session.execute("migrate_cancel")
-        if session.execute("query-status")["status"] in ("postmigrate", "finish-migrate"):
-            session.execute("cont")
-    except QmpError as error:
+        while session.execute("query-migrate").get("status") not in _SETTLED:
+            if deadline.expired:
+                break
+            time.sleep(_LOOK)
+        # Also when QEMU has let the guest run again by itself: only this gives it its disks back.
+        session.execute("cont")
+        if not ran:
+            session.execute("stop")
+        machine.rundir.write_process(machine.qemu().process.identity)
+    except (QmpError, MachineEndedError) as error:
         _log.error("%s cannot go on: %s", machine.spec.name, error)
+
+
+def _check_is_own(machine: Machine, qemu: RunningQemu, memory: Path) -> None:
+    """Make sure that memory is that of the QEMU that runs: another may have begun meanwhile."""
+    own = find_shared_memory(qemu.process.identity.pid)
+    if own is None or not own.samefile(memory):
+        raise CloudError(
+            f"{machine.spec.name} was switched off and on, or saved by somebody else, while it was "
+            "to be saved; it goes on"
+        )
 
 
 def _forward_ssh(machine: Machine, qemu: RunningQemu) -> None:
@@ -215,6 +245,8 @@ class _Pump(threading.Thread):
             OSError: The stream broke, or the copy could not be written.
         """
         self.join(_RESUME_LIMIT)
+        if self.is_alive():
+            raise CloudError("the state of the machine did not come to its end")
         if self._error is not None:
             raise self._error
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

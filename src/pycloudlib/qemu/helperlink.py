@@ -14,7 +14,13 @@ from pathlib import Path
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import write_private
-from pycloudlib.guest.helper import LARGEST_STDIN, FixUp, HelperConnection, HelperError
+from pycloudlib.guest.helper import (
+    LARGEST_STDIN,
+    FixUp,
+    HelperConnection,
+    HelperError,
+    HelperRefusedError,
+)
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.rundir import short_path
 from pycloudlib.result import Result
@@ -24,6 +30,8 @@ _log = logging.getLogger(__name__)
 _FIX_LIMIT = 60.0
 _APPEAR_LIMIT = 60.0
 _APPEAR_LOOK = 0.05
+_WAKING_LIMIT = 2.0
+_WAKING_LOOK = 0.005
 
 
 class HelperLink:
@@ -53,7 +61,7 @@ class HelperLink:
             user: The login user, as which its commands run.
         """
         deadline = Deadline.after(_APPEAR_LIMIT)
-        # Looked at, because an event of it (VSERPORT_CHANGE) comes only to who started the QEMU.
+        # Looked at, because an event of it would come only to who started the QEMU.
         while not self.appears():
             if deadline.expired:
                 return False
@@ -102,8 +110,12 @@ class HelperLink:
                     f"The command did not end within {timeout or 0:g} s and was hung up on: "
                     f"{' '.join(argv)}"
                 ) from None
+            except HelperRefusedError as error:
+                _log.debug("%s: %s", self._machine.spec.name, error)
+                return None
             except HelperError as error:
                 _log.debug("%s: %s", self._machine.spec.name, error)
+                self.forget()
                 return Result("", "", -1)
         return Result(_text(command.out), _text(command.err), command.status or 0)
 
@@ -113,24 +125,37 @@ class HelperLink:
         except FileNotFoundError:
             return False
 
-    @contextlib.contextmanager
-    def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
-        """Connect, if nobody else is connected; None when that cannot be."""
+    def _is_there(self, deadline: Deadline) -> bool:
+        """Say whether it runs; when the machine has just woken up, QEMU knows it in a moment."""
         try:
-            if not self.appears():
-                _log.debug("The helper of %s is gone", self._machine.spec.name)
-                self.forget()
-                yield None
-                return
+            while not self.appears():
+                if deadline.expired:
+                    _log.debug("The helper of %s is gone", self._machine.spec.name)
+                    # Of a copy that is not put right yet it is expected still: SSH may not do.
+                    if not self._machine.rundir.fix_up.exists():
+                        self.forget()
+                    return False
+                time.sleep(_WAKING_LOOK)
         except CloudError:
             # Whoever uses SSH next is told how the machine ended.
-            yield None
-            return
+            return False
+        return True
+
+    def _still_there(self) -> bool:
+        try:
+            return self.appears()
+        except CloudError:
+            return False
+
+    @contextlib.contextmanager
+    def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
+        """Connect; None when it is not there, or somebody else is connected and not waited for."""
+        there = self._is_there(Deadline.after(_WAKING_LIMIT))
         with _turn(self._machine.rundir.path / "helper.lock", wait=wait) as ours:
-            if not ours:
+            if not (there and ours):
                 yield None
                 return
-            with HelperConnection(self._connect()) as connection:
+            with HelperConnection(self._connect(), self._still_there) as connection:
                 yield connection
 
     def _connect(self) -> socket.socket:
@@ -149,14 +174,20 @@ def _turn(path: Path, *, wait: bool) -> Iterator[bool]:
     """Take turns among threads and processes; say whether it is ours now."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        deadline = Deadline.after(_FIX_LIMIT if wait else 0)
+        while not (ours := _try_lock(descriptor)) and not deadline.expired:
+            time.sleep(_APPEAR_LOOK)
+        yield ours
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _text(output: bytearray) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,15 +63,12 @@ class LaunchOptions:
 
     def changes_to(self, spec: MachineSpec) -> list[str]:
         """Name the options that ask for another machine than one that exists already."""
-        changes = [
-            name for name in _MACHINE_OPTIONS if getattr(self, name) != getattr(_NO_OPTIONS, name)
-        ]
+        changes = [name for name in _MACHINE_OPTIONS if getattr(self, name)]
         if self.instance_type not in (None, DEFAULT_INSTANCE_TYPE, str(spec.instance_type)):
             changes.insert(0, "instance_type")
         return changes
 
 
-_NO_OPTIONS = LaunchOptions()
 _MACHINE_OPTIONS = (
     "meta_data",
     "vendor_data",
@@ -107,7 +103,7 @@ class LaunchRequest:
         name: The instance's name.
         image: The image to start from.
         instance_type: Processors and memory.
-        seed: Data for cloud-init, or a volume that holds it already; None for a machine without.
+        seed: Data for cloud-init; None for a machine without a seed.
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU.
     """
@@ -115,7 +111,7 @@ class LaunchRequest:
     name: str
     image: disk.BaseImage
     instance_type: InstanceType
-    seed: SeedRequest | Path | None
+    seed: SeedRequest | None
     kernel_boot: KernelBoot | None
     launch_args: tuple[str, ...]
 
@@ -187,9 +183,6 @@ def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
     """Make the machine's disk and its seed."""
     disk.create_overlay(request.image, rundir.disk)
     if request.seed is None:
-        return
-    if isinstance(request.seed, Path):
-        shutil.copy2(request.seed, rundir.seed)
         return
     private, public = generate_ed25519(comment=f"root@{request.name}")
     seed = nocloud.build_seed(

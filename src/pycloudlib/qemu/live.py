@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import shutil
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +18,13 @@ from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
-from pycloudlib.qemu import checkpoint, copies, disk, layers
+from pycloudlib.qemu import checkpoint, copies, layers
 from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.images import QemuImages
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
     Host,
     LaunchOptions,
-    LaunchRequest,
     create_run_directory,
     start_machine,
 )
@@ -31,8 +32,6 @@ from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.spec import make_name
 from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key
-
-_NO_OPTIONS = LaunchOptions()
 
 
 class QemuLive(QemuImages):
@@ -52,26 +51,17 @@ class QemuLive(QemuImages):
     def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance: ...
 
     @abstractmethod
-    def _start(
-        self,
-        request: LaunchRequest,
-        username: str,
-        key_pair: KeyPair | None = None,
-        first_run: str | None = None,
-    ) -> QemuInstance: ...
-
-    @abstractmethod
     def _key_for(self, rundir: RunDirectory) -> KeyPair: ...
 
     def fork(
         self, instance: QemuInstance, count: int, fresh_identity: bool = False
     ) -> list[QemuInstance]:
         """Start copies of a running instance; see `QemuInstance.fork`."""
-        image = Path(self._save(instance))
-        saved = self.find_saved(str(image))
+        saved = self.find_saved(self._save(instance))
 
         def start(_number: int) -> QemuInstance:
-            return self._launch_copy(saved, fresh_identity=fresh_identity)
+            name = make_name(self.tag)
+            return self._start_copy(copies.CopyRequest(name, saved, fresh_identity))
 
         with ThreadPoolExecutor(min(count, 2 * (os.cpu_count() or 1))) as threads:
             attempts = [threads.submit(start, number) for number in range(count)]
@@ -81,6 +71,8 @@ class QemuLive(QemuImages):
             for copy in copies_made:
                 copy.delete()
             failed[0].result()
+        # The copies have its memory open; the disk that they are built on goes with the cloud.
+        checkpoint.delete(saved.image)
         return copies_made
 
     def warm_images(self) -> list[WarmImage]:
@@ -134,9 +126,7 @@ class QemuLive(QemuImages):
         Arguments and errors are those of `QemuImages.export_image`.
         """
         saved = checkpoint.find(store.resolve(image_id, self.image_dir))
-        target = Path(path).expanduser().absolute()
-        if saved is not None and checkpoint.directory_of(target).exists():
-            raise FileExistsError(f"{checkpoint.directory_of(target)} exists already")
+        target = check_new(path)
         super().export_image(image_id, path, compress, on_progress=on_progress)
         if saved is not None:
             try:
@@ -156,28 +146,29 @@ class QemuLive(QemuImages):
         self._warm_cache.forget_base(image)
         checkpoint.delete(image)
 
-    def _save(self, instance: QemuInstance, path: str | Path | None = None) -> str:
+    def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
         instance.check_exists()
         machine = instance.machine
         helper = instance.start_helper()
         base = layers.chain(instance.instance_path)[-1]
         saved = checkpoint.save(machine, f"{make_name(instance.name)}.img", helper=helper)
+        image = str(saved.image)
+        self.created_images.append(image)
         instance.has_moved()
         store.inherit(saved.image, base, source=f"saved from {instance.name}")
-        self.created_images.append(str(saved.image))
         if path is None:
-            return str(saved.image)
+            return image
         try:
-            self.export_image(str(saved.image), path, compress=False)
+            self.export_image(image, path, compress=False)
         finally:
-            self.delete_image(str(saved.image))
-        return str(Path(path).expanduser().absolute())
+            self.delete_image(image)
+        return str(path)
 
     def _launch_saved(
         self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool
     ) -> QemuInstance:
-        """Start a copy of a saved machine; one that cannot go on here boots from its disk."""
+        """Start a copy of a saved machine; where it cannot go on, it boots from its disk."""
         changes = options.changes_to(saved.spec)
         if changes:
             raise ValueError(
@@ -185,43 +176,23 @@ class QemuLive(QemuImages):
                 f"{', '.join(changes)}: launch it without, or the image that it was made from"
             )
         first_run = None if options.user_data is None else runconfig.build_script(options.user_data)
-        host = self._host
-        obstacle = saved.find_obstacle(checkpoint.host_fingerprint(host.binary, host.accelerator))
-        if obstacle is None:
-            try:
-                return self._launch_copy(
-                    saved,
-                    fresh_identity=fresh_identity,
-                    first_run=first_run,
-                    username=options.username,
-                )
-            except (CloudError, PycloudlibTimeoutError) as error:
-                obstacle = str(error)
-        self._log.warning(
-            "%s boots from its disk, as the saved machine cannot go on here: %s",
-            saved.image,
-            obstacle,
+        request = copies.CopyRequest(
+            make_name(self.tag), saved, fresh_identity, first_run=first_run
         )
-        request = LaunchRequest(
-            name=make_name(self.tag),
-            image=disk.inspect_image(saved.image, self.working_dir),
-            instance_type=saved.spec.instance_type,
-            seed=saved.seed if saved.seed.exists() else None,
-            kernel_boot=saved.spec.kernel_boot,
-            launch_args=saved.spec.launch_args,
-        )
-        return self._start(
-            request,
-            options.username or saved.login.username,
-            self._kept_key(saved),
-            first_run,
-        )
+        copy = self._try_copy(request, options.username)
+        if copy is not None:
+            return copy
+        self._log.warning("%s boots from the disk of %s", request.name, saved.image)
+        return self._start_copy(dataclasses.replace(request, boots=True), options.username)
 
     def _launch_warm(
         self, image: Path, options: LaunchOptions, *, fresh_identity: bool
     ) -> QemuInstance:
         """Start a copy of a machine that was launched alike before; the first one is kept."""
         cache, host = self._warm_cache, self._host
+        if not cache.bound:
+            self._log.info("No machines are kept ready (warm_cache_mib = 0 in [qemu])")
+            return self._launch_cold(image, options)
         key = build_key(image, options, host)
         saved = cache.find(key, host)
         if saved is None:
@@ -236,11 +207,14 @@ class QemuLive(QemuImages):
                     self._keep_warm(instance, key)
                     return instance
         # What the user-data asks for has been done in the saved machine.
-        asleep = dataclasses.replace(_NO_OPTIONS, username=options.username)
-        return self._launch_saved(saved, asleep, fresh_identity=fresh_identity)
+        request = copies.CopyRequest(make_name(self.tag), saved, fresh_identity)
+        copy = self._try_copy(request, options.username)
+        return self._launch_cold(image, options) if copy is None else copy
 
     def _keep_warm(self, instance: QemuInstance, key: str) -> None:
         """Save a machine when it is ready, for later launches; without it, they boot."""
+        import paramiko  # noqa: PLC0415 - heavy
+
         self._log.info("Booting %s, to be saved for later launches", instance.name)
         try:
             instance.wait_until_well()
@@ -249,28 +223,45 @@ class QemuLive(QemuImages):
                 self._warm_cache.add(key, self.find_saved(image))
             finally:
                 self.delete_image(image)
-        except (PycloudlibError, OSError) as error:
+        except (PycloudlibError, OSError, paramiko.SSHException) as error:
             self._log.warning("%s is not kept for later launches: %s", instance.name, error)
+        except BaseException:
+            # Nobody has got it yet.
+            instance.delete()
+            raise
 
-    def _launch_copy(
-        self,
-        saved: SavedMachine,
-        *,
-        fresh_identity: bool = False,
-        first_run: str | None = None,
-        username: str | None = None,
-    ) -> QemuInstance:
+    def _try_copy(self, request: copies.CopyRequest, username: str | None) -> QemuInstance | None:
+        """Start a copy that goes on where it was saved; None where that cannot be, and say why."""
+        host = self._host
+        fingerprint = checkpoint.host_fingerprint(host.binary, host.accelerator)
+        obstacle = request.saved.find_obstacle(fingerprint)
+        if obstacle is None:
+            try:
+                return self._start_copy(request, username)
+            except (CloudError, PycloudlibTimeoutError, FileNotFoundError) as error:
+                obstacle = str(error)
+        self._log.warning("%s cannot go on here: %s", request.saved.image, obstacle)
+        return None
+
+    def _start_copy(self, request: copies.CopyRequest, username: str | None = None) -> QemuInstance:
         """Start a copy of a saved machine.
 
         Raises:
             CloudError: It did not come to run; nothing is left of it.
         """
+        saved = request.saved
         user = username or saved.login.username
+
+        def switch_on(machine: Machine) -> None:
+            if request.boots:
+                machine.power_on()
+            else:
+                copies.wake(machine, saved)
+
         with contextlib.ExitStack() as stack:
-            name = make_name(self.tag)
-            rundir = create_run_directory(self.parent_dir / name, stack)
-            key, new_key = self._key_of_copy(rundir, saved)
-            request = copies.CopyRequest(name, saved, fresh_identity, new_key, first_run)
+            rundir = create_run_directory(self.parent_dir / request.name, stack)
+            key, new_key = self._key_of_copy(rundir, request)
+            request = dataclasses.replace(request, new_key=new_key)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
             copies.write_files(rundir, request)
             machine = start_machine(
@@ -278,7 +269,7 @@ class QemuLive(QemuImages):
                 rundir,
                 lambda lease: copies.describe_copy(rundir, request, lease),
                 stack,
-                lambda machine: copies.wake(machine, saved),
+                switch_on,
             )
             instance = self._make_instance(machine, key, user)
             instance.put_right_soon()
@@ -299,18 +290,40 @@ class QemuLive(QemuImages):
             instance.telnet_port,
         )
 
-    def _kept_key(self, saved: SavedMachine) -> KeyPair:
-        login = saved.login
-        return KeyPair(login.public_key_path, login.private_key_path, self._key_name)
-
     def _key_of_copy(
-        self, rundir: RunDirectory, saved: SavedMachine
+        self, rundir: RunDirectory, request: copies.CopyRequest
     ) -> tuple[KeyPair, NewKey | None]:
         """Give the key to log in to a copy with; another than the saved one is let in first."""
-        kept = self._kept_key(saved)
-        if not saved.helper:
+        login = request.saved.login
+        kept = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
+        if not request.saved.helper or request.boots:
             # Nobody could let another key in.
-            return kept, None
+            return _bring_along(kept, request.saved.directory, rundir), None
         ours = self._key_for(rundir)
         old, new = (" ".join(key.public_key_content.split()[:2]) for key in (kept, ours))
-        return ours, None if old == new else NewKey(saved.login.username, old, new)
+        return ours, None if old == new else NewKey(login.username, old, new)
+
+
+def check_new(path: str | Path) -> Path:
+    """Make sure that an image and what is kept beside it can be made at a path.
+
+    Raises:
+        FileExistsError: There is something already.
+        FileNotFoundError: Its directory does not exist.
+    """
+    target = Path(path).expanduser().absolute()
+    for file in (target, checkpoint.directory_of(target)):
+        if file.exists():
+            raise FileExistsError(errno.EEXIST, "an image does not overwrite a file", str(file))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory for an image", str(target.parent))
+    return target
+
+
+def _bring_along(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:
+    """Copy a key that goes with a saved machine to the machine that is made of it."""
+    paths = [
+        shutil.copy2(path, rundir.path) if path and Path(path).parent == kept else path
+        for path in (key.public_key_path, key.private_key_path)
+    ]
+    return KeyPair(paths[0], paths[1], key.name)

@@ -52,10 +52,12 @@ def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None
     """
     results: list[_T] = []
     errors: list[BaseException] = []
-    # Not Thread.join(): once interrupted, it takes the thread for ended.
-    ended = threading.Event()
+    # Not Thread.join(): once interrupted, it takes the thread for ended. And starting it can be
+    # interrupted, too: so it begins when there is somebody to wait for it.
+    begin, ended = threading.Event(), threading.Event()
 
     def run() -> None:
+        begin.wait()
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
@@ -64,13 +66,17 @@ def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None
             ended.set()
 
     threading.Thread(target=run, name="qemu-start", daemon=True).start()
-    try:
-        ended.wait()
-    except BaseException:
-        ended.wait()
+    interrupt: BaseException | None = None
+    while not ended.is_set():
+        try:
+            begin.set()
+            ended.wait()
+        except BaseException as error:  # noqa: BLE001 - raised again when the work has ended
+            interrupt = error
+    if interrupt is not None:
         if undo is not None:
             undo()
-        raise
+        raise interrupt
     if errors:
         raise errors[0]
     return results[0]
@@ -149,21 +155,23 @@ class Machine:
             InstanceNotFoundError: The machine is deleted.
             CloudError: It runs already, or does not answer.
         """
-        beginning = origin or Origin(choose_memory(self.spec.accelerator))
         with self.rundir.power_lock():
-            with self._changed:
-                state = self.state
-                if state is not State.OFF:
-                    raise CloudError(
-                        f"{self.spec.name} is {state.value}; only a machine that is off can "
-                        "be switched on"
-                    )
-                self._starting = True
-            try:
-                uninterrupted(lambda: self._start(beginning, settle), undo=self.kill)
-            finally:
-                self._starting = False
-                self._notify()
+            self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), settle)
+
+    def begin_anew(
+        self,
+        prepare: Callable[[], None],
+        origin: Origin,
+        settle: Callable[[RunningQemu], None],
+    ) -> None:
+        """End QEMU, do something, and start another; nobody else can start one in between.
+
+        Arguments and errors are those of `power_on`; `prepare` is what is done.
+        """
+        with self.rundir.power_lock():
+            self.kill()
+            prepare()
+            self._power_on(origin, settle)
 
     def execute(
         self,
@@ -268,17 +276,43 @@ class Machine:
             CloudError: The kernel did not end it; the directory stays.
         """
         with contextlib.suppress(InstanceNotFoundError), self.rundir.power_lock():
+            self._kill_successor()
             self.kill()
             self.rundir.remove()
 
     def go_on_in(self, successor: RunningQemu) -> None:
-        """Let another QEMU, that has the machine's state by now, run it; end the one that did."""
-        successor.publish()
+        """Take another QEMU, that runs the machine by now, for its own; end the one that did."""
         with self._changed:
             predecessor = self._qemu
             self._take(successor)
         if predecessor is not None:
             predecessor.kill()
+
+    def _power_on(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
+        self._kill_successor()
+        with self._changed:
+            state = self.state
+            if state is not State.OFF:
+                raise CloudError(
+                    f"{self.spec.name} is {state.value}; only a machine that is off can be "
+                    "switched on"
+                )
+            self._starting = True
+        try:
+            uninterrupted(lambda: self._start(origin, settle), undo=self.kill)
+        finally:
+            self._starting = False
+            self._notify()
+
+    def _kill_successor(self) -> None:
+        """End a QEMU that was to take over from another, when its owner ended before it did."""
+        identity = self.rundir.find_successor()
+        if identity is None:
+            return
+        process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
+        if process is not None:
+            process.kill()
+        self.rundir.forget_successor()
 
     def _start(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
         begun = time.monotonic()

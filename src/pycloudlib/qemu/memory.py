@@ -20,8 +20,7 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu.accelerator import Accelerator
 
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-# QEMU's own name of the file in which `memory-backend-memfd` has a guest's memory.
-_MEMFD_NAME = "/memfd:memory-backend-memfd"
+_NAME = "pycloudlib-guest-memory"
 # What is looked at for having nothing in it, and left out.
 _CHUNK = 256 << 10
 _ZEROS = bytes(_CHUNK)
@@ -65,14 +64,28 @@ def _shared_memory_has_huge_pages() -> bool:
     return False
 
 
+def create_shared_memory(size: int) -> int:
+    """Make memory to be shared: a file without a name that goes with whoever has it open.
+
+    QEMU is to take it for a file (`memory-backend-file`), not to make one itself
+    (`memory-backend-memfd`): from 8.1 on it leaves only files out of a state.
+
+    Returns:
+        Its descriptor.
+    """
+    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
 def find_shared_memory(pid: int) -> Path | None:
     """Find the file of a QEMU's shared memory; None when its memory is of another kind.
 
-    Its name is good as long as the process lives, or whoever has opened it.
+    Its path is good as long as the process lives.
     """
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            if str(link.readlink()).startswith(_MEMFD_NAME):
+            if str(link.readlink()).startswith(f"/memfd:{_NAME}"):
                 return link
     return None
 
@@ -127,7 +140,10 @@ def _copy(content: mmap.mmap, target: int, start: int, end: int, *, release: boo
     while start < end:
         data = content[start : min(start + _CHUNK, end)]
         if data != _ZEROS[: len(data)]:
-            os.pwrite(target, data, start)
-        elif release:
+            written = os.pwrite(target, data, start)
+            # A disk that is nearly full takes a part of it; the rest is told as the error then.
+            start += written
+            continue
+        if release:
             content.madvise(mmap.MADV_REMOVE, start, len(data))
         start += len(data)

@@ -109,6 +109,10 @@ class RunDirectory:
         return self.path / "process.json"
 
     @property
+    def _successor_file(self) -> Path:
+        return self.path / "successor.json"
+
+    @property
     def _login_file(self) -> Path:
         return self.path / "login.json"
 
@@ -141,14 +145,24 @@ class RunDirectory:
 
     def write_process(self, identity: ProcessIdentity) -> None:
         """Keep which process runs the machine."""
-        _write(self._process_file, json.dumps({"pid": identity.pid, "start": identity.start_time}))
+        # No process survives the host. And this one may stand still while it is written down.
+        _write(self._process_file, _identity_text(identity), synced=False)
 
     def find_process(self) -> ProcessIdentity | None:
         """Read which process runs the machine, or ran it last."""
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            facts = json.loads(self._process_file.read_text())
-            return ProcessIdentity(facts["pid"], facts["start"])
-        return None
+        return _find_identity(self._process_file)
+
+    def write_successor(self, identity: ProcessIdentity) -> None:
+        """Keep which process is to take the machine over, in case that it never does."""
+        _write(self._successor_file, _identity_text(identity), synced=False)
+
+    def find_successor(self) -> ProcessIdentity | None:
+        """Read which process was to take the machine over; None when none was cut off in it."""
+        return _find_identity(self._successor_file)
+
+    def forget_successor(self) -> None:
+        """Take note that nobody is to take the machine over."""
+        self._successor_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def power_lock(self) -> Iterator[None]:
@@ -241,6 +255,17 @@ def short_path(path: Path) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _write(file: Path, text: str) -> None:
-    with replace_atomically(file) as temporary:
+def _identity_text(identity: ProcessIdentity) -> str:
+    return json.dumps({"pid": identity.pid, "start": identity.start_time})
+
+
+def _find_identity(file: Path) -> ProcessIdentity | None:
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        facts = json.loads(file.read_text())
+        return ProcessIdentity(facts["pid"], facts["start"])
+    return None
+
+
+def _write(file: Path, text: str, *, synced: bool = True) -> None:
+    with replace_atomically(file, synced=synced) as temporary:
         write_private(temporary, text + "\n")

@@ -110,6 +110,7 @@ class RunningQemu:
         qemu = cls(spec.name, rundir, started.process, State.STARTING)
         try:
             if origin.replaces:
+                rundir.write_successor(started.process.identity)
                 qemu._unpublished = started
             else:
                 # Before the session: a QEMU that others cannot find is one that is leaked.
@@ -126,12 +127,14 @@ class RunningQemu:
         if self._unpublished is not None:
             self._unpublished.publish()
             self._unpublished = None
+            self._rundir.forget_successor()
 
     def abandon(self) -> None:
         """End one that was to replace another and will not."""
         if self._unpublished is not None:
             self._unpublished.discard()
             self._unpublished = None
+            self._rundir.forget_successor()
         self.kill()
 
     @property

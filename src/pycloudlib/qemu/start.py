@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.command import POWER_ON, Channels, Origin, build_command, ssh_rule
 from pycloudlib.qemu.features import find_features
+from pycloudlib.qemu.memory import create_shared_memory
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess
 from pycloudlib.qemu.rundir import RunDirectory, StagedSocket
 from pycloudlib.qemu.spec import MachineSpec
@@ -45,7 +47,6 @@ class StartedQemu:
         process: Its process.
         control: Our end of its first QMP session.
         argv: Its command line.
-        console_start: Where in the console log its output begins, in bytes.
         sockets: The unix sockets that it listens on, by another name than they are to have.
         rundir: The machine's directory.
     """
@@ -53,15 +54,14 @@ class StartedQemu:
     process: QemuProcess
     control: socket.socket
     argv: list[str]
-    console_start: int
     sockets: tuple[StagedSocket, ...]
     rundir: RunDirectory
 
     def publish(self) -> None:
         """Make it the machine's QEMU in the eyes of all, in place of one that there was before."""
+        self.rundir.write_process(self.process.identity)
         for staged in self.sockets:
             staged.publish()
-        self.rundir.write_process(self.process.identity)
 
     def discard(self) -> None:
         """Give up what it has; the process is its owner's to end."""
@@ -81,7 +81,6 @@ def start_qemu(
     """
     # QEMU appends to it, and would make it readable for everybody.
     rundir.console_log.touch(mode=0o600)
-    console_start = rundir.console_log.stat().st_size
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
         control, peer = socket.socketpair()
         ours.callback(control.close)
@@ -94,6 +93,10 @@ def start_qemu(
             sockets.append(staged)
         attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
         console = theirs.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
+        memory = None
+        if origin.memory.shared:
+            memory = create_shared_memory(spec.instance_type.memory_mib << 20)
+            theirs.callback(os.close, memory)
         channels = Channels(
             control=peer.fileno(),
             attach=attach,
@@ -101,13 +104,14 @@ def start_qemu(
             console=console.fileno(),
             helper=helper,
             console_log=rundir.console_log,
+            memory=memory,
         )
         argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
         descriptors = (*channels.descriptors, *origin.descriptors)
         process = QemuProcess.start(argv, pass_fds=descriptors, log=rundir.qemu_log)
         ours.pop_all()
-    return StartedQemu(process, control, argv, console_start, tuple(sockets), rundir)
+    return StartedQemu(process, control, argv, tuple(sockets), rundir)
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:

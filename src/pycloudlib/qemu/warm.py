@@ -23,7 +23,7 @@ from pycloudlib.files import create_private_directory, exclusive_lock
 from pycloudlib.images import store
 from pycloudlib.qemu import checkpoint, layers
 from pycloudlib.qemu.checkpoint import SavedMachine
-from pycloudlib.qemu.launch import Host, LaunchOptions
+from pycloudlib.qemu.launch import Host, LaunchOptions, find_kernel_boot
 
 _log = logging.getLogger(__name__)
 
@@ -56,15 +56,15 @@ class WarmImage:
 def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
     """Digest everything that decides what a machine is like when it has booted."""
     record = store.find_record(image)
-    facts = image.stat()
-    kernel = None if options.kernel_path is None else Path(options.kernel_path).expanduser()
+    boot = find_kernel_boot(image, options.kernel_cmdline, options.kernel_path)
+    kernels = () if boot is None else (boot.kernel, boot.initrd)
     parts = {
         "format": checkpoint.FORMAT,
         "package": __version__,
         "host": checkpoint.host_fingerprint(host.binary, host.accelerator),
-        "image": [str(image.resolve()), facts.st_size, facts.st_mtime_ns],
+        "image": _facts(image),
         "digest": record.sha256 if record else "",
-        "kernel": None if kernel is None else [str(kernel), kernel.stat().st_mtime_ns],
+        "kernel": [_facts(file) for file in kernels if file is not None],
         "options": options.to_plain(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
@@ -90,8 +90,16 @@ class WarmCache:
     @contextlib.contextmanager
     def making(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keep others that ask for the same machine waiting while it is made."""
-        create_private_directory(self.directory)
-        with exclusive_lock(self.directory / f"{key}.lock", on_wait):
+        lock = self.directory / f"{key}.lock"
+        with contextlib.ExitStack() as stack:
+            while True:
+                create_private_directory(self.directory)
+                # Somebody who prunes may remove the directory that has nothing in it yet.
+                with contextlib.suppress(FileNotFoundError):
+                    stack.enter_context(exclusive_lock(lock, on_wait))
+                    break
+            # Who waits for it finds out that it is gone, and makes it anew.
+            stack.callback(lock.unlink, missing_ok=True)
             yield
 
     def find(self, key: str, host: Host) -> SavedMachine | None:
@@ -117,6 +125,7 @@ class WarmCache:
 
         Raises:
             CloudError: It is larger than the cache may be.
+            OSError: It could not be written, or one that machines are built on is in its place.
         """
         size = _size(saved.image, saved.directory)
         if size > self.bound:
@@ -125,13 +134,17 @@ class WarmCache:
                 "all (warm_cache_mib in [qemu])"
             )
         self.prune(self.bound - size)
-        entry = create_private_directory(self.directory / key)
+        create_private_directory(self.directory)
+        made = self.directory / f".{key}.new"
+        shutil.rmtree(made, ignore_errors=True)  # of one that was cut off
+        made.mkdir(mode=0o700)
         try:
             # The same file under another name, as with every layer of a disk.
-            os.link(saved.image, entry / _DISK)
-            checkpoint.copy(saved, entry / _DISK, by_link=True)
+            os.link(saved.image, made / _DISK)
+            checkpoint.copy(saved, made / _DISK, self.directory / key / _DISK)
+            made.rename(self.directory / key)
         except BaseException:
-            shutil.rmtree(entry)
+            shutil.rmtree(made)
             raise
 
     def entries(self) -> list[WarmImage]:
@@ -157,9 +170,6 @@ class WarmCache:
             if taken > bound and self._drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
-        for lock in self.directory.glob("*.lock"):
-            if not lock.with_suffix("").exists():
-                self._remove_lock(lock)
         with contextlib.suppress(OSError):  # something is in it, or it is not there
             self.directory.rmdir()
         return dropped
@@ -177,10 +187,10 @@ class WarmCache:
         shutil.rmtree(entry, ignore_errors=True)
         return True
 
-    def _remove_lock(self, lock: Path) -> None:
-        # Who waits for it finds out that it is gone, and makes it anew.
-        with contextlib.suppress(FileNotFoundError), exclusive_lock(lock):
-            lock.unlink()
+
+def _facts(file: Path) -> list[str | int]:
+    found = file.stat()
+    return [str(file.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def _describe(image: Path, saved: SavedMachine) -> WarmImage:

@@ -1,0 +1,102 @@
+"""What the tests of saved machines share: machines that run, and looks at them from outside."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pycloudlib import Qemu
+from pycloudlib.deadline import Deadline
+from pycloudlib.qemu import checkpoint
+from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import State
+from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.spec import make_name
+
+SMALL = "c1m64"
+"""A size whose memory is copied in no time."""
+
+
+def run(cloud: Qemu, image: Path) -> QemuInstance:
+    """Start a machine whose guest halts at once, and has nothing that could be reached."""
+    return hurry(cloud.launch(str(image), SMALL))
+
+
+def hurry(instance: QemuInstance) -> QemuInstance:
+    """Let nobody wait for an SSH server that will never be there."""
+    instance.banner_timeout = 0.2
+    return instance
+
+
+def save(instance: QemuInstance, name: str = "") -> SavedMachine:
+    """Save a machine, without looking for a helper first; its cloud cleans up."""
+    file_name = f"{name or make_name(instance.name)}.img"
+    saved = checkpoint.save(instance.machine, file_name, helper=False)
+    assert isinstance(instance._owner, Qemu)
+    instance._owner.created_images.append(str(saved.image))
+    return saved
+
+
+def qemus(directory: Path) -> list[int]:
+    """List the QEMUs that have a directory on their command line, by the kernel's own word."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        pid = int(process.name)
+        if f"{directory}/".encode() in command and b"-accel" in command and alive(pid):
+            found.append(pid)
+    return found
+
+
+def alive(pid: int | None) -> bool:
+    assert pid is not None
+    return ProcessIdentity.find(pid) is not None
+
+
+def becomes(true: Callable[[], bool], limit: float = 20) -> bool:
+    """Wait until something is so, where nothing tells of it; say whether it became so."""
+    deadline = Deadline.after(limit)
+    while not true():
+        if deadline.expired:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def accepts(port: str) -> bool:
+    """Say whether somebody listens on a local port."""
+    with socket.socket() as client:
+        client.settimeout(10)
+        return client.connect_ex(("127.0.0.1", int(port))) == 0
+
+
+def runs(instance: QemuInstance) -> bool:
+    """Say whether a machine runs, is one process, and has its ports."""
+    status = instance.machine.execute("query-status")["status"]
+    return (
+        instance.machine.state is State.RUNNING
+        and status == "running"
+        and qemus(instance.instance_dir) == [instance.machine.pid]
+        and accepts(instance.port)
+        and accepts(instance.telnet_port)
+    )
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def touch(path: Path) -> None:
+    facts = path.stat()
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1_000_000))
