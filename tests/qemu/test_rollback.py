@@ -274,7 +274,7 @@ def test_failure_leaves_the_machine_off_and_its_disk_as_it_was(
 
 
 @pytest.mark.parametrize("moment", ["birth", "born", "moved"])
-def test_ctrl_c_leaves_one_qemu_at_most_and_a_whole_disk(
+def test_ctrl_c_in_the_middle_comes_when_it_is_done(
     running: QemuInstance,
     saved: SavedMachine,
     monkeypatch: pytest.MonkeyPatch,
@@ -305,9 +305,9 @@ def test_ctrl_c_leaves_one_qemu_at_most_and_a_whole_disk(
         patch.setattr(copies, "wait_for_state", wait_interrupted)
         with pytest.raises(KeyboardInterrupt):
             running.rollback(str(saved.image))
-    assert qemus(running.instance_dir) == []
-    assert files(running) == had
-    running.start(wait=False)
+    assert qemus(running.instance_dir) == [running.machine.pid]
+    assert files(running) - had <= {"fix-up.json"}
+    assert chain(running.instance_path)[1] == saved.image
     assert runs(running)
 
 

@@ -59,7 +59,7 @@ class Peer:
     def answer(self, *, data: bytes = b"", number: int | None = None, **fields: Any) -> None:
         """Answer the latest request, or another one."""
         fields["id"] = self.requests[-1]["id"] if number is None else number
-        self.say(json.dumps(fields).encode() + b"\n" + data)
+        self.say(b"\n" + json.dumps(fields).encode() + b"\n" + data)
 
     def close(self) -> None:
         self.file.close()

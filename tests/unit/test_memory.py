@@ -19,7 +19,7 @@ PAGE = 4096
 @pytest.fixture
 def guest() -> Iterator[int]:
     """Give a memory of 16 MiB with nothing in it."""
-    descriptor = os.memfd_create("memory-backend-memfd", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create("pycloudlib-guest-memory", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, 16 * MIB)
     yield descriptor
     os.close(descriptor)

@@ -142,8 +142,8 @@ def test_machine_without_vendor_data_gets_a_host_key() -> None:
     assert vendor_config(renamed)["ssh_keys"]["ed25519_public"] == SECOND_KEY[1]
 
 
-def size_of(seed: Seed, path: Path) -> int:
-    write(seed, path)
+def size_of(seed: Seed, path: Path, length: int = 0) -> int:
+    write_iso(seed, path, length)
     return path.stat().st_size
 
 
@@ -173,7 +173,8 @@ def test_copys_volume_is_as_long_even_where_the_first_is_nearly_full(tmp_path: P
         hostname="second",
         host_key=generate_ed25519(comment="root@second"),
     )
-    assert size_of(second, tmp_path / "2.iso") == VOLUME_UNIT
+    assert size_of(second, tmp_path / "2.iso", length=VOLUME_UNIT) == VOLUME_UNIT
+    assert read_iso(tmp_path / "2.iso") == second
 
 
 def test_damaged_gzip_in_vendor_data_is_refused() -> None:

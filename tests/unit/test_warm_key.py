@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.images import store
+from pycloudlib.images.store import kernel_path
 from pycloudlib.qemu import checkpoint, warm
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.launch import Host, LaunchOptions
@@ -27,6 +28,7 @@ def image(tmp_path: Path) -> Path:
     file = tmp_path / "some.img"
     file.write_bytes(bytes(1024))
     os.utime(file, (1000, 1000))
+    kernel_path(file).write_bytes(b"the image's own kernel")
     return file
 
 

@@ -21,7 +21,7 @@ from typing import Any
 _GZIP_MAGIC = b"\x1f\x8b"
 VOLUME_UNIT = 1 << 20
 """Bytes. A copy of a running machine gets a seed of its own, on a disk whose size the guest knows
-already: so sizes differ in large steps only."""
+already: so there is room to spare."""
 
 _SPARE = 64 << 10  # what another name and host key take at most, in bytes
 
@@ -93,10 +93,15 @@ def build_seed(
     )
 
 
-def write_iso(seed: Seed, path: Path) -> None:
+def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
     """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it.
 
-    The file is as long as a whole number of `VOLUME_UNIT`, with some room to spare.
+    Args:
+        seed: The seed.
+        path: The new file.
+        length: Bytes that it is to have if that is enough, as in a copy of a machine whose guest
+            knows its disks already; else it gets room to spare, and is a whole number of
+            `VOLUME_UNIT` long.
     """
     import pycdlib  # noqa: PLC0415 - heavy
 
@@ -113,8 +118,9 @@ def write_iso(seed: Seed, path: Path) -> None:
     with path.open("xb") as file:
         path.chmod(0o600)
         iso.write_fp(file)
-        needed = file.seek(0, os.SEEK_END) + _SPARE
-        file.truncate(-(-needed // VOLUME_UNIT) * VOLUME_UNIT)
+        written = file.seek(0, os.SEEK_END)
+        roomy = -(-(written + _SPARE) // VOLUME_UNIT) * VOLUME_UNIT
+        file.truncate(length if length >= written else roomy)
     iso.close()
 
 

@@ -197,4 +197,4 @@ def _write_renamed_seed(rundir: RunDirectory, saved: SavedMachine, identity: Ide
         hostname=identity.hostname,
         host_key=identity.host_key,
     )
-    nocloud.write_iso(seed, rundir.seed)
+    nocloud.write_iso(seed, rundir.seed, length=saved.seed.stat().st_size)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 _DIRECTORY = "warm"
 _DISK = "disk.img"
+# Seconds after which nobody works on an unfinished entry any more.
+_CUT_OFF_AGE = 3600
 _BLOCK = 512  # stat(2): the unit of st_blocks
 
 
@@ -170,6 +173,9 @@ class WarmCache:
             if taken > bound and self._drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
+        for left in self.directory.glob(".*.new"):
+            if time.time() - left.stat().st_mtime > _CUT_OFF_AGE:
+                shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):  # something is in it, or it is not there
             self.directory.rmdir()
         return dropped
