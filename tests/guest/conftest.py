@@ -105,11 +105,11 @@ def vm(guests: dict[Kind, Future[Guest]]) -> QemuInstance:
 
 
 @pytest.fixture(scope="session")
-def saved(guests: dict[Kind, Future[Guest]]) -> str:
+def saved(guests: dict[Kind, Future[Guest]]) -> Iterator[str]:
     """Give the image of a saved machine: booted, ready, with nothing done to it."""
     machine = guests[Kind.NONE].result().machine
-    # Goes with the cloud of the machine: all that it is made of is in that cloud's directory.
-    return Qemu(tag="guest-saved").snapshot(machine, memory=True)
+    with Qemu(tag="guest-saved") as cloud:
+        yield cloud.snapshot(machine, memory=True)
 
 
 @contextlib.contextmanager

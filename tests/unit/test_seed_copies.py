@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from pycloudlib.guest.seed import VOLUME_UNIT, Document, Seed, build_seed, read_iso, rename
-from pycloudlib.guest.seed import write_iso as write
+from pycloudlib.guest.seed import (
+    VOLUME_UNIT,
+    Document,
+    Seed,
+    build_seed,
+    read_iso,
+    rename,
+    write_iso,
+)
 from pycloudlib.key import generate_ed25519
 from tests.unit.test_seed import merge_as_cloud_init
 
@@ -58,14 +65,14 @@ SEEDS = {
 
 @pytest.mark.parametrize("kind", SEEDS)
 def test_what_is_written_is_read_byte_for_byte(kind: str, tmp_path: Path) -> None:
-    write(SEEDS[kind], tmp_path / "seed.iso")
+    write_iso(SEEDS[kind], tmp_path / "seed.iso")
     assert read_iso(tmp_path / "seed.iso") == SEEDS[kind]
 
 
 @pytest.mark.parametrize("kind", SEEDS)
 def test_volume_is_a_whole_number_of_units(kind: str, tmp_path: Path) -> None:
     volume = tmp_path / "seed.iso"
-    write(SEEDS[kind], volume)
+    write_iso(SEEDS[kind], volume)
     assert volume.stat().st_size % VOLUME_UNIT == 0
     assert volume.stat().st_size >= VOLUME_UNIT
     assert volume.stat().st_mode & 0o777 == 0o600
@@ -75,7 +82,7 @@ def test_volume_is_written_anew_only(tmp_path: Path) -> None:
     volume = tmp_path / "seed.iso"
     volume.write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        write(SEEDS["two"], volume)
+        write_iso(SEEDS["two"], volume)
     assert volume.read_bytes() == b"mine"
 
 
@@ -89,7 +96,7 @@ def test_other_files_are_no_volume(content: bytes, tmp_path: Path) -> None:
 
 def test_volume_that_lost_its_end_is_refused(tmp_path: Path) -> None:
     volume = tmp_path / "seed.iso"
-    write(SEEDS["all four"], volume)
+    write_iso(SEEDS["all four"], volume)
     with volume.open("r+b") as file:
         file.truncate(40 << 10)
     with pytest.raises(ValueError, match="is not a NoCloud volume"):
