@@ -53,7 +53,8 @@ WHO = {
 
 
 def who_is(vm: QemuInstance) -> dict[str, str]:
-    result = vm.execute("; ".join(WHO.values()), use_sudo=True)
+    commands = (f'echo "$({command})"' for command in WHO.values())
+    result = vm.execute("; ".join(commands), use_sudo=True)
     assert result.ok, result.stderr
     return dict(zip(WHO, result.splitlines(), strict=True))
 

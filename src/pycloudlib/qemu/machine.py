@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,13 @@ from pycloudlib.qemu.memory import choose_memory
 from pycloudlib.qemu.process import ProcessEnd, ProcessIdentity, QemuProcess
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.running import ANSWER_LIMIT, MachineEndedError, RunningQemu, State
+from pycloudlib.qemu.running import (
+    ANSWER_LIMIT,
+    MachineEndedError,
+    RunningQemu,
+    State,
+    weakly,
+)
 from pycloudlib.qemu.spec import MachineSpec
 
 __all__ = ["Machine", "MachineEndedError", "PowerOff", "State", "uninterrupted"]
@@ -332,14 +337,7 @@ class Machine:
     def _take(self, qemu: RunningQemu) -> None:
         """Take a QEMU for the one that runs the machine."""
         self._qemu = qemu
-        weak = weakref.WeakMethod(self._notify)
-
-        def tell() -> None:
-            notify = weak()
-            if notify is not None:
-                notify()
-
-        qemu.on_change = tell
+        qemu.on_change = weakly(self._notify)
         self._notify()
 
     def _current_state(self) -> State:

@@ -56,6 +56,18 @@ class MachineEndedError(PycloudlibTimeoutError, CloudError):
         super().__init__(f"{name} is not running" + (f". {end}" if end else ""))
 
 
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Give a callback that calls a method as long as somebody else holds on to its object."""
+    weak = weakref.WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
+
+
 class RunningQemu:
     """One QEMU process and what it tells. Safe to use from several threads.
 
@@ -86,12 +98,10 @@ class RunningQemu:
         self._changed = threading.Condition()
         self._owner_pid = os.getpid()
         # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
-        on_end = weakref.WeakMethod(self.note_end)
+        on_end = weakly(self.note_end)
 
         def tell(_held: QemuProcess = process) -> None:
-            method = on_end()
-            if method is not None:
-                method()
+            on_end()
 
         LoopThread.get().watch(process.fileno(), tell)
 
@@ -176,7 +186,7 @@ class RunningQemu:
             yield kept
             return
         with short_path(self._rundir.attach_socket) as address:
-            opened = QmpSession.open(address, self._on_event, timeout)
+            opened = QmpSession.open(address, weakly(self._on_event), timeout)
         try:
             yield opened
         finally:
@@ -234,7 +244,7 @@ class RunningQemu:
 
     def _open_session(self, started: StartedQemu, spec: MachineSpec) -> None:
         try:
-            session = QmpSession.open(started.control, self._on_event, _GREETING_LIMIT)
+            session = QmpSession.open(started.control, weakly(self._on_event), _GREETING_LIMIT)
             self._session = session
             self._follow(session.execute("query-status")["running"])
         except QmpError as error:
