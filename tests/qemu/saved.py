@@ -11,10 +11,10 @@ from pathlib import Path
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.qemu import checkpoint
-from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
 
 SMALL = "c1m64"

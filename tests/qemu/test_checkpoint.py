@@ -16,7 +16,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import checkpoint, handover, layers, memory
+from pycloudlib.qemu import checkpoint, handover, layers, memory, savedmachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError, State
@@ -91,13 +91,13 @@ def test_memory_is_sparse_and_of_the_machines_size(running: QemuInstance) -> Non
 
 def test_saved_machine_is_found_again_as_it_was(running: QemuInstance) -> None:
     saved = save(running)
-    assert checkpoint.find(saved.image) == saved
+    assert savedmachine.find(saved.image) == saved
     assert saved.spec == running.machine.spec
     assert saved.find_obstacle(saved.host) is None
 
 
 def test_image_of_a_disk_alone_is_no_saved_machine(tiny_image: Path) -> None:
-    assert checkpoint.find(tiny_image) is None
+    assert savedmachine.find(tiny_image) is None
 
 
 def test_machine_is_saved_again_and_again(running: QemuInstance) -> None:
@@ -242,7 +242,7 @@ def test_snapshot_is_kept_beyond_the_cloud(
     assert cloud.created_images == []
     assert cloud.clean() == []
     tiny_image.unlink()
-    assert mode(checkpoint.directory_of(target)) == 0o700
+    assert mode(savedmachine.directory_of(target)) == 0o700
     copy = make_cloud("second").launch(str(target))
     assert runs(copy)
     assert chain(copy.instance_path) == [copy.instance_path, target]

@@ -22,13 +22,13 @@ import yaml
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.guest.seed import read_iso
-from pycloudlib.qemu import checkpoint, copies
-from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu import copies, savedmachine
 from pycloudlib.qemu.copies import CopyRequest
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError
 from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     alive,
@@ -348,7 +348,7 @@ def test_one_of_another_qemu_boots_from_its_disk(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "host_fingerprint", lambda _binary, _accelerator: "another")
+    monkeypatch.setattr(savedmachine, "host_fingerprint", lambda _binary, _accelerator: "another")
     instance = cloud.launch(image)
     assert runs(instance)
     assert "another QEMU" in caplog.text

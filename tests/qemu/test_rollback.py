@@ -18,12 +18,12 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, ImageNotFoundError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, NewKey
 from pycloudlib.qemu import copies, handover
-from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import QemuProcess
 from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     alive,

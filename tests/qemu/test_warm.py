@@ -15,10 +15,10 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import checkpoint
-from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
+from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.warm import WarmCache
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, hurry, mode, run, runs, save, touch
@@ -215,7 +215,7 @@ def test_one_of_another_qemu_is_not_found(
     cloud: Qemu, cache: WarmCache, add: AddEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add("key")
-    monkeypatch.setattr(checkpoint, "host_fingerprint", lambda *_: "another")
+    monkeypatch.setattr(savedmachine, "host_fingerprint", lambda *_: "another")
     assert cache.find("key", cloud._host) is None
 
 
@@ -348,7 +348,7 @@ def test_interrupted_adding_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "copy", interrupt)
+        patch.setattr(savedmachine, "copy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.add("key", saved)
     assert not (cache.directory / "key").exists()

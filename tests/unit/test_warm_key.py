@@ -9,7 +9,7 @@ import pytest
 
 from pycloudlib.images import store
 from pycloudlib.images.store import kernel_path
-from pycloudlib.qemu import checkpoint, warm
+from pycloudlib.qemu import savedmachine, warm
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.launch import Host, LaunchOptions
 from pycloudlib.qemu.ports import PortRegistry
@@ -169,5 +169,5 @@ def test_another_format_changes_the_key(
     image: Path, options: LaunchOptions, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = build_key(image, options, host)
-    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    monkeypatch.setattr(savedmachine, "FORMAT", savedmachine.FORMAT + 1)
     assert build_key(image, options, host) != before

@@ -21,7 +21,7 @@ from pycloudlib.files import create_new_directory
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
-from pycloudlib.qemu import checkpoint, disk, layers
+from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
@@ -147,7 +147,7 @@ class Qemu(QemuLive):
             launch_args,
         )
         image = store.resolve(image_id, self.image_dir)
-        saved = checkpoint.find(image)
+        saved = savedmachine.find(image)
         if saved is not None:
             return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
         if warm:

@@ -20,7 +20,6 @@ from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
 from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import disk, layers
-from pycloudlib.qemu.checkpoint import SavedMachine
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.handover import feed, receive, wait_for_state
 from pycloudlib.qemu.machine import Machine, uninterrupted
@@ -28,6 +27,7 @@ from pycloudlib.qemu.memory import Memory
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import MachineSpec
 
 _WAKE_LIMIT = 60.0

@@ -16,10 +16,10 @@ from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.qemu import copies, hotplug
 from pycloudlib.qemu.access import GuestAccess
-from pycloudlib.qemu.checkpoint import SavedMachine, host_fingerprint
 from pycloudlib.qemu.layers import LayerStore
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import PortLease, PortRegistry
+from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0

@@ -18,8 +18,7 @@ from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
-from pycloudlib.qemu import checkpoint, copies, layers
-from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu import checkpoint, copies, layers, savedmachine
 from pycloudlib.qemu.images import QemuImages
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
@@ -30,6 +29,7 @@ from pycloudlib.qemu.launch import (
 )
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
 from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key
 
@@ -72,7 +72,7 @@ class QemuLive(QemuImages):
                 copy.delete()
             failed[0].result()
         # The copies have its memory open; the disk that they are built on goes with the cloud.
-        checkpoint.delete(saved.image)
+        savedmachine.delete(saved.image)
         return copies_made
 
     def warm_images(self) -> list[WarmImage]:
@@ -103,7 +103,7 @@ class QemuLive(QemuImages):
             ImageNotFoundError: There is no such image.
             CloudError: It is an image of a disk alone.
         """
-        saved = checkpoint.find(store.resolve(image_id, self.image_dir))
+        saved = savedmachine.find(store.resolve(image_id, self.image_dir))
         if saved is None:
             raise CloudError(
                 f"{image_id} is not a saved machine, but an image of a disk; machines are saved "
@@ -125,12 +125,12 @@ class QemuLive(QemuImages):
 
         Arguments and errors are those of `QemuImages.export_image`.
         """
-        saved = checkpoint.find(store.resolve(image_id, self.image_dir))
+        saved = savedmachine.find(store.resolve(image_id, self.image_dir))
         target = check_new(path)
         super().export_image(image_id, path, compress, on_progress=on_progress)
         if saved is not None:
             try:
-                checkpoint.copy(saved, target)
+                savedmachine.copy(saved, target)
             except BaseException:
                 target.unlink()
                 raise
@@ -144,7 +144,7 @@ class QemuLive(QemuImages):
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
         self._warm_cache.forget_base(image)
-        checkpoint.delete(image)
+        savedmachine.delete(image)
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
@@ -233,7 +233,7 @@ class QemuLive(QemuImages):
     def _try_copy(self, request: copies.CopyRequest, username: str | None) -> QemuInstance | None:
         """Start a copy that goes on where it was saved; None where that cannot be, and say why."""
         host = self._host
-        fingerprint = checkpoint.host_fingerprint(host.binary, host.accelerator)
+        fingerprint = savedmachine.host_fingerprint(host.binary, host.accelerator)
         obstacle = request.saved.find_obstacle(fingerprint)
         if obstacle is None:
             try:
@@ -312,7 +312,7 @@ def check_new(path: str | Path) -> Path:
         FileNotFoundError: Its directory does not exist.
     """
     target = Path(path).expanduser().absolute()
-    for file in (target, checkpoint.directory_of(target)):
+    for file in (target, savedmachine.directory_of(target)):
         if file.exists():
             raise FileExistsError(errno.EEXIST, "an image does not overwrite a file", str(file))
     if not target.parent.is_dir():

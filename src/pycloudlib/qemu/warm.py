@@ -22,9 +22,9 @@ from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError
 from pycloudlib.files import create_private_directory, exclusive_lock
 from pycloudlib.images import store
-from pycloudlib.qemu import checkpoint, layers
-from pycloudlib.qemu.checkpoint import SavedMachine
+from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.launch import Host, LaunchOptions, find_kernel_boot
+from pycloudlib.qemu.savedmachine import SavedMachine
 
 _log = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
     boot = find_kernel_boot(image, options.kernel_cmdline, options.kernel_path)
     kernels = () if boot is None else (boot.kernel, boot.initrd)
     parts = {
-        "format": checkpoint.FORMAT,
+        "format": savedmachine.FORMAT,
         "package": __version__,
-        "host": checkpoint.host_fingerprint(host.binary, host.accelerator),
+        "host": savedmachine.host_fingerprint(host.binary, host.accelerator),
         "image": _facts(image),
         "digest": record.sha256 if record else "",
         "kernel": [_facts(file) for file in kernels if file is not None],
@@ -108,12 +108,12 @@ class WarmCache:
     def find(self, key: str, host: Host) -> SavedMachine | None:
         """Find a machine; None when there is none, or it cannot go on here (any more)."""
         image = self.directory / key / _DISK
-        saved = checkpoint.find(image)
+        saved = savedmachine.find(image)
         if saved is None:
             return None
         missing = [str(file) for file in layers.chain(image) if not file.is_file()]
         obstacle = saved.find_obstacle(
-            checkpoint.host_fingerprint(host.binary, host.accelerator)
+            savedmachine.host_fingerprint(host.binary, host.accelerator)
         ) or (f"{missing[0]} is missing" if missing else None)
         if obstacle is not None:
             _log.warning("The warm machine %s is not used: %s", image, obstacle)
@@ -144,7 +144,7 @@ class WarmCache:
         try:
             # The same file under another name, as with every layer of a disk.
             os.link(saved.image, made / _DISK)
-            checkpoint.copy(saved, made / _DISK, self.directory / key / _DISK)
+            savedmachine.copy(saved, made / _DISK, self.directory / key / _DISK)
             made.rename(self.directory / key)
         except BaseException:
             shutil.rmtree(made)
@@ -154,7 +154,7 @@ class WarmCache:
         """List the machines, the one that was used last first."""
         found = []
         for entry in self.directory.glob(f"*/{_DISK}"):
-            saved = checkpoint.find(entry)
+            saved = savedmachine.find(entry)
             if saved is not None:
                 found.append(_describe(entry, saved))
         return sorted(found, key=lambda warm: warm.last_used, reverse=True)
