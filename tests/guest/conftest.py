@@ -81,6 +81,7 @@ def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
         user_data=seed.user_data,
         meta_data=seed.meta_data,
         vendor_data=seed.vendor_data,
+        kernel_cmdline=seed.kernel_cmdline,
         launch_args=["-S"] if held_back else None,
     )
     with _BOOTS_AT_ONCE, collecting_warnings(machine.name) as warnings:

@@ -36,6 +36,7 @@ class TestSeed:
         proof: A command that shows that the user-data took effect, and what it prints.
         meta_data: Its meta-data.
         vendor_data: Its vendor-data.
+        kernel_cmdline: Boots its kernel directly.
     """
 
     __test__ = False
@@ -44,6 +45,7 @@ class TestSeed:
     proof: tuple[str, str]
     meta_data: Mapping[str, Any] | None = None
     vendor_data: str | None = None
+    kernel_cmdline: str = ""
 
 
 CALLERS_KEY = (
@@ -113,7 +115,11 @@ SEEDS = {
     Kind.MULTIPART: TestSeed(make_multipart(), (_CAT, "multipart")),
     Kind.ARCHIVE: TestSeed(ARCHIVE, (_CAT, "archive")),
     Kind.JINJA: TestSeed(JINJA, (f"{_CAT} | sed s/$(hostname)/HOSTNAME/", "jinja HOSTNAME")),
-    Kind.GZIP: TestSeed(gzip.compress(b"#!/bin/sh\necho gzip >/var/tmp/proof\n"), (_CAT, "gzip")),
+    Kind.GZIP: TestSeed(
+        gzip.compress(b"#!/bin/sh\necho gzip >/var/tmp/proof\n"),
+        (_CAT, "gzip"),
+        kernel_cmdline="ds=nocloud;h=myhost;i=myid quiet",
+    ),
     Kind.TRIXIE: TestSeed("#!/bin/sh\necho trixie >/var/tmp/proof\n", (_CAT, "trixie")),
     Kind.NONE: TestSeed(None, ("test -e /var/tmp/proof || echo nothing", "nothing")),
 }

@@ -85,7 +85,7 @@ def test_saved_files_are_their_owners_alone(running: QemuInstance) -> None:
 
 def test_memory_is_sparse_and_of_the_machines_size(running: QemuInstance) -> None:
     facts = save(running).memory.stat()
-    assert facts.st_size == 64 << 20
+    assert facts.st_size == running.machine.spec.memory_kib << 10
     assert facts.st_blocks * 512 < facts.st_size / 2
 
 
@@ -213,7 +213,7 @@ def test_memory_of_a_machine_that_boots_can_be_saved_at_once(running: QemuInstan
     assert pid is not None
     found = find_shared_memory(pid)
     assert found is not None
-    assert found.stat().st_size == 64 << 20
+    assert found.stat().st_size == running.machine.spec.memory_kib << 10
 
 
 def test_machine_in_other_memory_is_moved_first(

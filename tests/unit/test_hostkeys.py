@@ -78,6 +78,24 @@ def test_key_without_a_line_end_is_read(keys: MachineHostKeys) -> None:
     assert keys.accepts(OTHER)
 
 
+def test_announcement_after_gettys_prompt_is_read(keys: MachineHostKeys) -> None:
+    supply(keys)
+    prompt = "\r\nDebian GNU/Linux 12 vm ttyS0\r\n\r\nvm login: "
+    keys.console_log.write_text(announce(OTHER).replace("-----BEGIN", f"{prompt}-----BEGIN"))
+
+    assert keys.accepts(OTHER)
+
+
+def test_what_is_typed_at_the_prompt_is_no_announcement(keys: MachineHostKeys) -> None:
+    """Anybody on this host can connect to the console's port."""
+    supply(keys)
+    typed = announce(OTHER).replace("-----BEGIN", "vm login: -----BEGIN")
+    typed = typed.replace(OTHER, f"vm login: {OTHER}").replace("-----END", "vm login: -----END")
+    keys.console_log.write_text(typed)
+
+    assert not keys.accepts(OTHER)
+
+
 def test_key_elsewhere_on_the_console_is_not_an_announcement(keys: MachineHostKeys) -> None:
     supply(keys)
     keys.console_log.write_text(f"{OTHER} root@vm\n{announce(RSA)}{OTHER} root@vm\n")

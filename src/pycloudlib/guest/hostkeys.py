@@ -12,10 +12,12 @@ from pycloudlib.files import write_private
 
 _log = logging.getLogger(__name__)
 
-# cloud-init's keys-to-console module prints the machine's host keys between these marks. The
-# second follows right after a key that came without a line end.
+# cloud-init's keys-to-console module prints the machine's host keys between these marks. The first
+# may follow the prompt of getty, which waits on the console by then; whatever is typed there comes
+# after a prompt in each line, and so is no key. The second follows right after a key that came
+# without a line end.
 _KEYS_BLOCK = re.compile(
-    r"^-----BEGIN SSH HOST KEY KEYS-----$(.*?)-----END SSH HOST KEY KEYS-----",
+    r"^(?:[^\n]* login: )?-----BEGIN SSH HOST KEY KEYS-----$(.*?)-----END SSH HOST KEY KEYS-----",
     re.MULTILINE | re.DOTALL,
 )
 

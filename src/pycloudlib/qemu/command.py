@@ -105,8 +105,8 @@ def build_command(
         "-accel", _accel(spec.accelerator),
         "-cpu", spec.accelerator.cpu_model,
         "-smp", str(spec.instance_type.cpus),
-        "-m", f"{spec.instance_type.memory_mib}M",
-        "-object", _memory(origin.memory, channels.memory, spec.instance_type.memory_mib),
+        "-m", f"{spec.memory_kib}K",
+        "-object", _memory(origin.memory, channels.memory, spec.memory_kib),
         "-display", "none",
         *(("-sandbox", SANDBOX) if features.sandbox else ()),
         "-chardev", f"socket,id=control,fd={channels.control}",
@@ -154,9 +154,9 @@ def escape(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _memory(memory: Memory, shared: int | None, mebibytes: int) -> str:
+def _memory(memory: Memory, shared: int | None, kibibytes: int) -> str:
     """Give the backend of the memory: of one id for all kinds, by which a state is fitted to it."""
-    common = f"id=ram0,size={mebibytes}M"
+    common = f"id=ram0,size={kibibytes}K"
     if memory.file is not None:
         return f"memory-backend-file,{common},share=off,mem-path={escape(memory.file)}"
     if shared is not None:

@@ -95,7 +95,7 @@ def start_qemu(
         console = theirs.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
         memory = None
         if origin.memory.shared:
-            memory = create_shared_memory(spec.instance_type.memory_mib << 20)
+            memory = create_shared_memory(spec.memory_kib << 10)
             theirs.callback(os.close, memory)
         channels = Channels(
             control=peer.fileno(),
