@@ -1,28 +1,34 @@
-"""Measure live snapshots: saving, copies, rollback, warm launches, and what they take of memory.
+"""Measure live snapshots: saving, copies, rollback, and what they take of memory.
 
-    python scripts/measure_live.py [--rounds 5] [--memory-of 8]
+    python -m scripts.measure_live [--rounds 5] [--type c1m1024] [PART ...]
 
 Cold boots and copies are measured in turn, on the same image, so that a busy host is busy for both.
-The memory of as many cold machines as copies is measured with `--memory-of`; their boots take most
-of the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib import Qemu
 from pycloudlib.qemu import checkpoint
 from pycloudlib.qemu.instance import QemuInstance
 
-TYPE = "c1m1024"
+# Writes to 100 MiB over and over.
+BUSY = """
+memory = bytearray(100 << 20)
+while True:
+    for position in range(0, len(memory), 4096):
+        memory[position] = (memory[position] + 1) % 256
+"""
 # Tells of each gap between two ticks that is longer than all before, by the guest's clock.
 TICKER = """
 import time
@@ -51,9 +57,9 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def boot(cloud: Qemu, image: str) -> QemuInstance:
+def boot(cloud: Qemu, image: str, instance_type: str) -> QemuInstance:
     """Launch a machine and wait until it is ready."""
-    instance = cloud.launch(image, TYPE)
+    instance = cloud.launch(image, instance_type)
     instance.wait()
     return instance
 
@@ -76,27 +82,9 @@ def own(instances: list[QemuInstance]) -> Iterator[list[QemuInstance]]:
             instance.delete()
 
 
-def pauses(cloud: Qemu, source: QemuInstance, rounds: int) -> tuple[list[float], list[float]]:
-    """Save a machine again and again; give durations, and pauses by QEMU's own timestamps.
-
-    Each save has to be of a machine whose memory is its own, or is moved first: both stand still.
-    """
-    durations, stood = [], []
-    for _ in range(rounds):
-        with watching(source) as gaps:
-            started = time.perf_counter()
-            image = cloud.snapshot(source, memory=True)
-            durations.append(time.perf_counter() - started)
-        stood.extend(gaps)
-        cloud.delete_image(image)
-    return durations, stood
-
-
 @contextmanager
 def watching(source: QemuInstance) -> Iterator[list[float]]:
     """Collect how long a machine stands still in the block, at each hand-over."""
-    import logging  # noqa: PLC0415 - the package tells it in its log
-
     gaps: list[float] = []
 
     class Collector(logging.Handler):
@@ -115,24 +103,30 @@ def watching(source: QemuInstance) -> Iterator[list[float]]:
         logger.removeHandler(handler)
 
 
-def lost_time(cloud: Qemu, source: QemuInstance) -> tuple[float, float]:
+def measure_inside(bench: Bench) -> None:
     """Tell how much time a guest loses at a save, and its longest gap between ticks.
 
     The guest's monotonic clock stands still while it does: what it falls behind ours is the pause,
     as seen from inside.
     """
-    source.execute(
-        ["systemd-run", "--quiet", "--unit=ticker", "python3", "-c", TICKER], use_sudo=True
-    )
-    time.sleep(3)
-    before = behind(source)
-    image = cloud.snapshot(source, memory=True)
-    after = behind(source)
-    time.sleep(1)
-    worst = float(source.execute("cat /run/ticks").split()[1])
-    source.execute("systemctl stop ticker", use_sudo=True)
-    cloud.delete_image(image)
-    return after - before, worst
+    source = bench.source
+    lost, gaps, usual = [], [], []
+    for _ in range(bench.rounds):
+        source.execute(
+            ["systemd-run", "--quiet", "--unit=ticker", "python3", "-c", TICKER], use_sudo=True
+        )
+        time.sleep(3)
+        usual.append(float(source.execute("cat /run/ticks").split()[1]))
+        before = behind(source)
+        image = bench.save()
+        lost.append(behind(source) - before)
+        time.sleep(1)
+        gaps.append(float(source.execute("cat /run/ticks").split()[1]))
+        source.execute("systemctl stop ticker", use_sudo=True)
+        bench.cloud.delete_image(image)
+    print("a save, by what the guest's clock falls behind:", describe(lost), flush=True)
+    print("the longest gap between ticks of 2 ms, with it:", describe(gaps), flush=True)
+    print("and without:", describe(usual), flush=True)
 
 
 def behind(source: QemuInstance) -> float:
@@ -160,46 +154,99 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-of", type=int, default=0)
+    parser.add_argument("--count", type=int, default=8, help="machines whose memory is compared")
+    parser.add_argument("--type", default="c1m1024", help="instance type")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     arguments = parser.parse_args()
+    parts = arguments.parts or list(PARTS)
     with Qemu(tag="measure-live") as cloud:
         image = cloud.build_image()
-        source = boot(cloud, image)
-        print("the first save:", describe([timed(lambda: cloud.snapshot(source, memory=True))]))
-        bare = str(checkpoint.save(source.machine, "bare.img", helper=False).image)
-        cloud.created_images.append(bare)
-        durations, stood = pauses(cloud, source, arguments.rounds)
-        print("saves of a copy:", describe(durations), "; it stood still for", describe(stood))
-        helped = cloud.snapshot(source, memory=True)
+        source = boot(cloud, image, arguments.type)
+        bench = Bench(cloud, image, source, arguments.type, arguments.rounds, arguments.count)
+        for part in parts:
+            PARTS[part](bench)
 
-        compare_with_cold(cloud, image, helped, bare, arguments.rounds)
-        compare_eight(cloud, helped, arguments.rounds)
 
-        def roll_back() -> None:
-            source.rollback(helped)
-            source.execute("true")
+@dataclass
+class Bench:
+    """What is measured with.
 
-        rolled = [timed(roll_back) for _ in range(arguments.rounds)]
-        print("rollback to its first command:", describe(rolled), flush=True)
-        lost, worst = lost_time(cloud, source)
+    Attributes:
+        cloud: The cloud.
+        image: The image that machines boot from.
+        source: A machine that has booted.
+        instance_type: Its size.
+        rounds: How often each figure is taken.
+        count: How many machines are compared at once.
+    """
+
+    cloud: Qemu
+    image: str
+    source: QemuInstance
+    instance_type: str
+    rounds: int
+    count: int
+
+    def save(self) -> str:
+        """Save the source, with a helper."""
+        return self.cloud.snapshot(self.source, memory=True)
+
+    def save_bare(self) -> str:
+        """Save the source as if no helper ran in it."""
+        image = checkpoint.save(self.source.machine, f"bare{time.time()}.img", helper=False).image
+        self.cloud.created_images.append(str(image))
+        return str(image)
+
+
+def measure_saves(bench: Bench) -> None:
+    """Save a machine whose memory is its own, then one that has to be moved first, again and again.
+
+    Quiet, and while it writes to its memory as fast as it can.
+    """
+    for busy in ("", "stress"):
+        if busy:
+            bench.source.execute(
+                ["systemd-run", "--quiet", "--unit=busy", "python3", "-c", BUSY], use_sudo=True
+            )
+        durations, stood = [], []
+        for _ in range(bench.rounds):
+            with watching(bench.source) as gaps:
+                started = time.perf_counter()
+                image = bench.save()
+                durations.append(time.perf_counter() - started)
+            stood.extend(gaps)
+            bench.cloud.delete_image(image)
         print(
-            f"a save seen from inside: the guest's clock lost {lost * 1000:.0f} ms, its longest "
-            f"gap between ticks of 2 ms was {worst * 1000:.0f} ms",
+            f"{'busy' if busy else 'quiet'}, saves: {describe(durations)}; the guest stood still "
+            f"for {describe(stood)}",
             flush=True,
         )
-        measure_memory(cloud, image, helped, arguments.memory_of)
+    bench.source.execute("systemctl stop busy", use_sudo=True)
 
 
-def compare_with_cold(cloud: Qemu, image: str, helped: str, bare: str, rounds: int) -> None:
+def measure_rollback(bench: Bench) -> None:
+    """Time going back, to the first command."""
+    image = bench.save()
+
+    def roll_back() -> None:
+        bench.source.rollback(image)
+        bench.source.execute("true")
+
+    rolled = [timed(roll_back) for _ in range(bench.rounds)]
+    print("rollback to its first command:", describe(rolled), flush=True)
+
+
+def measure_copies(bench: Bench) -> None:
     """Time copies and cold boots in turn."""
+    cloud, helped, bare = bench.cloud, bench.save(), bench.save_bare()
     kinds: dict[str, Callable[[], QemuInstance]] = {
         "copy to its first command, by the helper": lambda: first_command(cloud, helped),
         "copy to its first command, by SSH": lambda: first_command(cloud, bare),
-        "cold launch + wait": lambda: boot(cloud, image),
+        "cold launch + wait": lambda: boot(cloud, bench.image, bench.instance_type),
         "copy with an identity of its own, launch + wait": lambda: ready(cloud, helped),
     }
     taken: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
+    for _ in range(bench.rounds):
         for name, start in kinds.items():
             started = time.perf_counter()
             instance = start()
@@ -211,8 +258,9 @@ def compare_with_cold(cloud: Qemu, image: str, helped: str, bare: str, rounds: i
         print(f"{name}: {describe(values)}; {ratio:.0f} times faster", flush=True)
 
 
-def compare_eight(cloud: Qemu, helped: str, rounds: int) -> None:
+def measure_eight(bench: Bench) -> None:
     """Time one copy and eight together, in turn."""
+    cloud, helped = bench.cloud, bench.save()
 
     def start(count: int) -> float:
         started = time.perf_counter()
@@ -224,7 +272,7 @@ def compare_eight(cloud: Qemu, helped: str, rounds: int) -> None:
         return duration
 
     taken = {1: [start(1)], 8: [start(8)]}
-    for _ in range(rounds - 1):
+    for _ in range(bench.rounds - 1):
         for count, values in taken.items():
             values.append(start(count))
     one, eight = taken[1], taken[8]
@@ -242,15 +290,16 @@ def ready(cloud: Qemu, image: str) -> QemuInstance:
     return instance
 
 
-def measure_memory(cloud: Qemu, image: str, saved: str, count: int) -> None:
+def measure_memory(bench: Bench) -> None:
     """Compare what copies take of memory with what as many cold machines take."""
-    if not count:
-        return
+    cloud, count, saved = bench.cloud, bench.count, bench.save()
     with own([first_command(cloud, saved) for _ in range(count)]) as copies:
         time.sleep(2)
         shared = resident(copies)
     at_once = threading.Semaphore(2)
-    cold = [cloud.launch(image, TYPE, launch_args=["-S"]) for _ in range(count)]
+    cold = [
+        cloud.launch(bench.image, bench.instance_type, launch_args=["-S"]) for _ in range(count)
+    ]
 
     def come_up(instance: QemuInstance) -> None:
         with at_once:
@@ -262,8 +311,19 @@ def measure_memory(cloud: Qemu, image: str, saved: str, count: int) -> None:
         alone = resident(cold)
     print(
         f"memory of {count}: copies {shared:.0f} MiB, cold machines {alone:.0f} MiB; "
-        f"{shared / alone:.0%}"
+        f"{shared / alone:.0%}",
+        flush=True,
     )
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "saves": measure_saves,
+    "copies": measure_copies,
+    "eight": measure_eight,
+    "rollback": measure_rollback,
+    "inside": measure_inside,
+    "memory": measure_memory,
+}
 
 
 if __name__ == "__main__":
