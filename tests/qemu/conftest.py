@@ -10,6 +10,8 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.savedmachine import SavedMachine
+from tests.qemu.saved import run, save
 
 UNSTARTED = ("-S",)
 """QEMU's option for a machine whose processors do not run."""
@@ -61,3 +63,15 @@ def cloud(make_cloud: CloudMaker) -> Qemu:
 def unstarted(cloud: Qemu, tiny_image: Path) -> QemuInstance:
     """Give a machine that is made but not started."""
     return cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+
+
+@pytest.fixture
+def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
+    """Give a machine that runs, with a guest that has halted."""
+    return run(cloud, tiny_image)
+
+
+@pytest.fixture
+def saved(running: QemuInstance) -> SavedMachine:
+    """Give that machine, saved while it runs."""
+    return save(running)

@@ -42,11 +42,6 @@ from tests.qemu.saved import (
 pytestmark = pytest.mark.qemu
 
 
-@pytest.fixture
-def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
-    return run(cloud, tiny_image)
-
-
 def names_in(directory: Path) -> set[str]:
     """List an instance's files, but for locks."""
     return {file.name for file in directory.iterdir() if file.suffix != ".lock"}

@@ -47,16 +47,6 @@ pytestmark = pytest.mark.qemu
 
 
 @pytest.fixture
-def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
-    return run(cloud, tiny_image)
-
-
-@pytest.fixture
-def saved(running: QemuInstance) -> SavedMachine:
-    return save(running)
-
-
-@pytest.fixture
 def image(saved: SavedMachine) -> str:
     return str(saved.image)
 

@@ -40,16 +40,6 @@ from tests.qemu.saved import (
 pytestmark = pytest.mark.qemu
 
 
-@pytest.fixture
-def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
-    return run(cloud, tiny_image)
-
-
-@pytest.fixture
-def saved(running: QemuInstance) -> SavedMachine:
-    return save(running)
-
-
 def files(instance: QemuInstance) -> set[str]:
     """List an instance's files, but for locks and for what is to be put right in it."""
     return {

@@ -21,16 +21,11 @@ from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.warm import WarmCache
 from tests.qemu.conftest import CloudMaker
-from tests.qemu.saved import SMALL, hurry, mode, run, runs, save, touch
+from tests.qemu.saved import SMALL, hurry, mode, runs, save, touch
 
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
-    return run(cloud, tiny_image)
 
 
 @pytest.fixture
