@@ -143,9 +143,9 @@ class Readiness(ABC):
             self._forget_client()
             if isinstance(error.__cause__, paramiko.BadHostKeyException) and self._is_told():
                 raise PycloudlibTimeoutError(
-                    f"{error}. Its cloud-init has finished and did not print that key on the "
-                    "console; does the user-data bring ssh_keys of its own, with "
-                    "emit_keys_to_console off?"
+                    f"{error}. Its cloud-init has finished; that key is neither in the user-data "
+                    "nor among those that were printed on the console (with emit_keys_to_console "
+                    "off, none is)"
                 ) from error
             return str(error) or type(error).__name__
         if not boot_id:

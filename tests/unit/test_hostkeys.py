@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import gzip
+import json
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pycloudlib.guest.hostkeys import MachineHostKeys, announced_host_keys
+from pycloudlib.guest.hostkeys import (
+    MachineHostKeys,
+    announced_host_keys,
+    configured_host_keys,
+)
+from pycloudlib.guest.seed import build_seed, write_iso
 
 SUPPLIED = "ssh-ed25519 AAAAsupplied"
 OTHER = "ssh-ed25519 AAAAother"
@@ -25,7 +35,9 @@ def announce(*keys: str) -> str:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> MachineHostKeys:
-    return MachineHostKeys(tmp_path / "known_hosts", tmp_path / "console.log")
+    return MachineHostKeys(
+        tmp_path / "known_hosts", tmp_path / "console.log", tmp_path / "seed.iso"
+    )
 
 
 def supply(keys: MachineHostKeys, key: str = SUPPLIED) -> None:
@@ -137,3 +149,63 @@ def test_last_announcement_counts() -> None:
 )
 def test_half_an_announcement_is_none(console: str) -> None:
     assert announced_host_keys(console) == set()
+
+
+CONFIG = {
+    "ssh_keys": {"ed25519_private": "secret\n", "ed25519_public": f"{OTHER} root@vm"},
+    "ssh_authorized_keys": ["ssh-ed25519 AAAAlogin me"],
+}
+YAML = "#cloud-config\n" + yaml.safe_dump(CONFIG)
+
+
+def make_mime(content: str) -> str:
+    document = MIMEMultipart()
+    document.attach(MIMEText("#!/bin/sh\n", "x-shellscript"))
+    document.attach(MIMEText(content, "cloud-config"))
+    return document.as_string()
+
+
+KINDS: dict[str, str | bytes] = {
+    "cloud-config": YAML,
+    "JSON": "#cloud-config\n" + json.dumps(CONFIG),
+    "quoted": f"#cloud-config\nssh_keys: {{'ed25519_public' : \"{OTHER}\"}}\n",
+    "folded": "#cloud-config\nssh_keys:\n  ed25519_public: >-\n    " + OTHER.replace(" ", "\n    "),
+    "archive": yaml.safe_dump([{"type": "text/cloud-config", "content": YAML}]),
+    "jinja": "## template: jinja\n" + YAML,
+    "MIME": make_mime(YAML),
+    "gzip": gzip.compress(YAML.encode()),
+    "gzip of MIME": gzip.compress(make_mime(YAML).encode()),
+}
+
+
+@pytest.mark.parametrize("user_data", KINDS.values(), ids=KINDS)
+def test_key_in_user_data_is_pinned_also_when_the_console_lost_it(
+    user_data: str | bytes, keys: MachineHostKeys
+) -> None:
+    supply(keys)
+    keys.console_log.write_text(f"-----BEGIN SSH HOST KEY KEYS-----\n{OTHER[:14]}\nvm login: ")
+    seed = build_seed(
+        instance_id="iid",
+        hostname="vm",
+        public_key="ssh-ed25519 AAAA me",
+        host_key=("private\n", SUPPLIED),
+        user_data=user_data,
+    )
+    write_iso(seed, keys.seed)
+
+    assert not keys.accepts("ssh-ed25519 AAAAlogin"), "that is no host key"
+    assert keys.accepts(OTHER)
+    assert list(keys.pinned()) == [OTHER]
+
+
+@pytest.mark.parametrize("user_data", [b"", b"#!/bin/sh\n", b"\xff\xfe", YAML.encode()[:-70]])
+def test_user_data_without_host_keys_has_none(user_data: bytes) -> None:
+    assert configured_host_keys(user_data) == set()
+
+
+def test_damaged_user_data_tells_of_no_keys(keys: MachineHostKeys) -> None:
+    supply(keys)
+    keys.seed.write_bytes(b"no volume")
+    assert not keys.accepts(OTHER)
+    with pytest.raises(ValueError, match="damaged gzip"):
+        configured_host_keys(gzip.compress(YAML.encode())[:-9])

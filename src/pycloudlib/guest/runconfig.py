@@ -8,12 +8,11 @@ script is run as it is. Of a cloud-config, the modules whose keys it has are run
 from __future__ import annotations
 
 import base64
-import gzip
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
-_GZIP_MAGIC = b"\x1f\x8b"
+from pycloudlib.guest import userdata
+
 _HEADER = "#cloud-config"
 
 # In the order of cloud.cfg. What is missing here belongs to a boot: disks, network, host keys.
@@ -49,11 +48,7 @@ def build_script(user_data: str | bytes) -> str:
     if not isinstance(user_data, (str, bytes)):
         raise TypeError(f"user_data must be str or bytes, not {type(user_data).__name__}")
     content = user_data.encode() if isinstance(user_data, str) else user_data
-    if content.startswith(_GZIP_MAGIC):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"user_data is damaged gzip data: {error}") from error
+    content = userdata.decompress(content, "user_data")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

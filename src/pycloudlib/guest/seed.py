@@ -9,16 +9,15 @@ import email.encoders
 import email.message
 import email.mime.multipart
 import email.mime.nonmultipart
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_GZIP_MAGIC = b"\x1f\x8b"
+from pycloudlib.guest import userdata
+
 VOLUME_UNIT = 1 << 20
 """Bytes. A copy of a running machine gets a seed of its own, on a disk whose size the guest knows
 already: so there is room to spare."""
@@ -255,12 +254,8 @@ def _mime_part(document: bytes) -> email.message.Message:
     cloud-init looks at the content of `text/plain` parts only (cloudinit/user_data.py), walks into
     multipart ones, and takes a document for MIME when its first 4096 bytes say so.
     """
-    if document.startswith(_GZIP_MAGIC):
-        try:
-            document = gzip.decompress(document)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"vendor_data is damaged gzip data: {error}") from error
-    if b"mime-version:" in document[:4096].lower():
+    document = userdata.decompress(document, "vendor_data")
+    if userdata.is_mime(document):
         return email.message_from_bytes(document)
     part = email.mime.nonmultipart.MIMENonMultipart("text", "plain")
     part.set_payload(document)

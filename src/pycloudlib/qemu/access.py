@@ -234,7 +234,7 @@ class GuestAccess(BaseInstance):
 
     def _host_keys(self) -> ssh.HostKeys:
         rundir = self.machine.rundir
-        return MachineHostKeys(rundir.known_hosts, rundir.console_log)
+        return MachineHostKeys(rundir.known_hosts, rundir.console_log, rundir.seed)
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():
