@@ -15,7 +15,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 CODE := src tests examples scripts
 
-.PHONY: help setup demo test lint format unit qemu guest wheel measure clean
+.PHONY: help setup demo test lint format unit qemu guest thorough wheel measure clean
 
 help:  ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -46,6 +46,9 @@ qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
 
 guest: setup  ## Run the tests that boot real guests (minutes in emulation)
 	$(PYTEST) tests/guest $(PYTEST_ARGS)
+
+thorough: setup  ## Run the guest tests that are too many for every time (half an hour in emulation)
+	$(PYTEST) tests/guest -m thorough $(PYTEST_ARGS)
 
 wheel: setup  ## Build the package into dist/, install it elsewhere, and check what was installed
 	@rm -rf dist

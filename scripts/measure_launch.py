@@ -1,6 +1,6 @@
 """Measure what a launch and a restart cost, and how soon `wait()` returns after cloud-init's end.
 
-    python scripts/measure_launch.py [--launches 10] [--boots 1]
+    python -m scripts.measure_launch [--launches 10] [--boots 1]
 
 Each launch but the first is of a machine whose processors do not run (QEMU's `-S`): it is the
 package's own work that is measured, with the accelerator known.
@@ -9,23 +9,15 @@ package's own work that is measured, with the accelerator known.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from dataclasses import dataclass
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
+from scripts.figures import describe
 
 # The file that cloud-init writes when its last stage has ended.
 RESULT = "/var/lib/cloud/data/result.json"
-
-
-def describe(seconds: list[float]) -> str:
-    """Give median and spread."""
-    return (
-        f"median {statistics.median(seconds):.3f} s, "
-        f"{min(seconds):.3f} to {max(seconds):.3f} s over {len(seconds)}"
-    )
 
 
 def measure_launches(cloud: Qemu, image: str, count: int) -> list[float]:

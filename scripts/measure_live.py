@@ -21,6 +21,7 @@ from pathlib import Path
 from pycloudlib import Qemu
 from pycloudlib.qemu import checkpoint
 from pycloudlib.qemu.instance import QemuInstance
+from scripts.figures import describe, timed
 
 # Writes to 100 MiB over and over.
 BUSY = """
@@ -40,21 +41,6 @@ while True:
     with open("/run/ticks", "w") as file:
         file.write(f"{ticks} {worst}")
 """
-
-
-def describe(seconds: list[float]) -> str:
-    """Give median and spread."""
-    return (
-        f"median {statistics.median(seconds):.3f} s, "
-        f"{min(seconds):.3f} to {max(seconds):.3f} s over {len(seconds)}"
-    )
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Give the seconds that something takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def boot(cloud: Qemu, image: str, instance_type: str) -> QemuInstance:

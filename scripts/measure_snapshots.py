@@ -1,6 +1,6 @@
 """Measure what disk snapshots cost, against copying the disk, and what long chains cost.
 
-python scripts/measure_snapshots.py
+python -m scripts.measure_snapshots
 """
 
 from __future__ import annotations
@@ -9,22 +9,15 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.disk import BaseImage, create_overlay, read_layer
+from scripts.figures import timed
 
 SIZES_MIB = (0, 256, 1024, 4096)
 DEPTHS = (1, 4, 16, 64)
 ROUNDS = 5
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Give the seconds that something takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def fill(disk: Path, mib: int) -> None:

@@ -1,8 +1,9 @@
 """Real guests: few boots, shared by many tests.
 
 A machine is launched for each kind of user-data that the selected tests ask for, all of them at
-once: eight, when all tests run. Their processors are let run two machines at a time, because in
-emulation a boot keeps a processor busy, and eight of them on two only get into each other's way.
+once: nine, when all tests run. Most begin their first boot at cloud-init. Their processors are let
+run two machines at a time, because in emulation a boot keeps a processor busy, and nine of them on
+two only get into each other's way.
 
 One of them is saved when it is ready. Tests that need a machine of their own, and are not about a
 boot, start from it.
@@ -15,13 +16,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
-from tests.guest.seeds import SEEDS, Kind
+from tests.guest.portrait import Portrait, paint
+from tests.guest.seeds import COMPARED, SEEDS, Kind
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +65,19 @@ def _boots_in_the_background(guests: dict[Kind, Future[Guest]]) -> None:
     """Begin with the boots, so that they go on while other tests leave a processor idle."""
 
 
+@dataclass(frozen=True)
 class Guest:
-    """A booted machine and what was logged while it was waited for."""
+    """A booted machine.
 
-    def __init__(self, machine: QemuInstance, warnings: list[str]) -> None:
-        self.machine = machine
-        self.warnings = warnings
+    Attributes:
+        machine: The machine.
+        warnings: What was logged while it was waited for.
+        portrait: What its guest was like then; only of those that are compared.
+    """
+
+    machine: QemuInstance
+    warnings: list[str]
+    portrait: Portrait | None = None
 
 
 def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
@@ -81,14 +91,18 @@ def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
         user_data=seed.user_data,
         meta_data=seed.meta_data,
         vendor_data=seed.vendor_data,
+        network_config=seed.network_config,
         kernel_cmdline=seed.kernel_cmdline,
         launch_args=["-S"] if held_back else None,
+        fast_boot=seed.fast_boot,
     )
     with _BOOTS_AT_ONCE, collecting_warnings(machine.name) as warnings:
         if held_back:
             machine.machine.execute("cont")
         machine.wait()
-    return Guest(machine, warnings)
+        # Before tests do anything in it.
+        portrait = paint(machine) if kind in COMPARED else None
+    return Guest(machine, warnings, portrait)
 
 
 def asks_for(item: pytest.Item, kind: Kind) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import ProcessIdentity
+from tests.guest.identity import WHO, clock_error, who_is
 
 pytestmark = pytest.mark.guest
 
@@ -43,38 +43,11 @@ while True:
     time.sleep(0.01)
 """
 
-WHO = {
-    "host name": "hostname",
-    "machine-id": "cat /etc/machine-id",
-    "instance-id": "cat /var/lib/cloud/data/instance-id",
-    "host key": "cat /etc/ssh/ssh_host_ed25519_key.pub",
-    "random bytes": "head -c 32 /dev/urandom | base64",
-    "random UUID": "cat /proc/sys/kernel/random/uuid",
-}
-
-
-def who_is(vm: QemuInstance) -> dict[str, str]:
-    commands = (f'echo "$({command})"' for command in WHO.values())
-    result = vm.execute("; ".join(commands), use_sudo=True)
-    assert result.ok, result.stderr
-    return dict(zip(WHO, result.splitlines(), strict=True))
-
 
 @pytest.fixture
 def cloud() -> Iterator[Qemu]:
     with Qemu(tag="live") as cloud:
         yield cloud
-
-
-def clock_error(vm: QemuInstance) -> float:
-    """Tell how wrong a guest's clock is at least, in seconds; what cannot be known is left out."""
-    errors = []
-    for _ in range(3):
-        sent = time.time()
-        guest = float(vm.execute("date +%s.%N"))
-        came = time.time()
-        errors.append(max(sent - guest, guest - came, 0.0))
-    return min(errors)
 
 
 def work_of(vm: QemuInstance) -> list[str]:

@@ -30,16 +30,16 @@ def test_user_data_takes_effect_untouched(kind: Kind, guests: dict[Kind, Future[
 
 
 @pytest.mark.uses(*Kind)
-def test_eight_machines_launched_together_all_come_up(
+def test_many_machines_launched_together_all_come_up(
     guests: dict[Kind, Future[Guest]],
 ) -> None:
     machines = [guest.result().machine for guest in guests.values()]
-    assert len(machines) == 8
+    assert len(machines) == len(Kind) >= 8
     ports = {port for machine in machines for port in (machine.port, machine.telnet_port)}
-    assert len(ports) == 16
+    assert len(ports) == 2 * len(machines)
     with ThreadPoolExecutor(8) as threads:
-        names = list(threads.map(lambda machine: machine.execute("hostname"), machines))
-    assert len(set(names)) == 8
+        ids = list(threads.map(lambda machine: machine.execute("cat /etc/machine-id"), machines))
+    assert len(set(ids)) == len(machines)
 
 
 @pytest.mark.uses(Kind.ARCHIVE)

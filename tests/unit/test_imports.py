@@ -29,6 +29,7 @@ LAYERS: Final = {
     f"{PACKAGE}.qemu.images": "facade",
     f"{PACKAGE}.qemu.instance": "facade",
     f"{PACKAGE}.qemu.live": "facade",
+    f"{PACKAGE}.qemu.ready": "facade",
     f"{PACKAGE}.cloud": "base",
     f"{PACKAGE}.instance": "base",
     f"{PACKAGE}.readiness": "base",

@@ -10,19 +10,31 @@ import email.message
 import email.mime.multipart
 import email.mime.nonmultipart
 import io
-import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pycloudlib.guest import userdata
 
-VOLUME_UNIT = 1 << 20
-"""Bytes. A copy of a running machine gets a seed of its own, on a disk whose size the guest knows
-already: so there is room to spare."""
+VOLUME_UNIT = 4 << 20
+"""Bytes. A machine that goes on from where another was saved gets a seed of its own, on a disk
+whose size the guest knows already: so there is room to spare."""
 
-_SPARE = 64 << 10  # what another name and host key take at most, in bytes
+ROOT_DIRECTORY_SECTOR = 28 * 4
+"""Where the root directory is in every volume, in sectors of 512 bytes: the first that is read of a
+volume when it is mounted, after its descriptors."""
+
+_BLOCK = 2048  # ISO 9660: bytes of a logical block
+# In bytes: descriptors and directories, and what another name and host key take at most.
+_SPARE = 128 << 10
+_DESCRIPTORS = (16, 17)  # blocks of the primary and of the supplementary descriptor
+# Offsets in a descriptor of what differs from one volume to the next (ECMA-119, 8.4).
+_SPACE_SIZE = 80
+_RECORDING_TIME = 156 + 18  # in the root directory's record
+_TIMES = 813  # four of them, each of 17 bytes
+_NO_TIME = b"2000010100000000\0"
 
 Document = str | bytes | Mapping[str, Any] | None
 """A document for cloud-init as callers give it; a mapping is written as YAML."""
@@ -48,6 +60,12 @@ class Seed:
         }
         return {name: data for name, data in named.items() if data is not None}
 
+    @property
+    def volume_length(self) -> int:
+        """Bytes of a volume that has room for it and some to spare, in whole `VOLUME_UNIT`s."""
+        taken = sum(-(-len(data) // _BLOCK) * _BLOCK for data in self.files.values())
+        return -(-(taken + _SPARE) // VOLUME_UNIT) * VOLUME_UNIT
+
 
 def build_seed(
     *,
@@ -59,6 +77,7 @@ def build_seed(
     meta_data: Document = None,
     vendor_data: Document = None,
     network_config: Document = None,
+    boothook: bytes | None = None,
 ) -> Seed:
     """Put a machine's seed together.
 
@@ -75,6 +94,7 @@ def build_seed(
         meta_data: The caller's, if any; a YAML or JSON mapping.
         vendor_data: The caller's, if any, of any kind; takes effect beside ours.
         network_config: The caller's, if any.
+        boothook: A `#cloud-boothook` of ours, which cloud-init runs before its modules.
 
     Raises:
         TypeError: One of the documents is of a wrong type; names it.
@@ -87,7 +107,7 @@ def build_seed(
     return Seed(
         user_data=_document("user_data", user_data) or b"",
         meta_data=_merge_meta_data(defaults, public_key, meta_data),
-        vendor_data=_merge_vendor_data(_host_key_config(host_key), vendor_data),
+        vendor_data=_merge_vendor_data(_host_key_config(host_key), vendor_data, boothook),
         network_config=network,
     )
 
@@ -95,12 +115,14 @@ def build_seed(
 def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
     """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it.
 
+    All volumes of one length have the same descriptors: a guest that has read one's may go on with
+    the rest of another.
+
     Args:
         seed: The seed.
         path: The new file.
         length: Bytes that it is to have if that is enough, as in a copy of a machine whose guest
-            knows its disks already; else it gets room to spare, and is a whole number of
-            `VOLUME_UNIT` long.
+            knows its disks already; by default `Seed.volume_length`.
     """
     import pycdlib  # noqa: PLC0415 - heavy
 
@@ -117,10 +139,23 @@ def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
     with path.open("xb") as file:
         path.chmod(0o600)
         iso.write_fp(file)
-        written = file.seek(0, os.SEEK_END)
-        roomy = -(-(written + _SPARE) // VOLUME_UNIT) * VOLUME_UNIT
-        file.truncate(length if length >= written else roomy)
+        written = file.seek(0, io.SEEK_END)
+        blocks = (length if length >= written else seed.volume_length) // _BLOCK
+        file.truncate(blocks * _BLOCK)
+        for block in _DESCRIPTORS:
+            _make_alike(file, block * _BLOCK, blocks)
     iso.close()
+
+
+def _make_alike(file: BinaryIO, descriptor: int, blocks: int) -> None:
+    """Take out of a volume descriptor what would tell one volume from another."""
+    for offset, content in (
+        (_SPACE_SIZE, struct.pack("<I", blocks) + struct.pack(">I", blocks)),
+        (_RECORDING_TIME, bytes([100, 1, 1, 0, 0, 0, 0])),
+        (_TIMES, 4 * _NO_TIME),
+    ):
+        file.seek(descriptor + offset)
+        file.write(content)
 
 
 def read_iso(path: Path) -> Seed:
@@ -161,7 +196,7 @@ def rename(seed: Seed, *, instance_id: str, hostname: str, host_key: tuple[str, 
     return Seed(
         seed.user_data,
         _yaml(meta_data, "meta_data"),
-        _merge_vendor_data(seed.vendor_data or b"", _host_key_config(host_key)),
+        _merge_vendor_data(seed.vendor_data, _host_key_config(host_key)),
         seed.network_config,
     )
 
@@ -231,21 +266,25 @@ def _host_key_config(host_key: tuple[str, str]) -> bytes:
     return b"#cloud-config\n" + _yaml(config, "the host key")
 
 
-def _merge_vendor_data(own: bytes, given: Document) -> bytes:
-    """Let both take effect: as the parts of one MIME document.
+def _merge_vendor_data(*documents: Document) -> bytes:
+    """Let all of them take effect: as the parts of one MIME document, or alone.
 
-    Where both set the same key, the later part's value replaces the earlier one's: the caller's
+    Where two set the same key, the later part's value replaces the earlier one's: the caller's
     (cloudinit/handlers/cloud_config.py, `dict(replace)+list()+str()`).
     """
-    if isinstance(given, Mapping):
-        given = b"#cloud-config\n" + _yaml(given, "vendor_data")
-    document = _document("vendor_data", given)
-    if not document:
-        return own
+    given = [document for document in map(_vendor_document, documents) if document]
+    if len(given) == 1:
+        return given[0]
     parts = email.mime.multipart.MIMEMultipart()
-    for part in (own, document):
+    for part in given:
         parts.attach(_mime_part(part))
     return parts.as_bytes()
+
+
+def _vendor_document(document: Document) -> bytes | None:
+    if isinstance(document, Mapping):
+        return b"#cloud-config\n" + _yaml(document, "vendor_data")
+    return _document("vendor_data", document)
 
 
 def _mime_part(document: bytes) -> email.message.Message:

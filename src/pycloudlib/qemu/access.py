@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
 from pycloudlib.files import exclusive_lock
-from pycloudlib.guest import helper, ssh
+from pycloudlib.guest import firstboot, helper, ssh
 from pycloudlib.guest.bootphases import Phase, find_phase
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
@@ -156,6 +156,26 @@ class GuestAccess(BaseInstance):
             # A guest without Python or sudo: only its clock and random numbers are the old ones.
             self._log.warning("%s", problem)
 
+    def _check_first_boot(self) -> None:
+        """Make sure that a machine whose first boot began in the middle has been put right."""
+        program = self.machine.rundir.first_boot
+        try:
+            text = program.read_text()
+        except FileNotFoundError:
+            return
+        result = self.execute(
+            firstboot.check_command(), stdin=text, description="checking the first boot"
+        )
+        program.unlink(missing_ok=True)
+        if result.failed or result.stdout:
+            self._log.warning(
+                "%s began its first boot where another machine was stopped, and was not put right: "
+                "%s%s",
+                self.name,
+                result.stdout,
+                result.stderr,
+            )
+
     def _run_first(self) -> None:
         """Run what a copy was given as user-data; a failure is told as one of cloud-init is."""
         script = self.machine.rundir.first_run
@@ -196,6 +216,7 @@ class GuestAccess(BaseInstance):
                     self._wait_for_banner()
                     return
         super()._wait_for_execute(old_boot_id, timeout)
+        self._check_first_boot()
         self._put_right()
 
     def _by_helper(

@@ -23,22 +23,23 @@ from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
+from pycloudlib.qemu.firstboot import FirstBoot
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
     Host,
     LaunchOptions,
     LaunchRequest,
+    PowerOn,
     SeedRequest,
     create_run_directory,
-    describe_machine,
     find_kernel_boot,
     parse_launch_args,
     start_machine,
-    write_files,
 )
-from pycloudlib.qemu.live import QemuLive, check_new
+from pycloudlib.qemu.live import check_new
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.ready import QemuReady
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.settings import APPLICATION
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, make_name
@@ -47,7 +48,7 @@ from pycloudlib.tools import find_tool
 _KEYS = "keys"
 
 
-class Qemu(QemuLive):
+class Qemu(QemuReady):
     """Launches cloud images as local QEMU virtual machines.
 
     A context manager: leaving it deletes every instance and snapshot it made.
@@ -94,6 +95,7 @@ class Qemu(QemuLive):
         launch_args: Sequence[str] | None = None,
         *,
         warm: bool = False,
+        fast_boot: bool | None = None,
         fresh_identity: bool | None = None,
         **kwargs: Any,
     ) -> QemuInstance:
@@ -118,6 +120,9 @@ class Qemu(QemuLive):
             warm: Whether to start a copy of a machine that was launched with just these arguments
                 before, and was saved when it was ready. The first such launch boots, waits and
                 saves; see `warm_images`.
+            fast_boot: Whether the machine's first boot begins where its cloud-init opens the seed:
+                all that comes before is done once for an image and kept. By default as
+                `fast_boot` in `[qemu]` says, which is no if it says nothing.
             fresh_identity: Whether a copy is somebody of its own: host name, machine-id,
                 instance-id and SSH host key. By default, a warm one is, and others are not.
             **kwargs: Accepted for older programs, and logged.
@@ -150,14 +155,18 @@ class Qemu(QemuLive):
         saved = savedmachine.find(image)
         if saved is not None:
             return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
+        fast = self.settings.fast_boot if fast_boot is None else fast_boot
+        launch_new = self._launch_fast if fast else self._launch_cold
         if warm:
-            return self._launch_warm(image, options, fresh_identity=fresh_identity is not False)
+            return self._launch_warm(
+                image, options, launch_new, fresh_identity=fresh_identity is not False
+            )
         if fresh_identity:
             self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
-        return self._launch_cold(image, options)
+        return launch_new(image, options)
 
-    def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
-        """Start a machine that boots."""
+    def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest:
+        """Check what is asked for as a whole."""
         data = (
             options.user_data,
             options.meta_data,
@@ -167,7 +176,7 @@ class Qemu(QemuLive):
         if options.no_seed_iso and data != (None,) * len(data):
             self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
         seed = SeedRequest(self.key_pair.public_key_content, *data)
-        request = LaunchRequest(
+        return LaunchRequest(
             name=make_name(self.tag),
             instance_type=InstanceType.parse(options.instance_type or DEFAULT_INSTANCE_TYPE),
             launch_args=parse_launch_args(options.launch_args),
@@ -175,23 +184,33 @@ class Qemu(QemuLive):
             seed=None if options.no_seed_iso else seed,
             image=disk.inspect_image(image, self.working_dir),
         )
-        return self._start(request, options.username or _default_user(image))
 
-    def _start(self, request: LaunchRequest, username: str) -> QemuInstance:
-        """Start a machine from a request that was checked."""
+    def _start(
+        self, request: LaunchRequest, username: str | None, begins: FirstBoot | None = None
+    ) -> QemuInstance:
+        """Start a machine from a request that was checked.
+
+        Args:
+            request: The machine.
+            username: The login user; by default the image's own.
+            begins: Where its first boot begins; by default with its power.
+        """
+        steps = begins or PowerOn(request)
+        user = username or _default_user(request.image.path)
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack)
             key = self._key_for(rundir)
-            rundir.write_login(LoginFacts(username, key.public_key_path, key.private_key_path))
-            write_files(rundir, request)
+            rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
+            steps.write_files(rundir)
             machine = start_machine(
                 self._host,
                 rundir,
-                lambda lease: describe_machine(self._host, rundir, request, lease),
+                lambda lease: steps.describe(self._host, rundir, lease),
                 stack,
+                steps.switch_on,
             )
-            instance = self._make_instance(machine, key, username)
+            instance = self._make_instance(machine, key, user)
             self.created_instances.append(instance)
             stack.pop_all()
         self._tell_launched(instance, f"from {request.image.path}")

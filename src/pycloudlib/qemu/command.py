@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ _TCG_CACHE_MIB = 256
 
 HELPER_PORT = "org.pycloudlib.helper.0"
 """The name of the helper's port, by which the guest finds it in /dev/virtio-ports."""
+
+SEED_NODE = "seed"
+"""QEMU's name of the seed where a machine stops before it reads it."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -65,11 +69,14 @@ class Origin:
             None when the power is switched on.
         replaces: Whether another QEMU runs this machine until the state has come, and holds its
             ports and names until then.
+        stops_at: The sector of the seed, of 512 bytes, before whose first read the machine stops;
+            None for a machine that reads its seed.
     """
 
     memory: Memory = SHARED
     state: int | None = None
     replaces: bool = False
+    stops_at: int | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -119,11 +126,13 @@ def build_command(
                      f"logfile={escape(channels.console_log)},logappend=on"),
         "-serial", "chardev:console",
         "-device", "virtio-rng-pci",
+        # Tells a kernel (from 5.18 on) that goes on from a saved state to draw new random numbers.
+        "-device", "vmgenid,guid=auto",
         "-device", "virtio-scsi-pci,id=scsi0",
         "-drive", (f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,"
                    f"file={escape(spec.disk)}"),
         "-device", "scsi-hd,drive=root,bus=scsi0.0,bootindex=1",
-        *_seed(spec.seed),
+        *_seed(spec.seed, origin.stops_at),
         "-netdev", "user,id=net0" + ("" if origin.replaces else f",hostfwd={ssh_rule(spec)}"),
         # An empty romfile leaves out the network boot ROM, and the time it would take.
         "-device", f"virtio-net-pci,netdev=net0,mac={spec.mac},romfile=",
@@ -170,15 +179,28 @@ def _accel(accelerator: Accelerator) -> str:
     return f"tcg,thread=multi,tb-size={_TCG_CACHE_MIB}"
 
 
-def _seed(seed: Path | None) -> list[str]:
+def _seed(seed: Path | None, stops_at: int | None) -> list[str]:
     if seed is None:
         return []
-    # fmt: off
-    return [
-        "-drive", f"if=none,id=seed,format=raw,readonly=on,file={escape(seed)}",
-        "-device", "virtio-blk-pci,drive=seed",
-    ]
-    # fmt: on
+    if stops_at is None:
+        # fmt: off
+        return [
+            "-drive", f"if=none,id=seed,format=raw,readonly=on,file={escape(seed)}",
+            "-device", "virtio-blk-pci,drive=seed",
+        ]
+        # fmt: on
+    # The read fails and is kept (`rerror=stop`), to be done again when the machine goes on: then
+    # it is read of whatever volume is there.
+    error = {"event": "none", "iotype": "read", "sector": stops_at, "once": True, "errno": 5}
+    failing = {
+        "driver": "blkdebug",
+        "node-name": SEED_NODE,
+        "read-only": True,
+        "image": {"driver": "file", "filename": str(seed), "read-only": True},
+        "inject-error": [error],
+    }
+    device = f"virtio-blk-pci,drive={SEED_NODE},rerror=stop"
+    return ["-blockdev", json.dumps(failing), "-device", device]
 
 
 def _kernel(spec: MachineSpec) -> list[str]:

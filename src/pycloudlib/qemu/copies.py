@@ -94,15 +94,15 @@ def wake(machine: Machine, saved: SavedMachine) -> None:
         MachineEndedError: QEMU did not take the state.
         CloudError: It did not come to run.
     """
-    with _waking(saved) as (origin, settle):
+    with waking(saved) as (origin, settle):
         machine.power_on(origin, settle)
 
 
 @contextlib.contextmanager
-def _waking(
+def waking(
     saved: SavedMachine,
 ) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
-    """Give what a QEMU begins with, and how it comes to run."""
+    """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         memory = Memory(file=saved.memory)
@@ -137,7 +137,7 @@ def _roll_back(machine: Machine, saved: SavedMachine) -> None:
         # One rename: at any moment there is a whole disk under that name.
         fresh.replace(rundir.disk)
 
-    with contextlib.ExitStack() as undo, _waking(saved) as (origin, settle):
+    with contextlib.ExitStack() as undo, waking(saved) as (origin, settle):
         undo.callback(fresh.unlink, missing_ok=True)
         undo.callback(_put_back, before, rundir.disk)
         disk.create_overlay(disk.read_layer(saved.image), fresh, unopened=True)

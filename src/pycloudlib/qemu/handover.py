@@ -91,7 +91,7 @@ def _successor(machine: Machine, memory: Memory) -> Iterator[tuple[RunningQemu, 
 
 def receive(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
     """Let a QEMU that was started with `Origin.state` take its state from that descriptor."""
-    _set_capabilities(qemu, memory)
+    _set_capabilities(qemu, with_memory=memory.file is None)
     qemu.execute("migrate-incoming", {"uri": f"fd:{descriptor}"})
 
 
@@ -107,12 +107,30 @@ def wait_for_state(qemu: RunningQemu, deadline: Deadline) -> None:
         raise CloudError("QEMU could not go on from the state it was given")
 
 
-def _set_capabilities(qemu: RunningQemu | QmpSession, memory: Memory) -> None:
+def write_state(machine: Machine, file: Path) -> None:
+    """Write the state of a machine that stands still, without its memory, which is shared.
+
+    Raises:
+        MachineEndedError: It is off.
+        CloudError: The state could not be written.
+    """
+    qemu = machine.qemu()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb"), machine.session() as session:
+        _set_capabilities(session, with_memory=False)
+        session.send_descriptor("state", descriptor)
+        session.execute("migrate", {"uri": "fd:state"})
+        event = qemu.wait_for_event(_is_decided, Deadline.after(_LIMIT_SECONDS))
+    if event.data["status"] != "completed":
+        raise CloudError(f"The state of {machine.spec.name} could not be written")
+
+
+def _set_capabilities(qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
     """Agree on what the state holds; both sides have to be told the same."""
     states = {
         "events": True,
-        "x-ignore-shared": memory.file is not None,
-        "auto-converge": memory.file is None,
+        "x-ignore-shared": not with_memory,
+        "auto-converge": with_memory,
     }
     qemu.execute(
         "migrate-set-capabilities",
@@ -134,7 +152,7 @@ def _move(
     The successor does nothing until all else has succeeded: so it can be given up until then.
     """
     ran = session.execute("query-status")["running"]
-    _set_capabilities(session, memory)
+    _set_capabilities(session, with_memory=memory.file is None)
     session.execute(
         "migrate-set-parameters", {"downtime-limit": _DOWNTIME_MS, "max-bandwidth": _BANDWIDTH}
     )

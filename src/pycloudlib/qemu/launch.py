@@ -179,24 +179,69 @@ def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirector
     return rundir
 
 
-def write_files(rundir: RunDirectory, request: LaunchRequest) -> None:
-    """Make the machine's disk and its seed."""
-    disk.create_overlay(request.image, rundir.disk)
-    if request.seed is None:
-        return
-    private, public = generate_ed25519(comment=f"root@{request.name}")
-    seed = nocloud.build_seed(
+@dataclass(frozen=True, slots=True)
+class PowerOn:
+    """The steps of launching a machine that boots.
+
+    Attributes:
+        request: The machine.
+    """
+
+    request: LaunchRequest
+
+    def write_files(self, rundir: RunDirectory) -> None:
+        """Make its disk and its seed."""
+        disk.create_overlay(self.request.image, rundir.disk)
+        if self.request.seed is not None:
+            supply_seed(rundir, self.request)
+
+    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
+        """Say what machine it is."""
+        return describe_machine(host, rundir, self.request, lease)
+
+    def switch_on(self, machine: Machine) -> None:
+        """Let it begin."""
+        machine.power_on()
+
+
+def supply_seed(
+    rundir: RunDirectory,
+    request: LaunchRequest,
+    *,
+    boothook: bytes | None = None,
+    length: int = 0,
+) -> None:
+    """Make the machine's seed, with a host key that is pinned.
+
+    Args:
+        rundir: The machine's directory.
+        request: The machine.
+        boothook: What cloud-init is to run first; see `guest.seed.build_seed`.
+        length: Bytes that the volume is to have; see `guest.seed.write_iso`.
+    """
+    host_key = generate_ed25519(comment=f"root@{request.name}")
+    nocloud.write_iso(make_seed(request, host_key, boothook), rundir.seed, length)
+    write_private(rundir.known_hosts, " ".join(host_key[1].split()[:2]) + "\n")
+
+
+def make_seed(
+    request: LaunchRequest,
+    host_key: tuple[str, str] = ("", ""),
+    boothook: bytes | None = None,
+) -> nocloud.Seed:
+    """Put the seed of a machine that has one together; errors are those of `build_seed`."""
+    assert request.seed is not None
+    return nocloud.build_seed(
         instance_id=f"iid-{uuid.uuid4()}",
         hostname=request.name,
-        host_key=(private, public),
+        host_key=host_key,
         public_key=request.seed.public_key,
         user_data=request.seed.user_data,
         meta_data=request.seed.meta_data,
         vendor_data=request.seed.vendor_data,
         network_config=request.seed.network_config,
+        boothook=boothook,
     )
-    nocloud.write_iso(seed, rundir.seed)
-    write_private(rundir.known_hosts, " ".join(public.split()[:2]) + "\n")
 
 
 def start_machine(
@@ -245,9 +290,24 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def describe_machine(
-    host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
+    host: Host,
+    rundir: RunDirectory,
+    request: LaunchRequest,
+    lease: PortLease,
+    *,
+    mac: str | None = None,
+    launch_args: tuple[str, ...] | None = None,
 ) -> MachineSpec:
-    """Say what machine was asked for."""
+    """Say what machine was asked for.
+
+    Args:
+        host: What it runs on.
+        rundir: Its directory.
+        request: What was asked for.
+        lease: Its ports.
+        mac: Its network card's address; by default a new one.
+        launch_args: Further arguments for QEMU, in place of those that were asked for.
+    """
     return MachineSpec(
         name=request.name,
         instance_type=request.instance_type,
@@ -256,7 +316,7 @@ def describe_machine(
         seed=rundir.seed if request.seed else None,
         ssh_port=lease.ssh,
         telnet_port=lease.telnet,
-        mac=make_mac(),
+        mac=mac or make_mac(),
         kernel_boot=request.kernel_boot,
-        launch_args=request.launch_args,
+        launch_args=request.launch_args if launch_args is None else launch_args,
     )

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.errors import CloudError, PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import runconfig
 from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
@@ -31,7 +31,6 @@ from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
-from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key
 
 
 class QemuLive(QemuImages):
@@ -46,9 +45,6 @@ class QemuLive(QemuImages):
     def _make_instance(
         self, machine: Machine, key_pair: KeyPair, username: str
     ) -> QemuInstance: ...
-
-    @abstractmethod
-    def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance: ...
 
     @abstractmethod
     def _key_for(self, rundir: RunDirectory) -> KeyPair: ...
@@ -74,27 +70,6 @@ class QemuLive(QemuImages):
         # The copies have its memory open; the disk that they are built on goes with the cloud.
         savedmachine.delete(saved.image)
         return copies_made
-
-    def warm_images(self) -> list[WarmImage]:
-        """List the machines that are kept ready for launches with `warm=True`."""
-        return self._warm_cache.entries()
-
-    def prune_warm_images(self, keep_mib: int = 0) -> list[str]:
-        """Drop machines that are kept ready, those that were used longest ago first.
-
-        One that a machine of today is built on stays.
-
-        Args:
-            keep_mib: How much may stay, in MiB.
-
-        Returns:
-            The keys of what was dropped.
-        """
-        return self._warm_cache.prune(keep_mib << 20)
-
-    @property
-    def _warm_cache(self) -> WarmCache:
-        return WarmCache(self.working_dir, self.settings.warm_cache_mib << 20)
 
     def find_saved(self, image_id: str) -> SavedMachine:
         """Find the saved machine that an image id stands for.
@@ -143,7 +118,6 @@ class QemuLive(QemuImages):
         """
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
-        self._warm_cache.forget_base(image)
         savedmachine.delete(image)
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
@@ -169,6 +143,11 @@ class QemuLive(QemuImages):
         self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool
     ) -> QemuInstance:
         """Start a copy of a saved machine; where it cannot go on, it boots from its disk."""
+        if saved.rtc_lag is not None:
+            raise ValueError(
+                f"{saved.image} is where first boots begin, not a machine that has booted: launch "
+                f"{layers.chain(saved.image)[-1]} with fast_boot=True"
+            )
         changes = options.changes_to(saved.spec)
         if changes:
             raise ValueError(
@@ -184,51 +163,6 @@ class QemuLive(QemuImages):
             return copy
         self._log.warning("%s boots from the disk of %s", request.name, saved.image)
         return self._start_copy(dataclasses.replace(request, boots=True), options.username)
-
-    def _launch_warm(
-        self, image: Path, options: LaunchOptions, *, fresh_identity: bool
-    ) -> QemuInstance:
-        """Start a copy of a machine that was launched alike before; the first one is kept."""
-        cache, host = self._warm_cache, self._host
-        if not cache.bound:
-            self._log.info("No machines are kept ready (warm_cache_mib = 0 in [qemu])")
-            return self._launch_cold(image, options)
-        key = build_key(image, options, host)
-        saved = cache.find(key, host)
-        if saved is None:
-
-            def tell_waiting() -> None:
-                self._log.info("Waiting for another launch of the same machine to boot it")
-
-            with cache.making(key, tell_waiting):
-                saved = cache.find(key, host)
-                if saved is None:
-                    instance = self._launch_cold(image, options)
-                    self._keep_warm(instance, key)
-                    return instance
-        # What the user-data asks for has been done in the saved machine.
-        request = copies.CopyRequest(make_name(self.tag), saved, fresh_identity)
-        copy = self._try_copy(request, options.username)
-        return self._launch_cold(image, options) if copy is None else copy
-
-    def _keep_warm(self, instance: QemuInstance, key: str) -> None:
-        """Save a machine when it is ready, for later launches; without it, they boot."""
-        import paramiko  # noqa: PLC0415 - heavy
-
-        self._log.info("Booting %s, to be saved for later launches", instance.name)
-        try:
-            instance.wait_until_well()
-            image = self._save(instance)
-            try:
-                self._warm_cache.add(key, self.find_saved(image))
-            finally:
-                self.delete_image(image)
-        except (PycloudlibError, OSError, paramiko.SSHException) as error:
-            self._log.warning("%s is not kept for later launches: %s", instance.name, error)
-        except BaseException:
-            # Nobody has got it yet.
-            instance.delete()
-            raise
 
     def _try_copy(self, request: copies.CopyRequest, username: str | None) -> QemuInstance | None:
         """Start a copy that goes on where it was saved; None where that cannot be, and say why."""

@@ -101,6 +101,11 @@ class RunDirectory:
         return self.path / "first-run"
 
     @property
+    def first_boot(self) -> Path:
+        """What puts a machine right whose first boot began in the middle; gone when it has."""
+        return self.path / "first-boot.py"
+
+    @property
     def _spec_file(self) -> Path:
         return self.path / _SPEC_FILE
 

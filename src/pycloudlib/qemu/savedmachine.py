@@ -6,6 +6,7 @@ Beside the image of its disk, `NAME.img`, stands a directory, `NAME.img.live`:
     state        the state of processors and devices, as QEMU's migration writes it
     seed.iso     the seed it was started with
     known_hosts  its SSH host keys
+    console.log  what it had written to its console, of one that was stopped in its first boot
     id_*         the SSH key to log in with, if it is one that goes with the machine
     saved.json   what machine it is, and what is needed to go on with it
 
@@ -34,7 +35,7 @@ from pycloudlib.qemu.spec import MachineSpec
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Changes with whatever decides whether a saved machine can go on: the devices above all."""
 
 _SUFFIX = ".live"
@@ -52,6 +53,9 @@ class SavedMachine:
         host: What it has to run on; see `host_fingerprint`.
         helper: Whether the helper runs in it.
         saved_at: When it was saved, in seconds since the epoch.
+        rtc_lag: Seconds that its real-time clock is behind the host's, of a machine that was
+            stopped before it read its seed: each that goes on from it has a first boot of its own.
+            None of any other.
         memory_mark: By which a change of its memory is noticed: size and time, since reading
             all of it would take longer than all else together.
         state_mark: The same of its state.
@@ -63,6 +67,7 @@ class SavedMachine:
     host: str
     helper: bool
     saved_at: float
+    rtc_lag: float | None = None
     memory_mark: str = ""
     state_mark: str = ""
 
@@ -85,6 +90,11 @@ class SavedMachine:
     def seed(self) -> Path:
         """The seed it was started with."""
         return self.directory / "seed.iso"
+
+    @property
+    def console_log(self) -> Path:
+        """What it had written to its console, where that is part of what comes after."""
+        return self.directory / "console.log"
 
     @property
     def known_hosts(self) -> Path:
@@ -124,6 +134,7 @@ def find(image: Path) -> SavedMachine | None:
             facts["host"],
             facts["helper"],
             facts["saved_at"],
+            facts["rtc_lag"],
             facts["memory_mark"],
             facts["state_mark"],
         )
@@ -227,6 +238,7 @@ def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
         "host": saved.host,
         "helper": saved.helper,
         "saved_at": saved.saved_at,
+        "rtc_lag": saved.rtc_lag,
         "memory_mark": marked.memory_mark,
         "state_mark": marked.state_mark,
     }

@@ -20,6 +20,7 @@ APPLICATION = "pycloudlib"
 DEFAULT_BINARY = "qemu-system-x86_64"
 _KNOWN_KEYS = (
     "accelerator",
+    "fast_boot",
     "image_dir",
     "image_keyring",
     "image_mirror",
@@ -44,7 +45,9 @@ class QemuSettings:
         accelerator: `auto`, `kvm` or `tcg`.
         image_mirror: Base URL of the image server; None for Ubuntu's.
         image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
-        warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)`) may take.
+        warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)` and
+            `fast_boot=True`) may take.
+        fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
     """
 
     image_dir: Path
@@ -54,6 +57,7 @@ class QemuSettings:
     image_mirror: str | None = None
     image_keyring: Path | None = None
     warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
+    fast_boot: bool = False
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -79,6 +83,7 @@ class QemuSettings:
             image_mirror=reader.text("image_mirror"),
             image_keyring=reader.file("image_keyring"),
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
+            fast_boot=reader.boolean("fast_boot", default=False),
         )
 
 
@@ -104,6 +109,12 @@ class _Reader:
         value = self.section.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(key, "a whole number, not negative")
+        return value
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        value = self.section.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
         return value
 
     def one_of(self, key: str, possible: tuple[str, ...]) -> str | None:

@@ -20,16 +20,23 @@ from pathlib import Path
 
 from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, exclusive_lock
+from pycloudlib.files import create_private_directory, exclusive_lock, write_private
 from pycloudlib.images import store
 from pycloudlib.qemu import layers, savedmachine
-from pycloudlib.qemu.launch import Host, LaunchOptions, find_kernel_boot
+from pycloudlib.qemu.launch import (
+    Host,
+    LaunchOptions,
+    LaunchRequest,
+    find_kernel_boot,
+    make_seed,
+)
 from pycloudlib.qemu.savedmachine import SavedMachine
 
 _log = logging.getLogger(__name__)
 
 _DIRECTORY = "warm"
 _DISK = "disk.img"
+_UNFIT = ".unfit"
 # Seconds after which nobody works on an unfinished entry any more.
 _CUT_OFF_AGE = 3600
 _BLOCK = 512  # stat(2): the unit of st_blocks
@@ -41,7 +48,9 @@ class WarmImage:
 
     Attributes:
         key: The digest by which it is found.
-        image_id: Its id, which `launch` takes as that of any saved machine.
+        image_id: Its id.
+        first_boot: Whether it is where first boots begin (`launch(..., fast_boot=True)`), not a
+            machine that has booted (`warm=True`).
         base: The image that it was launched from.
         instance_type: Its size.
         size: Bytes that it takes on disk.
@@ -50,6 +59,7 @@ class WarmImage:
 
     key: str
     image_id: str
+    first_boot: bool
     base: str
     instance_type: str
     size: int
@@ -58,17 +68,35 @@ class WarmImage:
 
 def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
     """Digest everything that decides what a machine is like when it has booted."""
-    record = store.find_record(image)
     boot = find_kernel_boot(image, options.kernel_cmdline, options.kernel_path)
     kernels = () if boot is None else (boot.kernel, boot.initrd)
+    return _digest(
+        image,
+        host,
+        kernel=[_facts(file) for file in kernels if file is not None],
+        options=options.to_plain(),
+    )
+
+
+def build_start_key(request: LaunchRequest, host: Host) -> str:
+    """Digest everything that decides what a machine is like before it reads its seed."""
+    return _digest(
+        request.image.path,
+        host,
+        instance_type=str(request.instance_type),
+        volume_length=make_seed(request).volume_length,
+    )
+
+
+def _digest(image: Path, host: Host, **more: object) -> str:
+    record = store.find_record(image)
     parts = {
         "format": savedmachine.FORMAT,
         "package": __version__,
         "host": savedmachine.host_fingerprint(host.binary, host.accelerator),
         "image": _facts(image),
         "digest": record.sha256 if record else "",
-        "kernel": [_facts(file) for file in kernels if file is not None],
-        "options": options.to_plain(),
+        **more,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
@@ -150,6 +178,20 @@ class WarmCache:
             shutil.rmtree(made)
             raise
 
+    def note_unfit(self, key: str, reason: str) -> None:
+        """Remember that a machine cannot be kept ready, so that nobody tries again."""
+        create_private_directory(self.directory)
+        write_private(self._unfit(key), reason)
+
+    def why_unfit(self, key: str) -> str | None:
+        """Say why a machine cannot be kept ready, if that is known."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._unfit(key).read_text()
+        return None
+
+    def _unfit(self, key: str) -> Path:
+        return self.directory / f"{key}{_UNFIT}"
+
     def entries(self) -> list[WarmImage]:
         """List the machines, the one that was used last first."""
         found = []
@@ -162,7 +204,8 @@ class WarmCache:
     def prune(self, bound: int) -> list[str]:
         """Drop the machines that were used longest ago until the rest fits into `bound` bytes.
 
-        One that a machine of today is built on stays.
+        With none left, what could not be kept is forgotten, too. One that a machine of today is
+        built on stays.
 
         Returns:
             The keys of what was dropped.
@@ -173,6 +216,8 @@ class WarmCache:
             if taken > bound and self._drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
+        for note in self.directory.glob(f"*{_UNFIT}") if bound == 0 else ():
+            note.unlink(missing_ok=True)
         for left in self.directory.glob(".*.new"):
             if time.time() - left.stat().st_mtime > _CUT_OFF_AGE:
                 shutil.rmtree(left, ignore_errors=True)
@@ -203,6 +248,7 @@ def _describe(image: Path, saved: SavedMachine) -> WarmImage:
     return WarmImage(
         key=image.parent.name,
         image_id=str(image),
+        first_boot=saved.rtc_lag is not None,
         base=str(layers.chain(image)[-1]),
         instance_type=str(saved.spec.instance_type),
         size=_size(image, saved.directory),

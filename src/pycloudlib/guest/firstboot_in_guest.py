@@ -1,0 +1,133 @@
+#!/usr/bin/python3 -IS
+"""Puts a guest right whose first boot began in the middle: where another machine was stopped.
+
+Not imported: its text is part of the machine's vendor-data, and cloud-init runs it before any of
+its modules. The guest's own Python runs it (3.5 or newer, nothing but its standard library).
+"""
+
+# Each import more would be felt in emulation.
+import fcntl
+import os
+import struct
+import sys
+import time
+
+FACTS = {"saved_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
+# Filled in on the host, as texts:
+#   saved_at    when the other machine was stopped, in seconds since the epoch
+#   rtc_lag     seconds that the real-time clock is behind
+#   entropy     random bytes, in hexadecimal digits
+#   machine_id  the same
+
+RESULT = "/run/pycloudlib/first-boot"
+RTC = "/sys/class/rtc/rtc0/since_epoch"
+RANDOM_SEED = "/var/lib/systemd/random-seed"
+# linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+# systemd's journal-def.h: where a journal file names the machine.
+JOURNAL_MACHINE_ID = 40
+
+
+def read(path: str) -> str:
+    with open(path) as file:
+        return file.read().strip()
+
+
+def write(path: str, text: str, mode: int = 0o444) -> None:
+    """Replace a file's content at once."""
+    descriptor = os.open(path + ".pycloudlib", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        os.fchmod(file.fileno(), mode)
+    os.rename(path + ".pycloudlib", path)
+
+
+def is_later_boot() -> bool:
+    """Say whether the machine has been switched on since: then it is itself already."""
+    with open("/proc/stat") as file:
+        booted = next(line.split()[1] for line in file if line.startswith("btime "))
+    return int(booted) > float(FACTS["saved_at"])
+
+
+def stir_random_numbers() -> None:
+    """Let no two machines draw the same random numbers from here on."""
+    entropy = bytes.fromhex(FACTS["entropy"])
+    with open("/dev/random", "wb", buffering=0) as device:
+        content = struct.pack("ii", 8 * len(entropy), len(entropy)) + entropy
+        fcntl.ioctl(device, RNDADDENTROPY, content)
+        fcntl.ioctl(device, RNDRESEEDCRNG)
+    if os.path.exists(RANDOM_SEED):
+        with open(RANDOM_SEED, "r+b") as file:
+            file.write(os.urandom(os.fstat(file.fileno()).st_size))
+
+
+def set_clock() -> None:
+    """Set the clock by the real-time clock, which tells whole seconds: at the moment it ticks."""
+    begun = time.monotonic()
+    first = latest = read(RTC)
+    while latest == first:
+        if time.monotonic() - begun > 3:
+            raise OSError("the real-time clock stands still")
+        time.sleep(0.003)
+        before = time.monotonic()
+        latest = read(RTC)
+    elapsed = (time.monotonic() - before) / 2
+    time.clock_settime(time.CLOCK_REALTIME, int(latest) + float(FACTS["rtc_lag"]) + elapsed)
+
+
+def take_machine_id() -> None:
+    """Be another machine to systemd, D-Bus and the journal."""
+    old, new = read("/etc/machine-id"), FACTS["machine_id"]
+    if old == new:
+        return
+    transient = "/run/machine-id"
+    if os.path.exists(transient):
+        # It may be mounted over the other file, so it has to stay the same file.
+        with open(transient, "r+") as file:
+            file.write(new)
+    if read("/etc/machine-id") != new:
+        write("/etc/machine-id", new + "\n")
+    dbus = "/var/lib/dbus/machine-id"
+    if os.path.isfile(dbus) and read(dbus) != new:
+        write(dbus, new + "\n", 0o644)
+    journals = [base for base in ("/run/log/journal/", "/var/log/journal/") if move(base, old, new)]
+    if journals:
+        # It knows its files by their paths.
+        restart = ["systemctl", "--no-block", "restart", "systemd-journald.service"]
+        if os.spawnvp(os.P_WAIT, restart[0], restart) != 0:
+            raise OSError("systemd did not begin the journal anew")
+
+
+def move(base: str, old: str, new: str) -> bool:
+    """Give the journal of a machine to another; say whether there is one."""
+    if not os.path.isdir(base + old):
+        return False
+    for name in os.listdir(base + old):
+        with open(base + old + "/" + name, "r+b") as file:
+            file.seek(JOURNAL_MACHINE_ID)
+            file.write(bytes.fromhex(new))
+    os.rename(base + old, base + new)
+    return True
+
+
+def main() -> None:
+    steps = () if is_later_boot() else (stir_random_numbers, set_clock, take_machine_id)
+    problems = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - told to the host, and the next step is taken
+            problems.append("{}: {!r}".format(step.__name__, error))
+    os.makedirs(os.path.dirname(RESULT), exist_ok=True)
+    with open(RESULT, "w") as file:
+        file.write("; ".join(problems))
+
+
+if __name__ == "__main__":
+    main()
+    # cloud-init's copy of it: a boot from its beginning has none.
+    if "/boothooks/" in sys.argv[0]:
+        os.unlink(sys.argv[0])
+        if not os.listdir(os.path.dirname(sys.argv[0])):
+            os.rmdir(os.path.dirname(sys.argv[0]))

@@ -1,0 +1,248 @@
+"""First boots that begin at cloud-init: the way up to there is gone once for each image.
+
+A machine is let run, with a seed that has nothing in it, until its guest opens the seed for the
+first time: that is cloud-init, and nothing of it has been read yet. QEMU stops the machine at that
+very read and keeps the request. The machine is saved and given up. Each machine that goes on from
+there has a seed of its own: the request is done again, reads that seed, and cloud-init goes through
+its genuine first boot.
+
+    once:   firmware ▸ boot loader ▸ kernel ▸ initrd ▸ systemd ▸ cloud-init opens the seed ■ saved
+    each:                                                        ▶ reads its own seed ▸ … ▸ ready
+"""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.files import write_private
+from pycloudlib.guest import firstboot as correction
+from pycloudlib.guest import seed as nocloud
+from pycloudlib.guest import userdata
+from pycloudlib.guest.bootphases import BootWatch, Phase
+from pycloudlib.qemu import disk, savedmachine
+from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.command import SEED_NODE, Origin
+from pycloudlib.qemu.copies import waking
+from pycloudlib.qemu.handover import write_state
+from pycloudlib.qemu.launch import (
+    Host,
+    LaunchRequest,
+    create_run_directory,
+    describe_machine,
+    make_seed,
+    start_machine,
+    supply_seed,
+)
+from pycloudlib.qemu.machine import Machine, MachineEndedError
+from pycloudlib.qemu.memory import SHARED, find_shared_memory, keep
+from pycloudlib.qemu.ports import PortLease
+from pycloudlib.qemu.qmp import Event
+from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.spec import MachineSpec
+
+_log = logging.getLogger(__name__)
+
+# Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
+_LIMITS = {Accelerator.KVM: 180.0, Accelerator.TCG: 600.0}
+_LOOK = 0.5
+# The real-time clock tells whole seconds: looked at this often, in seconds, for one to begin.
+_RTC_LOOK = 0.002
+_RTC_LIMIT = 5.0
+_HELD = "-S"
+# Once one of these is there, cloud-init has not been waiting for the seed.
+_TOO_LATE = (Phase.CLOUD_INIT_NETWORK, Phase.CLOUD_INIT_CONFIG, Phase.CLOUD_INIT_DONE)
+
+
+class UnfitImageError(CloudError):
+    """The image's guest does not open its seed, so that no first boot can begin there."""
+
+
+def find_obstacle(request: LaunchRequest) -> str | None:
+    """Say why a machine has to boot from its beginning; None when its first boot can begin later.
+
+    What the guest has learned before it reads its seed must be the same for all.
+    """
+    if request.seed is None:
+        return "it has no seed"
+    if request.kernel_boot is not None:
+        return "its kernel is booted directly, with a command line of its own"
+    if any(argument != _HELD for argument in request.launch_args):
+        return "it has launch_args of its own"
+    if _decides_about_vendor_data(request.seed.user_data):
+        # By which the clock and the machine-id are put right.
+        return "its user-data decides about vendor-data"
+    return None
+
+
+def _decides_about_vendor_data(user_data: str | bytes | None) -> bool:
+    content = user_data.encode() if isinstance(user_data, str) else user_data or b""
+    try:
+        return any(b"vendor_data" in part for part in userdata.split(content, "user_data"))
+    except ValueError:
+        return False  # cloud-init will not read it either
+
+
+@contextlib.contextmanager
+def make_starting_point(
+    host: Host, request: LaunchRequest, parent_dir: Path
+) -> Iterator[SavedMachine]:
+    """Let a machine run up to the moment when its guest opens the seed, and save it there.
+
+    Args:
+        host: What it runs on.
+        request: A machine of the kind that is to go on from there.
+        parent_dir: Where it has its directory, until the block ends.
+
+    Raises:
+        UnfitImageError: Its guest does not open the seed.
+        CloudError: It could not be started or saved.
+    """
+    with contextlib.ExitStack() as stack:
+        rundir = create_run_directory(parent_dir / request.name, stack)
+        disk.create_overlay(request.image, rundir.disk)
+        nocloud.write_iso(nocloud.Seed(b"", b""), rundir.seed, make_seed(request).volume_length)
+
+        def switch_on(machine: Machine) -> None:
+            machine.power_on(Origin(SHARED, stops_at=nocloud.ROOT_DIRECTORY_SECTOR))
+
+        machine = start_machine(
+            host,
+            rundir,
+            lambda lease: describe_machine(host, rundir, request, lease, launch_args=()),
+            stack,
+            switch_on,
+        )
+        rtc_lag = _measure_rtc_lag(machine)
+        _wait_for_seed(machine, Deadline.after(_LIMITS[host.accelerator]))
+        yield _save(host, machine, rtc_lag)
+
+
+def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
+    """Wait until the machine has stopped before it reads its seed."""
+    qemu = machine.qemu()
+    with BootWatch(machine.rundir.console_log, 0, machine.powered_on) as watch:
+        while True:
+            try:
+                qemu.wait_for_event(_is_at_seed, Deadline.after(deadline.capped(_LOOK)))
+                return
+            except MachineEndedError:
+                raise
+            except PycloudlibTimeoutError:
+                late = watch.phase in _TOO_LATE or watch.last_line.endswith("login:")
+                if late or deadline.expired:
+                    raise UnfitImageError(
+                        f"its guest did not open the seed within {deadline.elapsed:.0f} s, of "
+                        f"{deadline.limit:.0f} s that it may take; the console's last line: "
+                        f"{watch.last_line!r}"
+                    ) from None
+
+
+def _is_at_seed(event: Event) -> bool:
+    return event.name == "BLOCK_IO_ERROR" and event.data.get("node-name") == SEED_NODE
+
+
+def _measure_rtc_lag(machine: Machine) -> float:
+    """Tell how far the machine's real-time clock is behind ours, which it is from its start on."""
+    deadline = Deadline.after(_RTC_LIMIT)
+    with machine.session() as session:
+
+        def read() -> int:
+            told = session.execute("qom-get", {"path": "/machine", "property": "rtc-time"})
+            date = ("tm_mday", "tm_hour", "tm_min", "tm_sec")
+            # struct tm: years since 1900, months from 0 on.
+            day = (told["tm_year"] + 1900, told["tm_mon"] + 1)
+            return calendar.timegm((*day, *(told[name] for name in date)))
+
+        first = read()
+        while not deadline.expired:
+            before = time.time()
+            if (seconds := read()) != first:
+                return (before + time.time()) / 2 - seconds
+            time.sleep(_RTC_LOOK)
+    raise CloudError(f"The real-time clock of {machine.spec.name} stands still")
+
+
+def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
+    """Save the machine that stands still, and end it."""
+    saved = SavedMachine(
+        machine.rundir.disk,
+        machine.spec,
+        LoginFacts("", None, None),
+        savedmachine.host_fingerprint(host.binary, host.accelerator),
+        helper=False,
+        saved_at=time.time(),
+        rtc_lag=rtc_lag,
+    )
+    pid = machine.pid
+    memory = None if pid is None else find_shared_memory(pid)
+    if memory is None:
+        machine.check_on()
+        raise CloudError(f"The memory of {machine.spec.name} cannot be found")
+    with savedmachine.new_directory(saved.directory):
+        write_state(machine, saved.state)
+        with memory.open("rb") as content:
+            keep(content.fileno(), saved.memory)
+        machine.kill()
+        for source, target in (
+            (machine.rundir.seed, saved.seed),
+            (machine.rundir.console_log, saved.console_log),
+        ):
+            shutil.copy2(source, target)
+        return savedmachine.write_facts(saved, saved.login)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBoot:
+    """The steps of launching a machine whose first boot begins at a starting point.
+
+    Attributes:
+        request: The machine.
+        start: Where it begins.
+    """
+
+    request: LaunchRequest
+    start: SavedMachine
+
+    def write_files(self, rundir: RunDirectory) -> None:
+        """Make its disk and its seed."""
+        start = self.start
+        assert start.rtc_lag is not None
+        disk.create_overlay(disk.read_layer(start.image), rundir.disk, unopened=True)
+        program = correction.program(saved_at=start.saved_at, rtc_lag=start.rtc_lag)
+        write_private(rundir.first_boot, program)
+        supply_seed(
+            rundir,
+            self.request,
+            boothook=correction.boothook(program),
+            length=start.seed.stat().st_size,
+        )
+        # What its guest has gone through.
+        shutil.copy2(start.console_log, rundir.console_log)
+
+    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
+        """Say what machine it is."""
+        mac = self.start.spec.mac
+        return describe_machine(host, rundir, self.request, lease, mac=mac)
+
+    def switch_on(self, machine: Machine) -> None:
+        """Let it begin."""
+        held = _HELD in self.request.launch_args
+        with waking(self.start) as (origin, settle):
+
+            def begin(qemu: RunningQemu) -> None:
+                settle(qemu)
+                if not held:
+                    qemu.execute("cont")
+
+            machine.power_on(origin, begin)

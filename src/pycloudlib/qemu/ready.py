@@ -1,0 +1,168 @@
+"""Launches of the QEMU cloud that do not begin at the beginning: what came before is kept ready."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pycloudlib.errors import CloudError, PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.images import store
+from pycloudlib.qemu import copies, firstboot
+from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launch import LaunchOptions, LaunchRequest
+from pycloudlib.qemu.live import QemuLive
+from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.spec import make_name
+from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key, build_start_key
+
+Launch = Callable[[Path, LaunchOptions], QemuInstance]
+
+
+class QemuReady(QemuLive):
+    """What the QEMU cloud does with machines that are kept ready for later launches."""
+
+    @abstractmethod
+    def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest: ...
+
+    @abstractmethod
+    def _start(
+        self, request: LaunchRequest, username: str | None, begins: FirstBoot | None = None
+    ) -> QemuInstance: ...
+
+    def warm_images(self) -> list[WarmImage]:
+        """List the machines that are kept ready for launches with `warm=True`."""
+        return self._warm_cache.entries()
+
+    def prune_warm_images(self, keep_mib: int = 0) -> list[str]:
+        """Drop machines that are kept ready, those that were used longest ago first.
+
+        One that a machine of today is built on stays.
+
+        Args:
+            keep_mib: How much may stay, in MiB.
+
+        Returns:
+            The keys of what was dropped.
+        """
+        return self._warm_cache.prune(keep_mib << 20)
+
+    @property
+    def _warm_cache(self) -> WarmCache:
+        return WarmCache(self.working_dir, self.settings.warm_cache_mib << 20)
+
+    def delete_image(self, image_id: str, **kwargs: Any) -> None:
+        """Delete an image and what belongs to it; one that is not there is no error.
+
+        Raises:
+            ImageInUseError: Instances or snapshots are built on it; names them.
+        """
+        image = store.locate(image_id, self.image_dir)
+        super().delete_image(image_id, **kwargs)
+        self._warm_cache.forget_base(image)
+
+    def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
+        """Start a machine that boots."""
+        return self._start(self._check_launch(image, options), options.username)
+
+    def _launch_fast(self, image: Path, options: LaunchOptions) -> QemuInstance:
+        """Start a machine whose first boot begins at cloud-init, where that can be."""
+        request = self._check_launch(image, options)
+        start = self._find_start(request)
+        if start is not None:
+            try:
+                return self._start(request, options.username, FirstBoot(request, start))
+            except (CloudError, PycloudlibTimeoutError, FileNotFoundError) as error:
+                self._log.warning("%s cannot begin at cloud-init: %s", request.name, error)
+        return self._start(request, options.username)
+
+    def _find_start(self, request: LaunchRequest) -> SavedMachine | None:
+        """Find where a machine's first boot can begin; made if need be; None where it cannot."""
+        cache, host = self._warm_cache, self._host
+        obstacle = firstboot.find_obstacle(request)
+        if obstacle is None and not cache.bound:
+            obstacle = "no machines are kept ready (warm_cache_mib = 0 in [qemu])"
+        if obstacle is not None:
+            self._log.info("%s boots from its beginning: %s", request.name, obstacle)
+            return None
+        key = build_start_key(request, host)
+        start = cache.find(key, host)
+        if start is None and cache.why_unfit(key) is None:
+            with cache.making(key, self._tell_waiting):
+                start = cache.find(key, host)
+                if start is None and cache.why_unfit(key) is None:
+                    start = self._make_start(key, request)
+        unfit = cache.why_unfit(key)
+        if start is None and unfit is not None:
+            self._log.warning("%s boots from its beginning: %s", request.name, unfit)
+        return start
+
+    def _make_start(self, key: str, request: LaunchRequest) -> SavedMachine | None:
+        """Make what first boots begin at, for later launches; None where that does not work."""
+        cache, host = self._warm_cache, self._host
+        self._log.info(
+            "Booting %s up to cloud-init once, for all later launches", request.image.path
+        )
+        template = dataclasses.replace(request, name=make_name(self.tag))
+        try:
+            with firstboot.make_starting_point(host, template, self.parent_dir) as made:
+                cache.add(key, made)
+        except UnfitImageError as error:
+            cache.note_unfit(key, str(error))
+        except (CloudError, PycloudlibTimeoutError, OSError) as error:
+            self._log.warning("%s boots from its beginning: %s", request.name, error)
+        return cache.find(key, host)
+
+    def _launch_warm(
+        self, image: Path, options: LaunchOptions, launch_new: Launch, *, fresh_identity: bool
+    ) -> QemuInstance:
+        """Start a copy of a machine that was launched alike before; the first one is kept.
+
+        Args:
+            image: The image.
+            options: What was asked for.
+            launch_new: Starts a machine that boots.
+            fresh_identity: Whether the copy is to be somebody of its own.
+        """
+        cache, host = self._warm_cache, self._host
+        if not cache.bound:
+            self._log.info("No machines are kept ready (warm_cache_mib = 0 in [qemu])")
+            return launch_new(image, options)
+        key = build_key(image, options, host)
+        saved = cache.find(key, host)
+        if saved is None:
+            with cache.making(key, self._tell_waiting):
+                saved = cache.find(key, host)
+                if saved is None:
+                    instance = launch_new(image, options)
+                    self._keep_warm(instance, key)
+                    return instance
+        # What the user-data asks for has been done in the saved machine.
+        request = copies.CopyRequest(make_name(self.tag), saved, fresh_identity)
+        copy = self._try_copy(request, options.username)
+        return launch_new(image, options) if copy is None else copy
+
+    def _keep_warm(self, instance: QemuInstance, key: str) -> None:
+        """Save a machine when it is ready, for later launches; without it, they boot."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        self._log.info("Booting %s, to be saved for later launches", instance.name)
+        try:
+            instance.wait_until_well()
+            image = self._save(instance)
+            try:
+                self._warm_cache.add(key, self.find_saved(image))
+            finally:
+                self.delete_image(image)
+        except (PycloudlibError, OSError, paramiko.SSHException) as error:
+            self._log.warning("%s is not kept for later launches: %s", instance.name, error)
+        except BaseException:
+            # Nobody has got it yet.
+            instance.delete()
+            raise
+
+    def _tell_waiting(self) -> None:
+        self._log.info("Waiting for another launch of the same machine to boot it")

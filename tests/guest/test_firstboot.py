@@ -1,0 +1,165 @@
+"""First boots that begin at cloud-init: like any other first boot, and each machine its own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.qemu import layers
+from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.conftest import Guest
+from tests.guest.identity import clock_error, who_is
+from tests.guest.portrait import compare, paint
+from tests.guest.seeds import COMPARED, NETWORK_NAME, SEEDS, Kind
+
+pytestmark = pytest.mark.guest
+
+CLOCK_LIMIT = 0.1
+FAST = tuple(kind for kind in Kind if SEEDS[kind].fast_boot)
+
+
+def begins_at_cloud_init(vm: QemuInstance) -> bool:
+    return any(file.parent.parent.name == "warm" for file in layers.chain(vm.instance_path))
+
+
+@pytest.mark.uses(*COMPARED)
+def test_guest_is_like_one_that_booted_from_its_beginning(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    ordinary, fast = (guests[kind].result() for kind in COMPARED)
+    assert not begins_at_cloud_init(ordinary.machine)
+    assert begins_at_cloud_init(fast.machine)
+    assert ordinary.portrait is not None
+    assert fast.portrait is not None
+    assert "\n".join(compare(ordinary.portrait, fast.portrait)) == ""
+    assert ordinary.warnings == fast.warnings == []
+
+
+@pytest.mark.uses(*FAST)
+def test_machines_of_one_starting_point_are_each_their_own_and_right_in_time(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    machines = [guests[kind].result().machine for kind in FAST]
+    assert all(begins_at_cloud_init(vm) for vm in machines)
+    with ThreadPoolExecutor(2) as threads:
+        errors = list(threads.map(clock_error, machines))
+        told = list(threads.map(who_is, machines))
+    assert max(errors) < CLOCK_LIMIT
+    for one, other in itertools.combinations(told, 2):
+        assert [name for name in one if one[name] == other[name]] == []
+
+
+@pytest.mark.uses(Kind.SCRIPT)
+def test_network_config_is_honoured(guests: dict[Kind, Future[Guest]]) -> None:
+    vm = guests[Kind.SCRIPT].result().machine
+    assert f"{NETWORK_NAME}:" in vm.execute("cat /etc/netplan/*.yaml", use_sudo=True)
+    assert "via 10.0.2.2" in vm.execute("ip route show default")
+
+
+@pytest.mark.uses(Kind.FAST)
+def test_console_begins_with_the_firmware_and_the_journal_with_the_kernel(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    vm = guests[Kind.FAST].result().machine
+    console = vm.console_log()
+    assert "SeaBIOS" in console
+    assert console.count("finished at") == 1
+    journal = vm.execute("journalctl --boot --output=cat | head -n 3", use_sudo=True)
+    assert "Linux version" in journal
+    machine_id = vm.execute("cat /etc/machine-id")
+    latest = vm.execute("journalctl --boot --lines=1 --output=export", use_sudo=True)
+    assert f"_MACHINE_ID={machine_id}" in latest.splitlines()
+    assert vm.execute("ls /var/log/journal").split() == [machine_id]
+
+
+@pytest.fixture
+def cloud() -> Iterator[Qemu]:
+    with Qemu(tag="firstboot") as cloud:
+        yield cloud
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FAST if kind is not Kind.FAST], ids=lambda kind: kind.value
+)
+def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
+    kind: Kind, release: str, cloud: Qemu
+) -> None:
+    seed = SEEDS[kind]
+    image = cloud.build_image(release)
+
+    def boot(fast_boot: bool) -> QemuInstance:
+        vm = cloud.launch(
+            image,
+            "c1m512",
+            user_data=seed.user_data,
+            meta_data=seed.meta_data,
+            vendor_data=seed.vendor_data,
+            network_config=seed.network_config,
+            fast_boot=fast_boot,
+        )
+        vm.wait()
+        return vm
+
+    with ThreadPoolExecutor(2) as threads:
+        ordinary, fast = threads.map(boot, (False, True))
+        portraits = list(threads.map(paint, (ordinary, fast)))
+    assert [begins_at_cloud_init(vm) for vm in (ordinary, fast)] == [False, True]
+    command, expected = seed.proof
+    assert [vm.execute(command) for vm in (ordinary, fast)] == [expected, expected]
+    assert "\n".join(compare(*portraits)) == ""
+    before = fast.get_boot_id()
+    fast.restart()
+    assert fast.get_boot_id() != before
+    assert fast.execute(command) == expected
+    assert clock_error(fast) < 2, "by the real-time clock alone, as after any boot"
+
+
+# Tells who it is as early as a module of cloud-init can, and ends.
+TELL = r"""#cloud-config
+bootcmd:
+  - |
+    exec >/dev/ttyS0
+    echo
+    echo "WHO machine-id $(cat /etc/machine-id)"
+    echo "WHO random $(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' ')"
+    echo "WHO uuid $(cat /proc/sys/kernel/random/uuid)"
+    echo "WHO instance $(cat /var/lib/cloud/data/instance-id)"
+    echo "WHO clock $(date +%s.%N)"
+    echo "WHO end"
+    poweroff -f
+"""
+
+
+@pytest.mark.thorough
+def test_twenty_machines_differ_before_their_modules_run(cloud: Qemu, image: str) -> None:
+    def tell(_number: int) -> dict[str, str]:
+        vm = cloud.launch(image, "c1m512", user_data=TELL, fast_boot=True)
+        while "WHO end" not in (log := vm.console_log()):
+            came = time.time()
+            time.sleep(0.02)
+        said = dict(
+            line.split()[1:]
+            for line in log.splitlines()
+            if line.startswith("WHO ") and len(line.split()) == 3
+        )
+        said["host key"] = vm.machine.rundir.known_hosts.read_text()
+        said["late"] = str(came + 0.02 - float(said.pop("clock")))
+        vm.delete()
+        return said
+
+    with ThreadPoolExecutor(2) as threads:
+        told = list(threads.map(tell, range(20)))
+    late = [float(said.pop("late")) for said in told]
+    print(f"clocks: {min(late):.3f} to {max(late):.3f} s behind", file=sys.stderr)
+    # The console is looked at every so often, and the guest prints in its own time.
+    assert all(-CLOCK_LIMIT < seconds < 3 * CLOCK_LIMIT for seconds in late)
+    for one, other in itertools.combinations(told, 2):
+        assert [name for name in one if one[name] == other[name]] == []
