@@ -32,6 +32,15 @@ _log = logging.getLogger(__name__)
 _BOOTS_AT_ONCE = threading.Semaphore(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that ask for few guests, while the others boot."""
+    demand: dict[object, int] = {}
+    for item in items:
+        asked = sum(asks_for(item, kind) for kind in Kind)
+        demand[item.parent] = max(asked, demand.get(item.parent, 0))
+    items.sort(key=lambda item: demand[item.parent])
+
+
 @pytest.fixture(scope="session")
 def image() -> str:
     """Give an image built from Debian's packages; built when it is not there yet."""

@@ -115,12 +115,31 @@ def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
     command, expected = seed.proof
     assert [vm.execute(command) for vm in (ordinary, fast)] == [expected, expected]
     assert "\n".join(compare(*portraits)) == ""
-    before = fast.get_boot_id()
-    fast.restart()
-    assert fast.get_boot_id() != before
-    assert fast.execute(command) == expected
-    assert clock_error(fast) < 2, "by the real-time clock alone, as after any boot"
 
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_restart_is_a_later_boot_of_the_same_machine(release: str, cloud: Qemu) -> None:
+    vm = cloud.launch(cloud.build_image(release), "c1m512", user_data=TELL_BOOTS, fast_boot=True)
+    vm.wait()
+    before = who_is(vm)
+    boot_id = vm.get_boot_id()
+    vm.restart()
+    after = who_is(vm)
+    same = [name for name in before if before[name] == after[name]]
+    assert same == ["host name", "machine-id", "instance-id", "host key"]
+    assert vm.get_boot_id() != boot_id
+    assert vm.execute("cat /var/tmp/boots").split() == ["first", "boot"]
+    assert vm.execute("ls /var/log/journal").split() == [after["machine-id"]]
+    assert vm.execute("systemctl --failed --no-legend") == ""
+    assert clock_error(vm) < 2, "by the real-time clock alone, as after any boot"
+
+
+# Once for the instance, and at each boot.
+TELL_BOOTS = """#cloud-config
+bootcmd: [echo boot >>/var/tmp/boots]
+write_files: [{path: /var/tmp/boots, content: "first\\n"}]
+"""
 
 # Tells who it is as early as a module of cloud-init can, and ends.
 TELL = r"""#cloud-config

@@ -296,7 +296,7 @@ def test_successor_that_refuses_leaves_the_machine_where_it_was(
 ) -> None:
     before = Before(cloud, running)
 
-    def refuse(_qemu: RunningQemu | QmpSession, _memory: Memory) -> None:
+    def refuse(_qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
         raise CloudError("refused")
 
     with monkeypatch.context() as patch:
@@ -315,8 +315,8 @@ def test_successor_that_disagrees_leaves_the_machine_where_it_was(
     before = Before(cloud, running)
     agree = handover._set_capabilities
 
-    def disagree(qemu: RunningQemu | QmpSession, memory: Memory) -> None:
-        agree(qemu, Memory() if isinstance(qemu, RunningQemu) else memory)
+    def disagree(qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
+        agree(qemu, with_memory=isinstance(qemu, RunningQemu) or with_memory)
 
     with monkeypatch.context() as patch:
         patch.setattr(handover, "_set_capabilities", disagree)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.command import Channels, Features, build_command
+from pycloudlib.qemu.command import Channels, Features, Origin, build_command
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
 
 CHANNELS = Channels(
@@ -61,6 +62,7 @@ GOLDEN = [
                  "logfile=/run/vm/console.log,logappend=on"),
     "-serial", "chardev:console",
     "-device", "virtio-rng-pci",
+    "-device", "vmgenid,guid=auto",
     "-device", "virtio-scsi-pci,id=scsi0",
     "-drive", ("if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,"
                "file=/run/vm/vm.qcow2"),
@@ -99,6 +101,27 @@ def properties_of(value: str) -> dict[str, str]:
 
 def test_whole_command_line() -> None:
     assert build(FULL) == GOLDEN
+
+
+def test_machine_that_stops_at_its_seed_has_the_same_devices() -> None:
+    binary, ordinary = "/usr/bin/qemu-system-x86_64", build()
+    stopping = build_command(binary, SPEC, CHANNELS, Features(), Origin(stops_at=112))
+    (seed,) = values_of(stopping, "-blockdev")
+    assert json.loads(seed) == {
+        "driver": "blkdebug",
+        "node-name": "seed",
+        "read-only": True,
+        "image": {"driver": "file", "filename": "/run/vm/seed.iso", "read-only": True},
+        "inject-error": [
+            {"event": "none", "iotype": "read", "sector": 112, "once": True, "errno": 5}
+        ],
+    }
+
+    def devices(argv: list[str]) -> list[str]:
+        return [value.removesuffix(",rerror=stop") for value in values_of(argv, "-device")]
+
+    assert devices(stopping) == devices(ordinary)
+    assert "virtio-blk-pci,drive=seed,rerror=stop" in stopping
 
 
 @pytest.mark.parametrize("spec", [SPEC, FULL, dataclasses.replace(SPEC, seed=None)])

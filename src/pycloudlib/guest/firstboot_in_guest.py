@@ -20,6 +20,12 @@ FACTS = {"saved_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
 #   machine_id  the same
 
 RESULT = "/run/pycloudlib/first-boot"
+STATISTICS = "/proc/stat"
+MACHINE_ID = "/etc/machine-id"
+# It may be mounted over the one above, as long as /etc cannot be written to.
+TRANSIENT_MACHINE_ID = "/run/machine-id"
+DBUS_MACHINE_ID = "/var/lib/dbus/machine-id"
+JOURNALS = ("/run/log/journal/", "/var/log/journal/")
 RTC = "/sys/class/rtc/rtc0/since_epoch"
 RANDOM_SEED = "/var/lib/systemd/random-seed"
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
@@ -45,7 +51,7 @@ def write(path: str, text: str, mode: int = 0o444) -> None:
 
 def is_later_boot() -> bool:
     """Say whether the machine has been switched on since: then it is itself already."""
-    with open("/proc/stat") as file:
+    with open(STATISTICS) as file:
         booted = next(line.split()[1] for line in file if line.startswith("btime "))
     return int(booted) > float(FACTS["saved_at"])
 
@@ -78,21 +84,18 @@ def set_clock() -> None:
 
 def take_machine_id() -> None:
     """Be another machine to systemd, D-Bus and the journal."""
-    old, new = read("/etc/machine-id"), FACTS["machine_id"]
+    old, new = read(MACHINE_ID), FACTS["machine_id"]
     if old == new:
         return
-    transient = "/run/machine-id"
-    if os.path.exists(transient):
-        # It may be mounted over the other file, so it has to stay the same file.
-        with open(transient, "r+") as file:
+    if os.path.exists(TRANSIENT_MACHINE_ID):
+        with open(TRANSIENT_MACHINE_ID, "r+") as file:  # it has to stay the same file
             file.write(new)
-    if read("/etc/machine-id") != new:
-        write("/etc/machine-id", new + "\n")
-    dbus = "/var/lib/dbus/machine-id"
-    if os.path.isfile(dbus) and read(dbus) != new:
-        write(dbus, new + "\n", 0o644)
-    journals = [base for base in ("/run/log/journal/", "/var/log/journal/") if move(base, old, new)]
-    if journals:
+    if read(MACHINE_ID) != new:
+        write(MACHINE_ID, new + "\n")
+    if os.path.isfile(DBUS_MACHINE_ID) and read(DBUS_MACHINE_ID) != new:
+        write(DBUS_MACHINE_ID, new + "\n", 0o644)
+    moved = [base for base in JOURNALS if move(base, old, new)]
+    if moved:
         # It knows its files by their paths.
         restart = ["systemctl", "--no-block", "restart", "systemd-journald.service"]
         if os.spawnvp(os.P_WAIT, restart[0], restart) != 0:

@@ -1,0 +1,278 @@
+"""What puts a guest right whose first boot began in the middle, run on files of ours."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import os
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pycloudlib.guest import firstboot, firstboot_in_guest
+
+OLD = "0123456789abcdef0123456789abcdef"
+NEW = "fedcba9876543210fedcba9876543210"
+SAVED_AT = 1_700_000_000.5
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Give the program, with the files of a guest below a directory."""
+    for name in (
+        "RESULT",
+        "RTC",
+        "RANDOM_SEED",
+        "STATISTICS",
+        "MACHINE_ID",
+        "TRANSIENT_MACHINE_ID",
+        "DBUS_MACHINE_ID",
+    ):
+        path = f"{tmp_path}{getattr(firstboot_in_guest, name)}"
+        monkeypatch.setattr(firstboot_in_guest, name, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    journals = tuple(f"{tmp_path}{base}" for base in firstboot_in_guest.JOURNALS)
+    monkeypatch.setattr(firstboot_in_guest, "JOURNALS", journals)
+    facts = {"saved_at": str(SAVED_AT), "rtc_lag": "0.25", "entropy": "00" * 64, "machine_id": NEW}
+    monkeypatch.setattr(firstboot_in_guest, "FACTS", facts)
+    Path(firstboot_in_guest.MACHINE_ID).write_text(f"{OLD}\n")
+    boot(firstboot_in_guest, SAVED_AT - 30)
+    return firstboot_in_guest
+
+
+def boot(guest: ModuleType, moment: float) -> None:
+    Path(guest.STATISTICS).write_text(f"cpu 1 2\nbtime {moment:.0f}\nprocesses 3\n")
+
+
+@pytest.fixture
+def ioctls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """Keep the program from stirring the random numbers of this host."""
+    calls: list[tuple[int, Any]] = []
+
+    def ioctl(_device: object, request: int, content: bytes = b"") -> None:
+        calls.append((request, content))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    return calls
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Keep the program from setting the clock of this host; tell how wrong it would be."""
+    errors: list[float] = []
+    monkeypatch.setattr(time, "clock_settime", lambda _c, now: errors.append(now - time.time()))
+    return errors
+
+
+@pytest.fixture
+def ticking(guest: ModuleType) -> Iterator[None]:
+    """Let a real-time clock tick that is 0.25 s late, as QEMU's would be."""
+    stop = threading.Event()
+    rtc = Path(guest.RTC)
+
+    def tick() -> None:
+        while not stop.wait(0.001):
+            rtc.with_suffix(".new").write_text(f"{int(time.time() - 0.25)}\n")
+            rtc.with_suffix(".new").replace(rtc)
+
+    rtc.write_text(f"{int(time.time() - 0.25)}\n")
+    thread = threading.Thread(target=tick)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+def restarts(monkeypatch: pytest.MonkeyPatch, status: int = 0) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def spawn(_mode: int, _file: str, argv: list[str]) -> int:
+        calls.append(argv)
+        return status
+
+    monkeypatch.setattr(os, "spawnvp", spawn)
+    return calls
+
+
+def test_program_is_filled_in_and_runs_on_old_pythons() -> None:
+    one, other = (firstboot.program(saved_at=SAVED_AT, rtc_lag=0.25) for _ in range(2))
+    tree = ast.parse(one, feature_version=(3, 5))
+    (facts,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FACTS"
+    )
+    assert float(facts["saved_at"]) == SAVED_AT
+    assert float(facts["rtc_lag"]) == 0.25
+    assert len(bytes.fromhex(facts["entropy"])) == 64
+    assert len(bytes.fromhex(facts["machine_id"])) == 16
+    assert one != other
+    different = [ours for ours in one.splitlines() if ours not in other.splitlines()]
+    assert len(different) == 1
+    assert different[0].startswith("FACTS = ")
+
+
+def test_boothook_is_one_to_cloud_init_and_to_the_kernel() -> None:
+    hook = firstboot.boothook(firstboot.program(saved_at=SAVED_AT, rtc_lag=0.25))
+    kind, interpreter = hook.splitlines()[:2]
+    assert kind == b"#cloud-boothook"
+    assert interpreter == b"#!/usr/bin/python3 -IS"
+
+
+def test_check_tells_what_the_program_left_and_runs_it_where_it_left_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "result"
+    monkeypatch.setattr(firstboot, "RESULT", str(result))
+    sudo = tmp_path / "bin" / "sudo"
+    sudo.parent.mkdir()
+    sudo.write_text('#!/bin/sh\nexec "$@"\n')
+    sudo.chmod(0o755)
+
+    def check(program: str) -> str:
+        return subprocess.run(
+            ["sh", "-c", firstboot.check_command()],
+            input=program,
+            text=True,
+            capture_output=True,
+            check=True,
+            env={"PATH": f"{sudo.parent}:{os.environ['PATH']}"},
+        ).stdout
+
+    assert check(f"open({str(result)!r}, 'w').write('a problem')") == "a problem"
+    assert check("raise SystemExit('not run again')") == "a problem"
+
+
+def test_first_boot_is_put_right(
+    guest: ModuleType,
+    ticking: None,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(guest.RANDOM_SEED).write_bytes(b"s" * 32)
+    restarted = restarts(monkeypatch)
+    guest.main()
+    assert Path(guest.RESULT).read_text() == ""
+    assert [request for request, _ in ioctls] == [guest.RNDADDENTROPY, guest.RNDRESEEDCRNG]
+    # linux/random.h: bits of entropy, bytes, the bytes.
+    assert ioctls[0][1] == (512).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(64)
+    seed = Path(guest.RANDOM_SEED).read_bytes()
+    assert len(seed) == 32
+    assert seed != b"s" * 32
+    (error,) = clocks
+    assert abs(error) < 0.1
+    assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
+    assert restarted == [], "there is no journal to begin anew"
+
+
+def test_later_boot_stays_as_it_is(
+    guest: ModuleType, clocks: list[float], ioctls: list[tuple[int, Any]]
+) -> None:
+    boot(guest, SAVED_AT + 1)
+    guest.main()
+    assert clocks == []
+    assert ioctls == []
+    assert Path(guest.MACHINE_ID).read_text() == f"{OLD}\n"
+    assert Path(guest.RESULT).read_text() == ""
+
+
+def test_step_that_fails_is_told_and_the_others_are_taken(
+    guest: ModuleType,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest_time = iter(range(1000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(guest_time)))
+    Path(guest.RTC).write_text("1700000000\n")  # stands still
+    guest.main()
+    told = Path(guest.RESULT).read_text()
+    assert "set_clock" in told
+    assert "stands still" in told
+    assert clocks == []
+    assert len(ioctls) == 2
+    assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
+
+
+@pytest.mark.parametrize("nothing", ["RTC", "MACHINE_ID"])
+def test_guest_that_lacks_something_is_told(
+    nothing: str,
+    guest: ModuleType,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+) -> None:
+    Path(guest.RTC).write_text("1700000000\n")
+    Path(getattr(guest, nothing)).unlink()
+    guest.main()
+    assert "FileNotFoundError" in Path(guest.RESULT).read_text()
+
+
+def make_journal(base: str, content: bytes) -> Path:
+    file = Path(f"{base}{OLD}/system.journal")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    return file
+
+
+def test_journal_goes_with_the_machine_id(
+    guest: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = b"LPKSHHRH" + bytes(16) + b"f" * 16 + bytes.fromhex(OLD) + b"rest"
+    make_journal(guest.JOURNALS[1], header)
+    restarted = restarts(monkeypatch)
+    guest.take_machine_id()
+    (directory,) = Path(guest.JOURNALS[1]).iterdir()
+    assert directory.name == NEW
+    expected = header.replace(bytes.fromhex(OLD), bytes.fromhex(NEW))
+    assert (directory / "system.journal").read_bytes() == expected
+    assert restarted == [["systemctl", "--no-block", "restart", "systemd-journald.service"]]
+
+
+def test_journal_that_does_not_begin_anew_is_told(
+    guest: ModuleType,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+    ticking: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_journal(guest.JOURNALS[0], bytes(100))
+    restarts(monkeypatch, status=1)
+    guest.main()
+    assert "take_machine_id" in Path(guest.RESULT).read_text()
+
+
+def test_all_files_of_the_machine_id_are_changed(guest: ModuleType) -> None:
+    for path in (guest.TRANSIENT_MACHINE_ID, guest.DBUS_MACHINE_ID):
+        Path(path).write_text(f"{OLD}\n")
+    same_file = Path(guest.TRANSIENT_MACHINE_ID).stat().st_ino
+    guest.take_machine_id()
+    for path in (guest.MACHINE_ID, guest.TRANSIENT_MACHINE_ID, guest.DBUS_MACHINE_ID):
+        assert Path(path).read_text() == f"{NEW}\n"
+    assert Path(guest.TRANSIENT_MACHINE_ID).stat().st_ino == same_file
+    assert stat.S_IMODE(Path(guest.MACHINE_ID).stat().st_mode) == 0o444
+    assert sorted(file.name for file in Path(guest.MACHINE_ID).parent.iterdir()) == ["machine-id"]
+
+
+def test_machine_id_that_is_mounted_stays_the_same_file(guest: ModuleType) -> None:
+    Path(guest.TRANSIENT_MACHINE_ID).write_text(f"{OLD}\n")
+    Path(guest.MACHINE_ID).unlink()
+    os.link(guest.TRANSIENT_MACHINE_ID, guest.MACHINE_ID)
+    guest.take_machine_id()
+    assert Path(guest.MACHINE_ID).samefile(guest.TRANSIENT_MACHINE_ID)
+    assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
+
+
+def test_second_run_changes_nothing(guest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_journal(guest.JOURNALS[0], bytes(100))
+    restarted = restarts(monkeypatch)
+    guest.take_machine_id()
+    guest.take_machine_id()
+    assert len(restarted) == 1

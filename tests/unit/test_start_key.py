@@ -1,0 +1,147 @@
+"""Where first boots begin: which launches share it, and which boot from their beginning."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
+from pathlib import Path
+
+import pytest
+
+from pycloudlib.guest.seed import VOLUME_UNIT
+from pycloudlib.qemu import savedmachine, warm
+from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.disk import BaseImage
+from pycloudlib.qemu.firstboot import find_obstacle
+from pycloudlib.qemu.launch import Host, LaunchRequest, SeedRequest
+from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.settings import QemuSettings
+from pycloudlib.qemu.spec import InstanceType, KernelBoot
+from pycloudlib.qemu.warm import build_start_key
+
+OTHERS_WORD = "#cloud-config\nvendor_data: {enabled: false}\n"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    binary = tmp_path / "qemu"
+    binary.write_text("binary")
+    return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> LaunchRequest:
+    image = tmp_path / "some.img"
+    image.write_bytes(bytes(1024))
+    return LaunchRequest(
+        name="vm-1",
+        image=BaseImage(image, "raw", 1024),
+        instance_type=InstanceType(1, 64),
+        seed=SeedRequest("ssh-ed25519 AAAA me"),
+        kernel_boot=None,
+        launch_args=(),
+    )
+
+
+def with_seed(request: LaunchRequest, **changes: object) -> LaunchRequest:
+    assert request.seed is not None
+    seed = dataclasses.replace(request.seed, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(request, seed=seed)
+
+
+def test_machines_with_other_data_share_it(request_: LaunchRequest, host: Host) -> None:
+    key = build_start_key(request_, host)
+    for other in (
+        with_seed(request_, user_data="#!/bin/sh\n"),
+        with_seed(request_, user_data=b"x" * (1 << 20)),
+        with_seed(request_, meta_data={"instance-id": "i"}, network_config={"version": 2}),
+        with_seed(request_, public_key="ssh-ed25519 BBBB you", vendor_data="#cloud-config\n"),
+        dataclasses.replace(request_, name="vm-2", launch_args=("-S",)),
+    ):
+        assert build_start_key(other, host) == key
+
+
+def test_seed_of_another_length_has_its_own(request_: LaunchRequest, host: Host) -> None:
+    large = with_seed(request_, user_data=b"x" * VOLUME_UNIT)
+    assert build_start_key(large, host) != build_start_key(request_, host)
+
+
+@pytest.mark.parametrize("size", [InstanceType(2, 64), InstanceType(1, 65)])
+def test_machine_of_another_size_has_its_own(
+    size: InstanceType, request_: LaunchRequest, host: Host
+) -> None:
+    other = dataclasses.replace(request_, instance_type=size)
+    assert build_start_key(other, host) != build_start_key(request_, host)
+
+
+def test_what_it_is_made_with_changes_the_key(
+    request_: LaunchRequest, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [build_start_key(request_, host)]
+    keys.append(build_start_key(request_, dataclasses.replace(host, accelerator=Accelerator.KVM)))
+    os.utime(request_.image.path, (2000, 2000))
+    keys.append(build_start_key(request_, host))
+    host.binary.write_text("another build")
+    keys.append(build_start_key(request_, host))
+    monkeypatch.setattr(savedmachine, "FORMAT", savedmachine.FORMAT + 1)
+    keys.append(build_start_key(request_, host))
+    monkeypatch.setattr(warm, "__version__", "99")
+    keys.append(build_start_key(request_, host))
+    assert len(set(keys)) == len(keys)
+
+
+def make_mime(content: str) -> str:
+    document = MIMEMultipart()
+    document.attach(MIMEText(content, "cloud-config"))
+    return document.as_string()
+
+
+@pytest.mark.parametrize(
+    "user_data",
+    [
+        OTHERS_WORD,
+        OTHERS_WORD.encode(),
+        gzip.compress(OTHERS_WORD.encode()),
+        make_mime(OTHERS_WORD),
+        gzip.compress(make_mime(OTHERS_WORD + "# ünïcode, so that it is encoded\n").encode()),
+    ],
+    ids=["text", "bytes", "gzip", "MIME", "gzip of encoded MIME"],
+)
+def test_user_data_that_could_disable_the_correction_is_an_obstacle(
+    user_data: str | bytes, request_: LaunchRequest
+) -> None:
+    obstacle = find_obstacle(with_seed(request_, user_data=user_data))
+    assert obstacle is not None
+    assert "vendor-data" in obstacle
+
+
+def test_what_changes_the_way_to_the_seed_is_an_obstacle(request_: LaunchRequest) -> None:
+    kernel = KernelBoot(Path("/vmlinuz"), None, "quiet")
+    for change, reason in (
+        ({"seed": None}, "seed"),
+        ({"kernel_boot": kernel}, "kernel"),
+        ({"launch_args": ("-S", "-device", "pvpanic")}, "launch_args"),
+    ):
+        obstacle = find_obstacle(dataclasses.replace(request_, **change))  # type: ignore[arg-type]
+        assert obstacle is not None
+        assert reason in obstacle
+
+
+@pytest.mark.parametrize("user_data", [None, "#cloud-config\n", b"\x1f\x8bdamaged"])
+def test_others_have_no_obstacle(user_data: str | bytes | None, request_: LaunchRequest) -> None:
+    held = dataclasses.replace(with_seed(request_, user_data=user_data), launch_args=("-S",))
+    assert find_obstacle(held) is None
+
+
+@pytest.mark.parametrize(("section", "value"), [({}, False), ({"fast_boot": True}, True)])
+def test_it_can_be_configured(section: dict[str, object], value: bool) -> None:
+    assert QemuSettings.parse(section, "a file").fast_boot is value
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, "true"])
+def test_wrong_configuration_is_told(wrong: object) -> None:
+    with pytest.raises(ValueError, match="fast_boot in .qemu. of a file is .*expected true or"):
+        QemuSettings.parse({"fast_boot": wrong}, "a file")
