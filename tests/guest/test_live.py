@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,6 @@ from tests.guest.identity import WHO, clock_error, who_is
 
 pytestmark = pytest.mark.guest
 
-COPIES = 20
-IN_A_ROW = 40
 CLOCK_LIMIT = 0.1
 
 # Counts in memory alone, and hashes a tree of files over and over.
@@ -98,8 +99,9 @@ def test_copies_go_on_from_one_moment_of_a_machine_that_works(cloud: Qemu, saved
     assert work_of(grandchild)[2:] == before[2:]
 
 
-def test_copies_are_each_their_own_and_right_in_time(cloud: Qemu, saved: str) -> None:
-    copies = [cloud.launch(saved, fresh_identity=True) for _ in range(COPIES)]
+@pytest.mark.parametrize("count", [10, pytest.param(20, marks=pytest.mark.thorough)])
+def test_copies_are_each_their_own_and_right_in_time(count: int, cloud: Qemu, saved: str) -> None:
+    copies = [cloud.launch(saved, fresh_identity=True) for _ in range(count)]
     for vm in copies:
         assert clock_error(vm) <= CLOCK_LIMIT, vm.name
     told = {vm.name: who_is(vm) for vm in copies}
@@ -126,7 +128,8 @@ def test_a_copy_is_the_same_machine_unless_it_is_to_be_another(cloud: Qemu, save
     assert one.get_boot_id() == other.get_boot_id()
 
 
-def test_copies_one_after_another_leave_nothing(cloud: Qemu, saved: str) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.thorough)])
+def test_copies_one_after_another_leave_nothing(count: int, cloud: Qemu, saved: str) -> None:
     def count_all() -> tuple[int, int]:
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         return descriptors, len(list(cloud.parent_dir.iterdir()))
@@ -134,7 +137,7 @@ def test_copies_one_after_another_leave_nothing(cloud: Qemu, saved: str) -> None
     pids = []
     with cloud.launch(saved) as kept:
         before = count_all()
-        for _ in range(IN_A_ROW):
+        for _ in range(count):
             with cloud.launch(saved) as vm:
                 assert vm.execute("echo here") == "here"
                 pids.append(vm.machine.pid)
@@ -253,14 +256,34 @@ with Qemu("warm", config_file=config) as cloud:
 """
 
 
-def test_two_programs_that_want_a_warm_machine_boot_it_once(image: str, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class WarmPrograms:
+    working_dir: Path
+    programs: list[subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_programs(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPrograms]:
+    """Start two programs that want the same warm machine; it boots while others are tested."""
+    working_dir = tmp_path_factory.mktemp("warm")
     user_data = "#!/bin/sh\necho warm >/var/tmp/proof\n"
-    arguments = [sys.executable, "-c", WARM, image, str(tmp_path), user_data]
-    programs = [
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = [program.communicate(timeout=1200) for program in programs]
+    arguments = [sys.executable, "-c", WARM, image, str(working_dir), user_data]
+    with contextlib.ExitStack() as stack:
+        programs = []
+        for _ in range(2):
+            program = subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            stack.callback(program.wait)
+            stack.callback(program.send_signal, signal.SIGINT)
+            programs.append(program)
+        yield WarmPrograms(working_dir, programs)
+
+
+def test_two_programs_that_want_a_warm_machine_boot_it_once(
+    warm_programs: WarmPrograms,
+) -> None:
+    told = [program.communicate(timeout=1200) for program in warm_programs.programs]
     outputs = [output.splitlines() for output, _errors in told]
     assert all(len(output) == 2 for output in outputs), told
     assert sorted(output[0] for output in outputs) == ["booted", "copied"]
@@ -268,4 +291,4 @@ def test_two_programs_that_want_a_warm_machine_boot_it_once(image: str, tmp_path
     assert [proof[0] for proof in proofs] == ["warm"] * 2
     assert proofs[0][1] != proofs[1][1]
     assert proofs[0][2] != proofs[1][2]
-    assert [path.name for path in tmp_path.iterdir()] == ["warm"]
+    assert [path.name for path in warm_programs.working_dir.iterdir()] == ["warm"]
