@@ -75,6 +75,9 @@ class ImageServer:
         cut_short: Paths whose body ends early, though its length was announced.
         cut_silently: Paths whose body ends early, its length not announced.
         redirects: Other URLs, by path.
+        failures: Statuses to answer with, by path; each is used up by one request.
+        ranges: The ranges asked for so far, by path.
+        knows_ranges: Whether a part of a file is sent where one is asked for.
         stalled: Paths that are never answered.
     """
 
@@ -87,6 +90,9 @@ class ImageServer:
     cut_silently: set[str] = field(default_factory=set)
     redirects: dict[str, str] = field(default_factory=dict)
     stalled: set[str] = field(default_factory=set)
+    failures: dict[str, list[int]] = field(default_factory=dict)
+    ranges: dict[str, list[str]] = field(default_factory=dict)
+    knows_ranges: bool = True
     closing: threading.Event = field(default_factory=threading.Event)
     _catalogs: dict[tuple[Stream, bool], dict[str, Any]] = field(default_factory=dict)
 
@@ -189,6 +195,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path in served.stalled:
             served.closing.wait()
             self.close_connection = True
+        elif served.failures.get(self.path):
+            self._start(served.failures[self.path].pop(0), 0)
         elif self.path in served.redirects:
             self._start(302, 0, ("Location", served.redirects[self.path]))
         elif self.path not in served.files:
@@ -196,12 +204,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.path in served.cut_silently:
             self._start(200, None)
             self._send_half(served.files[self.path])
-        elif self.path in served.cut_short:
-            self._start(200, len(served.files[self.path]))
-            self._send_half(served.files[self.path])
         else:
-            self._start(200, len(served.files[self.path]))
-            self.wfile.write(served.files[self.path])
+            content = self._start_range(served.files[self.path])
+            if self.path in served.cut_short:
+                self._send_half(content)
+            else:
+                self.wfile.write(content)
+
+    def _start_range(self, content: bytes) -> bytes:
+        """Begin the answer with a file, or with the part of it that is asked for; give that."""
+        asked = self.headers.get("Range", "")
+        if not asked or not self._served.knows_ranges:
+            self._start(200, len(content))
+            return content
+        self._served.ranges.setdefault(self.path, []).append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(content):
+            self._start(416, 0)
+            return b""
+        told = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._start(206, len(content) - start, ("Content-Range", told))
+        return content[start:]
 
     def _start(self, status: int, length: int | None, *headers: tuple[str, str]) -> None:
         self.send_response(status)

@@ -42,6 +42,7 @@ def server(
     key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ImageServer]:
     forget_proxies(monkeypatch)
+    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
     with running_image_server(key, tmp_path) as running:
         yield running
 

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 import resource
+import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +38,7 @@ def server(
     key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ImageServer]:
     forget_proxies(monkeypatch)
+    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
     with running_image_server(key, tmp_path) as running:
         yield running
 
@@ -121,7 +124,8 @@ def test_progress_is_told_in_bytes(
     done = [report.done or 0 for report in of_image]
     assert done == sorted(done)
     kernel_size = store.kernel_path(image).stat().st_size
-    assert reports[0] == Progress("downloading", names[0], kernel_size, kernel_size, "B")
+    of_kernel = [report for report in reports if report.detail == names[0]]
+    assert of_kernel[-1] == Progress("downloading", names[0], kernel_size, kernel_size, "B")
 
 
 def test_image_without_initrd_is_fetched(server: ImageServer, image_dir: Path) -> None:
@@ -187,12 +191,18 @@ def test_wrong_image_stays_when_the_right_one_cannot_be_had(
 ) -> None:
     image = fetch_image(entry, server.source, image_dir)
     image.write_bytes(b"somebody's changed image")
-    before = list_files(image_dir)
+    before = finished_files(image_dir)
     del server.files[server.path_of(entry.url)]
     with pytest.raises(ImageBuildError):
         fetch_image(entry, server.source, image_dir)
     assert image.read_bytes() == b"somebody's changed image"
-    assert list_files(image_dir) == before
+    assert finished_files(image_dir) == before
+
+
+def finished_files(image_dir: Path) -> list[str]:
+    """List the files that are there but for those that are on their way."""
+    files = [path for path in image_dir.rglob("*") if path.is_file()]
+    return [path.name for path in files if not path.name.endswith(".part")]
 
 
 PARTS = ["", "-vmlinuz-generic", "-initrd-generic", "SHA256SUMS", "SHA256SUMS.gpg"]
@@ -205,42 +215,46 @@ def part_path(server: ImageServer, entry: CatalogEntry, part: str) -> str:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_missing_file_leaves_nothing(
+def test_missing_file_is_told(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, part: str
 ) -> None:
     path = part_path(server, entry, part)
     del server.files[path]
     with pytest.raises(ImageBuildError, match=f"{server.url}{path} failed: .* 404 Not Found"):
         fetch_image(entry, server.source, image_dir)
-    assert list_files(image_dir) == []
+    assert finished_files(image_dir) == []
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_truncated_file_leaves_nothing(
+def test_file_that_always_ends_early_is_told(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, part: str
 ) -> None:
     path = part_path(server, entry, part)
     server.cut_short.add(path)
+    server.knows_ranges = False
     size = len(server.files[path])
     message = f"{server.url}{path} failed: RemoteProtocolError: .*expected {size}"
     with pytest.raises(ImageBuildError, match=message):
         fetch_image(entry, server.source, image_dir)
-    assert list_files(image_dir) == []
+    assert server.requests.count(path) == 5
+    assert finished_files(image_dir) == []
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_silently_truncated_file_leaves_nothing(
+def test_silently_truncated_file_is_refused(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, part: str
 ) -> None:
     path = part_path(server, entry, part)
     server.cut_silently.add(path)
-    with pytest.raises(ImageVerificationError, match=f"{server.url}{path.removesuffix('.gpg')}"):
+    # Only of the image the length is known beforehand.
+    error = ImageVerificationError if part else ImageBuildError
+    with pytest.raises(error, match=f"{server.url}{path.removesuffix('.gpg')}"):
         fetch_image(entry, server.source, image_dir)
-    assert list_files(image_dir) == []
+    assert finished_files(image_dir) == []
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_changed_file_leaves_nothing(
+def test_changed_file_is_refused(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, part: str
 ) -> None:
     path = part_path(server, entry, part)
@@ -249,7 +263,7 @@ def test_changed_file_leaves_nothing(
     server.files[path] = bytes(changed)
     with pytest.raises(ImageVerificationError, match=f"{server.url}{path.removesuffix('.gpg')}"):
         fetch_image(entry, server.source, image_dir)
-    assert list_files(image_dir) == []
+    assert finished_files(image_dir) == []
 
 
 def test_wrong_checksum_is_told_with_the_expected_one(
@@ -269,7 +283,7 @@ def test_endless_image_is_given_up_early(
     server.files[server.path_of(entry.url)] *= 3
     with pytest.raises(ImageVerificationError, match=f"longer than expected: {entry.size} bytes"):
         fetch_image(entry, server.source, image_dir)
-    assert list_files(image_dir) == []
+    assert finished_files(image_dir) == []
 
 
 def test_endless_kernel_is_given_up(
@@ -309,7 +323,7 @@ def test_unreachable_server_leaves_nothing(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interruption_leaves_nothing(
+def test_interrupted_download_is_gone_on_with(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, error: type[BaseException]
 ) -> None:
     def interrupt(report: Progress) -> None:
@@ -318,7 +332,141 @@ def test_interruption_leaves_nothing(
 
     with pytest.raises(error):
         fetch_image(entry, server.source, image_dir, on_progress=interrupt)
+    assert finished_files(image_dir) == []
+    path = server.path_of(entry.url)
+    reports: list[Progress] = []
+    image = fetch_image(entry, server.source, image_dir, on_progress=reports.append)
+    (asked,) = server.ranges[path]
+    begun = int(asked.removeprefix("bytes=").removesuffix("-"))
+    assert 0 < begun < entry.size
+    done = [report.done or 0 for report in reports if report.detail == image.name]
+    assert min(done) > begun
+    assert image.read_bytes() == server.files[path]
+    assert [file for file in list_files(image_dir) if file.endswith(".part")] == []
+    # Kernel and initrd had come whole.
+    for part in PARTS[1:3]:
+        assert server.requests.count(part_path(server, entry, part)) == 1
+
+
+def leave_partial(entry: CatalogEntry, image_dir: Path, content: bytes) -> Path:
+    image = image_path(entry, image_dir)
+    image.parent.mkdir(parents=True)
+    partial = image.with_name(f".{image.name}.{entry.sha256[:16]}.part")
+    partial.write_bytes(content)
+    return partial
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_came_before_is_used_only_if_it_fits(
+    knows_ranges: bool, wrong: bool, server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    server.knows_ranges = knows_ranges
+    content = server.files[server.path_of(entry.url)]
+    leave_partial(entry, image_dir, bytes(1000) if wrong else content[:1000])
+    image = fetch_image(entry, server.source, image_dir)
+    assert image.read_bytes() == content
+    assert server.ranges == ({server.path_of(entry.url): ["bytes=1000-"]} if knows_ranges else {})
+
+
+def test_whole_file_that_was_not_renamed_is_not_transferred_again(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    path = server.path_of(entry.url)
+    leave_partial(entry, image_dir, server.files[path])
+    assert fetch_image(entry, server.source, image_dir).is_file()
+    assert path not in server.requests
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_partial_file_that_is_too_long_is_no_obstacle(
+    length: int, server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    leave_partial(entry, image_dir, bytes(entry.size + length))
+    assert fetch_image(entry, server.source, image_dir).stat().st_size == entry.size
+
+
+def test_line_that_breaks_is_taken_up_again(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    path = server.path_of(entry.url)
+    server.cut_short.add(path)  # each answer ends in the middle of what was left
+    with pytest.raises(ImageBuildError, match="failed"):
+        fetch_image(entry, server.source, image_dir)
+    asked = [int(each.removeprefix("bytes=").removesuffix("-")) for each in server.ranges[path]]
+    assert asked == sorted(set(asked))
+    assert len(asked) == 4
+    server.cut_short.clear()
+    assert fetch_image(entry, server.source, image_dir).is_file()
+    assert int(server.ranges[path][-1][6:-1]) > asked[-1]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
+def test_passing_failure_of_the_server_is_survived(
+    status: int, server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    for part in PARTS:
+        server.failures[part_path(server, entry, part)] = [status, status]
+    assert fetch_image(entry, server.source, image_dir).is_file()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_lasting_failure_is_told_at_once(
+    status: int, server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    path = server.path_of(entry.url)
+    server.failures[path] = [status]
+    with pytest.raises(ImageBuildError, match=f"the server answered {status}"):
+        fetch_image(entry, server.source, image_dir)
+    assert server.requests.count(path) == 1
+
+
+def test_redirect_to_elsewhere_brings_nothing_else(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    path = server.path_of(entry.url)
+    server.files["/elsewhere"] = bytes(entry.size)
+    server.redirects[path] = f"{server.url}/elsewhere"
+    with pytest.raises(ImageVerificationError, match="not the file expected"):
+        fetch_image(entry, server.source, image_dir)
+    server.files["/elsewhere"] = server.files[path]
+    assert fetch_image(entry, server.source, image_dir).is_file()
+
+
+def test_server_that_stalls_is_told(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_TIMEOUT", 0.1)
+    server.stalled.add(server.path_of(entry.url))
+    with pytest.raises(ImageBuildError, match="ReadTimeout"):
+        fetch_image(entry, server.source, image_dir)
+
+
+def test_want_of_room_is_told_before_anything_is_transferred(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(image_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10 << 20))
+    with pytest.raises(ImageBuildError, match=r"No room for .* MiB are needed, 10 MiB are free"):
+        fetch_image(entry, server.source, image_dir)
+    assert server.path_of(entry.url) not in server.requests
     assert list_files(image_dir) == []
+
+
+def test_two_images_are_transferred_side_by_side(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
+) -> None:
+    other = server.add_image(Stream.DAILY, "noble", "20240822")
+    server.stalled.add(server.path_of(entry.url))
+    with ThreadPoolExecutor(1) as threads:
+        held_up = threads.submit(fetch_image, entry, server.source, image_dir)
+        while server.path_of(entry.url) not in server.requests:
+            time.sleep(0.01)
+        assert fetch_image(other, server.source, image_dir).is_file()
+        assert not held_up.done()
+        server.stalled.clear()
+        server.closing.set()
+        assert held_up.result(60).is_file()
 
 
 def test_disk_that_takes_no_more_is_told(
@@ -332,7 +480,7 @@ def test_disk_that_takes_no_more_is_told(
             fetch_image(entry, server.source, image_dir)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list_files(image_dir) == []
+    assert finished_files(image_dir) == []
 
 
 def test_image_dir_that_is_a_file_is_told(

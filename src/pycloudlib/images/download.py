@@ -1,4 +1,4 @@
-"""Bytes from an image server: streamed, limited, verified while they come.
+"""Bytes from an image server: streamed, limited, gone on with after an end, verified.
 
 This is the only module that speaks HTTP, and the one place where the HTTP library's exceptions
 become this package's.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from pycloudlib._version import __version__
@@ -21,10 +24,21 @@ from pycloudlib.progress import Progress, ProgressCallback
 if TYPE_CHECKING:
     import httpx
 
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
 # Each wait for the server, not the whole transfer: an image may take as long as its line needs.
 _TIMEOUT = 30.0
 
 _CHUNK = 256 * 1024
+
+# What may pass by itself is tried again after so many seconds, each longer than the one before.
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
+_OK = 200
+_PARTIAL_CONTENT = 206
+_PASSING = (408, 416, 429)  # time-out, range that cannot be had, too many requests
+_SERVER_ERRORS = 500
+_WAITING = Progress("waiting before the download is tried again")
 
 # A server that never stops sending must fill neither the memory nor the disk. The largest
 # stream is several MB; no kernel or initrd comes near the other.
@@ -90,34 +104,39 @@ def fetch_bytes(client: httpx.Client, url: str) -> bytes:
     Raises:
         ImageBuildError: It could not be downloaded whole.
     """
-    content = bytearray()
-    with _open_response(client, url) as response:
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > _TEXT_LIMIT:
-                raise ImageBuildError(
-                    f"{shown_url(url)} is longer than the {_TEXT_LIMIT} bytes expected at most"
-                )
-    return bytes(content)
+
+    def fetch() -> bytes:
+        content = bytearray()
+        with _open_response(client, url) as response:
+            _check_status(response, url)
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > _TEXT_LIMIT:
+                    raise ImageBuildError(
+                        f"{shown_url(url)} is longer than the {_TEXT_LIMIT} bytes expected at most"
+                    )
+        return bytes(content)
+
+    return _try_again(fetch)
 
 
 def download_file(
     client: httpx.Client,
     url: str,
-    target: Path,
+    partial: Path,
     expected: Digest,
     *,
     on_progress: ProgressCallback,
 ) -> None:
-    """Download a file and verify it while it comes.
+    """Download a file, or the rest of it, and verify it.
 
-    The file is written to the very path given, where wrong bytes stay behind on failure: give
-    a temporary one, as `replace_atomically` makes it.
+    What has come stays when the download ends early, interruptions included, and is gone on with
+    by the next call. Wrong content does not stay.
 
     Args:
         client: From `open_client`.
         url: What to download.
-        target: A new file.
+        partial: Where it is written; for a file of this very content alone.
         expected: What its content has to be.
         on_progress: Told of each piece, in bytes.
 
@@ -125,16 +144,138 @@ def download_file(
         ImageBuildError: It could not be downloaded whole, or not be written.
         ImageVerificationError: What came is not what was expected.
     """
-    # Compressed on the way, neither the length nor a part of the file could be told.
-    plain = {"Accept-Encoding": "identity"}
-    with _open_response(client, url, plain) as response, target.open("xb") as file:
-        chunks = _report_chunks(response, expected.size, on_progress)
-        received = _write_hashed(chunks, file, url, expected)
-    if received != Digest(expected.sha256, expected.size or received.size):
-        raise ImageVerificationError(
-            f"{shown_url(url)} is not the file expected: received {received.size} bytes "
-            f"with SHA-256 {received.sha256}, expected {_describe(expected)}"
-        )
+    with partial.open("ab+") as file:
+        transfer = _Transfer(file, url, expected, on_progress)
+        try:
+            _try_again(lambda: transfer.go_on(client), lambda: on_progress(_WAITING))
+            transfer.check()
+        except ImageVerificationError:
+            if not transfer.resumed:
+                partial.unlink()
+                raise
+            # What was there already may be what is wrong with it.
+            _log.info("%s: what had come of it before does not fit; beginning anew", partial)
+            partial.unlink()
+            download_file(client, url, partial, expected, on_progress=on_progress)
+            return
+        os.fsync(file.fileno())
+
+
+class _Transfer:
+    """A file on its way: what has come of it, and its digest.
+
+    Attributes:
+        resumed: Whether some of it came in an earlier download.
+    """
+
+    def __init__(
+        self, file: IO[bytes], url: str, expected: Digest, on_progress: ProgressCallback
+    ) -> None:
+        self._file = file
+        self._url = url
+        self._expected = expected
+        self._on_progress = on_progress
+        self._limit = expected.size or _FILE_LIMIT
+        self._digest, self._size = hashlib.sha256(), 0
+        file.seek(0)
+        while chunk := file.read(_CHUNK):
+            self._digest.update(chunk)
+            self._size += len(chunk)
+        if self._size > self._limit:
+            self._begin_anew()
+        self.resumed = self._size > 0
+
+    def go_on(self, client: httpx.Client) -> None:
+        """Get what is missing.
+
+        Raises:
+            ImageBuildError: It did not come to its end.
+            ImageVerificationError: More came than is expected.
+        """
+        if self._digest.hexdigest() == self._expected.sha256:
+            return
+        # Compressed on the way, neither the length nor a part of the file could be told.
+        headers = {"Accept-Encoding": "identity"}
+        if self._size:
+            headers["Range"] = f"bytes={self._size}-"
+        with _open_response(client, self._url, headers) as response:
+            if response.status_code != _PARTIAL_CONTENT or not self._fits(response):
+                if self._size:
+                    self._begin_anew()
+                _check_status(response, self._url)
+            self._take(response)
+        if self._expected.size is not None and self._size < self._expected.size:
+            raise _EndedEarlyError(
+                f"Downloading {shown_url(self._url)} failed: it ended after {self._size} bytes, "
+                f"expected {self._expected.size}"
+            )
+
+    def check(self) -> None:
+        """Make sure that it is what was expected.
+
+        Raises:
+            ImageVerificationError: It is not.
+        """
+        received = Digest(self._digest.hexdigest(), self._size)
+        if received != Digest(self._expected.sha256, self._expected.size or self._size):
+            raise ImageVerificationError(
+                f"{shown_url(self._url)} is not the file expected: received {self._size} bytes "
+                f"with SHA-256 {received.sha256}, expected {_describe(self._expected)}"
+            )
+
+    def _fits(self, response: httpx.Response) -> bool:
+        """Say whether the part of the file that the server sends is what is missing."""
+        sent = response.headers.get("Content-Range", "")
+        return bool(sent.startswith(f"bytes {self._size}-"))
+
+    def _begin_anew(self) -> None:
+        self.resumed = False
+        self._file.truncate(0)
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def _take(self, response: httpx.Response) -> None:
+        name = response.url.path.rpartition("/")[2]
+        announced = response.headers.get("Content-Length", "")
+        rest = int(announced) if announced.isdecimal() else None
+        total = self._expected.size or (None if rest is None else self._size + rest)
+        for chunk in response.iter_bytes():
+            if self._size + len(chunk) > self._limit:
+                raise ImageVerificationError(
+                    f"{shown_url(self._url)} is longer than expected: {_describe(self._expected)}"
+                )
+            self._write(chunk)
+            self._on_progress(Progress("downloading", name, self._size, total, "B"))
+
+    def _write(self, chunk: bytes) -> None:
+        try:
+            self._file.write(chunk)
+            # What is written counts as come, also for a process that is killed.
+            self._file.flush()
+        except OSError as error:
+            raise ImageBuildError(
+                f"Downloading {shown_url(self._url)} failed: {self._file.name} cannot be written "
+                f"after {self._size} bytes: {error.strerror}"
+            ) from error
+        self._digest.update(chunk)
+        self._size += len(chunk)
+
+
+class _EndedEarlyError(ImageBuildError):
+    """A download that may go better when it is tried again."""
+
+
+def _try_again(work: Callable[[], _T], on_wait: Callable[[], None] = lambda: None) -> _T:
+    """Do something that depends on a server, again after a while where that may help."""
+    for pause in (*_PAUSES, None):
+        try:
+            return work()
+        except _EndedEarlyError as error:
+            if pause is None:
+                raise
+            _log.info("%s; trying again in %.0f s", error, pause)
+            on_wait()
+            time.sleep(pause)
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 @contextlib.contextmanager
@@ -145,50 +286,23 @@ def _open_response(
 
     try:
         with client.stream("GET", url, headers=headers) as response:
-            if response.status_code != httpx.codes.OK:
-                raise ImageBuildError(
-                    f"Downloading {shown_url(url)} failed: the server answered "
-                    f"{response.status_code} {response.reason_phrase}, expected 200 OK"
-                )
             yield response
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageBuildError(
+        kind = _EndedEarlyError if isinstance(error, httpx.TransportError) else ImageBuildError
+        raise kind(
             f"Downloading {shown_url(url)} failed: {type(error).__name__}: {error}"
         ) from error
 
 
-def _report_chunks(
-    response: httpx.Response, size: int | None, on_progress: ProgressCallback
-) -> Iterator[bytes]:
-    name = response.url.path.rpartition("/")[2]
-    announced = response.headers.get("Content-Length", "")
-    total = size or (int(announced) if announced.isdecimal() else None)
-    done = 0
-    for chunk in response.iter_bytes(_CHUNK):
-        done += len(chunk)
-        yield chunk
-        on_progress(Progress("downloading", name, done, total, "B"))
-
-
-def _write_hashed(chunks: Iterator[bytes], file: IO[bytes], url: str, expected: Digest) -> Digest:
-    """Write what comes, no more of it than is expected; give what it was."""
-    limit = expected.size or _FILE_LIMIT
-    digest, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        size += len(chunk)
-        if size > limit:
-            raise ImageVerificationError(
-                f"{shown_url(url)} is longer than expected: {_describe(expected)}"
-            )
-        digest.update(chunk)
-        try:
-            file.write(chunk)
-        except OSError as error:
-            raise ImageBuildError(
-                f"Downloading {shown_url(url)} failed: {file.name} cannot be written "
-                f"after {size - len(chunk)} bytes: {error.strerror}"
-            ) from error
-    return Digest(digest.hexdigest(), size)
+def _check_status(response: httpx.Response, url: str) -> None:
+    status = response.status_code
+    if status == _OK:
+        return
+    kind = _EndedEarlyError if status in _PASSING or status >= _SERVER_ERRORS else ImageBuildError
+    raise kind(
+        f"Downloading {shown_url(url)} failed: the server answered {status} "
+        f"{response.reason_phrase}, expected 200 OK"
+    )
 
 
 def _hash_file(file: IO[bytes]) -> str:

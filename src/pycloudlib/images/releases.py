@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import exclusive_lock, replace_atomically
+from pycloudlib.errors import ImageBuildError, ImageNotFoundError
+from pycloudlib.files import exclusive_lock
 from pycloudlib.images import store
 from pycloudlib.images.catalog import (
     CatalogEntry,
@@ -34,7 +35,8 @@ from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 if TYPE_CHECKING:
     import httpx
 
-_LOCK = ".download.lock"
+# Bytes that are left free: a kernel and an initrd, whose sizes are not published, and some more.
+_SPARE_ROOM = 256 << 20
 
 # As sha256sum(1) writes it; "*" marks that the file was read as binary.
 _SUM_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>[^/\s]+)")
@@ -49,6 +51,11 @@ class _File:
     url: str
     target: Path
     expected: Digest
+
+    @property
+    def partial(self) -> Path:
+        """Where it is as long as it is not whole: by its content, so that builds do not mix."""
+        return self.target.with_name(f".{self.target.name}.{self.expected.sha256[:16]}.part")
 
 
 def image_path(entry: CatalogEntry, image_dir: Path) -> Path:
@@ -92,7 +99,8 @@ def fetch_image(
     """Bring an image to `image_dir`, with its kernel, its initrd and its record.
 
     What is there and whole is used as it is; without any network when that is all of it. On
-    failure nothing new is left. A file that has the image's name but another content is kept
+    failure nothing new is left but what has come of a file, which the next call goes on with
+    (`.NAME.DIGEST.part`). A file that has the image's name but another content is kept
     under a name of its own beside it.
 
     Args:
@@ -113,8 +121,9 @@ def fetch_image(
     image = image_path(entry, image_dir)
     if _is_complete(image, entry):
         return image
-    waiting = Progress("waiting for another process that downloads an image")
-    lock = image_dir / _LOCK
+    waiting = Progress("waiting for another process that downloads this image")
+    # One for each image, outside its directory, which may not be there yet.
+    lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
     with _new_directory(image_dir), exclusive_lock(lock, on_wait=lambda: on_progress(waiting)):
         try:
             if not _is_complete(image, entry):
@@ -133,6 +142,7 @@ def _fetch(
             _File(entry.url, image, Digest(entry.sha256, entry.size)),
         ]
         missing = [file for file in files if not file.expected.matches(file.target)]
+        _check_room(missing)
         _download_all(client, missing, on_progress)
         # Last: an image that has its record is complete.
         store.write_record(image, _make_record(entry))
@@ -195,19 +205,32 @@ def _fetch_sums(client: httpx.Client, url: str, source: ImageSource) -> dict[str
     return {line["name"]: line["sha256"] for line in lines if line}
 
 
+def _check_room(files: Sequence[_File]) -> None:
+    """Make sure that the files have room, as far as their sizes are known.
+
+    Raises:
+        ImageBuildError: They have not.
+    """
+    needed = sum(file.expected.size or 0 for file in files) + _SPARE_ROOM
+    there = sum(file.partial.stat().st_size for file in files if file.partial.exists())
+    directory = files[0].target.parent if files else Path()
+    free = shutil.disk_usage(directory).free
+    if free < needed - there:
+        raise ImageBuildError(
+            f"No room for {files[-1].target.name} in {directory}: {(needed - there) >> 20} MiB are "
+            f"needed, {free >> 20} MiB are free"
+        )
+
+
 def _download_all(
     client: httpx.Client, files: Sequence[_File], on_progress: ProgressCallback
 ) -> None:
-    """Download files so that all of them appear under their names, or none."""
-    with contextlib.ExitStack() as stack:
-        # The stack gives the last one its name first: the image comes after what it needs.
-        temporaries = [
-            stack.enter_context(replace_atomically(file.target)) for file in reversed(files)
-        ]
-        for file, temporary in zip(files, reversed(temporaries), strict=True):
-            download_file(client, file.url, temporary, file.expected, on_progress=on_progress)
-        for file in files:
-            _set_aside(file.target)
+    """Download files; none appears under its name before all of them are there."""
+    for file in files:
+        download_file(client, file.url, file.partial, file.expected, on_progress=on_progress)
+    for file in files:
+        _set_aside(file.target)
+        file.partial.replace(file.target)
 
 
 def _set_aside(path: Path) -> None:
