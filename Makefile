@@ -49,8 +49,8 @@ qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
 guest: setup  ## Run the tests that boot real guests (minutes in emulation)
 	$(PYTEST) tests/guest $(PYTEST_ARGS)
 
-thorough: setup  ## Run the guest tests that are too many for every time (half an hour in emulation)
-	$(PYTEST) tests/guest -m thorough $(PYTEST_ARGS)
+thorough: setup  ## Run the tests that are too many for every time (half an hour in emulation)
+	$(PYTEST) tests -m thorough $(PYTEST_ARGS)
 
 wheel: setup  ## Build the package into dist/, install it elsewhere, and check what was installed
 	@rm -rf dist

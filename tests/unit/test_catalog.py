@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download
+from pycloudlib.images import download, store
 from pycloudlib.images.catalog import (
     ImageSource,
     Stream,
     find_entry,
     parse_catalog,
-    serial_order,
 )
 from tests.unit.imageserver import (
     ImageServer,
@@ -150,7 +149,7 @@ def test_images_of_older_releases_lose_their_suffix() -> None:
 
 def test_serials_sort_by_number() -> None:
     serials = ["20260930.10", "20260930", "20260930.2", "20251231.1"]
-    assert sorted(serials, key=serial_order) == [
+    assert sorted(serials, key=store.serial_order) == [
         "20251231.1",
         "20260930",
         "20260930.2",

@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,9 +32,7 @@ from pycloudlib.tools import find_tool
 
 __all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
 
-_SOURCE = "built:"  # what the source in a record begins with; the recipe's key follows
-_SERIAL = re.compile(r"(\d{8})(?:\.(\d+))?")
-
+_SOURCE = "built:"
 _LOCK_NAME = ".build.lock"
 _DISK = "disk.raw"
 
@@ -88,7 +85,7 @@ def find_built_image(recipe: BuildRecipe, image_dir: Path) -> Path | None:
         for image in image_dir.glob(f"{recipe.release}/*/{recipe.image_name}")
         if _is_built_from(recipe, image)
     ]
-    return max(candidates, key=lambda image: _serial_order(image.parent.name), default=None)
+    return max(candidates, key=lambda image: store.serial_order(image.parent.name), default=None)
 
 
 def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
@@ -99,11 +96,6 @@ def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
         and store.kernel_path(image).is_file()
         and store.initrd_path(image).is_file()
     )
-
-
-def _serial_order(serial: str) -> tuple[int, int]:
-    match = _SERIAL.fullmatch(serial)
-    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 # -- the story ------------------------------------------------------------------------------------
@@ -166,7 +158,7 @@ def _put_in_place(recipe: BuildRecipe, workshop: Workshop, image_dir: Path) -> P
 def _choose_serial(release_dir: Path, today: datetime.date) -> str:
     """Name a build by its date, and later ones of a day by a number too."""
     date = today.strftime("%Y%m%d")
-    taken = [_serial_order(path.name) for path in release_dir.glob(f"{date}*")]
+    taken = [store.serial_order(path.name) for path in release_dir.glob(f"{date}*")]
     numbers = [number for day, number in taken if day == int(date)]
     return f"{date}.{max(numbers) + 1}" if numbers else date
 

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pycloudlib.errors import ImageNotFoundError, ImageVerificationError
+from pycloudlib.images import store
 from pycloudlib.images.download import fetch_bytes, open_client, shown_url
 from pycloudlib.images.signature import load_trusted_keys, verify_clearsigned
 
@@ -26,7 +27,6 @@ ARCHITECTURE = "amd64"
 # The forms that Ubuntu's names have; names of files and directories are made of them.
 _SERIES = re.compile(r"[a-z]{2,32}")
 _VERSION = re.compile(r"\d{1,2}\.\d{2}")
-_SERIAL = re.compile(r"\d{8}(\.\d{1,4})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"(?!/)(?!.*\.\.)[A-Za-z0-9._/+~-]+")
 
@@ -123,11 +123,6 @@ def image_name(stream: Stream, local_directory: str, *, minimal: bool) -> str:
     return f"{prefix}{local_directory}-{variant}-cloudimg-{ARCHITECTURE}"
 
 
-def serial_order(serial: str) -> tuple[int, ...]:
-    """Give the key by which build serials sort from oldest to newest."""
-    return tuple(map(int, re.findall(r"\d+", serial)))
-
-
 def check_release_form(release: str) -> None:
     """Refuse what cannot be the name of a release, before anything is asked of a server.
 
@@ -143,19 +138,25 @@ def check_release_form(release: str) -> None:
 
 
 def find_entry(
-    source: ImageSource, stream: Stream, release: str, *, minimal: bool = False
+    source: ImageSource,
+    stream: Stream,
+    release: str,
+    *,
+    minimal: bool = False,
+    serial: str | None = None,
 ) -> CatalogEntry:
-    """Find the newest build of a release in the server's catalog.
+    """Find a build of a release in the server's catalog: the newest, or a certain one.
 
     Args:
         source: The server, and the keys that have to have signed its catalog.
         stream: Released or daily builds.
         release: Series ("noble") or version ("24.04").
         minimal: Whether the minimal variant is wanted.
+        serial: The build; by default the newest.
 
     Raises:
         ValueError: `release` cannot be the name of a release, or the keyring is none.
-        ImageNotFoundError: The catalog has no such release; names those it has.
+        ImageNotFoundError: The catalog has no such release or build; names those it has.
         ImageBuildError: The catalog could not be downloaded.
         ImageVerificationError: The catalog is not signed by a trusted key.
         MissingPrerequisiteError: `gpgv` is not installed.
@@ -171,7 +172,18 @@ def find_entry(
             f"it has {_list_releases(entries)}",
             resource_name=release,
         )
-    return max(builds, key=lambda entry: serial_order(entry.serial))
+    builds.sort(key=lambda entry: store.serial_order(entry.serial))
+    if serial is None:
+        return builds[-1]
+    for entry in builds:
+        if entry.serial == serial:
+            return entry
+    url = shown_url(source.catalog_url(stream, minimal=minimal))
+    serials = ", ".join(entry.serial for entry in builds)
+    raise ImageNotFoundError(
+        f"No build {serial} of {release!r} in {url}; it has {serials}",
+        resource_name=release,
+    )
 
 
 def parse_catalog(
@@ -258,7 +270,7 @@ def _is_usable(entry: CatalogEntry) -> bool:
     return bool(
         _SERIES.fullmatch(entry.release)
         and _VERSION.fullmatch(entry.version)
-        and _SERIAL.fullmatch(entry.serial)
+        and store.is_serial(entry.serial)
         and _SHA256.fullmatch(entry.sha256)
         and isinstance(entry.size, int)
         and entry.size > 0
@@ -267,6 +279,9 @@ def _is_usable(entry: CatalogEntry) -> bool:
 
 
 def _list_releases(entries: Sequence[CatalogEntry]) -> str:
-    releases = {(serial_order(entry.version), entry.version, entry.release) for entry in entries}
+    releases = {
+        (tuple(map(int, entry.version.split("."))), entry.version, entry.release)
+        for entry in entries
+    }
     newest_first = sorted(releases, reverse=True)
     return ", ".join(f"{name} ({version})" for _, version, name in newest_first) or "none"

@@ -20,7 +20,6 @@ from pycloudlib.images.catalog import (
     Stream,
     check_release_form,
     image_name,
-    serial_order,
 )
 from pycloudlib.images.download import (
     Digest,
@@ -31,6 +30,7 @@ from pycloudlib.images.download import (
 )
 from pycloudlib.images.signature import load_trusted_keys, verify_detached
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
+from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
 if TYPE_CHECKING:
     import httpx
@@ -80,13 +80,37 @@ def find_stored(
     """
     check_release_form(release)
     stored = [
-        (serial_order(record.serial), image)
+        (store.serial_order(record.serial), image)
         for image in image_dir.glob("*/*/*.img")
         if image.stem == image_name(stream, image.parent.parent.name, minimal=minimal)
         and (record := _find_whole(image)) is not None
         and release in (record.release, image.parent.parent.name)
     ]
     return max(stored)[1] if stored else None
+
+
+def find_unverified(
+    image_dir: Path, stream: Stream, release: str, minimal: bool = False
+) -> Path | None:
+    """Find the newest image of a release that is in its place but has no record.
+
+    The original pycloudlib leaves such images: same places, same names.
+
+    Raises:
+        ValueError: `release` cannot be the name of a release.
+    """
+    check_release_form(release)
+    version = UBUNTU_RELEASE_VERSION_MAP.get(release, release)
+    directory = version if stream is Stream.RELEASED else release
+    unverified = [
+        image
+        for image in (image_dir / directory).glob(
+            f"*/{image_name(stream, directory, minimal=minimal)}.img"
+        )
+        if store.is_serial(image.parent.name) and store.find_record(image) is None
+    ]
+    by_serial = sorted(unverified, key=lambda image: store.serial_order(image.parent.name))
+    return by_serial[-1] if by_serial else None
 
 
 def fetch_image(

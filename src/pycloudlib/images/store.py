@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,20 @@ DEFAULT_USER = "ubuntu"
 
 
 # A day, and a number when there was more than one build on it: "20240821", "20260930.1".
-_SERIAL = re.compile(r"[0-9]{8}(\.[0-9]+)?")
+_SERIAL = re.compile(r"([0-9]{8})(?:\.([0-9]{1,4}))?")
+# Seconds after which nobody works on a file that is not whole.
+_CUT_OFF_AGE = 86400
+
+
+def is_serial(text: str) -> bool:
+    """Say whether a text has the form of a build serial."""
+    return _SERIAL.fullmatch(text) is not None
+
+
+def serial_order(serial: str) -> tuple[int, int]:
+    """Give the key by which build serials sort from oldest to newest; what is none comes first."""
+    match = _SERIAL.fullmatch(serial)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,63 @@ class ImageRecord:
     size: int
     source: str
     default_user: str = DEFAULT_USER
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image in `image_dir`.
+
+    Attributes:
+        image_id: Its id, which is its path.
+        release: Series or suite ("noble", "bookworm"); of one that nothing is known of, the name
+            of its directory.
+        serial: The build serial.
+        size: Length of its file in bytes.
+        sha256: Digest of its file, by which it was verified; empty when it never was.
+        source: Where it came from.
+        last_used: When a machine was last launched from it, or it came here, in seconds since the
+            epoch.
+    """
+
+    image_id: str
+    release: str
+    serial: str
+    size: int
+    sha256: str
+    source: str
+    last_used: float
+
+
+def list_images(image_dir: Path) -> list[StoredImage]:
+    """List the images in their places below `image_dir`, by release, the newest build first."""
+    found = [
+        _describe(image)
+        for image in image_dir.glob("*/*/*.img")
+        if image.is_file() and is_serial(image.parent.name)
+    ]
+    newest_first = sorted(found, key=lambda stored: serial_order(stored.serial), reverse=True)
+    return sorted(newest_first, key=lambda stored: Path(stored.image_id).parent.parent.name)
+
+
+def _describe(image: Path) -> StoredImage:
+    record = find_record(image)
+    described_by = image if record is None else record_path(image)
+    return StoredImage(
+        image_id=str(image),
+        release=record.release if record else image.parent.parent.name,
+        serial=image.parent.name,
+        size=image.stat().st_size,
+        sha256=record.sha256 if record else "",
+        source=record.source if record else "",
+        last_used=described_by.stat().st_mtime,
+    )
+
+
+def note_use(image: Path) -> None:
+    """Remember that a machine was launched from an image, by the time of its record."""
+    # One that has no record, or is others' file, is not ours to touch.
+    with contextlib.suppress(OSError):
+        os.utime(record_path(image))
 
 
 def kernel_path(image: Path) -> Path:
@@ -128,12 +199,20 @@ def find_serial(image: Path) -> str:
     record = find_record(image)
     if record is not None and record.serial:
         return record.serial
-    if _SERIAL.fullmatch(image.parent.name):
+    if is_serial(image.parent.name):
         return image.parent.name
     raise ImageNotFoundError(
         f"Nothing tells the serial of {image}: it was not downloaded or built by this package",
         resource_id=str(image),
     )
+
+
+def remove_cut_off(image_dir: Path) -> None:
+    """Remove what has come of downloads that nobody goes on with."""
+    for partial in image_dir.glob("*/*/.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _CUT_OFF_AGE:
+                partial.unlink()
 
 
 def delete(image: Path, image_dir: Path) -> None:

@@ -196,6 +196,7 @@ class Qemu(QemuReady):
             begins: Where its first boot begins; by default with its power.
         """
         steps = begins or PowerOn(request)
+        store.note_use(request.image.path)
         user = username or _default_user(request.image.path)
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.

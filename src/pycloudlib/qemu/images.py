@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.cloud import BaseCloud, ImageType
+from pycloudlib.errors import ImageInUseError
 from pycloudlib.images import store
+from pycloudlib.images.store import StoredImage
 from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.settings import QemuSettings
 
 if TYPE_CHECKING:
     from pycloudlib.images.catalog import Stream
+    from pycloudlib.images.supply import Supply
 
 
 class QemuImages(BaseCloud):
@@ -109,6 +113,7 @@ class QemuImages(BaseCloud):
         release: str,
         *,
         image_type: ImageType = ImageType.GENERIC,
+        refresh: bool = False,
         on_progress: ProgressCallback = ignore_progress,
         **kwargs: Any,
     ) -> str:
@@ -117,6 +122,7 @@ class QemuImages(BaseCloud):
         Args:
             release: A series (`noble`) or a version (`24.04`).
             image_type: `GENERIC` or `MINIMAL`.
+            refresh: Whether to ask the server for a newer one than there is.
             on_progress: Told how much of a download is done, in bytes.
             **kwargs: Accepted for older programs.
 
@@ -125,17 +131,16 @@ class QemuImages(BaseCloud):
 
         Raises:
             ValueError: There is no such release, or no image of that type.
+            ImageNotFoundError: There is none here, and `offline` is configured.
             ImageBuildError: The download failed.
             ImageVerificationError: What the server sent is not what its publisher signed.
         """
-        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+        from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
 
-        stream = catalog.Stream.RELEASED
-        minimal = _is_minimal(image_type)
-        stored = releases.find_stored(self.image_dir, stream, release, minimal=minimal)
-        if stored is not None:
-            return str(stored)
-        return self._fetch(stream, release, minimal, on_progress)
+        wanted = self._supply(Stream.RELEASED, release, image_type)
+        if refresh and not self.settings.offline:
+            return wanted.newest(on_progress)
+        return wanted.stored_or_fetched(on_progress)
 
     def daily_image(
         self,
@@ -147,12 +152,50 @@ class QemuImages(BaseCloud):
     ) -> str:
         """Give the latest daily image of an Ubuntu release; downloaded unless it is there.
 
+        When the server cannot be reached, the newest one that is here is used, and the log says so.
+
         Arguments, result and errors are those of `released_image`.
         """
         from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
 
-        minimal = _is_minimal(image_type)
-        return self._fetch(Stream.DAILY, release, minimal, on_progress)
+        wanted = self._supply(Stream.DAILY, release, image_type)
+        if self.settings.offline:
+            return wanted.stored_or_fetched(on_progress)
+        return wanted.newest_or_stored(on_progress)
+
+    def images(self) -> list[StoredImage]:
+        """List the images in `image_dir`, downloaded or built, of each the newest build first."""
+        return store.list_images(self.image_dir)
+
+    def prune_images(self, keep: int = 1) -> list[str]:
+        """Delete old builds in `image_dir` that no instance and no snapshot is built on.
+
+        Args:
+            keep: How many builds of each image stay: the newest ones.
+
+        Returns:
+            The ids of what was deleted.
+
+        Raises:
+            ValueError: `keep` is negative.
+        """
+        if keep < 0:
+            raise ValueError(f"keep is {keep}, expected 0 or more")
+        seen: Counter[tuple[str, str]] = Counter()
+        deleted = []
+        for stored in self.images():
+            image = Path(stored.image_id)
+            kind = (image.parent.parent.name, image.name)
+            seen[kind] += 1
+            if seen[kind] <= keep:
+                continue
+            try:
+                self.delete_image(stored.image_id)
+                deleted.append(stored.image_id)
+            except ImageInUseError as error:
+                self._log.info("%s is kept: %s", image, error)
+        store.remove_cut_off(self.image_dir)
+        return deleted
 
     def image_serial(self, image_id: str) -> str:
         """Give the build serial of an image.
@@ -177,17 +220,17 @@ class QemuImages(BaseCloud):
         if image_id in self.created_images:
             self.created_images.remove(image_id)
 
-    def _fetch(
-        self, stream: Stream, release: str, minimal: bool, on_progress: ProgressCallback
-    ) -> str:
-        from pycloudlib.images import catalog, releases  # noqa: PLC0415 - seldom
+    def _supply(self, stream: Stream, release: str, image_type: ImageType) -> Supply:
+        from pycloudlib.images import catalog  # noqa: PLC0415 - seldom
+        from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
 
         settings = self.settings
         source = catalog.ImageSource(
             settings.image_mirror or catalog.DEFAULT_MIRROR, settings.image_keyring
         )
-        entry = catalog.find_entry(source, stream, release, minimal=minimal)
-        return str(releases.fetch_image(entry, source, self.image_dir, on_progress=on_progress))
+        return Supply(
+            stream, release, _is_minimal(image_type), self.image_dir, source, settings.offline
+        )
 
 
 def _is_minimal(image_type: ImageType) -> bool:

@@ -25,6 +25,7 @@ _KNOWN_KEYS = (
     "image_keyring",
     "image_mirror",
     "key_name",
+    "offline",
     "private_key_path",
     "public_key_path",
     "qemu_binary",
@@ -48,6 +49,7 @@ class QemuSettings:
         warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)` and
             `fast_boot=True`) may take.
         fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
+        offline: Whether no image server may be asked.
     """
 
     image_dir: Path
@@ -58,6 +60,7 @@ class QemuSettings:
     image_keyring: Path | None = None
     warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
     fast_boot: bool = False
+    offline: bool = False
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -84,6 +87,7 @@ class QemuSettings:
             image_keyring=reader.file("image_keyring"),
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
             fast_boot=reader.boolean("fast_boot", default=False),
+            offline=reader.boolean("offline", default=False),
         )
 
 
