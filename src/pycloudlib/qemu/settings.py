@@ -116,10 +116,10 @@ class _Reader:
         return value
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        value = self.section.get(key, default)
-        if not isinstance(value, bool):
+        value = self.section.get(key)
+        if value is not None and not isinstance(value, bool):
             raise self.error(key, "true or false")
-        return value
+        return default if value is None else value
 
     def one_of(self, key: str, possible: tuple[str, ...]) -> str | None:
         value = self.text(key)
