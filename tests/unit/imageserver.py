@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.images.catalog import CatalogEntry, ImageSource, Stream
+from pycloudlib.images.catalog import CatalogEntry
+from pycloudlib.images.source import ImageSource, Stream
 
 VERSIONS = {"noble": "24.04", "jammy": "22.04", "focal": "20.04"}
 
@@ -77,6 +78,8 @@ class ImageServer:
         redirects: Other URLs, by path.
         failures: Statuses to answer with, by path; each is used up by one request.
         ranges: The ranges asked for so far, by path.
+        updated: When the catalogs say that they were made; empty when they do not.
+        knows_versions: Whether it tells by which one finds that a file has not changed.
         knows_ranges: Whether a part of a file is sent where one is asked for.
         stalled: Paths that are never answered.
     """
@@ -93,6 +96,8 @@ class ImageServer:
     failures: dict[str, list[int]] = field(default_factory=dict)
     ranges: dict[str, list[str]] = field(default_factory=dict)
     knows_ranges: bool = True
+    knows_versions: bool = True
+    updated: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
     _catalogs: dict[tuple[Stream, bool], dict[str, Any]] = field(default_factory=dict)
 
@@ -109,6 +114,7 @@ class ImageServer:
         minimal: bool = False,
         label: str = "release",
         initrd: bool = True,
+        aliases: str = "",
     ) -> CatalogEntry:
         """Publish a build: image, kernel, initrd, checksums and catalog."""
         variant = "minimal" if minimal else "server"
@@ -137,6 +143,7 @@ class ImageServer:
             size=len(content),
             stream=stream,
             minimal=minimal,
+            aliases=tuple(filter(None, aliases.split(","))),
         )
         self._add_to_catalog(entry, path, label)
         return entry
@@ -148,7 +155,9 @@ class ImageServer:
         self.files[f"{directory}/SHA256SUMS.gpg"] = self.key.sign_detached(sums)
 
     def sign_catalog(self, stream: Stream, text: bytes, *, minimal: bool = False) -> None:
-        self.files[self.catalog_path(stream, minimal=minimal)] = self.key.sign_clear(text)
+        path = self.catalog_path(stream, minimal=minimal)
+        self.files[path] = self.key.sign_clear(text)
+        self.files[path.replace(".sjson", ".json")] = text
 
     def path_of(self, url: str) -> str:
         return url.removeprefix(self.url)
@@ -169,6 +178,7 @@ class ImageServer:
             f"com.ubuntu.cloud:server:{entry.version}:amd64",
             {
                 "arch": "amd64",
+                "aliases": ",".join(entry.aliases),
                 "release": entry.release,
                 "version": entry.version,
                 "versions": {},
@@ -178,7 +188,10 @@ class ImageServer:
         other = {"ftype": "manifest", "path": f"{path}.manifest", "size": 9995}
         items = {"disk1.img": disk, "manifest": other}
         product["versions"][entry.serial] = {"items": items, "label": label}
-        text = json.dumps({"format": "products:1.0", "products": products}, indent=1).encode()
+        document = {"format": "products:1.0", "products": products}
+        if self.updated:
+            document["updated"] = self.updated
+        text = json.dumps(document, indent=1).encode()
         self.sign_catalog(entry.stream, text, minimal=entry.minimal)
 
 
@@ -204,6 +217,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.path in served.cut_silently:
             self._start(200, None)
             self._send_half(served.files[self.path])
+        elif served.knows_versions and self.headers.get("If-None-Match") == self._version():
+            self._start(304, 0)
         else:
             content = self._start_range(served.files[self.path])
             if self.path in served.cut_short:
@@ -230,9 +245,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
+        if status == 200 and self._served.knows_versions:
+            self.send_header("ETag", self._version())
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
+
+    def _version(self) -> str:
+        return f'"{hashlib.sha256(self._served.files[self.path]).hexdigest()}"'
 
     def _send_half(self, content: bytes) -> None:
         self.wfile.write(content[: len(content) // 2])

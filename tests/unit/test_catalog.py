@@ -12,12 +12,8 @@ import pytest
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import download, store
-from pycloudlib.images.catalog import (
-    ImageSource,
-    Stream,
-    find_entry,
-    parse_catalog,
-)
+from pycloudlib.images.catalog import find_entry, parse_catalog
+from pycloudlib.images.source import ImageSource, Stream
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,

@@ -14,8 +14,9 @@ import pytest
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import download, store
-from pycloudlib.images.catalog import CatalogEntry, ImageSource, Stream, find_entry
+from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import fetch_image, find_stored, image_path
+from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import Progress
 from tests.unit.imageserver import (
     ImageServer,

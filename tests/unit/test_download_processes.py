@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.images import releases, store
-from pycloudlib.images.catalog import CatalogEntry, Stream
+from pycloudlib.images.catalog import CatalogEntry
+from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,

@@ -14,8 +14,9 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import download, store
-from pycloudlib.images.catalog import CatalogEntry, Stream, find_entry
+from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import image_path
+from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,
@@ -39,6 +40,7 @@ def server(
 ) -> Iterator[ImageServer]:
     forget_proxies(monkeypatch)
     monkeypatch.setattr(download, "_PAUSES", ())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with running_image_server(key, tmp_path) as running:
         yield running
 
@@ -284,6 +286,53 @@ def test_build_that_something_is_built_on_is_not_pruned(
         assert cloud.prune_images() == []
     assert used.exists()
     assert "made" in caplog.text
+
+
+def test_verification_that_is_disabled_is_told_each_time(
+    server: ImageServer, image_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = server.add_image(Stream.DAILY, "noble", OLD)
+    for path in list(server.files):
+        if path.endswith((".sjson", ".gpg")):
+            del server.files[path]
+    cloud = make_cloud(server, image_dir, 'image_verification = "disabled"')
+    for _ in range(2):
+        caplog.clear()
+        assert serial_of(cloud.daily_image("noble")) == OLD
+        assert "NOTHING THAT" in caplog.text
+        assert server.url in caplog.text
+    # What the catalog says still has to be so.
+    server.files[server.path_of(entry.url)] = bytes(entry.size)
+    cloud.delete_image(cloud.images()[0].image_id)
+    with pytest.raises(ImageVerificationError, match="not the file expected"):
+        cloud.daily_image("noble")
+
+
+@pytest.mark.parametrize("wrong", ["none", "off", False, 1])
+def test_verification_is_disabled_by_one_word_only(
+    wrong: object, server: ImageServer, image_dir: Path
+) -> None:
+    value = f'"{wrong}"' if isinstance(wrong, str) else str(wrong).lower()
+    with pytest.raises(ValueError, match="image_verification"):
+        make_cloud(server, image_dir, f"image_verification = {value}").images()
+
+
+def test_catalog_is_kept_in_the_users_cache(cloud: Qemu, server: ImageServer) -> None:
+    server.add_image(Stream.DAILY, "noble", OLD)
+    cloud.daily_image("noble")
+    kept = list((server.keyring.parent / "cache" / "pycloudlib" / "catalogs").iterdir())
+    assert [file.suffix for file in kept] == [".catalog"]
+
+
+@pytest.mark.parametrize("name", ["lts", "default", "n2"])
+def test_alias_is_what_the_catalog_says(name: str, cloud: Qemu, server: ImageServer) -> None:
+    server.add_image(Stream.DAILY, "jammy", NEW)
+    server.add_image(Stream.DAILY, "noble", OLD, aliases="24.04,n,noble,lts,default")
+    if name == "n2":
+        with pytest.raises(ValueError, match="n2"):
+            cloud.daily_image(name)
+    else:
+        assert cloud.daily_image(name) == cloud.daily_image("noble")
 
 
 def test_certain_build_is_found_in_the_catalog(server: ImageServer) -> None:

@@ -7,21 +7,23 @@ mirrors share.
 
 from __future__ import annotations
 
-import enum
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from pycloudlib.errors import ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import store
-from pycloudlib.images.download import fetch_bytes, open_client, shown_url
+from pycloudlib.images import catalogcache, store
+from pycloudlib.images.catalogcache import CachedCatalog
+from pycloudlib.images.download import Version, fetch_changed, open_client, shown_url
 from pycloudlib.images.signature import load_trusted_keys, verify_clearsigned
+from pycloudlib.images.source import ImageSource, Stream
 
-DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
+_log = logging.getLogger(__name__)
+
 ARCHITECTURE = "amd64"
 
 # The forms that Ubuntu's names have; names of files and directories are made of them.
@@ -29,56 +31,6 @@ _SERIES = re.compile(r"[a-z]{2,32}")
 _VERSION = re.compile(r"\d{1,2}\.\d{2}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"(?!/)(?!.*\.\.)[A-Za-z0-9._/+~-]+")
-
-
-class Stream(enum.Enum):
-    """The two lines of builds."""
-
-    RELEASED = "released"
-    DAILY = "daily"
-
-    @property
-    def directory(self) -> str:
-        """Its directory on the server."""
-        return "releases" if self is Stream.RELEASED else "daily"
-
-    @property
-    def content_id(self) -> str:
-        """The name of its catalog."""
-        return f"com.ubuntu.cloud:{self.value}:download"
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSource:
-    """Where images come from and whom to believe.
-
-    Attributes:
-        mirror: Base URL of a server laid out like cloud-images.ubuntu.com.
-        keyring: File of the public keys to trust, armored or binary; None for Ubuntu's own.
-
-    Raises:
-        ValueError: The mirror is not an HTTP URL.
-    """
-
-    mirror: str = DEFAULT_MIRROR
-    keyring: Path | None = None
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.mirror)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"Invalid image mirror {shown_url(self.mirror)!r}: expected a URL such as "
-                f"{DEFAULT_MIRROR!r}"
-            )
-
-    def base_url(self, stream: Stream, *, minimal: bool) -> str:
-        """Name the directory to which the paths in a catalog are relative."""
-        variant = "minimal/" if minimal else ""
-        return f"{self.mirror.rstrip('/')}/{variant}{stream.directory}/"
-
-    def catalog_url(self, stream: Stream, *, minimal: bool) -> str:
-        """Name the signed catalog of a stream."""
-        return f"{self.base_url(stream, minimal=minimal)}streams/v1/{stream.content_id}.sjson"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +46,7 @@ class CatalogEntry:
         size: Length of the image in bytes.
         stream: The line of builds it belongs to.
         minimal: Whether it is the minimal variant.
+        aliases: Other names of the release at present ("lts", "devel").
     """
 
     release: str
@@ -104,6 +57,7 @@ class CatalogEntry:
     size: int
     stream: Stream
     minimal: bool
+    aliases: tuple[str, ...] = ()
 
     @property
     def local_directory(self) -> str:
@@ -150,7 +104,8 @@ def find_entry(
     Args:
         source: The server, and the keys that have to have signed its catalog.
         stream: Released or daily builds.
-        release: Series ("noble") or version ("24.04").
+        release: Series ("noble"), version ("24.04") or another name that the catalog has for it at
+            present ("lts", "devel").
         minimal: Whether the minimal variant is wanted.
         serial: The build; by default the newest.
 
@@ -163,7 +118,9 @@ def find_entry(
     """
     check_release_form(release)
     entries = _fetch_entries(source, stream, minimal=minimal)
-    builds = [entry for entry in entries if release in (entry.release, entry.version)]
+    builds = [
+        entry for entry in entries if release in (entry.release, entry.version, *entry.aliases)
+    ]
     if not builds:
         url = shown_url(source.catalog_url(stream, minimal=minimal))
         variant = "minimal " if minimal else ""
@@ -215,12 +172,56 @@ def parse_catalog(
 
 def _fetch_entries(source: ImageSource, stream: Stream, *, minimal: bool) -> list[CatalogEntry]:
     # The keys come first: a wrong keyring should not cost a download.
-    keys = load_trusted_keys(source.keyring)
+    check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
+    kept = catalogcache.read(source.cache_dir, url)
+    known = None if kept is None else _try_check(check, kept.message, url)
     with open_client() as client:
-        message = fetch_bytes(client, url)
-    text = verify_clearsigned(message, keys, shown_url(url))
+        version = kept.version if kept is not None and known is not None else Version()
+        message, version = fetch_changed(client, url, version)
+    if message is None:
+        assert known is not None
+        text = known
+    else:
+        text = check(message, shown_url(url))
+        if known is not None and _updated(text) < _updated(known):
+            _log.warning(
+                "%s is older than what it was before: an attacker could hold back newer images "
+                "by that. The newer catalog is used, which was kept",
+                shown_url(url),
+            )
+            text = known
+        else:
+            catalogcache.write(source.cache_dir, url, CachedCatalog(message, version))
     return parse_catalog(text, source, stream, minimal=minimal)
+
+
+Check = Callable[[bytes, str], bytes]
+"""Gives the text of a message from an origin, if it is to be believed."""
+
+
+def _make_check(source: ImageSource) -> Check:
+    if not source.verified:
+        source.warn_if_unverified()
+        return lambda message, _origin: message
+    keys = load_trusted_keys(source.keyring)
+    return lambda message, origin: verify_clearsigned(message, keys, origin)
+
+
+def _try_check(check: Check, message: bytes, url: str) -> bytes | None:
+    try:
+        return check(message, shown_url(url))
+    except ImageVerificationError as error:
+        _log.debug("A catalog that was kept is not used: %s", error)
+        return None
+
+
+def _updated(text: bytes) -> float:
+    """Tell when a catalog was made, in seconds since the epoch; 0 when it does not say."""
+    try:
+        return parsedate_to_datetime(json.loads(text)["updated"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def _parse_build(
@@ -248,6 +249,7 @@ def _parse_build(
         size=disk["size"],
         stream=stream,
         minimal=minimal,
+        aliases=tuple(filter(None, product.get("aliases", "").split(","))),
     )
     return entry if _is_usable(entry) else None
 

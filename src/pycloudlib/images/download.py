@@ -36,6 +36,7 @@ _CHUNK = 256 * 1024
 _PAUSES = (0.5, 1.0, 2.0, 4.0)
 _OK = 200
 _PARTIAL_CONTENT = 206
+_NOT_MODIFIED = 304
 _PASSING = (408, 416, 429)  # time-out, range that cannot be had, too many requests
 _SERVER_ERRORS = 500
 _WAITING = Progress("waiting before the download is tried again")
@@ -98,16 +99,47 @@ def open_client() -> Iterator[httpx.Client]:
         yield client
 
 
+@dataclass(frozen=True, slots=True)
+class Version:
+    """By what a server tells whether a file has changed (RFC 9110, 8.8); empty when it does not.
+
+    Attributes:
+        etag: Its name for the content.
+        last_modified: When it was changed, as the server wrote it.
+    """
+
+    etag: str = ""
+    last_modified: str = ""
+
+
 def fetch_bytes(client: httpx.Client, url: str) -> bytes:
     """Download a small file: a catalog, a list of checksums, a signature.
 
     Raises:
         ImageBuildError: It could not be downloaded whole.
     """
+    content, _ = fetch_changed(client, url, Version())
+    assert content is not None
+    return content
 
-    def fetch() -> bytes:
+
+def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes | None, Version]:
+    """Download a small file unless it is the one that is known.
+
+    Returns:
+        Its content, None when it has not changed; and its version.
+
+    Raises:
+        ImageBuildError: It could not be downloaded whole.
+    """
+    headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
+    asked = {name: value for name, value in headers.items() if value}
+
+    def fetch() -> tuple[bytes | None, Version]:
         content = bytearray()
-        with _open_response(client, url) as response:
+        with _open_response(client, url, asked) as response:
+            if asked and response.status_code == _NOT_MODIFIED:
+                return None, known
             _check_status(response, url)
             for chunk in response.iter_bytes():
                 content += chunk
@@ -115,7 +147,8 @@ def fetch_bytes(client: httpx.Client, url: str) -> bytes:
                     raise ImageBuildError(
                         f"{shown_url(url)} is longer than the {_TEXT_LIMIT} bytes expected at most"
                     )
-        return bytes(content)
+            told = response.headers
+        return bytes(content), Version(told.get("ETag", ""), told.get("Last-Modified", ""))
 
     return _try_again(fetch)
 

@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError
 from pycloudlib.files import exclusive_lock
 from pycloudlib.images import store
-from pycloudlib.images.catalog import (
-    CatalogEntry,
-    ImageSource,
-    Stream,
-    check_release_form,
-    image_name,
-)
+from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
     Digest,
     download_file,
@@ -29,6 +23,7 @@ from pycloudlib.images.download import (
     shown_url,
 )
 from pycloudlib.images.signature import load_trusted_keys, verify_detached
+from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
@@ -222,9 +217,12 @@ def _find_boot_files(
 
 def _fetch_sums(client: httpx.Client, url: str, source: ImageSource) -> dict[str, str]:
     """Fetch a list of checksums with its detached signature; give them by file name."""
-    keys = load_trusted_keys(source.keyring)
     content = fetch_bytes(client, url)
-    verify_detached(content, fetch_bytes(client, f"{url}.gpg"), keys, shown_url(url))
+    if source.verified:
+        keys = load_trusted_keys(source.keyring)
+        verify_detached(content, fetch_bytes(client, f"{url}.gpg"), keys, shown_url(url))
+    else:
+        source.warn_if_unverified()
     lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
     return {line["name"]: line["sha256"] for line in lines if line}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError
 from pycloudlib.images import releases, store
-from pycloudlib.images.catalog import ImageSource, Stream, check_release_form, find_entry
+from pycloudlib.images.catalog import check_release_form, find_entry
+from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import ProgressCallback
 
 _log = logging.getLogger(__name__)

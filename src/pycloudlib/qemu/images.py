@@ -9,16 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import platformdirs
+
 from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.images import store
 from pycloudlib.images.store import StoredImage
 from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.qemu import disk, layers
-from pycloudlib.qemu.settings import QemuSettings
+from pycloudlib.qemu.settings import APPLICATION, SIGNED, QemuSettings
 
 if TYPE_CHECKING:
-    from pycloudlib.images.catalog import Stream
+    from pycloudlib.images.source import Stream
     from pycloudlib.images.supply import Supply
 
 
@@ -135,7 +137,7 @@ class QemuImages(BaseCloud):
             ImageBuildError: The download failed.
             ImageVerificationError: What the server sent is not what its publisher signed.
         """
-        from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.RELEASED, release, image_type)
         if refresh and not self.settings.offline:
@@ -156,7 +158,7 @@ class QemuImages(BaseCloud):
 
         Arguments, result and errors are those of `released_image`.
         """
-        from pycloudlib.images.catalog import Stream  # noqa: PLC0415 - seldom
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.DAILY, release, image_type)
         if self.settings.offline:
@@ -221,12 +223,15 @@ class QemuImages(BaseCloud):
             self.created_images.remove(image_id)
 
     def _supply(self, stream: Stream, release: str, image_type: ImageType) -> Supply:
-        from pycloudlib.images import catalog  # noqa: PLC0415 - seldom
+        from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource  # noqa: PLC0415 - seldom
         from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
 
         settings = self.settings
-        source = catalog.ImageSource(
-            settings.image_mirror or catalog.DEFAULT_MIRROR, settings.image_keyring
+        source = ImageSource(
+            settings.image_mirror or DEFAULT_MIRROR,
+            settings.image_keyring,
+            settings.image_verification == SIGNED,
+            platformdirs.user_cache_path(APPLICATION) / "catalogs",
         )
         return Supply(
             stream, release, _is_minimal(image_type), self.image_dir, source, settings.offline

@@ -24,6 +24,7 @@ _KNOWN_KEYS = (
     "image_dir",
     "image_keyring",
     "image_mirror",
+    "image_verification",
     "key_name",
     "offline",
     "private_key_path",
@@ -33,6 +34,8 @@ _KNOWN_KEYS = (
     "working_dir",
 )
 DEFAULT_WARM_CACHE_MIB = 20 * 1024
+SIGNED = "signed"
+_VERIFICATIONS = (SIGNED, "disabled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class QemuSettings:
         accelerator: `auto`, `kvm` or `tcg`.
         image_mirror: Base URL of the image server; None for Ubuntu's.
         image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
+        image_verification: `signed`, or `disabled`: then whatever a server says is believed.
         warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)` and
             `fast_boot=True`) may take.
         fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
@@ -58,6 +62,7 @@ class QemuSettings:
     accelerator: str = AUTO
     image_mirror: str | None = None
     image_keyring: Path | None = None
+    image_verification: str = SIGNED
     warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
     fast_boot: bool = False
     offline: bool = False
@@ -85,6 +90,7 @@ class QemuSettings:
             accelerator=reader.one_of("accelerator", SETTINGS) or AUTO,
             image_mirror=reader.text("image_mirror"),
             image_keyring=reader.file("image_keyring"),
+            image_verification=reader.one_of("image_verification", _VERIFICATIONS) or SIGNED,
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
             fast_boot=reader.boolean("fast_boot", default=False),
             offline=reader.boolean("offline", default=False),

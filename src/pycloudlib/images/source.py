@@ -1,0 +1,79 @@
+"""Where images come from, and whom to believe."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pycloudlib.images.download import shown_url
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
+
+
+class Stream(enum.Enum):
+    """The two lines of builds."""
+
+    RELEASED = "released"
+    DAILY = "daily"
+
+    @property
+    def directory(self) -> str:
+        """Its directory on the server."""
+        return "releases" if self is Stream.RELEASED else "daily"
+
+    @property
+    def content_id(self) -> str:
+        """The name of its catalog."""
+        return f"com.ubuntu.cloud:{self.value}:download"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Where images come from and whom to believe.
+
+    Attributes:
+        mirror: Base URL of a server laid out like cloud-images.ubuntu.com.
+        keyring: File of the public keys to trust, armored or binary; None for Ubuntu's own.
+        verified: Whether what the server says counts only when it is signed.
+        cache_dir: Where catalogs are kept, to be fetched when they have changed; None to keep none.
+
+    Raises:
+        ValueError: The mirror is not an HTTP URL.
+    """
+
+    mirror: str = DEFAULT_MIRROR
+    keyring: Path | None = None
+    verified: bool = True
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.mirror)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"Invalid image mirror {shown_url(self.mirror)!r}: expected a URL such as "
+                f"{DEFAULT_MIRROR!r}"
+            )
+
+    def base_url(self, stream: Stream, *, minimal: bool) -> str:
+        """Name the directory to which the paths in a catalog are relative."""
+        variant = "minimal/" if minimal else ""
+        return f"{self.mirror.rstrip('/')}/{variant}{stream.directory}/"
+
+    def catalog_url(self, stream: Stream, *, minimal: bool) -> str:
+        """Name the catalog of a stream, the signed one if it is to be verified."""
+        suffix = "sjson" if self.verified else "json"
+        return f"{self.base_url(stream, minimal=minimal)}streams/v1/{stream.content_id}.{suffix}"
+
+    def warn_if_unverified(self) -> None:
+        """Say that nothing is verified, where that is so."""
+        if not self.verified:
+            _log.warning(
+                "NOTHING THAT %s SENDS IS VERIFIED (image_verification = 'disabled' in [qemu]): "
+                "whoever is on the way to it decides what the images are",
+                shown_url(self.mirror),
+            )
