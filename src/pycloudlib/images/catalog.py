@@ -251,7 +251,7 @@ def _parse_build(
         minimal=minimal,
         aliases=tuple(filter(None, product.get("aliases", "").split(","))),
     )
-    return entry if _is_usable(entry) else None
+    return entry if is_usable(entry) else None
 
 
 def _find_disks(items: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -261,7 +261,7 @@ def _find_disks(items: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any
             yield item
 
 
-def _is_usable(entry: CatalogEntry) -> bool:
+def is_usable(entry: CatalogEntry) -> bool:
     """Whether names and numbers have their forms and the file is the stream's own.
 
     The same keys sign every catalog: the file's name is what tells that this one is not another

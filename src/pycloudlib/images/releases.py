@@ -138,14 +138,14 @@ def fetch_image(
         MissingPrerequisiteError: `gpgv` is not installed.
     """
     image = image_path(entry, image_dir)
-    if _is_complete(image, entry):
+    if is_complete(entry, image_dir):
         return image
     waiting = Progress("waiting for another process that downloads this image")
     # One for each image, outside its directory, which may not be there yet.
     lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
     with _new_directory(image_dir), exclusive_lock(lock, on_wait=lambda: on_progress(waiting)):
         try:
-            if not _is_complete(image, entry):
+            if not is_complete(entry, image_dir):
                 _fetch(entry, source, image, on_progress)
         finally:
             lock.unlink()
@@ -167,7 +167,9 @@ def _fetch(
         store.write_record(image, _make_record(entry))
 
 
-def _is_complete(image: Path, entry: CatalogEntry) -> bool:
+def is_complete(entry: CatalogEntry, image_dir: Path) -> bool:
+    """Say whether an image is there, with its kernel and its record."""
+    image = image_path(entry, image_dir)
     # By digest, not by the whole record: another mirror's file is the same image.
     record = _find_whole(image)
     same_image = record is not None and record.sha256 == entry.sha256

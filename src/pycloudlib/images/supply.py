@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError
 from pycloudlib.images import releases, store
-from pycloudlib.images.catalog import check_release_form, find_entry
+from pycloudlib.images.catalog import CatalogEntry, check_release_form, find_entry
 from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import ProgressCallback
 
@@ -26,6 +26,7 @@ class Supply:
         image_dir: Where images are kept.
         source: The server.
         offline: Whether it may not be asked.
+        pin: The build that it has to be, if it is pinned.
 
     Raises:
         ValueError: `release` cannot be the name of a release.
@@ -37,6 +38,7 @@ class Supply:
     image_dir: Path
     source: ImageSource
     offline: bool = False
+    pin: CatalogEntry | None = None
 
     def __post_init__(self) -> None:
         check_release_form(self.release)
@@ -49,6 +51,8 @@ class Supply:
             ImageBuildError: It could not be downloaded.
             ImageVerificationError: What came is not what its publisher signed.
         """
+        if self.pin is not None:
+            return self._pinned(self.pin, on_progress)
         stored = self._find_stored()
         if stored is not None:
             return str(stored)
@@ -58,15 +62,13 @@ class Supply:
         if unverified is not None:
             return self._adopt(unverified, on_progress)
         if self.offline:
-            raise ImageNotFoundError(
-                f"No {self.stream.value} image of {self.release!r} in {self.image_dir}, and the "
-                f"server is not asked (offline = true in [qemu]). There are: {self._list_others()}",
-                resource_name=self.release,
-            )
+            raise self._offline_error(f"{self.stream.value} image of {self.release!r}")
         return self.newest(on_progress)
 
     def newest(self, on_progress: ProgressCallback) -> str:
         """Give the server's newest; downloaded unless that very build is here."""
+        if self.pin is not None:
+            return self._pinned(self.pin, on_progress)
         return self._fetch(None, on_progress)
 
     def newest_or_stored(self, on_progress: ProgressCallback) -> str:
@@ -74,7 +76,7 @@ class Supply:
         try:
             return self.newest(on_progress)
         except ImageBuildError as error:
-            stored = self._find_stored()
+            stored = None if self.pin else self._find_stored()
             if stored is None:
                 raise
             _log.warning("%s. Using %s, the newest that is here", error, stored)
@@ -82,6 +84,20 @@ class Supply:
 
     def _find_stored(self) -> Path | None:
         return releases.find_stored(self.image_dir, self.stream, self.release, self.minimal)
+
+    def _pinned(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
+        """Give the build that it has to be, and no other."""
+        if self.offline and not releases.is_complete(pin, self.image_dir):
+            raise self._offline_error(f"build {pin.serial} of {self.release!r}, which is pinned,")
+        image = releases.fetch_image(pin, self.source, self.image_dir, on_progress=on_progress)
+        return str(image)
+
+    def _offline_error(self, wanted: str) -> ImageNotFoundError:
+        return ImageNotFoundError(
+            f"No {wanted} in {self.image_dir}, and the server is not asked (offline = true in "
+            f"[qemu]). There are: {self._list_others()}",
+            resource_name=self.release,
+        )
 
     def _adopt(self, image: Path, on_progress: ProgressCallback) -> str:
         """Give an image that another program left, verified as if it were downloaded."""

@@ -20,7 +20,8 @@ from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.settings import APPLICATION, SIGNED, QemuSettings
 
 if TYPE_CHECKING:
-    from pycloudlib.images.source import Stream
+    from pycloudlib.images.lock import ImageLock
+    from pycloudlib.images.source import ImageSource, Stream
     from pycloudlib.images.supply import Supply
 
 
@@ -165,6 +166,44 @@ class QemuImages(BaseCloud):
             return wanted.stored_or_fetched(on_progress)
         return wanted.newest_or_stored(on_progress)
 
+    def lock_image(
+        self,
+        release: str,
+        *,
+        daily: bool = False,
+        image_type: ImageType = ImageType.GENERIC,
+    ) -> str:
+        """Pin a release to its newest build, which is had from then on and no other.
+
+        The lock is `image_lock` of the configuration, or `pycloudlib.lock` in the directory that
+        the program runs in; it is for a project's version control.
+
+        Args:
+            release: A series or a version.
+            daily: Whether its daily image is meant, not the released one.
+            image_type: `GENERIC` or `MINIMAL`.
+
+        Returns:
+            The serial of the build.
+
+        Raises:
+            ValueError: There is no such release, or the lock is damaged.
+            ImageBuildError: The server could not be asked.
+            ImageVerificationError: What it says is not what its publisher signed.
+        """
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
+
+        stream = Stream.DAILY if daily else Stream.RELEASED
+        return self._update_lock([(stream, release, _is_minimal(image_type))])[0]
+
+    def update_image_lock(self) -> list[str]:
+        """Pin all that is pinned to the newest builds; give their serials.
+
+        Errors are those of `lock_image`; the lock stays as it was then.
+        """
+        pins = self._image_lock.pins
+        return self._update_lock([(pin.stream, pin.release, pin.minimal) for pin in pins])
+
     def images(self) -> list[StoredImage]:
         """List the images in `image_dir`, downloaded or built, of each the newest build first."""
         return store.list_images(self.image_dir)
@@ -223,19 +262,41 @@ class QemuImages(BaseCloud):
             self.created_images.remove(image_id)
 
     def _supply(self, stream: Stream, release: str, image_type: ImageType) -> Supply:
-        from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource  # noqa: PLC0415 - seldom
         from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
 
+        minimal = _is_minimal(image_type)
+        pin = self._image_lock.find(stream, release, minimal=minimal)
+        offline = self.settings.offline
+        return Supply(stream, release, minimal, self.image_dir, self._image_source, offline, pin)
+
+    @property
+    def _image_source(self) -> ImageSource:
+        from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource  # noqa: PLC0415 - seldom
+
         settings = self.settings
-        source = ImageSource(
+        return ImageSource(
             settings.image_mirror or DEFAULT_MIRROR,
             settings.image_keyring,
             settings.image_verification == SIGNED,
             platformdirs.user_cache_path(APPLICATION) / "catalogs",
         )
-        return Supply(
-            stream, release, _is_minimal(image_type), self.image_dir, source, settings.offline
-        )
+
+    @property
+    def _image_lock(self) -> ImageLock:
+        from pycloudlib.images.lock import FILE, ImageLock  # noqa: PLC0415 - seldom
+
+        return ImageLock.read(self.settings.image_lock or Path(FILE).absolute())
+
+    def _update_lock(self, wanted: Sequence[tuple[Stream, str, bool]]) -> list[str]:
+        from pycloudlib.images.catalog import find_entry  # noqa: PLC0415 - seldom
+
+        lock, source = self._image_lock, self._image_source
+        entries = [
+            find_entry(source, stream, release, minimal=minimal)
+            for stream, release, minimal in wanted
+        ]
+        lock.write_with(entries)
+        return [entry.serial for entry in entries]
 
 
 def _is_minimal(image_type: ImageType) -> bool:

@@ -23,6 +23,7 @@ _KNOWN_KEYS = (
     "fast_boot",
     "image_dir",
     "image_keyring",
+    "image_lock",
     "image_mirror",
     "image_verification",
     "key_name",
@@ -50,6 +51,8 @@ class QemuSettings:
         image_mirror: Base URL of the image server; None for Ubuntu's.
         image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
         image_verification: `signed`, or `disabled`: then whatever a server says is believed.
+        image_lock: File that pins builds; it need not exist. None for `pycloudlib.lock` in the
+            directory that the program runs in.
         warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)` and
             `fast_boot=True`) may take.
         fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
@@ -63,6 +66,7 @@ class QemuSettings:
     image_mirror: str | None = None
     image_keyring: Path | None = None
     image_verification: str = SIGNED
+    image_lock: Path | None = None
     warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
     fast_boot: bool = False
     offline: bool = False
@@ -91,6 +95,7 @@ class QemuSettings:
             image_mirror=reader.text("image_mirror"),
             image_keyring=reader.file("image_keyring"),
             image_verification=reader.one_of("image_verification", _VERIFICATIONS) or SIGNED,
+            image_lock=reader.path("image_lock"),
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
             fast_boot=reader.boolean("fast_boot", default=False),
             offline=reader.boolean("offline", default=False),

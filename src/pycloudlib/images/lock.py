@@ -1,0 +1,101 @@
+"""Images that are pinned: a file in a project that says which builds it is tested with.
+
+`pycloudlib.lock` is JSON, to be kept under version control and written by this package:
+
+    {"version": 1,
+     "images": [{"stream": "daily", "release": "noble", "version": "24.04", "minimal": false,
+                 "serial": "20240821", "url": "https://…", "sha256": "…", "size": 586022912}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pycloudlib.files import replace_atomically
+from pycloudlib.images.catalog import CatalogEntry, is_usable
+from pycloudlib.images.source import Stream
+
+FILE = "pycloudlib.lock"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLock:
+    """Which builds are pinned.
+
+    Attributes:
+        path: The file; it need not exist.
+        pins: The builds.
+    """
+
+    path: Path
+    pins: tuple[CatalogEntry, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> ImageLock:
+        """Read a lock; a file that does not exist pins nothing.
+
+        Raises:
+            ValueError: It is no lock; names the file and what is wrong.
+        """
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return cls(path)
+        try:
+            document = json.loads(text)
+            if document["version"] != _FORMAT:
+                raise ValueError(f"its version is {document['version']!r}, expected {_FORMAT}")
+            return cls(path, tuple(map(_parse, document["images"])))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a lock of images: {type(error).__name__}: {error}"
+            ) from error
+
+    def find(self, stream: Stream, release: str, *, minimal: bool) -> CatalogEntry | None:
+        """Find the build that a release is pinned to; None when it is not."""
+        for pin in self.pins:
+            if (pin.stream, pin.minimal) == (stream, minimal) and release in (
+                pin.release,
+                pin.version,
+            ):
+                return pin
+        return None
+
+    def write_with(self, entries: Sequence[CatalogEntry]) -> None:
+        """Write the lock with builds in place of those of the same images."""
+        images = {_image(pin): pin for pin in (*self.pins, *entries)}
+        document = {
+            "version": _FORMAT,
+            "images": [_plain(images[image]) for image in sorted(images)],
+        }
+        with replace_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _image(pin: CatalogEntry) -> tuple[str, str, bool]:
+    return (pin.stream.value, pin.release, pin.minimal)
+
+
+def _plain(pin: CatalogEntry) -> dict[str, str | int | bool]:
+    return {
+        "stream": pin.stream.value,
+        "release": pin.release,
+        "version": pin.version,
+        "minimal": pin.minimal,
+        "serial": pin.serial,
+        "url": pin.url,
+        "sha256": pin.sha256,
+        "size": pin.size,
+    }
+
+
+def _parse(plain: dict[str, Any]) -> CatalogEntry:
+    pin = CatalogEntry(**{**plain, "stream": Stream(plain["stream"])})
+    if not is_usable(pin) or not pin.url.startswith(("http://", "https://")):
+        raise ValueError(f"{plain} is not a build of an image")
+    return pin
