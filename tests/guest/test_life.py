@@ -5,6 +5,7 @@ The tests follow one another on few machines, because each boot takes a minute i
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import multiprocessing
@@ -19,11 +20,13 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError, InstanceNotFoundError
+from pycloudlib.images.source import Stream
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from tests.guest.conftest import Guest
 from tests.guest.seeds import Kind
 from tests.guest.telnet import Console
+from tests.unit.imageserver import new_signing_key, running_image_server
 
 pytestmark = pytest.mark.guest
 
@@ -55,10 +58,17 @@ def life(cloud: Qemu, saved: str) -> QemuInstance:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def seedless(cloud: Qemu, image: str) -> QemuInstance:
-    """Give a machine without a seed; it boots while the others are told of."""
-    cmdline = "ds=nocloud;h=seedless;i=other"
-    return cloud.launch(image, "c1m512", kernel_cmdline=cmdline, no_seed_iso=True)
+def seedless(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuInstance]:
+    """Give a machine without a seed, of a downloaded image; it boots while others are told of."""
+    directory = tmp_path_factory.mktemp("server")
+    config = f'[qemu]\nimage_dir = "{directory}"\nimage_keyring = "{directory}/keyring.asc"\n'
+    with new_signing_key() as key, running_image_server(key, directory) as server:
+        server.add_image(Stream.DAILY, "noble", "20240821", built=Path(image))
+        config += f'image_mirror = "{server.url}"\n'
+        with Qemu(tag="life-fetched", config_file=io.StringIO(config)) as cloud:
+            fetched = cloud.daily_image("noble")
+            cmdline = "ds=nocloud;h=seedless;i=other"
+            yield cloud.launch(fetched, "c1m512", kernel_cmdline=cmdline, no_seed_iso=True)
 
 
 def test_the_telnet_port_is_a_console_to_log_in_at(life: QemuInstance) -> None:
@@ -199,7 +209,7 @@ def test_snapshots_of_snapshots_boot_while_their_source_runs(
 
 
 @pytest.mark.uses(Kind.GZIP)
-def test_kernels_are_booted_directly_and_nocloud_is_read_from_their_command_line(
+def test_fetched_kernels_are_booted_directly_and_nocloud_is_read_from_their_command_line(
     seedless: QemuInstance, guests: dict[Kind, Future[Guest]]
 ) -> None:
     with Console(int(seedless.telnet_port)) as console:

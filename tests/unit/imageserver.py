@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry
 from pycloudlib.images.source import ImageSource, Stream
 
@@ -115,8 +116,12 @@ class ImageServer:
         label: str = "release",
         initrd: bool = True,
         aliases: str = "",
+        built: Path | None = None,
     ) -> CatalogEntry:
-        """Publish a build: image, kernel, initrd, checksums and catalog."""
+        """Publish a build: image, kernel, initrd, checksums and catalog.
+
+        Without an image that was built, its files hold nothing that could boot.
+        """
         variant = "minimal" if minimal else "server"
         version = VERSIONS[release]
         if stream is Stream.RELEASED:
@@ -128,10 +133,16 @@ class ImageServer:
         base = self.base_path(stream, minimal=minimal)
         directory = (base + path).rpartition("/")[0]
         content = f"image {path} ".encode() * 50_000
-        self.files[base + path] = content
         boot_files = {f"{name}-vmlinuz-generic": f"kernel of {path}".encode() * 1000}
-        if initrd:
+        if built is not None:
+            content = built.read_bytes()
+            boot_files = {
+                f"{name}-vmlinuz-generic": store.kernel_path(built).read_bytes(),
+                f"{name}-initrd-generic": store.initrd_path(built).read_bytes(),
+            }
+        elif initrd:
             boot_files[f"{name}-initrd-generic"] = f"initrd of {path}".encode() * 2000
+        self.files[base + path] = content
         self.files |= {f"{directory}/unpacked/{file}": data for file, data in boot_files.items()}
         self.sign_sums(f"{directory}/unpacked", boot_files)
         entry = CatalogEntry(

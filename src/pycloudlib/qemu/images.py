@@ -15,7 +15,8 @@ from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.images import store
 from pycloudlib.images.store import StoredImage
-from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.progress import ProgressCallback
+from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.settings import APPLICATION, SIGNED, QemuSettings
 
@@ -54,7 +55,7 @@ class QemuImages(BaseCloud):
         path: str | Path,
         compress: bool = True,
         *,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
         """Write an image, and all that it is built on, as one qcow2 file that needs no other.
 
@@ -62,7 +63,7 @@ class QemuImages(BaseCloud):
             image_id: The image.
             path: The new file.
             compress: Whether its content is compressed: smaller, and slower to write.
-            on_progress: Told how much is done, in percent.
+            on_progress: Told how much is done, in percent; by default shown.
 
         Raises:
             ImageNotFoundError: There is no such image.
@@ -75,14 +76,15 @@ class QemuImages(BaseCloud):
             raise FileNotFoundError(
                 errno.ENOENT, "no such directory to export to", str(target.parent)
             )
-        disk.export(image, target, compress=compress, on_progress=on_progress)
+        with showing_progress(on_progress, self._log) as tell:
+            disk.export(image, target, compress=compress, on_progress=tell)
 
     def build_image(
         self,
         release: str = "bookworm",
         packages: Sequence[str] = (),
         *,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback | None = None,
         refresh: bool = False,
         **options: Any,
     ) -> str:
@@ -94,7 +96,7 @@ class QemuImages(BaseCloud):
         Args:
             release: `bookworm` or `trixie`, of Debian.
             packages: Packages to install besides those that a cloud image has.
-            on_progress: Told of each step.
+            on_progress: Told of each step; by default shown.
             refresh: Whether to build anew, with the distribution's latest packages.
             **options: More about the image; see `pycloudlib.images.build.BuildRecipe`.
 
@@ -109,7 +111,8 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
 
         recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
-        return str(build_image(recipe, self.image_dir, refresh=refresh, on_progress=on_progress))
+        with showing_progress(on_progress, self._log) as tell:
+            return str(build_image(recipe, self.image_dir, refresh=refresh, on_progress=tell))
 
     def released_image(
         self,
@@ -117,7 +120,7 @@ class QemuImages(BaseCloud):
         *,
         image_type: ImageType = ImageType.GENERIC,
         refresh: bool = False,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback | None = None,
         **kwargs: Any,
     ) -> str:
         """Give the latest released image of an Ubuntu release; downloaded if there is none yet.
@@ -126,7 +129,8 @@ class QemuImages(BaseCloud):
             release: A series (`noble`) or a version (`24.04`).
             image_type: `GENERIC` or `MINIMAL`.
             refresh: Whether to ask the server for a newer one than there is.
-            on_progress: Told how much of a download is done, in bytes.
+            on_progress: Told how much of a download is done, in bytes. By default a terminal has
+                a bar, and the log a line now and then.
             **kwargs: Accepted for older programs.
 
         Returns:
@@ -141,16 +145,17 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.RELEASED, release, image_type)
-        if refresh and not self.settings.offline:
-            return wanted.newest(on_progress)
-        return wanted.stored_or_fetched(on_progress)
+        with showing_progress(on_progress, self._log) as tell:
+            if refresh and not self.settings.offline:
+                return wanted.newest(tell)
+            return wanted.stored_or_fetched(tell)
 
     def daily_image(
         self,
         release: str,
         *,
         image_type: ImageType = ImageType.GENERIC,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback | None = None,
         **kwargs: Any,
     ) -> str:
         """Give the latest daily image of an Ubuntu release; downloaded unless it is there.
@@ -162,9 +167,10 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.DAILY, release, image_type)
-        if self.settings.offline:
-            return wanted.stored_or_fetched(on_progress)
-        return wanted.newest_or_stored(on_progress)
+        with showing_progress(on_progress, self._log) as tell:
+            if self.settings.offline:
+                return wanted.stored_or_fetched(tell)
+            return wanted.newest_or_stored(tell)
 
     def lock_image(
         self,

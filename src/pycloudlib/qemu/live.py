@@ -17,7 +17,7 @@ from pycloudlib.guest import runconfig
 from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair
-from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu import checkpoint, copies, layers, savedmachine
 from pycloudlib.qemu.images import QemuImages
 from pycloudlib.qemu.instance import QemuInstance
@@ -92,7 +92,7 @@ class QemuLive(QemuImages):
         path: str | Path,
         compress: bool = True,
         *,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
         """Write an image, and all that it is built on, as one qcow2 file that needs no other.
 
