@@ -87,12 +87,12 @@ def cloud() -> Iterator[Qemu]:
 @pytest.mark.thorough
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
 @pytest.mark.parametrize(
-    "kind", [kind for kind in FAST if kind is not Kind.FAST], ids=lambda kind: kind.value
+    "compared", [kind for kind in FAST if kind is not Kind.FAST], ids=lambda kind: kind.value
 )
 def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
-    kind: Kind, release: str, cloud: Qemu
+    compared: Kind, release: str, cloud: Qemu
 ) -> None:
-    seed = SEEDS[kind]
+    seed = SEEDS[compared]
     image = cloud.build_image(release)
 
     def boot(fast_boot: bool) -> QemuInstance:

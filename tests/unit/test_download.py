@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -459,15 +460,23 @@ def test_two_images_are_transferred_side_by_side(
 ) -> None:
     other = server.add_image(Stream.DAILY, "noble", "20240822")
     server.stalled.add(server.path_of(entry.url))
-    with ThreadPoolExecutor(1) as threads:
+    waits = threading.Event()
+
+    def tell(report: Progress) -> None:
+        if report.activity == "waiting for another process that downloads this image":
+            waits.set()
+
+    with ThreadPoolExecutor(2) as threads:
         held_up = threads.submit(fetch_image, entry, server.source, image_dir)
         while server.path_of(entry.url) not in server.requests:
             time.sleep(0.01)
         assert fetch_image(other, server.source, image_dir).is_file()
         assert not held_up.done()
+        waiting = threads.submit(fetch_image, entry, server.source, image_dir, on_progress=tell)
+        assert waits.wait(60), "who waits for the same image is told so"
         server.stalled.clear()
         server.closing.set()
-        assert held_up.result(60).is_file()
+        assert held_up.result(60) == waiting.result(60)
 
 
 def test_disk_that_takes_no_more_is_told(

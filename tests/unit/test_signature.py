@@ -4,12 +4,14 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from pycloudlib.errors import ImageVerificationError, MissingPrerequisiteError
 from pycloudlib.images.signature import (
+    TrustedKeys,
     dearmor_keys,
     load_trusted_keys,
     verify_clearsigned,
@@ -67,6 +69,18 @@ def test_published_checksums_do_not_verify_with_a_changed_signature(place: int) 
     changed[place] = ord("A") if changed[place] != ord("A") else ord("B")
     with pytest.raises(ImageVerificationError):
         verify_detached(SUMS, bytes(changed), load_trusted_keys(), "SHA256SUMS")
+
+
+@pytest.mark.parametrize("place", [4, 8, 9, 20, 100, 300, 520])
+def test_published_checksums_do_not_verify_with_a_changed_key(place: int) -> None:
+    whole = load_trusted_keys().packets
+    published = resources.files("pycloudlib.images") / "keys/uec-image-automatic-signing-key.asc"
+    begin = whole.index(dearmor_keys(published.read_bytes()))
+    # The first packet is the key itself (RFC 9580, 5.5.2): its time, its algorithm, its numbers.
+    changed = bytearray(whole)
+    changed[begin + place] ^= 1
+    with pytest.raises(ImageVerificationError):
+        verify_detached(SUMS, SIGNATURE, TrustedKeys("changed", bytes(changed)), "SHA256SUMS")
 
 
 @pytest.mark.parametrize("signature", [b"", b"<html>Log in</html>", SIGNATURE[:200]])
