@@ -158,14 +158,21 @@ class GuestAccess(BaseInstance):
 
     def _check_first_boot(self) -> None:
         """Make sure that a machine whose first boot began in the middle has been put right."""
+        import paramiko  # noqa: PLC0415 - heavy
+
         program = self.machine.rundir.first_boot
         try:
             text = program.read_text()
         except FileNotFoundError:
             return
-        result = self.execute(
-            firstboot.check_command(), stdin=text, description="checking the first boot"
-        )
+        try:
+            result = self.execute(
+                firstboot.check_command(), stdin=text, description="checking the first boot"
+            )
+        except (paramiko.SSHException, PycloudlibTimeoutError) as error:
+            # Its user-data may have it boot again; then it is looked at by the next wait.
+            self._log.info("The first boot of %s is not checked yet: %s", self.name, error)
+            return
         program.unlink(missing_ok=True)
         if result.failed or result.stdout:
             self._log.warning(
