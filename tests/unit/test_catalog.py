@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,10 @@ from pycloudlib.images.catalog import find_entry, parse_catalog
 from pycloudlib.images.source import ImageSource, Stream
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
-    new_signing_key,
-    running_image_server,
 )
 
 SAMPLE = Path(__file__).parent / "data" / "released-download.json"
 RELEASED = ImageServer.catalog_path(Stream.RELEASED)
-
-
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
-    with running_image_server(key, tmp_path) as running:
-        yield running
 
 
 def make_sample() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,31 +13,16 @@ from pycloudlib.images.catalog import find_entry
 from pycloudlib.images.source import ImageSource, Stream
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
     new_signing_key,
-    running_image_server,
 )
 
 OLD, NEW = "20240821", "20240822"
 EARLIER, LATER = "Thu, 22 Aug 2024 03:28:23 +0000", "Fri, 23 Aug 2024 03:28:23 +0000"
 
 
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", ())
-    with running_image_server(key, tmp_path) as running:
-        running.add_image(Stream.DAILY, "noble", OLD)
-        yield running
+@pytest.fixture(autouse=True)
+def published(server: ImageServer) -> None:
+    server.add_image(Stream.DAILY, "noble", OLD)
 
 
 @pytest.fixture
@@ -153,7 +137,7 @@ def test_older_catalog_does_not_take_newer_images_away(
 
 def test_server_that_cannot_be_reached_is_told(server: ImageServer, source: ImageSource) -> None:
     newest(source)
-    server.failures[server.catalog_path(Stream.DAILY)] = [503]
+    server.failures[server.catalog_path(Stream.DAILY)] = [503] * 5
     with pytest.raises(ImageBuildError, match="503"):
         newest(source)
 

@@ -7,7 +7,6 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,28 +20,8 @@ from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import Progress
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
     list_files,
-    new_signing_key,
-    running_image_server,
 )
-
-
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
-    with running_image_server(key, tmp_path) as running:
-        yield running
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,6 @@ from pycloudlib.images.catalog import CatalogEntry
 from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
-    new_signing_key,
-    running_image_server,
 )
 
 # Forks for each download, as a start of Python would take most of the time.
@@ -43,21 +38,6 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    with running_image_server(key, tmp_path) as running:
-        yield running
 
 
 @pytest.fixture
@@ -129,8 +109,10 @@ def test_killed_at_any_moment_it_never_leaves_a_wrong_image(
             assert not list(image_dir.rglob("*.part"))
             asked = server.requests[before:].count(path)
             assert asked <= tries + 1
-    ranges = [int(each.removeprefix("bytes=").removesuffix("-")) for each in server.ranges[path]]
-    assert any(0 < start < entry.size for start in ranges), "some downloads were gone on with"
+    asked_for = server.ranges.get(path, [])
+    begun = [int(each.removeprefix("bytes=").removesuffix("-")) for each in asked_for]
+    # Few kills may all have come before the image or after it.
+    assert kills < 100 or any(0 < start < entry.size for start in begun)
     assert sorted(file.name for file in image_dir.iterdir()) == ["24.04"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,17 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download
 from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
-    new_signing_key,
-    running_image_server,
 )
 
 OLD, NEW = "20240821", "20240822.1"
 
 
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", ())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with running_image_server(key, tmp_path) as running:
-        running.add_image(Stream.DAILY, "noble", OLD)
-        yield running
+@pytest.fixture(autouse=True)
+def published(server: ImageServer) -> None:
+    server.add_image(Stream.DAILY, "noble", OLD)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,30 +18,9 @@ from pycloudlib.images.releases import image_path
 from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,
-    SigningKey,
-    forget_proxies,
-    new_signing_key,
-    running_image_server,
 )
 
 OLD, NEW = "20240821", "20240822.1"
-
-
-@pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture
-def server(
-    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImageServer]:
-    forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", ())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with running_image_server(key, tmp_path) as running:
-        yield running
 
 
 @pytest.fixture
@@ -120,7 +98,7 @@ def test_newest_daily_image_here_is_used_when_the_server_cannot_be_reached(
     if how == "gone":
         fail(server)
     elif how == "failing":
-        server.failures[catalog] = [503]
+        server.failures[catalog] = [503] * 5
     else:
         monkeypatch.setattr(download, "_TIMEOUT", 0.1)
         server.stalled.add(catalog)

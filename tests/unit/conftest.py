@@ -1,0 +1,36 @@
+"""An image server of the tests' own, and a user of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pycloudlib.images import download
+from tests.unit.imageserver import (
+    ImageServer,
+    SigningKey,
+    forget_proxies,
+    new_signing_key,
+    running_image_server,
+)
+
+
+@pytest.fixture(scope="session")
+def key() -> Iterator[SigningKey]:
+    """Give the key that signs what the server publishes."""
+    with new_signing_key() as made:
+        yield made
+
+
+@pytest.fixture
+def server(
+    key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ImageServer]:
+    """Give a server that publishes nothing yet; nobody waits before trying again."""
+    forget_proxies(monkeypatch)
+    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with running_image_server(key, tmp_path) as running:
+        yield running
