@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from pycloudlib import Qemu
 from pycloudlib.qemu import layers
@@ -16,6 +18,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.conftest import Guest
 from tests.guest.identity import clock_error, who_is
 from tests.guest.portrait import compare, paint
+from tests.guest.repository import REPOSITORY
 from tests.guest.seeds import COMPARED, NETWORK_NAME, SEEDS, Kind
 
 pytestmark = pytest.mark.guest
@@ -140,6 +143,26 @@ TELL_BOOTS = """#cloud-config
 bootcmd: [echo boot >>/var/tmp/boots]
 write_files: [{path: /var/tmp/boots, content: "first\\n"}]
 """
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_packages_of_user_data_are_installed(release: str, cloud: Qemu) -> None:
+    config = {
+        "bootcmd": [["sh", "-c", REPOSITORY]],
+        "apt": {"preserve_sources_list": True},
+        "package_update": True,
+        "packages": ["greeting"],
+        "runcmd": ["greeting >/var/tmp/greeting"],
+    }
+    user_data = "#cloud-config\n" + yaml.safe_dump(config)
+    vm = cloud.launch(cloud.build_image(release), "c1m512", user_data=user_data, fast_boot=True)
+    vm.wait()
+    assert begins_at_cloud_init(vm)
+    result = json.loads(vm.execute("cat /run/cloud-init/result.json"))
+    assert result["v1"]["errors"] == []
+    assert vm.execute("greeting") == "greetings"
+
 
 # Tells who it is as early as a module of cloud-init can, and ends.
 TELL = r"""#cloud-config

@@ -13,6 +13,7 @@ from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
 from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.repository import REPOSITORY
 from tests.guest.seeds import CALLERS_KEY, Kind
 
 pytestmark = [
@@ -177,26 +178,6 @@ def test_several_commands_at_once(vm: QemuInstance) -> None:
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(lambda n: vm.execute(f"sleep 0.2; echo {n}"), range(8)))
     assert results == [str(n) for n in range(8)]
-
-
-REPOSITORY = """
-set -e
-mkdir -p /srv/repo/greeting/DEBIAN /srv/repo/greeting/usr/bin
-cd /srv/repo
-printf '#!/bin/sh\necho greetings\n' >greeting/usr/bin/greeting
-chmod 755 greeting/usr/bin/greeting
-control='Package: greeting
-Version: 1.0
-Architecture: all
-Maintainer: Nobody <nobody@example.com>
-Description: says hello'
-echo "$control" >greeting/DEBIAN/control
-dpkg-deb --build greeting greeting.deb
-{ echo "$control"; echo "Filename: ./greeting.deb"; echo "Size: $(stat -c %s greeting.deb)"
-  echo "SHA256: $(sha256sum greeting.deb | cut -d' ' -f1)"; } >Packages
-rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*
-echo 'deb [trusted=yes] file:/srv/repo ./' >/etc/apt/sources.list
-"""
 
 
 def test_packages_are_installed_and_updated(vm: QemuInstance) -> None:
