@@ -81,6 +81,7 @@ class ImageServer:
         ranges: The ranges asked for so far, by path.
         updated: When the catalogs say that they were made; empty when they do not.
         knows_versions: Whether it tells by which one finds that a file has not changed.
+        changed: The date on which its files were changed, in place of their versions.
         knows_ranges: Whether a part of a file is sent where one is asked for.
         stalled: Paths that are never answered.
     """
@@ -98,6 +99,7 @@ class ImageServer:
     ranges: dict[str, list[str]] = field(default_factory=dict)
     knows_ranges: bool = True
     knows_versions: bool = True
+    changed: str = ""
     updated: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
     _catalogs: dict[tuple[Stream, bool], dict[str, Any]] = field(default_factory=dict)
@@ -228,7 +230,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.path in served.cut_silently:
             self._start(200, None)
             self._send_half(served.files[self.path])
-        elif served.knows_versions and self.headers.get("If-None-Match") == self._version():
+        elif self._is_known():
             self._start(304, 0)
         else:
             content = self._start_range(served.files[self.path])
@@ -256,11 +258,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        if status == 200 and self._served.knows_versions:
+        if status == 200 and self._served.changed:
+            self.send_header("Last-Modified", self._served.changed)
+        elif status == 200 and self._served.knows_versions:
             self.send_header("ETag", self._version())
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
+
+    def _is_known(self) -> bool:
+        if self._served.changed:
+            return self.headers.get("If-Modified-Since") == self._served.changed
+        return self._served.knows_versions and self.headers.get("If-None-Match") == self._version()
 
     def _version(self) -> str:
         return f'"{hashlib.sha256(self._served.files[self.path]).hexdigest()}"'

@@ -58,6 +58,17 @@ def test_catalog_is_sent_when_it_has_changed(
     assert sent == [True, False, True, False]
 
 
+def test_server_that_tells_dates_sends_what_was_changed_since(
+    server: ImageServer, source: ImageSource, sent: list[bool]
+) -> None:
+    server.changed = EARLIER
+    assert [newest(source), newest(source)] == [OLD, OLD]
+    server.changed = LATER
+    server.add_image(Stream.DAILY, "noble", NEW)
+    assert [newest(source), newest(source)] == [NEW, NEW]
+    assert sent == [True, False, True, False]
+
+
 def test_server_that_knows_no_versions_sends_it_each_time(
     server: ImageServer, source: ImageSource, sent: list[bool]
 ) -> None:
