@@ -21,6 +21,7 @@ from pycloudlib.guest import firstboot, firstboot_in_guest
 OLD = "0123456789abcdef0123456789abcdef"
 NEW = "fedcba9876543210fedcba9876543210"
 SAVED_AT = 1_700_000_000.5
+LAUNCHED_AT = 1_700_500_000.5
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "RTC",
         "RANDOM_SEED",
         "STATISTICS",
+        "UPTIME",
         "MACHINE_ID",
         "TRANSIENT_MACHINE_ID",
         "DBUS_MACHINE_ID",
@@ -40,7 +42,13 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     journals = tuple(f"{tmp_path}{base}" for base in firstboot_in_guest.JOURNALS)
     monkeypatch.setattr(firstboot_in_guest, "JOURNALS", journals)
-    facts = {"saved_at": str(SAVED_AT), "rtc_lag": "0.25", "entropy": "00" * 64, "machine_id": NEW}
+    facts = {
+        "saved_at": str(SAVED_AT),
+        "launched_at": str(LAUNCHED_AT),
+        "rtc_lag": "0.25",
+        "entropy": "00" * 64,
+        "machine_id": NEW,
+    }
     monkeypatch.setattr(firstboot_in_guest, "FACTS", facts)
     Path(firstboot_in_guest.MACHINE_ID).write_text(f"{OLD}\n")
     boot(firstboot_in_guest, SAVED_AT - 30)
@@ -171,6 +179,40 @@ def test_first_boot_is_put_right(
     assert abs(error) < 0.1
     assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
     assert restarted == [], "there is no journal to begin anew"
+
+
+@pytest.mark.parametrize(
+    ("clock_booted", "rtc_now", "uptime", "machine_id", "later"),
+    [
+        # It goes on 30 s into the other's life; nobody has set its clock.
+        (SAVED_AT - 30, LAUNCHED_AT + 8, 38, OLD, False),
+        # NTP has.
+        (LAUNCHED_AT - 30, LAUNCHED_AT + 8, 38, OLD, False),
+        (LAUNCHED_AT - 3, LAUNCHED_AT + 2, 5, OLD, False),
+        # QEMU took its time to start.
+        (LAUNCHED_AT + 1, LAUNCHED_AT + 6, 5, OLD, False),
+        # Held back for long by its user.
+        (SAVED_AT - 30, LAUNCHED_AT + 9000, 38, OLD, False),
+        # It was switched on again; it was cleaned before.
+        (LAUNCHED_AT + 60, LAUNCHED_AT + 98, 38, OLD, True),
+        # The same, and it is what it became.
+        (LAUNCHED_AT + 60, LAUNCHED_AT + 98, 38, NEW, True),
+        (SAVED_AT - 30, LAUNCHED_AT + 8, 38, NEW, True),
+    ],
+)
+def test_later_boots_are_told_from_the_first(
+    clock_booted: float,
+    rtc_now: float,
+    uptime: float,
+    machine_id: str,
+    later: bool,
+    guest: ModuleType,
+) -> None:
+    boot(guest, clock_booted)
+    Path(guest.RTC).write_text(f"{rtc_now:.0f}\n")
+    Path(guest.UPTIME).write_text(f"{uptime}.25 3.5\n")
+    Path(guest.MACHINE_ID).write_text(f"{machine_id}\n")
+    assert guest.is_later_boot() is later
 
 
 def test_later_boot_stays_as_it_is(

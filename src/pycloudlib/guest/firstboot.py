@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 import uuid
 from importlib import resources
 
@@ -19,7 +20,7 @@ RESULT = "/run/pycloudlib/first-boot"
 
 
 def program(*, saved_at: float, rtc_lag: float) -> str:
-    """Give the program that puts one guest right; it holds secrets of that guest.
+    """Give the program that puts one guest right, made when it is launched; it holds secrets.
 
     Args:
         saved_at: When the other machine was stopped, in seconds since the epoch.
@@ -27,6 +28,7 @@ def program(*, saved_at: float, rtc_lag: float) -> str:
     """
     facts = {
         "saved_at": str(saved_at),
+        "launched_at": str(time.time()),
         "rtc_lag": str(rtc_lag),
         "entropy": secrets.token_hex(_ENTROPY_BYTES),
         "machine_id": uuid.uuid4().hex,

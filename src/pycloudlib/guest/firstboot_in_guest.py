@@ -12,15 +12,18 @@ import struct
 import sys
 import time
 
-FACTS = {"saved_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
+FACTS = {"saved_at": "", "launched_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
 # Filled in on the host, as texts:
 #   saved_at    when the other machine was stopped, in seconds since the epoch
+#   launched_at when this machine was launched
 #   rtc_lag     seconds that the real-time clock is behind
 #   entropy     random bytes, in hexadecimal digits
 #   machine_id  the same
 
 RESULT = "/run/pycloudlib/first-boot"
 STATISTICS = "/proc/stat"
+UPTIME = "/proc/uptime"
+STARTING = 5  # seconds that QEMU may take to start, on a busy host
 MACHINE_ID = "/etc/machine-id"
 # It may be mounted over the one above, as long as /etc cannot be written to.
 TRANSIENT_MACHINE_ID = "/run/machine-id"
@@ -50,10 +53,21 @@ def write(path: str, text: str, mode: int = 0o444) -> None:
 
 
 def is_later_boot() -> bool:
-    """Say whether the machine has been switched on since: then it is itself already."""
+    """Say whether the machine has been switched on since: then it is itself already.
+
+    By the clock, its first boot began before the other machine was stopped; unless somebody (NTP)
+    has set the clock meanwhile. By the real-time clock, which nobody sets, it began before the
+    launch: the time of being stopped does not count.
+    """
+    if os.path.exists(MACHINE_ID) and read(MACHINE_ID) == FACTS["machine_id"]:
+        return True
     with open(STATISTICS) as file:
         booted = next(line.split()[1] for line in file if line.startswith("btime "))
-    return int(booted) > float(FACTS["saved_at"])
+    if int(booted) <= float(FACTS["saved_at"]) or not os.path.exists(RTC):
+        return int(booted) > float(FACTS["saved_at"])
+    uptime = float(read(UPTIME).split()[0])
+    begun = int(read(RTC)) + float(FACTS["rtc_lag"]) - uptime
+    return begun > float(FACTS["launched_at"]) + STARTING
 
 
 def stir_random_numbers() -> None:

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import gzip
+from email.message import Message
+from email.mime.application import MIMEApplication
+from email.mime.message import MIMEMessage
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
+
+import pytest
+
+from pycloudlib.guest import userdata
+
+SCRIPT = b"#!/bin/sh\necho hello\n"
+CONFIG = b"#cloud-config\na: 1\n"
+DAMAGED = gzip.compress(SCRIPT)[:-6]
+
+
+def mime(*parts: Message) -> bytes:
+    document = MIMEMultipart()
+    for part in parts:
+        document.attach(part)
+    return document.as_bytes()
+
+
+def text(content: bytes, kind: str = "cloud-config") -> MIMEText:
+    return MIMEText(content.decode(), kind)
+
+
+def split(document: bytes) -> list[bytes]:
+    return list(userdata.split(document, "user_data"))
+
+
+@pytest.mark.parametrize("document", [SCRIPT, CONFIG, b"", bytes(range(256))])
+def test_one_document_is_given_as_it_is(document: bytes) -> None:
+    assert split(document) == [document]
+
+
+def test_compressed_document_is_decompressed() -> None:
+    assert split(gzip.compress(SCRIPT)) == [SCRIPT]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_each_part_is_a_document(pack: type[bytes]) -> None:
+    assert split(pack(mime(text(SCRIPT, "x-shellscript"), text(CONFIG)))) == [SCRIPT, CONFIG]
+
+
+def test_parts_of_parts_are_documents_too() -> None:
+    inner = MIMEMultipart()
+    inner.attach(text(SCRIPT, "x-shellscript"))
+    mail = MIMEMessage(text(b"carried"))
+    assert split(mime(inner, mail, text(CONFIG))) == [SCRIPT, b"carried", CONFIG]
+
+
+def test_compressed_part_is_decompressed() -> None:
+    part = MIMEApplication(gzip.compress(CONFIG), "gzip")
+    assert split(mime(part)) == [CONFIG]
+
+
+@pytest.mark.parametrize("header", ["MIME-Version: 1.0", "mime-version: 1.0"])
+def test_headers_are_known_in_any_case(header: str) -> None:
+    document = f"Content-Type: text/cloud-config\n{header}\n\n#cloud-config\n".encode()
+    assert split(document) == [b"#cloud-config\n"]
+
+
+def test_text_that_tells_of_mime_far_from_its_beginning_is_one_document() -> None:
+    document = SCRIPT + b"#" * 4096 + b"\nMIME-Version: 1.0\n"
+    assert split(document) == [document]
+
+
+@pytest.mark.parametrize("document", [DAMAGED, mime(MIMEApplication(DAMAGED, "gzip"))])
+def test_damaged_document_is_named(document: bytes) -> None:
+    with pytest.raises(ValueError, match="user_data is damaged gzip data"):
+        split(document)
+
+
+def test_other_documents_are_given_before_a_damaged_one() -> None:
+    documents = userdata.split(mime(text(CONFIG), MIMEApplication(DAMAGED, "gzip")), "user_data")
+    assert next(documents) == CONFIG
+
+
+@pytest.mark.parametrize("damaged", [DAMAGED, b"\x1f\x8b", b"\x1f\x8bjust a beginning of it"])
+def test_what_only_begins_as_gzip_does_is_damaged(damaged: bytes) -> None:
+    with pytest.raises(ValueError, match="that name"):
+        userdata.decompress(damaged, "that name")
+
+
+@pytest.mark.parametrize("document", [b"", b"\x1f", SCRIPT])
+def test_what_is_not_compressed_stays_as_it_is(document: bytes) -> None:
+    assert userdata.decompress(document, "user_data") == document
