@@ -1,8 +1,8 @@
 """Real guests: few boots, shared by many tests.
 
 A machine is launched for each kind of user-data that the selected tests ask for, all of them at
-once: nine, when all tests run. Most begin their first boot at cloud-init. Their processors are let
-run two machines at a time, because in emulation a boot keeps a processor busy, and nine of them on
+once: eight, in an ordinary run. Most begin their first boot at cloud-init. Their processors are let
+run two machines at a time, because in emulation a boot keeps a processor busy, and eight of them on
 two only get into each other's way.
 
 One of them is saved when it is ready. Tests that need a machine of their own, and are not about a

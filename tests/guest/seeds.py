@@ -60,6 +60,9 @@ LARGE = 1 << 20
 COMPARED = (Kind.CLOUD_CONFIG, Kind.FAST)
 """One seed, by an ordinary boot and by a fast one."""
 
+EVERY_TIME = tuple(kind for kind in Kind if kind is not Kind.JINJA)
+"""The machines of an ordinary run of the tests; the rest is thorough."""
+
 CALLERS_KEY = (
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIP//////////////////////////////////////// caller"
 )
