@@ -90,7 +90,7 @@ def _decides_about_vendor_data(user_data: str | bytes | None) -> bool:
     try:
         return any(b"vendor_data" in part for part in userdata.split(content, "user_data"))
     except ValueError:
-        return False  # cloud-init will not read it either
+        return True  # what cannot be read here, cloud-init may read in part
 
 
 @contextlib.contextmanager
