@@ -7,8 +7,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pycloudlib.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from rich import progress as bars
 
 _LOG_INTERVAL = 15.0
 _MIB = 1 << 20
@@ -29,18 +33,50 @@ def showing_progress(
     if asked_for is not None:
         yield asked_for
     elif sys.stderr.isatty():
-        with _bar() as show:
-            yield show
+        with contextlib.ExitStack() as stack:
+            yield _Bars(stack)
     else:
         yield _LogLines(log)
 
 
-@contextlib.contextmanager
-def _bar() -> Iterator[ProgressCallback]:
+class _Bars:
+    """Shows a bar for what counts, and steps that follow each other on one line.
+
+    Most work finds that all is there: the display, and the library for it, come with the first
+    report.
+
+    Args:
+        stack: Ends the display.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._display: bars.Progress | None = None
+        self._tasks: dict[tuple[str, str], bars.TaskID] = {}
+
+    def __call__(self, report: Progress) -> None:
+        display = self._display = self._display or self._stack.enter_context(_open_display())
+        counted = report.done is not None and report.unit == "B"
+        name = (report.activity, report.detail if counted else "")
+        if name not in self._tasks:
+            for task in self._tasks.values():
+                display.update(task, visible=False)
+            self._tasks[name] = display.add_task("", total=None, amount="")
+        display.update(
+            self._tasks[name],
+            description=f"{report.activity} {report.detail}"[:60],
+            total=report.total,
+            completed=report.done,
+            amount=_amount(report) if counted else "",
+            visible=True,
+        )
+
+
+def _open_display() -> bars.Progress:
     from rich import progress as bars  # noqa: PLC0415 - heavy
     from rich.console import Console  # noqa: PLC0415 - heavy
 
-    with bars.Progress(
+    return bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.TaskProgressColumn(),
@@ -49,27 +85,7 @@ def _bar() -> Iterator[ProgressCallback]:
         bars.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-    ) as display:
-        tasks: dict[tuple[str, str], bars.TaskID] = {}
-
-        def show(report: Progress) -> None:
-            # What counts has a bar of its own; steps follow each other on one line.
-            counted = report.done is not None and report.unit == "B"
-            name = (report.activity, report.detail if counted else "")
-            if name not in tasks:
-                for task in tasks.values():
-                    display.update(task, visible=False)
-                tasks[name] = display.add_task("", total=None, amount="")
-            display.update(
-                tasks[name],
-                description=f"{report.activity} {report.detail}"[:60],
-                total=report.total,
-                completed=report.done,
-                amount=_amount(report) if counted else "",
-                visible=True,
-            )
-
-        yield show
+    )
 
 
 class _LogLines:

@@ -32,7 +32,7 @@ from pycloudlib.tools import find_tool
 
 __all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
 
-_SOURCE = "built:"
+_SOURCE = "built:"  # what the source in a record begins with; the recipe's key follows
 _LOCK_NAME = ".build.lock"
 _DISK = "disk.raw"
 

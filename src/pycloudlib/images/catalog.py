@@ -132,9 +132,9 @@ def find_entry(
     builds.sort(key=lambda entry: store.serial_order(entry.serial))
     if serial is None:
         return builds[-1]
-    for entry in builds:
-        if entry.serial == serial:
-            return entry
+    found = next((entry for entry in builds if entry.serial == serial), None)
+    if found is not None:
+        return found
     url = shown_url(source.catalog_url(stream, minimal=minimal))
     serials = ", ".join(entry.serial for entry in builds)
     raise ImageNotFoundError(
@@ -174,25 +174,19 @@ def _fetch_entries(source: ImageSource, stream: Stream, *, minimal: bool) -> lis
     # The keys come first: a wrong keyring should not cost a download.
     check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
-    kept = catalogcache.read(source.cache_dir, url)
-    known = None if kept is None else _try_check(check, kept.message, url)
+    known, version = _read_kept(check, source, url)
     with open_client() as client:
-        version = kept.version if kept is not None and known is not None else Version()
         message, version = fetch_changed(client, url, version)
-    if message is None:
-        assert known is not None
+    text = known if message is None else check(message, shown_url(url))
+    if message is not None and _updated(text) < _updated(known):
+        _log.warning(
+            "%s is older than what it was before: an attacker could hold back newer images "
+            "by that. The newer catalog is used, which was kept",
+            shown_url(url),
+        )
         text = known
-    else:
-        text = check(message, shown_url(url))
-        if known is not None and _updated(text) < _updated(known):
-            _log.warning(
-                "%s is older than what it was before: an attacker could hold back newer images "
-                "by that. The newer catalog is used, which was kept",
-                shown_url(url),
-            )
-            text = known
-        else:
-            catalogcache.write(source.cache_dir, url, CachedCatalog(message, version))
+    elif message is not None:
+        catalogcache.write(source.cache_dir, url, CachedCatalog(message, version))
     return parse_catalog(text, source, stream, minimal=minimal)
 
 
@@ -208,12 +202,15 @@ def _make_check(source: ImageSource) -> Check:
     return lambda message, origin: verify_clearsigned(message, keys, origin)
 
 
-def _try_check(check: Check, message: bytes, url: str) -> bytes | None:
-    try:
-        return check(message, shown_url(url))
-    except ImageVerificationError as error:
-        _log.debug("A catalog that was kept is not used: %s", error)
-        return None
+def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Version]:
+    """Give text and version of the catalog that was kept; both empty without one to be believed."""
+    kept = catalogcache.read(source.cache_dir, url)
+    if kept is not None:
+        try:
+            return check(kept.message, shown_url(url)), kept.version
+        except ImageVerificationError as error:
+            _log.debug("A catalog that was kept is not used: %s", error)
+    return b"", Version()
 
 
 def _updated(text: bytes) -> float:

@@ -97,15 +97,13 @@ def find_unverified(
     check_release_form(release)
     version = UBUNTU_RELEASE_VERSION_MAP.get(release, release)
     directory = version if stream is Stream.RELEASED else release
+    name = f"{image_name(stream, directory, minimal=minimal)}.img"
     unverified = [
         image
-        for image in (image_dir / directory).glob(
-            f"*/{image_name(stream, directory, minimal=minimal)}.img"
-        )
+        for image in (image_dir / directory).glob(f"*/{name}")
         if store.is_serial(image.parent.name) and store.find_record(image) is None
     ]
-    by_serial = sorted(unverified, key=lambda image: store.serial_order(image.parent.name))
-    return by_serial[-1] if by_serial else None
+    return max(unverified, key=lambda image: store.serial_order(image.parent.name), default=None)
 
 
 def fetch_image(
@@ -161,8 +159,9 @@ def _fetch(
             _File(entry.url, image, Digest(entry.sha256, entry.size)),
         ]
         missing = [file for file in files if not file.expected.matches(file.target)]
-        _check_room(missing)
-        _download_all(client, missing, on_progress)
+        if missing:
+            _check_room(missing)
+            _download_all(client, missing, on_progress)
         # Last: an image that has its record is complete.
         store.write_record(image, _make_record(entry))
 
@@ -237,7 +236,7 @@ def _check_room(files: Sequence[_File]) -> None:
     """
     needed = sum(file.expected.size or 0 for file in files) + _SPARE_ROOM
     there = sum(file.partial.stat().st_size for file in files if file.partial.exists())
-    directory = files[0].target.parent if files else Path()
+    directory = files[0].target.parent
     free = shutil.disk_usage(directory).free
     if free < needed - there:
         raise ImageBuildError(

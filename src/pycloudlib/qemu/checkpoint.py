@@ -107,12 +107,22 @@ def _open_shared_memory(machine: Machine) -> int:
             machine.spec.name,
             (pause or 0) * 1000,
         )
+    return os.open(find_memory(machine), os.O_RDWR | os.O_CLOEXEC)
+
+
+def find_memory(machine: Machine) -> Path:
+    """Find the file of a machine's shared memory; its path is good as long as its QEMU lives.
+
+    Raises:
+        MachineEndedError: It is off.
+        CloudError: Its memory is of another kind.
+    """
     pid = machine.pid
     file = None if pid is None else find_shared_memory(pid)
     if file is None:
         machine.check_on()
         raise CloudError(f"The memory of {machine.spec.name} cannot be found")
-    return os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    return file
 
 
 def _has_shared_memory(machine: Machine) -> bool:

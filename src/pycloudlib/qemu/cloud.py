@@ -23,13 +23,12 @@ from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
-from pycloudlib.qemu.firstboot import FirstBoot
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
+    Beginning,
     Host,
     LaunchOptions,
     LaunchRequest,
-    PowerOn,
     SeedRequest,
     create_run_directory,
     find_kernel_boot,
@@ -185,17 +184,14 @@ class Qemu(QemuReady):
             image=disk.inspect_image(image, self.working_dir),
         )
 
-    def _start(
-        self, request: LaunchRequest, username: str | None, begins: FirstBoot | None = None
-    ) -> QemuInstance:
+    def _start(self, beginning: Beginning, username: str | None) -> QemuInstance:
         """Start a machine from a request that was checked.
 
         Args:
-            request: The machine.
+            beginning: The machine, and where it begins.
             username: The login user; by default the image's own.
-            begins: Where its first boot begins; by default with its power.
         """
-        steps = begins or PowerOn(request)
+        request = beginning.request
         store.note_use(request.image.path)
         user = username or _default_user(request.image.path)
         with contextlib.ExitStack() as stack:
@@ -203,13 +199,13 @@ class Qemu(QemuReady):
             rundir = create_run_directory(self.parent_dir / request.name, stack)
             key = self._key_for(rundir)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
-            steps.write_files(rundir)
+            beginning.write_files(rundir)
             machine = start_machine(
                 self._host,
                 rundir,
-                lambda lease: steps.describe(self._host, rundir, lease),
+                lambda lease: beginning.describe(self._host, rundir, lease),
                 stack,
-                steps.switch_on,
+                beginning.switch_on,
             )
             instance = self._make_instance(machine, key, user)
             self.created_instances.append(instance)

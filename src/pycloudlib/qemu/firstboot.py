@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import calendar
 import contextlib
-import logging
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from pycloudlib.guest import userdata
 from pycloudlib.guest.bootphases import BootWatch, Phase
 from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.checkpoint import find_memory
 from pycloudlib.qemu.command import SEED_NODE, Origin
 from pycloudlib.qemu.copies import waking
 from pycloudlib.qemu.handover import write_state
@@ -43,15 +44,13 @@ from pycloudlib.qemu.launch import (
     supply_seed,
 )
 from pycloudlib.qemu.machine import Machine, MachineEndedError
-from pycloudlib.qemu.memory import SHARED, find_shared_memory, keep
+from pycloudlib.qemu.memory import SHARED, keep
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.qmp import Event
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.running import RunningQemu
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import MachineSpec
-
-_log = logging.getLogger(__name__)
 
 # Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
 _LIMITS = {Accelerator.KVM: 180.0, Accelerator.TCG: 600.0}
@@ -108,6 +107,8 @@ def make_starting_point(
         UnfitImageError: Its guest does not open the seed.
         CloudError: It could not be started or saved.
     """
+    # Whether each of the others is held back is its own affair.
+    request = dataclasses.replace(request, launch_args=())
     with contextlib.ExitStack() as stack:
         rundir = create_run_directory(parent_dir / request.name, stack)
         disk.create_overlay(request.image, rundir.disk)
@@ -119,7 +120,7 @@ def make_starting_point(
         machine = start_machine(
             host,
             rundir,
-            lambda lease: describe_machine(host, rundir, request, lease, launch_args=()),
+            lambda lease: describe_machine(host, rundir, request, lease),
             stack,
             switch_on,
         )
@@ -184,11 +185,7 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
         saved_at=time.time(),
         rtc_lag=rtc_lag,
     )
-    pid = machine.pid
-    memory = None if pid is None else find_shared_memory(pid)
-    if memory is None:
-        machine.check_on()
-        raise CloudError(f"The memory of {machine.spec.name} cannot be found")
+    memory = find_memory(machine)
     with savedmachine.new_directory(saved.directory):
         write_state(machine, saved.state)
         with memory.open("rb") as content:
@@ -232,8 +229,9 @@ class FirstBoot:
 
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
         """Say what machine it is."""
-        mac = self.start.spec.mac
-        return describe_machine(host, rundir, self.request, lease, mac=mac)
+        spec = describe_machine(host, rundir, self.request, lease)
+        # The guest has found its network card already.
+        return dataclasses.replace(spec, mac=self.start.spec.mac)
 
     def switch_on(self, machine: Machine) -> None:
         """Let it begin."""

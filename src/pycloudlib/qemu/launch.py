@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pycloudlib.files import create_new_directory, write_private
 from pycloudlib.guest import seed as nocloud
@@ -179,6 +180,23 @@ def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirector
     return rundir
 
 
+class Beginning(Protocol):
+    """The steps of launching a machine that differ by where it begins."""
+
+    @property
+    def request(self) -> LaunchRequest:
+        """The machine."""
+
+    def write_files(self, rundir: RunDirectory) -> None:
+        """Make its disk and its seed."""
+
+    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
+        """Say what machine it is."""
+
+    def switch_on(self, machine: Machine) -> None:
+        """Let it begin."""
+
+
 @dataclass(frozen=True, slots=True)
 class PowerOn:
     """The steps of launching a machine that boots.
@@ -290,24 +308,9 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def describe_machine(
-    host: Host,
-    rundir: RunDirectory,
-    request: LaunchRequest,
-    lease: PortLease,
-    *,
-    mac: str | None = None,
-    launch_args: tuple[str, ...] | None = None,
+    host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
 ) -> MachineSpec:
-    """Say what machine was asked for.
-
-    Args:
-        host: What it runs on.
-        rundir: Its directory.
-        request: What was asked for.
-        lease: Its ports.
-        mac: Its network card's address; by default a new one.
-        launch_args: Further arguments for QEMU, in place of those that were asked for.
-    """
+    """Say what machine was asked for."""
     return MachineSpec(
         name=request.name,
         instance_type=request.instance_type,
@@ -316,7 +319,7 @@ def describe_machine(
         seed=rundir.seed if request.seed else None,
         ssh_port=lease.ssh,
         telnet_port=lease.telnet,
-        mac=mac or make_mac(),
+        mac=make_mac(),
         kernel_boot=request.kernel_boot,
-        launch_args=request.launch_args if launch_args is None else launch_args,
+        launch_args=request.launch_args,
     )

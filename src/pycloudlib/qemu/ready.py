@@ -13,7 +13,7 @@ from pycloudlib.images import store
 from pycloudlib.qemu import copies, firstboot
 from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launch import LaunchOptions, LaunchRequest
+from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, PowerOn
 from pycloudlib.qemu.live import QemuLive
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
@@ -29,9 +29,7 @@ class QemuReady(QemuLive):
     def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest: ...
 
     @abstractmethod
-    def _start(
-        self, request: LaunchRequest, username: str | None, begins: FirstBoot | None = None
-    ) -> QemuInstance: ...
+    def _start(self, beginning: Beginning, username: str | None) -> QemuInstance: ...
 
     def warm_images(self) -> list[WarmImage]:
         """List the machines that are kept ready for launches with `warm=True`."""
@@ -66,7 +64,7 @@ class QemuReady(QemuLive):
 
     def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
         """Start a machine that boots."""
-        return self._start(self._check_launch(image, options), options.username)
+        return self._start(PowerOn(self._check_launch(image, options)), options.username)
 
     def _launch_fast(self, image: Path, options: LaunchOptions) -> QemuInstance:
         """Start a machine whose first boot begins at cloud-init, where that can be."""
@@ -74,10 +72,10 @@ class QemuReady(QemuLive):
         start = self._find_start(request)
         if start is not None:
             try:
-                return self._start(request, options.username, FirstBoot(request, start))
+                return self._start(FirstBoot(request, start), options.username)
             except (CloudError, PycloudlibTimeoutError, FileNotFoundError) as error:
                 self._log.warning("%s cannot begin at cloud-init: %s", request.name, error)
-        return self._start(request, options.username)
+        return self._start(PowerOn(request), options.username)
 
     def _find_start(self, request: LaunchRequest) -> SavedMachine | None:
         """Find where a machine's first boot can begin; made if need be; None where it cannot."""
@@ -95,8 +93,7 @@ class QemuReady(QemuLive):
                 start = cache.find(key, host)
                 if start is None and cache.why_unfit(key) is None:
                     start = self._make_start(key, request)
-        unfit = cache.why_unfit(key)
-        if start is None and unfit is not None:
+        if start is None and (unfit := cache.why_unfit(key)) is not None:
             self._log.warning("%s boots from its beginning: %s", request.name, unfit)
         return start
 

@@ -216,8 +216,9 @@ class WarmCache:
             if taken > bound and self._drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
-        for note in self.directory.glob(f"*{_UNFIT}") if bound == 0 else ():
-            note.unlink(missing_ok=True)
+        if bound == 0:
+            for note in self.directory.glob(f"*{_UNFIT}"):
+                note.unlink(missing_ok=True)
         for left in self.directory.glob(".*.new"):
             if time.time() - left.stat().st_mtime > _CUT_OFF_AGE:
                 shutil.rmtree(left, ignore_errors=True)
