@@ -24,7 +24,7 @@ from pycloudlib import Qemu
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.portrait import Portrait, paint
-from tests.guest.seeds import COMPARED, SEEDS, Kind
+from tests.guest.seeds import COMPARED, SEEDS, Kind, TestSeed
 
 _log = logging.getLogger(__name__)
 
@@ -89,12 +89,11 @@ class Guest:
     portrait: Portrait | None = None
 
 
-def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
-    """Launch a machine with a seed and wait until it is ready."""
-    seed = SEEDS[kind]
-    # What is saved boots at once: its copies have its options.
-    held_back = kind is not Kind.NONE
-    machine = cloud.launch(
+def launch(
+    cloud: Qemu, image: str, seed: TestSeed, launch_args: list[str] | None = None
+) -> QemuInstance:
+    """Launch a machine with a seed."""
+    return cloud.launch(
         image,
         "c1m512",
         user_data=seed.user_data,
@@ -102,9 +101,17 @@ def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
         vendor_data=seed.vendor_data,
         network_config=seed.network_config,
         kernel_cmdline=seed.kernel_cmdline,
-        launch_args=["-S"] if held_back else None,
+        launch_args=launch_args,
         fast_boot=seed.fast_boot,
     )
+
+
+def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
+    """Launch a machine with a seed and wait until it is ready."""
+    seed = SEEDS[kind]
+    # What is saved boots at once: its copies have its options.
+    held_back = kind is not Kind.NONE
+    machine = launch(cloud, image, seed, ["-S"] if held_back else None)
     with _BOOTS_AT_ONCE, collecting_warnings(machine.name) as warnings:
         if held_back:
             machine.machine.execute("cont")

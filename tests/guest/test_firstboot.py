@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ import yaml
 from pycloudlib import Qemu
 from pycloudlib.qemu import layers
 from pycloudlib.qemu.instance import QemuInstance
-from tests.guest.conftest import Guest
+from tests.guest.conftest import Guest, launch
 from tests.guest.identity import clock_error, who_is
 from tests.guest.portrait import compare, paint
 from tests.guest.repository import REPOSITORY
@@ -100,15 +101,7 @@ def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
     image = cloud.build_image(release)
 
     def boot(fast_boot: bool) -> QemuInstance:
-        vm = cloud.launch(
-            image,
-            "c1m512",
-            user_data=seed.user_data,
-            meta_data=seed.meta_data,
-            vendor_data=seed.vendor_data,
-            network_config=seed.network_config,
-            fast_boot=fast_boot,
-        )
+        vm = launch(cloud, image, dataclasses.replace(seed, fast_boot=fast_boot))
         vm.wait()
         return vm
 

@@ -1,4 +1,4 @@
-"""An image server of the tests' own, and a user of their own."""
+"""An image server of the tests' own, a user of their own, and a host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.images import download
+from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.launch import Host
+from pycloudlib.qemu.ports import PortRegistry
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,
@@ -34,3 +37,11 @@ def server(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with running_image_server(key, tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    """Give a host whose QEMU can be changed."""
+    binary = tmp_path / "qemu"
+    binary.write_text("binary")
+    return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))

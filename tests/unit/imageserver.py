@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from pycloudlib import Qemu
 from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry
 from pycloudlib.images.source import ImageSource, Stream
@@ -306,6 +308,18 @@ def running_image_server(key: SigningKey, directory: Path) -> Iterator[ImageServ
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def make_cloud(server: ImageServer, image_dir: Path, more: str = "") -> Qemu:
+    """Make a cloud that has its images from a server, and works beside `image_dir`."""
+    config = f"""[qemu]
+image_mirror = "{server.url}"
+image_keyring = "{server.keyring}"
+image_dir = "{image_dir}"
+working_dir = "{image_dir.parent / "work"}"
+{more}
+"""
+    return Qemu("images", config_file=io.StringIO(config))
 
 
 def list_files(directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +13,7 @@ from pycloudlib import Qemu
 from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images.source import Stream
-from tests.unit.imageserver import (
-    ImageServer,
-)
+from tests.unit.imageserver import ImageServer, make_cloud
 
 OLD, NEW = "20240821", "20240822.1"
 
@@ -35,20 +32,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "project"
 
 
-def make_cloud(server: ImageServer, project: Path, more: str = "") -> Qemu:
-    config = f"""[qemu]
-image_mirror = "{server.url}"
-image_keyring = "{server.keyring}"
-image_dir = "{project.parent / "images"}"
-working_dir = "{project.parent / "work"}"
-{more}
-"""
-    return Qemu("lock", config_file=io.StringIO(config))
-
-
 @pytest.fixture
 def cloud(server: ImageServer, project: Path) -> Qemu:
-    return make_cloud(server, project)
+    return make_cloud(server, project.parent / "images")
 
 
 def serial_of(image_id: str) -> str:
@@ -97,7 +83,7 @@ def test_pinned_build_that_is_here_needs_no_server(
     image = cloud.daily_image("noble")
     server.requests.clear()
     for more in ("", "offline = true"):
-        assert make_cloud(server, project, more).daily_image("noble") == image
+        assert make_cloud(server, project.parent / "images", more).daily_image("noble") == image
     assert server.requests == []
 
 
@@ -111,7 +97,7 @@ def test_pinned_build_that_cannot_be_had_is_not_replaced_by_another(
     with pytest.raises(ImageBuildError, match="404"):
         cloud.daily_image("noble")
     with pytest.raises(ImageNotFoundError, match=f"build {NEW} of 'noble', which is pinned") as no:
-        make_cloud(server, project, "offline = true").daily_image("noble")
+        make_cloud(server, project.parent / "images", "offline = true").daily_image("noble")
     assert f"noble {OLD}" in str(no.value)
     assert Path(other).is_file()
 
@@ -135,7 +121,7 @@ def test_lock_is_readable_and_where_it_is_configured(
 ) -> None:
     elsewhere = project / "locks" / "images.lock"
     elsewhere.parent.mkdir()
-    configured = make_cloud(server, project, f'image_lock = "{elsewhere}"')
+    configured = make_cloud(server, project.parent / "images", f'image_lock = "{elsewhere}"')
     configured.lock_image("noble", daily=True)
     document = json.loads(elsewhere.read_text())
     (pin,) = document["images"]

@@ -29,12 +29,6 @@ UBUNTU_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def key() -> Iterator[SigningKey]:
-    with new_signing_key() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def stranger() -> Iterator[SigningKey]:
     with new_signing_key() as made:
         yield made

@@ -17,19 +17,11 @@ from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.disk import BaseImage
 from pycloudlib.qemu.firstboot import find_obstacle
 from pycloudlib.qemu.launch import Host, LaunchRequest, SeedRequest
-from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.settings import QemuSettings
 from pycloudlib.qemu.spec import InstanceType, KernelBoot
 from pycloudlib.qemu.warm import build_start_key
 
 OTHERS_WORD = "#cloud-config\nvendor_data: {enabled: false}\n"
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Host:
-    binary = tmp_path / "qemu"
-    binary.write_text("binary")
-    return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import time
@@ -16,9 +15,7 @@ from pycloudlib.images import download, store
 from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import image_path
 from pycloudlib.images.source import Stream
-from tests.unit.imageserver import (
-    ImageServer,
-)
+from tests.unit.imageserver import ImageServer, make_cloud
 
 OLD, NEW = "20240821", "20240822.1"
 
@@ -28,17 +25,6 @@ def image_dir(tmp_path: Path) -> Path:
     for name in ("images", "work"):
         (tmp_path / name).mkdir()
     return tmp_path / "images"
-
-
-def make_cloud(server: ImageServer, image_dir: Path, more: str = "") -> Qemu:
-    config = f"""[qemu]
-image_mirror = "{server.url}"
-image_keyring = "{server.keyring}"
-image_dir = "{image_dir}"
-working_dir = "{image_dir.parent / "work"}"
-{more}
-"""
-    return Qemu("images", config_file=io.StringIO(config))
 
 
 @pytest.fixture

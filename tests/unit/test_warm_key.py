@@ -12,15 +12,7 @@ from pycloudlib.images.store import kernel_path
 from pycloudlib.qemu import savedmachine, warm
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.launch import Host, LaunchOptions
-from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.warm import build_key
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Host:
-    binary = tmp_path / "qemu"
-    binary.write_text("binary")
-    return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))
 
 
 @pytest.fixture
