@@ -225,21 +225,21 @@ def _yaml(document: Mapping[str, Any], name: str) -> bytes:
 
 
 def _merge_meta_data(defaults: Mapping[str, str], public_key: str, given: Document) -> bytes:
-    own = _parse_mapping("meta_data", given)
+    own = parse_mapping("meta_data", given)
     keys = [*_public_keys(own.pop("public-keys", None)), public_key]
     return _yaml({**defaults, **own, "public-keys": keys}, "meta_data")
 
 
-def _parse_mapping(name: str, given: Document) -> dict[str, Any]:
-    import yaml  # noqa: PLC0415 - heavy
+def parse_mapping(name: str, given: Document) -> dict[str, Any]:
+    """Read a document that has to be a mapping, in YAML or JSON or as it is.
 
+    Raises:
+        TypeError: It is of a wrong type.
+        ValueError: It is none; names it.
+    """
     if isinstance(given, Mapping):
         return dict(given)
-    text = _document(name, given) or b""
-    try:
-        parsed = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    parsed = userdata.load_yaml(_document(name, given) or b"", name) or {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a YAML mapping, not {type(parsed).__name__}")
     return parsed
