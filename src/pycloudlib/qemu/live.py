@@ -76,7 +76,7 @@ class QemuLive(QemuImages):
 
         Raises:
             ImageNotFoundError: There is no such image.
-            CloudError: It is an image of a disk alone.
+            CloudError: It is an image of a disk alone, or where first boots begin.
         """
         saved = savedmachine.find(store.resolve(image_id, self.image_dir))
         if saved is None:
@@ -84,6 +84,8 @@ class QemuLive(QemuImages):
                 f"{image_id} is not a saved machine, but an image of a disk; machines are saved "
                 "by snapshot(instance, memory=True)"
             )
+        if saved.is_starting_point:
+            raise CloudError(_tell_not_booted(saved))
         return saved
 
     def export_image(
@@ -143,11 +145,8 @@ class QemuLive(QemuImages):
         self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool
     ) -> QemuInstance:
         """Start a copy of a saved machine; where it cannot go on, it boots from its disk."""
-        if saved.rtc_lag is not None:
-            raise ValueError(
-                f"{saved.image} is where first boots begin, not a machine that has booted: launch "
-                f"{layers.chain(saved.image)[-1]} with fast_boot=True"
-            )
+        if saved.is_starting_point:
+            raise ValueError(_tell_not_booted(saved))
         changes = options.changes_to(saved.spec)
         if changes:
             raise ValueError(
@@ -252,6 +251,15 @@ def check_new(path: str | Path) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory for an image", str(target.parent))
     return target
+
+
+def _tell_not_booted(start: SavedMachine) -> str:
+    base = layers.chain(start.image)[-1]
+    launchable = base if base != start.image else "the image that it was made from"
+    return (
+        f"{start.image} is where first boots begin, not a machine that has booted: launch "
+        f"{launchable} with fast_boot=True"
+    )
 
 
 def _bring_along(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:

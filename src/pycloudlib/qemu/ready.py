@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,17 @@ from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, Powe
 from pycloudlib.qemu.live import QemuLive
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
-from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key, build_start_key
+from pycloudlib.qemu.warm import (
+    TooLargeError,
+    Unfit,
+    WarmCache,
+    WarmImage,
+    build_key,
+    build_start_key,
+)
+
+# Seconds after which an image that took too long is tried again: the host may have been busy.
+_TRY_AGAIN = 24 * 3600.0
 
 Launch = Callable[[Path, LaunchOptions], QemuInstance]
 
@@ -32,7 +43,7 @@ class QemuReady(QemuLive):
     def _start(self, beginning: Beginning, username: str | None) -> QemuInstance: ...
 
     def warm_images(self) -> list[WarmImage]:
-        """List the machines that are kept ready for launches with `warm=True`."""
+        """List what is kept ready for launches with `warm=True` or `fast_boot=True`."""
         return self._warm_cache.entries()
 
     def prune_warm_images(self, keep_mib: int = 0) -> list[str]:
@@ -60,7 +71,7 @@ class QemuReady(QemuLive):
         """
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
-        self._warm_cache.forget_base(image)
+        self._warm_cache.forget(image)
 
     def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
         """Start a machine that boots."""
@@ -108,7 +119,10 @@ class QemuReady(QemuLive):
             with firstboot.make_starting_point(host, template, self.parent_dir) as made:
                 cache.add(key, made)
         except UnfitImageError as error:
-            cache.note_unfit(key, str(error))
+            until = time.time() + _TRY_AGAIN if error.timed_out else None
+            cache.note_unfit(key, Unfit(str(error), until))
+        except TooLargeError as error:
+            cache.note_unfit(key, Unfit(str(error), size=error.size))
         except (CloudError, PycloudlibTimeoutError, OSError) as error:
             self._log.warning("%s boots from its beginning: %s", request.name, error)
         return cache.find(key, host)

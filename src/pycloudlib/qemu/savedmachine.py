@@ -72,6 +72,11 @@ class SavedMachine:
     state_mark: str = ""
 
     @property
+    def is_starting_point(self) -> bool:
+        """Whether it is where first boots begin, not a machine that has booted."""
+        return self.rtc_lag is not None
+
+    @property
     def directory(self) -> Path:
         """Where its files are."""
         return directory_of(self.image)

@@ -8,6 +8,7 @@ and is dropped when room is needed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -49,21 +50,21 @@ class WarmImage:
     Attributes:
         key: The digest by which it is found.
         image_id: Its id.
-        first_boot: Whether it is where first boots begin (`launch(..., fast_boot=True)`), not a
-            machine that has booted (`warm=True`).
         base: The image that it was launched from.
         instance_type: Its size.
         size: Bytes that it takes on disk.
         last_used: When a copy of it was last launched, in seconds since the epoch.
+        first_boot: Whether it is where first boots begin (`launch(..., fast_boot=True)`), not a
+            machine that has booted (`warm=True`).
     """
 
     key: str
     image_id: str
-    first_boot: bool
     base: str
     instance_type: str
     size: int
     last_used: float
+    first_boot: bool = False
 
 
 def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
@@ -99,6 +100,40 @@ def _digest(image: Path, host: Host, **more: object) -> str:
         **more,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+class TooLargeError(CloudError):
+    """A machine takes more than all that are kept ready may take.
+
+    Attributes:
+        size: Bytes that it takes.
+    """
+
+    def __init__(self, size: int, bound: int) -> None:
+        self.size = size
+        super().__init__(
+            f"it takes {_mib(size)} MiB, and warm machines may take {bound >> 20} MiB in all "
+            "(warm_cache_mib in [qemu])"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """That a machine cannot be kept ready, so that nobody tries again.
+
+    Attributes:
+        reason: Why.
+        until: When it is worth another try, in seconds since the epoch; None for never.
+        size: Bytes that it takes, when the cache is too small for it.
+    """
+
+    reason: str
+    until: float | None = None
+    size: int = 0
+
+    def holds(self, bound: int) -> bool:
+        """Say whether it is so still, with a cache of so many bytes."""
+        return (self.until is None or time.time() < self.until) and not 0 < self.size <= bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +180,7 @@ class WarmCache:
         ) or (f"{missing[0]} is missing" if missing else None)
         if obstacle is not None:
             _log.warning("The warm machine %s is not used: %s", image, obstacle)
-            self._drop(key)
+            self.drop(key)
             return None
         # When it was last used is told by the time of its directory.
         os.utime(image.parent)
@@ -155,20 +190,19 @@ class WarmCache:
         """Keep a machine that was saved; what was least used goes if there is no room.
 
         Raises:
-            CloudError: It is larger than the cache may be.
+            TooLargeError: It is larger than the cache may be.
             OSError: It could not be written, or one that machines are built on is in its place.
         """
         size = _size(saved.image, saved.directory)
         if size > self.bound:
-            raise CloudError(
-                f"it takes {size >> 20} MiB, and warm machines may take {self.bound >> 20} MiB in "
-                "all (warm_cache_mib in [qemu])"
-            )
+            raise TooLargeError(size, self.bound)
         self.prune(self.bound - size)
         create_private_directory(self.directory)
         made = self.directory / f".{key}.new"
         shutil.rmtree(made, ignore_errors=True)  # of one that was cut off
         made.mkdir(mode=0o700)
+        # What is there already was not found, so it is of no use.
+        self.drop(key)
         try:
             # The same file under another name, as with every layer of a disk.
             os.link(saved.image, made / _DISK)
@@ -178,16 +212,18 @@ class WarmCache:
             shutil.rmtree(made)
             raise
 
-    def note_unfit(self, key: str, reason: str) -> None:
-        """Remember that a machine cannot be kept ready, so that nobody tries again."""
+    def note_unfit(self, key: str, unfit: Unfit) -> None:
+        """Remember that a machine cannot be kept ready."""
         create_private_directory(self.directory)
-        write_private(self._unfit(key), reason)
+        write_private(self._unfit(key), json.dumps(dataclasses.asdict(unfit)))
 
     def why_unfit(self, key: str) -> str | None:
         """Say why a machine cannot be kept ready, if that is known."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._unfit(key).read_text()
-        return None
+        try:
+            unfit = Unfit(**json.loads(self._unfit(key).read_text()))
+            return unfit.reason if unfit.holds(self.bound) else None
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # a damaged one tells nothing
 
     def _unfit(self, key: str) -> Path:
         return self.directory / f"{key}{_UNFIT}"
@@ -213,10 +249,18 @@ class WarmCache:
         dropped, taken = [], 0
         for warm in self.entries():
             taken += warm.size
-            if taken > bound and self._drop(warm.key):
+            if taken > bound and self.drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
-        if bound == 0:
+        self._remove_useless(forget=bound == 0)
+        return dropped
+
+    def _remove_useless(self, *, forget: bool) -> None:
+        """Remove what is no machine (any more): damaged, of another format, cut off."""
+        for entry in self.directory.glob("[!.]*"):
+            if entry.is_dir() and savedmachine.find(entry / _DISK) is None:
+                self.drop(entry.name)
+        if forget:
             for note in self.directory.glob(f"*{_UNFIT}"):
                 note.unlink(missing_ok=True)
         for left in self.directory.glob(".*.new"):
@@ -224,20 +268,32 @@ class WarmCache:
                 shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):  # something is in it, or it is not there
             self.directory.rmdir()
-        return dropped
 
-    def forget_base(self, image: Path) -> None:
-        """Drop the machines that are built on an image that is to be deleted."""
+    def forget(self, image: Path) -> None:
+        """Drop an image that was deleted, if it is here, and the machines that are built on it."""
+        if image.parent.parent == self.directory:
+            self.drop(image.parent.name)
         for warm in self.entries():
             if image in layers.chain(Path(warm.image_id)):
-                self._drop(warm.key)
+                self.drop(warm.key)
 
-    def _drop(self, key: str) -> bool:
+    def drop(self, key: str) -> bool:
+        """Remove an entry; False when machines are built on it, which keep it."""
         entry = self.directory / key
-        if layers.find_users(entry / _DISK, self.working_dir):
+        if self._is_built_on(entry / _DISK):
             return False
         shutil.rmtree(entry, ignore_errors=True)
         return True
+
+    def _is_built_on(self, image: Path) -> bool:
+        others = (disk for disk in self.directory.glob(f"*/{_DISK}") if disk != image)
+        return bool(layers.find_users(image, self.working_dir)) or any(
+            image in layers.chain(disk) for disk in others
+        )
+
+
+def _mib(size: int) -> int:
+    return -(-size >> 20)
 
 
 def _facts(file: Path) -> list[str | int]:
@@ -249,11 +305,11 @@ def _describe(image: Path, saved: SavedMachine) -> WarmImage:
     return WarmImage(
         key=image.parent.name,
         image_id=str(image),
-        first_boot=saved.rtc_lag is not None,
         base=str(layers.chain(image)[-1]),
         instance_type=str(saved.spec.instance_type),
         size=_size(image, saved.directory),
         last_used=image.parent.stat().st_mtime,
+        first_boot=saved.is_starting_point,
     )
 
 
