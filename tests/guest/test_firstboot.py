@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pycloudlib import Qemu
+from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import firstboot, layers
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.conftest import Guest, launch
@@ -158,17 +159,17 @@ def test_packages_of_user_data_are_installed(release: str, cloud: Qemu) -> None:
     assert vm.execute("greeting") == "greetings"
 
 
-AGAIN = "\nbootcmd: ['test -e /var/tmp/again || { touch /var/tmp/again; reboot -f; sleep 60; }']\n"
+AGAIN = ["test -e /var/tmp/again || { touch /var/tmp/again; reboot -f; sleep 60; }"]
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("more", "told"),
-    [("", "its modules came before"), (AGAIN, "started again before")],
+    ("bootcmd", "told"),
+    [(["true"], "its modules came before"), (AGAIN, "started again before")],
     ids=["late", "never"],
 )
 def test_machine_that_was_not_put_right_in_time_is_told_of(
-    more: str,
+    bootcmd: list[str],
     told: str,
     cloud: Qemu,
     image: str,
@@ -177,12 +178,19 @@ def test_machine_that_was_not_put_right_in_time_is_told_of(
 ) -> None:
     """By user-data that disables what puts it right, which is refused otherwise."""
     monkeypatch.setattr(firstboot, "find_obstacle", lambda _request: None)
-    user_data = "#cloud-config\nvendor_data: {enabled: false}" + more
+    private, public = generate_ed25519("its own")
+    config = {
+        "vendor_data": {"enabled": False},
+        # Else it makes some itself, and the console may lose their announcement.
+        "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
+        "bootcmd": bootcmd,
+    }
+    user_data = "#cloud-config\n" + yaml.safe_dump(config)
     vm = cloud.launch(image, "c1m512", user_data=user_data, fast_boot=True)
     vm.wait()
     assert begins_at_cloud_init(vm)
     assert told in caplog.text
-    assert clock_error(vm) < (2 if more else CLOCK_LIMIT)
+    assert clock_error(vm) < (2 if bootcmd is AGAIN else CLOCK_LIMIT)
 
 
 # Tells who it is as early as a module of cloud-init can, and ends.

@@ -366,8 +366,10 @@ def test_successor_that_dies_when_the_state_has_gone_leaves_the_machine_where_it
     assert runs(running)
 
 
+# A matter of milliseconds, so one try shows little.
+@pytest.mark.parametrize("tries", [5, pytest.param(50, marks=pytest.mark.thorough)])
 def test_machine_can_be_saved_whenever_a_successor_died(
-    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+    tries: int, cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while the guest stands still, when its disk has been given up already."""
     receive = handover.receive
@@ -376,7 +378,7 @@ def test_machine_can_be_saved_whenever_a_successor_died(
         receive(qemu, memory, descriptor)
         os.kill(qemu.process.identity.pid, signal.SIGKILL)
 
-    for _ in range(25):  # a matter of milliseconds, so one try shows little
+    for _ in range(tries):
         running = run(cloud, tiny_image)
         with monkeypatch.context() as patch:
             patch.setattr(handover, "receive", die)

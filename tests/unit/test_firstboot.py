@@ -291,11 +291,15 @@ def test_step_that_fails_is_told_and_the_others_are_taken(
 def test_guest_that_lacks_something_is_told(
     nothing: str,
     guest: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
     clocks: list[float],
     ioctls: list[tuple[int, Any]],
+    ticking: None,
 ) -> None:
-    Path(guest.RTC).write_text("1700000000\n")
-    Path(getattr(guest, nothing)).unlink()
+    if nothing == "RTC":
+        monkeypatch.setattr(guest, "RTC", "/nonexistent")
+    else:
+        Path(guest.MACHINE_ID).unlink()
     guest.main()
     assert "FileNotFoundError" in Path(guest.RESULT).read_text()
 
