@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -462,11 +463,9 @@ def test_ctrl_c_at_any_moment_of_a_hand_over_leaves_one_qemu(
         if now == moment:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def start_interrupted(
-        argv: Sequence[str], *, pass_fds: Sequence[int], log: Path
-    ) -> QemuProcess:
+    def start_interrupted(argv: Sequence[str], **options: Any) -> QemuProcess:
         interrupt("birth")
-        process = start(argv, pass_fds=pass_fds, log=log)
+        process = start(argv, **options)
         interrupt("born")
         return process
 

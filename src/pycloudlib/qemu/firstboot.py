@@ -46,6 +46,7 @@ from pycloudlib.qemu.launch import (
 )
 from pycloudlib.qemu.machine import Machine, MachineEndedError
 from pycloudlib.qemu.memory import SHARED, keep
+from pycloudlib.qemu.ownership import Orphans
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.qmp import Event
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
@@ -140,7 +141,7 @@ def make_starting_point(
     # Whether each of the others is held back is its own affair.
     request = dataclasses.replace(request, launch_args=())
     with contextlib.ExitStack() as stack:
-        rundir = create_run_directory(parent_dir / request.name, stack)
+        rundir = create_run_directory(parent_dir / request.name, stack, Orphans.REAP)
         disk.create_overlay(request.image, rundir.disk)
         nocloud.write_iso(nocloud.Seed(b"", b""), rundir.seed, make_seed(request).volume_length)
 

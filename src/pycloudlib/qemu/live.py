@@ -28,6 +28,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
 )
 from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.ownership import Orphans, owner_file
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
@@ -35,6 +36,8 @@ from pycloudlib.qemu.spec import make_name
 
 class QemuLive(QemuImages):
     """What the QEMU cloud does with machines that are saved while they run."""
+
+    orphans: Orphans
 
     @property
     @abstractmethod
@@ -121,6 +124,8 @@ class QemuLive(QemuImages):
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
         savedmachine.delete(image)
+        # Last, so that whatever is cut off before is found by it.
+        owner_file(image).unlink(missing_ok=True)
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
@@ -192,7 +197,7 @@ class QemuLive(QemuImages):
                 copies.wake(machine, saved)
 
         with contextlib.ExitStack() as stack:
-            rundir = create_run_directory(self.parent_dir / request.name, stack)
+            rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key, new_key = self._key_of_copy(rundir, request)
             request = dataclasses.replace(request, new_key=new_key)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))

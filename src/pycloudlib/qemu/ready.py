@@ -16,6 +16,8 @@ from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, PowerOn
 from pycloudlib.qemu.live import QemuLive
+from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.prune import Pruning
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
 from pycloudlib.qemu.warm import (
@@ -39,6 +41,10 @@ class QemuReady(QemuLive):
     @abstractmethod
     def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest: ...
 
+    @property
+    @abstractmethod
+    def _ports(self) -> PortRegistry: ...
+
     @abstractmethod
     def _start(self, beginning: Beginning, username: str | None) -> QemuInstance: ...
 
@@ -58,6 +64,25 @@ class QemuReady(QemuLive):
             The keys of what was dropped.
         """
         return self._warm_cache.prune(keep_mib << 20)
+
+    def prune(self, *, stopped: bool = False) -> list[str]:
+        """Remove what programs have left behind that were killed or crashed, of all clouds.
+
+        Directories of machines, with their QEMU if that runs still, snapshots, keys, and what was
+        being made. What belongs to a program that is alive stays, and so does what a program left
+        when it ended normally; and whatever was not made by this package.
+
+        Args:
+            stopped: Whether to remove machines, too, that were left by a normal end and do not
+                run.
+
+        Returns:
+            The paths of what was removed.
+        """
+        removed = Pruning(self.working_dir, self.image_dir, self._ports, stopped).run()
+        self._warm_cache.remove_useless()
+        store.remove_cut_off(self.image_dir)
+        return removed
 
     @property
     def _warm_cache(self) -> WarmCache:

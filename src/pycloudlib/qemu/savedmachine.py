@@ -210,6 +210,8 @@ def delete(image: Path) -> None:
     directory = directory_of(image)
     if any((directory / name).exists() for name in (_FACTS, "state", "memory")):
         shutil.rmtree(directory)
+    with contextlib.suppress(OSError):  # something is in it, or it is not there
+        directory.rmdir()
 
 
 def relocate(saved: SavedMachine, directory: Path, final: Path) -> LoginFacts:

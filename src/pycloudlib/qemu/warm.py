@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, exclusive_lock, write_private
+from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock, write_private
 from pycloudlib.images import store
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.launch import (
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 _DIRECTORY = "warm"
 _DISK = "disk.img"
 _UNFIT = ".unfit"
-# Seconds after which nobody works on an unfinished entry any more.
-_CUT_OFF_AGE = 3600
 _BLOCK = 512  # stat(2): the unit of st_blocks
 
 
@@ -156,7 +154,7 @@ class WarmCache:
     @contextlib.contextmanager
     def making(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keep others that ask for the same machine waiting while it is made."""
-        lock = self.directory / f"{key}.lock"
+        lock = self._lock(key)
         with contextlib.ExitStack() as stack:
             while True:
                 create_private_directory(self.directory)
@@ -167,6 +165,9 @@ class WarmCache:
             # Who waits for it finds out that it is gone, and makes it anew.
             stack.callback(lock.unlink, missing_ok=True)
             yield
+
+    def _lock(self, key: str) -> Path:
+        return self.directory / f"{key}.lock"
 
     def find(self, key: str, host: Host) -> SavedMachine | None:
         """Find a machine; None when there is none, or it cannot go on here (any more)."""
@@ -252,10 +253,10 @@ class WarmCache:
             if taken > bound and self.drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
-        self._remove_useless(forget=bound == 0)
+        self.remove_useless(forget=bound == 0)
         return dropped
 
-    def _remove_useless(self, *, forget: bool) -> None:
+    def remove_useless(self, *, forget: bool = False) -> None:
         """Remove what is no machine (any more): damaged, of another format, cut off."""
         for entry in self.directory.glob("[!.]*"):
             if entry.is_dir() and savedmachine.find(entry / _DISK) is None:
@@ -263,9 +264,12 @@ class WarmCache:
         if forget:
             for note in self.directory.glob(f"*{_UNFIT}"):
                 note.unlink(missing_ok=True)
-        for left in self.directory.glob(".*.new"):
-            if time.time() - left.stat().st_mtime > _CUT_OFF_AGE:
-                shutil.rmtree(left, ignore_errors=True)
+        made = {left.name[1:].removesuffix(".new") for left in self.directory.glob(".*.new")}
+        for key in made | {lock.stem for lock in self.directory.glob("*.lock")}:
+            with trying_lock(self._lock(key)) as held:
+                if held:  # whoever was making it is no more
+                    shutil.rmtree(self.directory / f".{key}.new", ignore_errors=True)
+                    self._lock(key).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something is in it, or it is not there
             self.directory.rmdir()
 
