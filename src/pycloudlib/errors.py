@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pycloudlib.diagnosis import Cause, Diagnosis
 
 
 class ResourceType(enum.Enum):
@@ -21,7 +24,13 @@ class ResourceType(enum.Enum):
 
 
 class PycloudlibException(Exception):  # noqa: N818 - the name is part of the contract with clients
-    """Root of the tree."""
+    """Root of the tree.
+
+    Attributes:
+        diagnosis: What was going on with the machine; None where no machine was concerned.
+    """
+
+    diagnosis: Diagnosis | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as it is, whatever the constructor takes: errors come from worker processes."""
@@ -103,6 +112,20 @@ class CloudSetupError(PycloudlibError):
 
 class PycloudlibTimeoutError(PycloudlibError):
     """Something that was waited for did not happen within its time."""
+
+
+class BootFailedError(PycloudlibTimeoutError):
+    """A boot goes no further by itself, so that what was waited for can never happen.
+
+    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+
+    Attributes:
+        cause: Why.
+    """
+
+    def __init__(self, name: str, cause: Cause, line: str) -> None:
+        self.cause = cause
+        super().__init__(f"{name} does not boot: {cause.value} ({line})")
 
 
 class CleanupError(PycloudlibError):

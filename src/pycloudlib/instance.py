@@ -312,7 +312,12 @@ class BaseInstance(Readiness):
         limit = command_limit(timeout)
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
         out, err, status = ssh.run(
-            self._client(), shlex.join(command), stdin=data, get_pty=get_pty, timeout=limit
+            self._client(),
+            shlex.join(command),
+            stdin=data,
+            get_pty=get_pty,
+            timeout=limit,
+            on_wait=self._check_alive,
         )
         return Result(_text(out), _text(err), status)
 

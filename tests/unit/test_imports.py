@@ -26,6 +26,7 @@ LAYERS: Final = {
     f"{PACKAGE}.pytest_plugin": "program",
     f"{PACKAGE}.qemu.access": "facade",
     f"{PACKAGE}.qemu.cloud": "facade",
+    f"{PACKAGE}.qemu.diagnosed": "facade",
     f"{PACKAGE}.qemu.images": "facade",
     f"{PACKAGE}.qemu.instance": "facade",
     f"{PACKAGE}.qemu.live": "facade",

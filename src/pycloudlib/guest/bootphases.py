@@ -7,9 +7,13 @@ import logging
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from pycloudlib.diagnosis import Cause
+from pycloudlib.guest.deadends import find_sign
 
 _log = logging.getLogger(__name__)
 
@@ -17,6 +21,8 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.25
 # What a line is looked at for comes early in it; one that never ends must not grow for ever.
 _LONGEST_LINE = 4096
+# Lines that are looked at for the end of a boot: a kernel's last words are some fifty.
+_KEPT_LINES = 300
 # Colours and cursor movements, which systemd and firmware print.
 _CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[()][0-9AB]|c)|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -101,6 +107,8 @@ class BootWatch:
         self._on_line = on_line
         self._partial = b""
         self._last_line = ""
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._dead_end: tuple[Cause, str] | None = None
         self._timeline: list[PhaseStart] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="boot-watch", daemon=True)
@@ -123,6 +131,11 @@ class BootWatch:
     def phase(self) -> Phase | None:
         """The latest phase; None before the first sign of life."""
         return self._timeline[-1].phase if self._timeline else None
+
+    @property
+    def dead_end(self) -> tuple[Cause, str] | None:
+        """Why the boot goes no further by itself, and the line that tells; None while it may."""
+        return self._dead_end
 
     @property
     def last_line(self) -> str:
@@ -151,8 +164,12 @@ class BootWatch:
         self._partial = rest[-_LONGEST_LINE:]
         for line in lines:
             self._note(line)
+            self._lines.append(clean_line(line))
         # GRUB and prompts leave their line open.
         self._note(self._partial)
+        if new and self.phase is not Phase.CLOUD_INIT_DONE:
+            found = find_sign([*self._lines, clean_line(self._partial)], final=True)
+            self._dead_end = None if found is None else (found[0].cause, found[1])
 
     def _note(self, line: bytes) -> None:
         text = clean_line(line)

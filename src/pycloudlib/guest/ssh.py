@@ -11,7 +11,7 @@ import logging
 import secrets
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -31,6 +31,8 @@ logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 # From the banner on the server is there, but a busy guest in emulation may need long for its part
 # of the key exchange; giving up early would only make it begin anew.
 _HANDSHAKE_LIMIT = 60.0
+# Seconds between two looks at whether waiting for a command is of any use still.
+_ON_WAIT_INTERVAL = 0.5
 _BANNER_START = b"SSH-"
 _CHUNK = 1 << 16
 
@@ -158,6 +160,7 @@ def run(
     stdin: bytes = b"",
     get_pty: bool = False,
     timeout: float | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> tuple[bytes, bytes, int]:
     """Execute a command to its end, draining both outputs whatever their size.
 
@@ -167,6 +170,7 @@ def run(
         stdin: What the command reads.
         get_pty: Whether it gets a terminal.
         timeout: Seconds it may take; no limit when None.
+        on_wait: Called every so often while it runs; what it raises ends the wait.
 
     Returns:
         Standard output, standard error, exit status (-1 when the connection ended first).
@@ -189,9 +193,7 @@ def run(
         outputs = _Drain(channel.recv), _Drain(channel.recv_stderr)
         feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
         feeder.start()
-        for drain in outputs:
-            drain.join(None if deadline is None else deadline.remaining)
-        done = all(not drain.is_alive() for drain in outputs)
+        done = all(_has_ended(drain, deadline, on_wait) for drain in outputs)
         if done:
             done = channel.status_event.wait(None if deadline is None else deadline.remaining)
         if not done:
@@ -240,6 +242,17 @@ class _Drain(threading.Thread):
 
     def data(self) -> bytes:
         return b"".join(self._chunks)
+
+
+def _has_ended(drain: _Drain, deadline: Deadline | None, on_wait: Callable[[], None]) -> bool:
+    """Wait until an output has ended; say whether it did in time."""
+    while True:
+        drain.join(_ON_WAIT_INTERVAL if deadline is None else deadline.capped(_ON_WAIT_INTERVAL))
+        if not drain.is_alive():
+            return True
+        if deadline is not None and deadline.expired:
+            return False
+        on_wait()
 
 
 def _feed(channel: paramiko.Channel, stdin: bytes) -> None:

@@ -9,14 +9,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
+from pycloudlib.errors import (
+    BootFailedError,
+    CloudError,
+    InstanceNotFoundError,
+    PycloudlibTimeoutError,
+)
 from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, ssh
-from pycloudlib.guest.bootphases import Phase, find_phase
+from pycloudlib.guest.bootphases import BootWatch, Phase, find_phase
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
-from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
+from pycloudlib.qemu.diagnosed import DiagnosedInstance
 from pycloudlib.qemu.helperlink import HelperLink
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import LOOPBACK
@@ -33,19 +38,15 @@ _BANNER_PAUSE = 0.05
 _SYNC_LIMIT = 60.0
 
 
-class GuestAccess(BaseInstance):
-    """A machine whose guest is reached by SSH, or by a helper that runs in it.
-
-    Attributes:
-        machine: The machine.
-    """
+class GuestAccess(DiagnosedInstance):
+    """A machine whose guest is reached by SSH, or by a helper that runs in it."""
 
     def __init__(self, key_pair: KeyPair, machine: Machine, username: str | None) -> None:
-        super().__init__(key_pair, username)
-        self.machine = machine
+        super().__init__(key_pair, machine, username)
         self.port = str(machine.spec.ssh_port)
         self._helper = HelperLink(machine)
         self._ssh_begins_anew = False
+        self._watch: BootWatch | None = None
 
     @property
     def name(self) -> str:
@@ -254,7 +255,18 @@ class GuestAccess(BaseInstance):
                 time.sleep(deadline.capped(_BANNER_PAUSE))
 
     def _check_alive(self) -> None:
+        """Raise when it is decided that the machine will not be ready.
+
+        Raises:
+            MachineEndedError: It is off.
+            HostDiskFullError: It stands still, since the host has no room for its disk.
+            BootFailedError: Its boot goes no further.
+        """
         self.machine.check_on()
+        self.machine.check_disk()
+        dead_end = None if self._watch is None else self._watch.dead_end
+        if dead_end is not None:
+            raise BootFailedError(self.name, *dead_end)
 
     def _is_told(self) -> bool:
         log = self.machine.rundir.console_log
@@ -270,6 +282,7 @@ class GuestAccess(BaseInstance):
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():
             self.machine.check_on()
+            self.machine.check_disk()
             self._wait_for_banner()
             return super()._ssh_connect()
 

@@ -22,6 +22,7 @@ from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
+from pycloudlib.qemu.diagnosed import explaining_launch
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import (
     Beginning,
@@ -159,18 +160,19 @@ class Qemu(QemuReady):
             launch_args,
         )
         image = store.resolve(image_id, self.image_dir)
-        saved = savedmachine.find(image)
-        if saved is not None:
-            return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
-        launch_new = self._launch_fast if fast else self._launch_cold
-        if warm:
-            return self._launch_warm(
-                image, options, launch_new, fresh_identity=fresh_identity is not False
-            )
-        if fresh_identity:
-            self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
-        return launch_new(image, options)
+        with explaining_launch():
+            saved = savedmachine.find(image)
+            if saved is not None:
+                return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
+            launch_new = self._launch_fast if fast else self._launch_cold
+            if warm:
+                return self._launch_warm(
+                    image, options, launch_new, fresh_identity=fresh_identity is not False
+                )
+            if fresh_identity:
+                self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
+            return launch_new(image, options)
 
     def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest:
         """Check what is asked for as a whole."""
@@ -279,10 +281,14 @@ class Qemu(QemuReady):
         if kwargs:
             self._log.info("Ignored by snapshot(): %s", ", ".join(sorted(kwargs)))
         instance.check_exists()
-        if memory:
-            return self._save(instance, None if path is None else check_new(path))
-        if path is not None:
+        if path is not None and not memory:
             raise ValueError("path is for a saved machine (memory=True); see export_image()")
+        with instance.explaining(f"a snapshot of {instance.name}"):
+            if memory:
+                return self._save(instance, None if path is None else check_new(path))
+            return self._snapshot_disk(instance, clean=clean)
+
+    def _snapshot_disk(self, instance: QemuInstance, *, clean: bool) -> str:
         if clean:
             instance.start()
             instance.clean()
@@ -332,7 +338,9 @@ class Qemu(QemuReady):
         return PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
 
     def _make_instance(self, machine: Machine, key_pair: KeyPair, username: str) -> QemuInstance:
-        return QemuInstance(key_pair, machine, self._ports, username, self)
+        instance = QemuInstance(key_pair, machine, self._ports, username, self)
+        instance.artifacts_dir = self.settings.artifacts_dir
+        return instance
 
     def _key_for(self, rundir: RunDirectory) -> KeyPair:
         """Give the key to keep with a machine: a copy, if it is one that goes with this object."""

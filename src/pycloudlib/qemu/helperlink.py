@@ -142,6 +142,7 @@ class HelperLink:
         return True
 
     def _still_there(self) -> bool:
+        self._machine.check_disk()
         try:
             return self.appears()
         except CloudError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,16 +17,20 @@ from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.qemu import copies, hotplug
+from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.access import GuestAccess
 from pycloudlib.qemu.layers import LayerStore
-from pycloudlib.qemu.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
+from pycloudlib.readiness import keeping, ready_limit
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
 # How long it may take to begin a reboot.
 _REBOOT_LIMIT = 60.0
+# Minutes until a machine has to be ready: many times what a boot takes on a busy host.
+_READY_LIMITS = {Accelerator.KVM: 10.0, Accelerator.TCG: 20.0}
 
 
 class Owner(Protocol):
@@ -70,6 +76,8 @@ class QemuInstance(GuestAccess):
         self._owner = owner
         self._delete_lock = threading.Lock()
         self._timeline: tuple[PhaseStart, ...] = ()
+        # Where on the console, and when, it was last told to reboot.
+        self._reboot = (0, 0.0)
 
     @property
     def id(self) -> str:
@@ -93,18 +101,46 @@ class QemuInstance(GuestAccess):
         Ends the moment the outcome is decided: a machine that is gone is not waited for.
 
         Args:
-            ready_timeout: Minutes it may take in all; 20 by default.
+            ready_timeout: Minutes it may take in all; by default 10 with KVM, 20 in emulation.
             on_progress: Called every quarter of a second with the boot's phase, the console's
                 latest line, and the seconds since power-on.
             **kwargs: Accepted for older programs.
 
         Raises:
             MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
+            BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
+            HostDiskFullError: The host has no room for the machine's disk.
             PycloudlibTimeoutError: The machine could not be reached in time.
         """
-        with self._watching_boot(on_progress):
-            super().wait(ready_timeout, **kwargs)
+        limit = self._default_ready_limit() if ready_timeout is None else ready_timeout
+        with self._watching_boot(on_progress, self._tell_limit(ready_timeout)):
+            super().wait(limit, **kwargs)
         self._run_first()
+
+    def wait_for_restart(self, old_boot_id: str) -> None:
+        """Wait until the machine has booted anew and cloud-init has finished.
+
+        Args:
+            old_boot_id: What `get_boot_id` said before.
+
+        Raises:
+            MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
+            BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
+            PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
+        """
+        deadline = ready_limit(self._default_ready_limit())
+        with keeping(deadline), self._watching_boot(None, self._tell_limit(None)):
+            super().wait_for_restart(old_boot_id)
+
+    def _default_ready_limit(self) -> float:
+        """Give the minutes that the machine may take until it is ready."""
+        return _READY_LIMITS[self.machine.spec.accelerator]
+
+    def _tell_limit(self, given: float | None) -> str:
+        if given is not None:
+            return f"{given * 60:.0f} s (ready_timeout)"
+        how = self.machine.spec.accelerator.value
+        return f"{self._default_ready_limit() * 60:.0f} s (the default with {how}; ready_timeout)"
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console over all its boots."""
@@ -308,13 +344,16 @@ class QemuInstance(GuestAccess):
             PycloudlibTimeoutError: It was not ready in time.
         """
         self.check_exists()
-        self.machine.check_on()
-        super().restart(wait, **kwargs)
+        with self.explaining("the machine to boot anew", self._tell_limit(None)):
+            self.machine.check_on()
+            super().restart(wait, **kwargs)
 
     def _do_restart(self, **kwargs: Any) -> None:
         """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
         import paramiko  # noqa: PLC0415 - heavy
 
+        log = self.machine.rundir.console_log
+        self._reboot = (log.stat().st_size if log.exists() else 0, time.monotonic())
         try:
             # A guest that obeys may take the connection with it: then there is no exit status.
             result = self.execute("systemctl reboot", use_sudo=True, timeout=_REBOOT_LIMIT)
@@ -337,29 +376,23 @@ class QemuInstance(GuestAccess):
         self._log.info("%s is off (%s)", self.name, took.value)
 
     @contextlib.contextmanager
-    def _watching_boot(self, on_progress: ProgressCallback | None) -> Iterator[None]:
-        """Follow the console while waiting; a time-out then says how far the boot got."""
+    def _watching_boot(self, on_progress: ProgressCallback | None, limit: str) -> Iterator[None]:
+        """Follow the console while waiting: it may decide the outcome, and tells the phases."""
         machine = self.machine
+        boots = (self._reboot, (machine.console_start, machine.powered_on))
+        console_start, begun = max(boots, key=itemgetter(1))
 
         def report(phase: Phase | None, line: str) -> None:
             if on_progress is not None:
-                elapsed = Deadline(machine.powered_on, 0).elapsed
+                elapsed = time.monotonic() - begun
                 activity = f"booting: {phase.value if phase else 'power-on'}"
                 on_progress(Progress(activity, line, done=elapsed, unit="s"))
 
-        watch = BootWatch(
-            machine.rundir.console_log, machine.console_start, machine.powered_on, report
-        )
+        watch = BootWatch(machine.rundir.console_log, console_start, begun, report)
+        outer, self._watch = self._watch, watch
         try:
-            with watch:
+            with self.explaining("the machine to be ready", limit, ask=True), watch:
                 yield
-        except MachineEndedError:
-            raise
-        except PycloudlibTimeoutError as error:
-            phase = watch.phase.value if watch.phase else "before any sign of life"
-            raise PycloudlibTimeoutError(
-                f"{error}. The boot got as far as: {phase}; the console's last line: "
-                f"{watch.last_line!r}"
-            ) from error
         finally:
+            self._watch = outer
             self._timeline = watch.timeline

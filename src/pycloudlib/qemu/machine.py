@@ -231,6 +231,16 @@ class Machine:
         if self.state is State.OFF:
             raise MachineEndedError(self.spec.name, self.end)
 
+    def check_disk(self) -> None:
+        """Let it go on that stood still for want of room on the host, if there is some now.
+
+        Raises:
+            HostDiskFullError: There is none still.
+        """
+        qemu = self._qemu
+        if qemu is not None:
+            qemu.check_disk()
+
     def wait_for_end(self, deadline: Deadline) -> bool:
         """Wait until QEMU is gone; say whether it was in time."""
         with self._changed:

@@ -61,15 +61,17 @@ class ProcessEnd:
 
     def __str__(self) -> str:
         said = f": {self.stderr}" if self.stderr else ", and said nothing on stderr"
-        return f"QEMU ended with {self._how}{said}"
+        return f"{self.how}{said}"
 
     @property
-    def _how(self) -> str:
+    def how(self) -> str:
+        """Its exit status or signal, for people."""
         if self.exit_status is None:
-            return "an unknown exit status"
+            return "QEMU ended with an unknown exit status"
         if self.exit_status >= 0:
-            return f"exit status {self.exit_status}"
-        return f"signal {-self.exit_status} ({_signal_name(-self.exit_status)})"
+            return f"QEMU ended with exit status {self.exit_status}"
+        name = _signal_name(-self.exit_status)
+        return f"QEMU ended with signal {-self.exit_status} ({name})"
 
 
 class QemuProcess:

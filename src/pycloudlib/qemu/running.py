@@ -29,6 +29,8 @@ _GREETING_LIMIT = 30.0
 ANSWER_LIMIT = 30.0
 """Seconds that QEMU may take to answer a QMP command."""
 _KILL_LIMIT = 10.0
+ROOM = 64 << 20
+"""Bytes that have to be free for a machine to go on that stood still for want of room."""
 _KEPT_EVENTS = 200
 
 
@@ -40,6 +42,25 @@ class State(enum.Enum):
     STARTING = "starting"
     PAUSED = "paused"
     RUNNING = "running"
+
+
+class HostDiskFullError(CloudError):
+    """The machine stands still since the host has no room for what it wrote to its disk.
+
+    It goes on with the next call once there is room.
+
+    Attributes:
+        path: Where there is no room.
+        free: Bytes that are free there.
+    """
+
+    def __init__(self, name: str, path: Path, free: int) -> None:
+        self.path = path
+        self.free = free
+        super().__init__(
+            f"{name} stands still: no room for its disk in {path.parent}, where {free >> 20} MiB "
+            f"are free; it needs {ROOM >> 20} MiB to go on"
+        )
 
 
 class MachineEndedError(PycloudlibTimeoutError, CloudError):
@@ -92,6 +113,7 @@ class RunningQemu:
         self._rundir = rundir
         self._state = state
         self._end: ProcessEnd | None = None
+        self._without_room = False
         self._unpublished: StartedQemu | None = None
         self._session: QmpSession | None = None
         self._events: list[Event] = []
@@ -216,6 +238,22 @@ class RunningQemu:
             f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
         )
 
+    def check_disk(self) -> None:
+        """Let it go on that stood still for want of room on the host, if there is some now.
+
+        Raises:
+            HostDiskFullError: There is none still.
+        """
+        if not self._without_room:
+            return
+        disk = self._rundir.disk
+        facts = os.statvfs(disk.parent)
+        free = facts.f_bavail * facts.f_frsize
+        if free < ROOM:
+            raise HostDiskFullError(self._name, disk, free)
+        _log.info("%s goes on: there is room for its disk again", self._name)
+        self.execute("cont")
+
     def kill(self) -> None:
         """End the process at once and wait until it is gone; no error when it is gone already.
 
@@ -262,7 +300,10 @@ class RunningQemu:
         with self._changed:
             self._events = [*self._events[1 - _KEPT_EVENTS :], event]
             self._changed.notify_all()
+        if event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
+            self._without_room = True
         if event.name in ("STOP", "RESUME"):
+            self._without_room = self._without_room and event.name == "STOP"
             self._follow(running=event.name == "RESUME")
 
     def _follow(self, running: bool) -> None:

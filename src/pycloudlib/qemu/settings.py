@@ -21,6 +21,7 @@ APPLICATION = "pycloudlib"
 DEFAULT_BINARY = "qemu-system-x86_64"
 _KNOWN_KEYS = (
     "accelerator",
+    "artifacts_dir",
     "fast_boot",
     "image_dir",
     "image_keyring",
@@ -61,6 +62,7 @@ class QemuSettings:
         fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
         offline: Whether no image server may be asked.
         orphans: What becomes of a program's machines when it ends without deleting them.
+        artifacts_dir: Where logs go when something fails; it need not exist. None for nowhere.
     """
 
     image_dir: Path
@@ -75,6 +77,7 @@ class QemuSettings:
     fast_boot: bool = False
     offline: bool = False
     orphans: Orphans = Orphans.REAP_AFTER_CRASH
+    artifacts_dir: Path | None = None
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -104,6 +107,7 @@ class QemuSettings:
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
             fast_boot=reader.boolean("fast_boot", default=False),
             offline=reader.boolean("offline", default=False),
+            artifacts_dir=reader.path("artifacts_dir"),
             orphans=Orphans(reader.one_of("orphans", _ORPHANS) or Orphans.REAP_AFTER_CRASH.value),
         )
 

@@ -1,0 +1,80 @@
+"""Where a boot goes no further by itself, as the serial console tells it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pycloudlib.diagnosis import Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A line of the console, and what it tells.
+
+    Attributes:
+        cause: What.
+        pattern: The line.
+        final: Whether nothing more comes after it: who waits for the machine need not any more.
+        prompt: Whether it is one that is waited at: only the last line of all can be that.
+    """
+
+    cause: Cause
+    pattern: re.Pattern[str]
+    final: bool = True
+    prompt: bool = False
+
+
+def _sign(cause: Cause, pattern: str, *, final: bool = True, prompt: bool = False) -> Sign:
+    return Sign(cause, re.compile(pattern), final, prompt)
+
+
+# With a time stamp, what the kernel prints, and not what user-data prints that tells of it.
+_KERNEL = r"^\[ *\d+\.\d+\] "
+# kernel/panic.c: printed when it does not boot again by itself (panic=).
+_PANIC = _KERNEL + r"---\[ end Kernel panic"
+SIGNS = (
+    # SeaBIOS (src/boot.c).
+    _sign(Cause.NO_BOOTABLE_DISK, r"^No bootable device\."),
+    _sign(Cause.BOOT_LOADER_PROMPT, r"^grub( rescue)?> *$", prompt=True),
+    _sign(
+        Cause.GUEST_MEMORY, _KERNEL + r"---\[ end Kernel panic .*(?i:out of memory|deadlocked on)"
+    ),
+    _sign(Cause.KERNEL_PANIC, _KERNEL + r"---\[ end Kernel panic"),
+    # initramfs-tools (scripts/functions, panic()).
+    _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *$", prompt=True),
+    # systemd (units/emergency.service.in, rescue.service.in), and util-linux's sulogin.
+    _sign(Cause.EMERGENCY_SHELL, r"^You are in (emergency|rescue) mode\."),
+    _sign(Cause.EMERGENCY_SHELL, r"Cannot open access to console, the root account is locked"),
+    _sign(
+        Cause.EMERGENCY_SHELL, r"^(Give root password for maintenance|Press Enter for maintenance)"
+    ),
+    # mm/oom_kill.c
+    _sign(Cause.GUEST_MEMORY, _KERNEL + r"Out of memory: Killed process", final=False),
+    _sign(Cause.GUEST_DISK, r"No space left on device", final=False),
+)
+# A boot begins with one of these: what was before is another boot's.
+_BEGINNING = re.compile(r"SeaBIOS|^\[ *0\.000000\] Linux version ")
+
+
+def find_sign(lines: Sequence[str], *, final: bool = False) -> tuple[Sign, str] | None:
+    """Find what the latest boot on a console tells; what ends the boot before all else.
+
+    Args:
+        lines: The console's lines, without control sequences; the last one may be unfinished.
+        final: Whether to look only for what ends it.
+    """
+    boot = list(_latest_boot(lines))
+    for sign in SIGNS:
+        if final and not sign.final:
+            continue
+        for line in boot[-1:] if sign.prompt else boot:
+            if sign.pattern.search(line):
+                return sign, line
+    return None
+
+
+def _latest_boot(lines: Sequence[str]) -> Iterator[str]:
+    begins = [number for number, line in enumerate(lines) if _BEGINNING.search(line)]
+    return (line for line in lines[begins[-1] if begins else 0 :] if line)

@@ -1,0 +1,169 @@
+"""The instance's part about failures: each says what was going on with the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from pycloudlib.diagnosis import Diagnosis
+from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibError
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair
+from pycloudlib.qemu import examination
+from pycloudlib.qemu.artifacts import keep_artifacts
+from pycloudlib.qemu.examination import Facts
+from pycloudlib.qemu.machine import Machine, State
+from pycloudlib.result import Result
+
+# Seconds that the guest may take to tell of itself when something has failed already.
+_ASK_LIMIT = 10.0
+_ASK = """\
+systemctl --failed --no-legend --plain | cut -d' ' -f1
+echo --
+df -P / | awk 'NR == 2 && $4 < 1024 { print "disk of / is full:", $4, "KiB free" }'
+python3 - <<'END'
+import json
+try:
+    with open("/run/cloud-init/status.json") as file:
+        stages = json.load(file)["v1"]
+except OSError:
+    stages = {}
+for name, stage in stages.items():
+    if isinstance(stage, dict) and stage.get("start"):
+        print(name, "ended" if stage.get("finished") else "runs")
+        for error in stage.get("errors", ()):
+            print(name, "failed:", error)
+END
+"""
+
+_inside: ContextVar[bool] = ContextVar("inside a call that explains its failure", default=False)
+
+
+class DiagnosedInstance(BaseInstance):
+    """A machine whose failures explain themselves.
+
+    Attributes:
+        machine: The machine.
+        artifacts_dir: Where logs go when something fails; None for nowhere.
+    """
+
+    def __init__(self, key_pair: KeyPair, machine: Machine, username: str | None) -> None:
+        super().__init__(key_pair, username)
+        self.machine = machine
+        self.artifacts_dir: Path | None = None
+
+    def execute(
+        self,
+        command: str | Sequence[str],
+        stdin: str | bytes | None = None,
+        description: str | None = None,
+        **options: Any,
+    ) -> Result:
+        """Execute a command in the guest; see `BaseInstance.execute`.
+
+        An error says what was going on with the machine.
+        """
+        with self.explaining(description or f"the end of {command!r}"):
+            return super().execute(command, stdin, description, **options)
+
+    def diagnose(self) -> Diagnosis:
+        """Tell what is going on with the machine, at any time: the facts, and a cause if any.
+
+        The guest is asked, too, when it can be reached at once.
+        """
+        return self._ask_guest(examination.diagnose(Facts.collect(self.machine)))
+
+    @contextlib.contextmanager
+    def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
+        """Let an error that leaves the block say what was going on with the machine.
+
+        It gets an attribute `diagnosis`, and its text. Only the outermost of several blocks does.
+
+        Args:
+            waiting_for: What is waited for.
+            limit: How long it may take, and who says so.
+            ask: Whether the guest may be asked, which may take some seconds.
+        """
+        if _inside.get():
+            yield
+            return
+        begun = time.monotonic()
+        token = _inside.set(True)
+        try:
+            yield
+        except Exception as error:
+            if _is_failure(error) and getattr(error, "diagnosis", None) is None:
+                diagnosis = examination.diagnose(Facts.collect(self.machine), error)
+                if ask:
+                    diagnosis = self._ask_guest(diagnosis)
+                explain(
+                    error,
+                    dataclasses.replace(
+                        diagnosis,
+                        waiting_for=waiting_for,
+                        waited=time.monotonic() - begun,
+                        limit=limit,
+                    ),
+                )
+                self._keep_artifacts(error)
+            raise
+        finally:
+            _inside.reset(token)
+
+    def _ask_guest(self, diagnosis: Diagnosis) -> Diagnosis:
+        """Add what the guest says of itself, if it can be reached."""
+        if self.machine.state is not State.RUNNING:
+            return diagnosis
+        try:
+            # Not over a connection that has to be made first: that may take long.
+            told = self.execute(_ASK, timeout=_ASK_LIMIT) if self._ssh_client else None
+        except Exception as error:  # noqa: BLE001 - it is another error that is told of
+            self._log.debug("%s cannot be asked: %s", self.name, error)
+            return diagnosis
+        if told is None:
+            return diagnosis
+        units, _, words = told.stdout.partition("--")
+        return examination.with_guest_words(diagnosis, _lines(words), _lines(units))
+
+    def _keep_artifacts(self, error: Exception) -> None:
+        if self.artifacts_dir is None:
+            return
+        try:
+            kept = keep_artifacts(self.artifacts_dir, self.machine, error)
+            self._log.warning("What is known of the failure of %s is in %s", self.name, kept)
+        except OSError as problem:
+            self._log.warning("Nothing could be kept in %s: %s", self.artifacts_dir, problem)
+
+
+@contextlib.contextmanager
+def explaining_launch() -> Iterator[None]:
+    """Let an error of a launch say why, of a machine that is gone by then."""
+    try:
+        yield
+    except (CloudError, CloudSetupError) as error:
+        diagnosis = examination.diagnose_launch(error) if error.diagnosis is None else None
+        if diagnosis is not None:
+            explain(error, diagnosis)
+        raise
+
+
+def explain(error: Exception, diagnosis: Diagnosis) -> None:
+    """Put a diagnosis into an error and its text."""
+    error.diagnosis = diagnosis  # type: ignore[attr-defined]
+    text = str(error.args[0]) if error.args else ""
+    error.args = (f"{text}\n{diagnosis.tell(beside=text)}", *error.args[1:])
+
+
+def _is_failure(error: Exception) -> bool:
+    """Say whether the machine failed, not the caller's arguments."""
+    # paramiko is heavy to load; whoever raises its errors has done so.
+    return isinstance(error, PycloudlibError) or type(error).__module__.startswith("paramiko")
+
+
+def _lines(text: str) -> Sequence[str]:
+    return [line for line in map(str.strip, text.splitlines()) if line]

@@ -1,0 +1,237 @@
+"""Finding out why a machine does not do what it is waited for to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.errors import CloudSetupError
+from pycloudlib.guest.bootphases import clean_line, find_phase
+from pycloudlib.guest.deadends import find_sign
+from pycloudlib.qemu.machine import Machine, State
+from pycloudlib.qemu.process import ProcessEnd
+from pycloudlib.qemu.qmp import Event, QmpError
+from pycloudlib.qemu.running import MachineEndedError
+from pycloudlib.qemu.start import LaunchError
+
+_CONSOLE_BYTES = 64 << 10
+_CONSOLE_LINES = 12
+_EVENTS = 8
+_QMP_LIMIT = 2.0
+
+# QEMU's and the system's own words, in what QEMU said last; the first that is found counts.
+_QEMU_WORDS = (
+    (Cause.KVM_UNAVAILABLE, ("kvm",)),
+    (Cause.HOST_DISK, ("no space left on device",)),
+    (Cause.HOST_MEMORY, ("cannot allocate memory", "out of memory", "cannot set up guest memory")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What can be seen of a machine from outside.
+
+    Attributes:
+        state: What it is doing.
+        status: QEMU's own word for that; empty when it could not be asked.
+        end: How QEMU ended.
+        events: The latest QMP events.
+        console: The lines on the console of this power cycle.
+        phase: How far the boot got.
+    """
+
+    state: State
+    status: str
+    end: ProcessEnd | None
+    events: tuple[Event, ...]
+    console: tuple[str, ...]
+    phase: str
+
+    @classmethod
+    def collect(cls, machine: Machine) -> Facts:
+        """Look at a machine; takes milliseconds."""
+        state = machine.state
+        status = ""
+        if state is not State.OFF:
+            try:
+                status = machine.execute("query-status", timeout=_QMP_LIMIT)["status"]
+            except (QmpError, MachineEndedError) as error:
+                status = str(error)
+        raw = _read_console(machine)
+        phases = [phase for phase in map(find_phase, raw) if phase is not None]
+        return cls(
+            state,
+            status,
+            machine.end,
+            machine.events,
+            tuple(map(clean_line, raw)),
+            phases[-1].value if phases else "",
+        )
+
+
+def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
+    """Find the cause in what can be seen, and put all of it together.
+
+    Args:
+        facts: What can be seen.
+        error: What failed.
+    """
+    cause, evidence = _find_cause(facts, error)
+    end = error.end if isinstance(error, LaunchError) else facts.end
+    state = facts.state.value
+    if facts.status not in ("", state):
+        state += f" (QMP: {facts.status})"
+    if end is not None:
+        state += f"; {end.how}"
+    return Diagnosis(
+        cause,
+        evidence,
+        state=state,
+        exit_status=None if end is None else end.exit_status,
+        stderr="" if end is None else end.stderr,
+        events=tuple(_tell_event(event) for event in facts.events[-_EVENTS:]),
+        phase=facts.phase,
+        console=tuple(line for line in facts.console if line)[-_CONSOLE_LINES:],
+    )
+
+
+def diagnose_launch(error: BaseException) -> Diagnosis | None:
+    """Find the cause of a launch that failed; None where the error says all there is to say."""
+    found = _find_in_error(None, error) or _find_in_words(_tell_chain(error))
+    if found is None:
+        return None
+    end = error.end if isinstance(error, LaunchError) else None
+    return Diagnosis(
+        *found,
+        exit_status=None if end is None else end.exit_status,
+        stderr="" if end is None else end.stderr,
+    )
+
+
+def with_guest_words(
+    diagnosis: Diagnosis, words: Sequence[str], failed_units: Sequence[str]
+) -> Diagnosis:
+    """Add what the guest itself says, and let it be the cause where nothing else is known."""
+    cause, evidence = diagnosis.cause, diagnosis.evidence
+    if cause in (Cause.UNKNOWN, Cause.STILL_BOOTING):
+        for mark, told in ((" is full", Cause.GUEST_DISK), (" failed: ", Cause.CLOUD_INIT)):
+            lines = [line for line in words if mark in line]
+            if lines:
+                cause, evidence = told, lines[0]
+                break
+    return dataclasses.replace(
+        diagnosis,
+        cause=cause,
+        evidence=evidence,
+        guest=tuple(words),
+        failed_units=tuple(failed_units),
+    )
+
+
+def _find_cause(facts: Facts, error: BaseException | None) -> tuple[Cause, str]:
+    finders = (_find_in_error, _find_in_end, _find_in_state, _find_on_console, _find_in_connection)
+    for finder in finders:
+        found = finder(facts, error)
+        if found is not None:
+            return found
+    if facts.phase != "cloud-init done" and facts.state is State.RUNNING:
+        return Cause.STILL_BOOTING, ""
+    return Cause.UNKNOWN, ""
+
+
+def _find_in_error(_facts: Facts | None, error: BaseException | None) -> tuple[Cause, str] | None:
+    if isinstance(error, LaunchError):
+        return _find_in_words(error.end.stderr) or (Cause.QEMU_FAILED, error.end.how)
+    if isinstance(error, CloudSetupError) and "kvm" in str(error).lower():
+        return Cause.KVM_UNAVAILABLE, ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Cause.HOST_DISK, str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return Cause.HOST_MEMORY, str(error)
+    return None
+
+
+def _find_in_words(said: str) -> tuple[Cause, str] | None:
+    for cause, words in _QEMU_WORDS:
+        for line in said.splitlines():
+            if any(word in line.lower() for word in words):
+                return cause, line
+    return None
+
+
+def _find_in_end(facts: Facts, _error: BaseException | None) -> tuple[Cause, str] | None:
+    if facts.state is not State.OFF:
+        return None
+    end = facts.end
+    if end is None or end.exit_status is None:
+        return Cause.SWITCHED_OFF, "" if end is None else end.how
+    if any(_is_guests_end(event) for event in facts.events) and end.exit_status == 0:
+        return Cause.POWERED_OFF, "QMP event SHUTDOWN, by the guest"
+    if end.exit_status == 0:
+        return Cause.SWITCHED_OFF, end.how
+    cause = Cause.QEMU_KILLED if end.exit_status < 0 else Cause.QEMU_FAILED
+    return _find_in_words(end.stderr) or (cause, end.how)
+
+
+def _is_guests_end(event: Event) -> bool:
+    return event.name == "SHUTDOWN" and bool(event.data.get("guest"))
+
+
+def _find_in_state(facts: Facts, _error: BaseException | None) -> tuple[Cause, str] | None:
+    if facts.status == "io-error":
+        return Cause.HOST_DISK, "QEMU has stopped the machine: status io-error"
+    if facts.status == "guest-panicked":
+        return Cause.KERNEL_PANIC, "status guest-panicked"
+    if facts.status in ("paused", "prelaunch", "suspended"):
+        return Cause.STANDS_STILL, f"status {facts.status}"
+    return None
+
+
+def _find_on_console(facts: Facts, _error: BaseException | None) -> tuple[Cause, str] | None:
+    found = find_sign(facts.console)
+    return None if found is None else (found[0].cause, found[1])
+
+
+def _find_in_connection(_facts: Facts, error: BaseException | None) -> tuple[Cause, str] | None:
+    """Tell by how SSH failed: user-mode networking takes connections itself, before the guest."""
+    text = _tell_chain(error)
+    for cause, word in (
+        (Cause.HOST_KEY, "host key"),
+        (Cause.KEY_REFUSED, "refused: "),
+        (Cause.NO_SSH_SERVER, "closed before SSH's banner"),
+        (Cause.NO_SSH_SERVER, "Connection reset"),
+    ):
+        if word in text and (cause is not Cause.KEY_REFUSED or "key " in text):
+            return cause, text.splitlines()[0]
+    if "no SSH banner" in text and _facts.phase.startswith("cloud-init"):
+        return Cause.NO_NETWORK, "connections to the guest are not answered"
+    return None
+
+
+def _tell_chain(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return "\n".join(texts)
+
+
+def _tell_event(event: Event) -> str:
+    data: dict[str, Any] = dict(event.data)
+    facts = " ".join(f"{name}={value}" for name, value in data.items())
+    return f"{event.name} {facts}".strip()
+
+
+def _read_console(machine: Machine) -> list[bytes]:
+    try:
+        with machine.rundir.console_log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(machine.console_start, end - _CONSOLE_BYTES))
+            return log.read().split(b"\n")
+    except FileNotFoundError:
+        return []

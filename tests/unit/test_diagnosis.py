@@ -1,0 +1,157 @@
+"""A cause found in what can be seen of a machine, and how it is told."""
+
+from __future__ import annotations
+
+import errno
+
+import paramiko
+import pytest
+
+from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibTimeoutError
+from pycloudlib.qemu.diagnosed import explain, explaining_launch
+from pycloudlib.qemu.examination import Facts, diagnose, diagnose_launch, with_guest_words
+from pycloudlib.qemu.machine import State
+from pycloudlib.qemu.process import ProcessEnd
+from pycloudlib.qemu.qmp import Event
+from pycloudlib.qemu.start import LaunchError
+
+GUESTS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, 1.0)
+HOSTS_END = Event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}, 1.0)
+
+
+def facts(
+    state: State = State.RUNNING,
+    status: str = "running",
+    end: ProcessEnd | None = None,
+    events: tuple[Event, ...] = (),
+    console: tuple[str, ...] = (),
+    phase: str = "",
+) -> Facts:
+    return Facts(state, status, end, events, console, phase)
+
+
+def off(exit_status: int | None, stderr: str = "", *events: Event) -> Facts:
+    return facts(State.OFF, "", ProcessEnd(exit_status, stderr), events)
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause"),
+    [
+        (off(-9), Cause.QEMU_KILLED),
+        (off(-11, "some last words"), Cause.QEMU_KILLED),
+        (off(1, "qemu: something else"), Cause.QEMU_FAILED),
+        (off(1, "cannot set up guest memory 'ram0': Cannot allocate memory"), Cause.HOST_MEMORY),
+        (off(-6, "kvm_buf_set_msrs: Assertion failed"), Cause.KVM_UNAVAILABLE),
+        (off(0, "", GUESTS_END), Cause.POWERED_OFF),
+        (off(0, "", HOSTS_END), Cause.SWITCHED_OFF),
+        (off(None), Cause.SWITCHED_OFF),
+        (facts(State.OFF, ""), Cause.SWITCHED_OFF),
+        (facts(State.PAUSED, "io-error"), Cause.HOST_DISK),
+        (facts(State.PAUSED, "guest-panicked"), Cause.KERNEL_PANIC),
+        (facts(State.PAUSED, "prelaunch"), Cause.STANDS_STILL),
+        (facts(console=("SeaBIOS", "No bootable device.")), Cause.NO_BOOTABLE_DISK),
+        (facts(phase="kernel"), Cause.STILL_BOOTING),
+        (facts(phase="cloud-init done"), Cause.UNKNOWN),
+    ],
+)
+def test_cause_is_found_in_what_is_seen(seen: Facts, cause: Cause) -> None:
+    assert diagnose(seen).cause is cause
+
+
+@pytest.mark.parametrize(
+    ("text", "phase", "cause"),
+    [
+        ("u@h port 1: host key changed: the machine showed x", "", Cause.HOST_KEY),
+        ("u@h port 1: key /k refused: Authentication failed.", "", Cause.KEY_REFUSED),
+        ("the connection was closed before SSH's banner", "kernel", Cause.NO_SSH_SERVER),
+        ("[Errno 104] Connection reset by peer", "kernel", Cause.NO_SSH_SERVER),
+        ("no SSH banner within 2 s", "cloud-init done", Cause.NO_NETWORK),
+        ("no SSH banner within 2 s", "kernel", Cause.STILL_BOOTING),
+    ],
+)
+def test_cause_is_found_in_how_ssh_failed(text: str, phase: str, cause: Cause) -> None:
+    error = PycloudlibTimeoutError("vm-1 could not be reached")
+    error.__cause__ = paramiko.SSHException(text)
+    assert diagnose(facts(phase=phase), error).cause is cause
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            LaunchError(["qemu"], ProcessEnd(1, "qemu: -device x: not a valid device")),
+            Cause.QEMU_FAILED,
+        ),
+        (
+            LaunchError(["qemu"], ProcessEnd(1, "failed to initialize kvm: denied")),
+            Cause.KVM_UNAVAILABLE,
+        ),
+        (LaunchError(["qemu"], ProcessEnd(1, "write: No space left on device")), Cause.HOST_DISK),
+        (CloudSetupError("accelerator is kvm, but KVM does not work"), Cause.KVM_UNAVAILABLE),
+        (OSError(errno.ENOSPC, "No space left on device"), Cause.HOST_DISK),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Cause.HOST_MEMORY),
+    ],
+)
+def test_cause_of_a_failed_launch_is_found(error: Exception, cause: Cause) -> None:
+    found = diagnose_launch(error)
+    assert found is not None
+    assert found.cause is cause
+
+
+def test_error_that_says_all_has_no_diagnosis() -> None:
+    with pytest.raises(CloudError, match=r"^No two free ports$") as caught, explaining_launch():
+        raise CloudError("No two free ports")
+    assert caught.value.diagnosis is None
+
+
+def test_launch_error_is_told_once() -> None:
+    end = ProcessEnd(1, "qemu: failed to initialize kvm: Permission denied")
+    with pytest.raises(LaunchError) as caught, explaining_launch():
+        raise LaunchError(["qemu"], end)
+    text = str(caught.value)
+    assert text.count("Permission denied") == 2, "in QEMU's words, and as the evidence"
+    assert "Try: load the module" in text
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.exit_status == 1
+
+
+def test_every_cause_has_a_hint() -> None:
+    assert all(cause.hint for cause in Cause)
+
+
+def test_words_of_the_guest_are_the_cause_where_there_is_none() -> None:
+    words = ("modules-final ended", "modules-final failed: ('scripts_user', ...)")
+    told = with_guest_words(Diagnosis(Cause.UNKNOWN), words, ("nginx.service",))
+    assert told.cause is Cause.CLOUD_INIT
+    assert told.evidence == words[1]
+    assert told.failed_units == ("nginx.service",)
+    assert with_guest_words(Diagnosis(Cause.HOST_DISK), words, ()).cause is Cause.HOST_DISK
+    full = with_guest_words(Diagnosis(Cause.UNKNOWN), ("disk of / is full",), ())
+    assert full.cause is Cause.GUEST_DISK
+
+
+def test_it_is_told_in_lines() -> None:
+    text = str(
+        Diagnosis(
+            Cause.KERNEL_PANIC,
+            "---[ end Kernel panic",
+            waiting_for="the machine to be ready",
+            waited=12.34,
+            limit="1200 s (the default)",
+            state="running",
+            events=("RESET guest=True",),
+            phase="kernel",
+            console=("one", "two"),
+        )
+    )
+    assert text.splitlines()[0] == "  Cause: kernel panic (---[ end Kernel panic)"
+    assert "  Waited for: the machine to be ready, 12.3 s of 1200 s (the default)" in text
+    assert text.endswith("  Console:\n    | one\n    | two")
+
+
+def test_error_of_another_library_is_explained_too() -> None:
+    error = paramiko.SSHException("no banner")
+    explain(error, Diagnosis(Cause.NO_NETWORK))
+    assert str(error).startswith("no banner\n  Cause: the guest has no network")
+    assert error.diagnosis.cause is Cause.NO_NETWORK  # type: ignore[attr-defined]
