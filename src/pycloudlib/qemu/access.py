@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ _END_GRACE = 0.5
 _BANNER_LIMIT = 30.0
 _BANNER_PAUSE = 0.05
 _SYNC_LIMIT = 60.0
+_SHOWN_COMMAND = 100
 
 
 class GuestAccess(DiagnosedInstance):
@@ -293,7 +295,8 @@ class GuestAccess(DiagnosedInstance):
         get_pty: bool = False,
         timeout: float | None = None,
     ) -> Result:
-        with self._naming_end():
+        waiting_for = f"the end of: {shlex.join(command)[:_SHOWN_COMMAND]}"
+        with self.explaining(waiting_for), self._naming_end():
             data = stdin.encode() if isinstance(stdin, str) else stdin or b""
             limit = command_limit(timeout)
             result = None if get_pty else self._by_helper(command, data, limit)

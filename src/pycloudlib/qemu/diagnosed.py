@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from pycloudlib.diagnosis import Diagnosis
 from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibError
@@ -18,7 +17,6 @@ from pycloudlib.qemu import examination
 from pycloudlib.qemu.artifacts import keep_artifacts
 from pycloudlib.qemu.examination import Facts
 from pycloudlib.qemu.machine import Machine, State
-from pycloudlib.result import Result
 
 # Seconds that the guest may take to tell of itself when something has failed already.
 _ASK_LIMIT = 10.0
@@ -56,20 +54,6 @@ class DiagnosedInstance(BaseInstance):
         super().__init__(key_pair, username)
         self.machine = machine
         self.artifacts_dir: Path | None = None
-
-    def execute(
-        self,
-        command: str | Sequence[str],
-        stdin: str | bytes | None = None,
-        description: str | None = None,
-        **options: Any,
-    ) -> Result:
-        """Execute a command in the guest; see `BaseInstance.execute`.
-
-        An error says what was going on with the machine.
-        """
-        with self.explaining(description or f"the end of {command!r}"):
-            return super().execute(command, stdin, description, **options)
 
     def diagnose(self) -> Diagnosis:
         """Tell what is going on with the machine, at any time: the facts, and a cause if any.
