@@ -9,6 +9,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
+from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
@@ -147,8 +148,10 @@ def test_an_unexpected_host_key_is_refused(vm: QemuInstance) -> None:
         known_hosts.write_text(other + "\n")
         # cloud-init has shown the machine's keys on the console: it is not asked this time.
         vm.machine.rundir.console_log.rename(vm.instance_dir / "hidden")
-        with pytest.raises(paramiko.SSHException, match="host key changed"):
-            vm._ssh_connect()
+        vm._forget_client()
+        with pytest.raises(paramiko.SSHException, match="host key changed") as caught:
+            vm.execute("true")
+        assert caught.value.diagnosis.cause is Cause.HOST_KEY  # type: ignore[attr-defined]
         assert known_hosts.read_text() == other + "\n"
     finally:
         (vm.instance_dir / "hidden").rename(vm.machine.rundir.console_log)
@@ -161,8 +164,10 @@ def test_a_key_that_the_guest_does_not_know_is_refused(vm: QemuInstance, tmp_pat
     wrong = generate_key_pair(tmp_path, "wrong")
     try:
         vm.key_pair = KeyPair(wrong.public_key_path, wrong.private_key_path)
-        with pytest.raises(paramiko.AuthenticationException, match=str(tmp_path)):
-            vm._ssh_connect()
+        vm._forget_client()
+        with pytest.raises(paramiko.AuthenticationException, match=str(tmp_path)) as caught:
+            vm.execute("true")
+        assert caught.value.diagnosis.cause is Cause.KEY_REFUSED  # type: ignore[attr-defined]
     finally:
         vm.key_pair = right
 

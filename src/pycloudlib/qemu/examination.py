@@ -43,6 +43,7 @@ class Facts:
         events: The latest QMP events.
         console: The lines on the console of this power cycle.
         phase: How far the boot got.
+        copied: Whether it is a copy, of a machine that had booted.
     """
 
     state: State
@@ -51,6 +52,7 @@ class Facts:
     events: tuple[Event, ...]
     console: tuple[str, ...]
     phase: str
+    copied: bool = False
 
     @classmethod
     def collect(cls, machine: Machine) -> Facts:
@@ -71,6 +73,7 @@ class Facts:
             machine.events,
             tuple(map(clean_line, raw)),
             phases[-1].value if phases else "",
+            machine.rundir.fix_up.exists() or machine.rundir.fixed_up.exists(),
         )
 
 
@@ -197,7 +200,7 @@ def _find_on_console(facts: Facts, _error: BaseException | None) -> tuple[Cause,
     return None if found is None else (found[0].cause, found[1])
 
 
-def _find_in_connection(_facts: Facts, error: BaseException | None) -> tuple[Cause, str] | None:
+def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Cause, str] | None:
     """Tell by how SSH failed: user-mode networking takes connections itself, before the guest."""
     text = _tell_chain(error)
     for cause, word in (
@@ -208,7 +211,7 @@ def _find_in_connection(_facts: Facts, error: BaseException | None) -> tuple[Cau
     ):
         if word in text and (cause is not Cause.KEY_REFUSED or "key " in text):
             return cause, text.splitlines()[0]
-    if "no SSH banner" in text and _facts.phase.startswith("cloud-init"):
+    if "no SSH banner" in text and (facts.copied or facts.phase.startswith("cloud-init")):
         return Cause.NO_NETWORK, "connections to the guest are not answered"
     return None
 

@@ -1,0 +1,149 @@
+"""Guests that fail: each cause is provoked in a real one and told, and no wait outlasts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import paramiko
+import pytest
+import yaml
+
+from pycloudlib import Qemu
+from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.errors import BootFailedError
+from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.conftest import Guest
+from tests.guest.seeds import Kind
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.fixture
+def cloud() -> Iterator[Qemu]:
+    with Qemu(tag="failures") as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def copy(cloud: Qemu, saved: str) -> QemuInstance:
+    """Give a copy of a machine that has booted, reached by SSH alone."""
+    vm = cloud.launch(saved)
+    vm.wait()
+    return vm
+
+
+def without_helper(vm: QemuInstance) -> QemuInstance:
+    """Let commands run over SSH, as in a machine that was never saved."""
+    vm.execute("systemctl stop pycloudlib-helper", use_sudo=True)
+    vm.machine.rundir.helper_mark.unlink(missing_ok=True)
+    assert vm.execute("true").ok
+    return vm
+
+
+def diagnosis_of(error: BaseException) -> Diagnosis:
+    found = error.diagnosis  # type: ignore[attr-defined]
+    assert isinstance(found, Diagnosis)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "cause", "line"),
+    [
+        ("rdinit=/nowhere root=/dev/nowhere", Cause.KERNEL_PANIC, "end Kernel panic"),
+        pytest.param("break=top", Cause.EMERGENCY_SHELL, "(initramfs)", marks=pytest.mark.thorough),
+        pytest.param(
+            "systemd.unit=emergency.target",
+            Cause.EMERGENCY_SHELL,
+            "emergency mode|root account is locked",
+            marks=pytest.mark.thorough,
+        ),
+    ],
+    ids=["panic", "initramfs", "emergency"],
+)
+def test_boot_that_goes_no_further(
+    cmdline: str, cause: Cause, line: str, cloud: Qemu, image: str
+) -> None:
+    vm = cloud.launch(image, "c1m512", kernel_cmdline=cmdline)
+    with pytest.raises(BootFailedError) as caught:
+        vm.wait()
+    told = diagnosis_of(caught.value)
+    assert told.cause is cause
+    assert any(word in told.evidence for word in line.split("|"))
+    assert told.waited < 300
+    assert "Try: " in str(caught.value)
+
+
+@pytest.mark.thorough
+def test_boot_loader_without_a_configuration(copy: QemuInstance) -> None:
+    moved = copy.execute("mv /boot/grub/grub.cfg /boot/grub/lost && sync", use_sudo=True)
+    assert moved.ok, moved.stderr
+    with pytest.raises(BootFailedError) as caught:
+        copy.restart()
+    assert diagnosis_of(caught.value).cause is Cause.BOOT_LOADER_PROMPT
+
+
+def test_ssh_server_that_does_not_run(copy: QemuInstance) -> None:
+    without_helper(copy).execute("systemctl stop ssh.socket ssh.service", use_sudo=True)
+    copy._forget_client()
+    with pytest.raises(paramiko.SSHException) as caught:
+        copy.execute("true")
+    assert diagnosis_of(caught.value).cause is Cause.NO_SSH_SERVER
+
+
+def test_network_that_is_down(copy: QemuInstance) -> None:
+    without_helper(copy)
+    off = "ip link set $(ip -o route show default | cut -d' ' -f5) down"
+    copy.execute(["systemd-run", "--on-active=1", "sh", "-c", off], use_sudo=True)
+    copy.banner_timeout = 3
+    with pytest.raises(paramiko.SSHException) as caught:
+        use_up(copy)
+    assert diagnosis_of(caught.value).cause is Cause.NO_NETWORK
+
+
+def use_up(vm: QemuInstance) -> None:
+    """Connect anew and anew until that does not go any more."""
+    while True:
+        vm._forget_client()
+        vm.execute("true")
+
+
+def test_guest_without_memory(copy: QemuInstance) -> None:
+    eaten = copy.execute(["python3", "-c", "x = [bytes([1]) * (1 << 20) for _ in range(1 << 16)]"])
+    assert eaten.failed
+    told = copy.diagnose()
+    assert told.cause is Cause.GUEST_MEMORY
+    assert "Killed process" in told.evidence
+
+
+def test_guest_with_a_full_disk(copy: QemuInstance) -> None:
+    filled = copy.execute(
+        "fallocate -l 100G /full || dd if=/dev/zero of=/full bs=1M", use_sudo=True
+    )
+    assert filled.failed
+    told = copy.diagnose()
+    assert told.cause is Cause.GUEST_DISK
+
+
+def test_unit_that_failed(copy: QemuInstance) -> None:
+    copy.execute("systemd-run --unit=broken --wait false", use_sudo=True)
+    assert "broken.service" in copy.diagnose().failed_units
+
+
+@pytest.mark.uses(Kind.SCRIPT)
+def test_cloud_init_that_failed(guests: dict[Kind, Future[Guest]]) -> None:
+    vm = guests[Kind.SCRIPT].result().machine
+    vm.execute("true")
+    told = vm.diagnose()
+    assert told.cause is Cause.CLOUD_INIT
+    assert "modules-final failed" in told.evidence
+
+
+@pytest.mark.thorough
+def test_guest_that_user_data_powers_off(cloud: Qemu, image: str) -> None:
+    config = {"bootcmd": ["poweroff -f"]}
+    user_data = "#cloud-config\n" + yaml.safe_dump(config)
+    vm = cloud.launch(image, "c1m512", user_data=user_data, fast_boot=True)
+    with pytest.raises(Exception, match="powered itself off") as caught:
+        vm.wait()
+    assert diagnosis_of(caught.value).cause is Cause.POWERED_OFF
