@@ -194,6 +194,22 @@ def test_small_requests_are_not_held_back(instance: Instance, guest_port: int) -
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_connection_uses_the_cipher_that_is_quickest(instance: Instance) -> None:
+    transport = instance._client().get_transport()
+
+    assert transport is not None
+    assert transport.local_cipher == "aes128-gcm@openssh.com"
+
+
+def test_ciphers_are_all_offered_in_their_order_but_for_the_first() -> None:
+    assert ssh.order_ciphers(("b", "aes128-gcm@openssh.com", "a")) == (
+        "aes128-gcm@openssh.com",
+        "b",
+        "a",
+    )
+    assert ssh.order_ciphers(("b", "a")) == ("b", "a")
+
+
 def test_string_is_run_by_a_shell(instance: Instance) -> None:
     assert instance.execute("a=1; echo $((a + 1)) | cat") == "2"
 
