@@ -66,7 +66,7 @@ measure: wheel  ## Measure the package: size of an installation, time of an impo
 # The original's seeds need genisoimage; nothing else here does.
 bench: wheel  ## Measure the original and this package side by side (BENCH_ARGS='--rounds 1')
 	@EXTRA_REQUIREMENT='genisoimage|genisoimage|writes the seeds of the original' scripts/setup.sh
-	@$(PYTHON_IN_VENV) -m benchmarks $(BENCH_ARGS) dist/*.whl
+	@$(PYTHON_IN_VENV) -m benchmarks dist/*.whl $(BENCH_ARGS)
 
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Measure the original pycloudlib and this package side by side.
 
-    python -m benchmarks [--rounds 3] [--only NAME ...] [--skip NAME ...] dist/*.whl
+    python -m benchmarks dist/*.whl [--rounds 3] [--only NAME ...] [--skip NAME ...]
 
 Everything is kept in one directory: results.json, which is written after each course, report.md,
 and the logs of the courses. Names are those of scenarios or of courses; `--list` lists them.

@@ -269,7 +269,7 @@ def _run_course(
     )
     python = str(stage.environments[side].installation.python)
     argv = [python, "-m", f"benchmarks.courses.{course}", plan.to_argument()]
-    with log.open("w") as output, _running(argv, output) as process:
+    with log.open("w") as output, running(argv, output) as process:
         assert process.stdout is not None
         for line in process.stdout:
             told.append(Measurement.from_json(json.loads(line)))
@@ -279,7 +279,7 @@ def _run_course(
 
 
 @contextlib.contextmanager
-def _running(argv: list[str], output: IO[str]) -> Iterator[subprocess.Popen[str]]:
+def running(argv: list[str], output: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """Run a course; it is told to clean up when the block is left by an error or by Ctrl-C."""
     process = subprocess.Popen(
         argv,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.driver import end_qemus, running
 from benchmarks.measurements import Measurement, Results, Run
 from benchmarks.plan import Plan
+from benchmarks.processes import find_qemu
 from benchmarks.recorder import TimeUp, limit
 from benchmarks.report import Figure, gather, ratio, write_number, write_report
 from benchmarks.scenarios import BY_KEY, OURS, SCENARIOS, choose, turns
@@ -215,3 +219,36 @@ def test_wrapper_swaps_the_accelerator_and_nothing_else(
 
     assert done.stdout == "".join(f"{argument}\0" for argument in passed)
     assert os.access(wrapper, os.X_OK)
+
+
+def test_qemu_that_is_left_is_found_by_its_directory_and_ended(tmp_path: Path) -> None:
+    qemu = tmp_path / "qemu-system-x86_64"
+    shutil.copy(shutil.which("sleep") or "", qemu)
+    with subprocess.Popen([qemu, "1000"]) as left:
+        assert find_qemu(str(tmp_path / "other")) == []
+        assert find_qemu(str(qemu)) == [left.pid]
+
+        assert end_qemus(str(qemu)) == 1
+        assert left.wait(10) == -signal.SIGKILL
+
+
+def test_course_is_told_to_clean_up_when_the_driver_is_interrupted(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+        "print('up', flush=True)\n"
+        "try: time.sleep(1000)\n"
+        "finally: print('cleaned', file=sys.stderr)\n"
+    )
+    log = tmp_path / "log"
+
+    def interrupted() -> None:
+        with log.open("w") as output, running([sys.executable, "-c", code], output) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert log.read_text() == "cleaned\n"
