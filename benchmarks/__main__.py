@@ -9,6 +9,7 @@ and the logs of the courses. Names are those of scenarios or of courses; `--list
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def main() -> int:
         dead_limit=arguments.dead_limit,
         append=arguments.append,
     )
+    # As after Ctrl-C: courses clean up, and nothing is left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results = Driver(options).run()
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from benchmarks.measurements import Measurement, Results, Run
 from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu
 from benchmarks.report import Figure, write_figure, write_report
-from benchmarks.scenarios import BY_KEY, ORIGINAL, OURS, SIDES, turns
+from benchmarks.scenarios import BY_KEY, NAMES, ORIGINAL, OURS, SIDES, turns
 from benchmarks.wrapper import write_wrapper
 from pycloudlib import Qemu
 from pycloudlib.files import replace_atomically
@@ -163,9 +163,7 @@ def _facts(stage: Stage, choice: Choice) -> dict[str, str]:
         "machines": stage.options.instance_type,
         "machines at once": str(stage.options.machines),
         **{
-            {ORIGINAL: "original", OURS: "this package"}[side]: (
-                f"{environment.requirement}, {environment.count_packages()} packages"
-            )
+            NAMES[side]: (f"{environment.requirement}, {environment.count_packages()} packages")
             for side, environment in environments.items()
         },
     }

@@ -18,11 +18,13 @@ class Measurement:
         scenario: Key of the scenario.
         values: What was measured, in the scenario's unit; several where it is quick to repeat.
         problem: What happened instead, if it could not be measured.
+        note: What else is to be told: the error that was waited for.
     """
 
     scenario: str
     values: tuple[float, ...] = ()
     problem: str = ""
+    note: str = ""
 
     @property
     def figure(self) -> float | None:
@@ -32,7 +34,7 @@ class Measurement:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measurement:
         """Read one as `asdict` gives it."""
-        return cls(data["scenario"], tuple(data["values"]), data["problem"])
+        return cls(**{**data, "values": tuple(data["values"])})
 
 
 @dataclass(frozen=True, slots=True)

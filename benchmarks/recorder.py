@@ -66,9 +66,9 @@ class Recorder:
         """Whether one of some scenarios is to be measured."""
         return not self._wanted.isdisjoint(scenarios)
 
-    def tell(self, scenario: str, *values: float) -> None:
+    def tell(self, scenario: str, *values: float, note: str = "") -> None:
         """Tell what was measured."""
-        self._write(Measurement(scenario, values))
+        self._write(Measurement(scenario, values, note=note))
 
     def fail(self, scenario: str, problem: str) -> None:
         """Tell what happened instead."""

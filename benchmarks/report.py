@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measurements import Results, Run
-from benchmarks.scenarios import MANY, ORIGINAL, OURS, SCENARIOS, Scenario
+from benchmarks.scenarios import BY_KEY, MANY, NAMES, ORIGINAL, OURS, SCENARIOS, Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +91,28 @@ def write_report(results: Results) -> str:
         "Medians of the rounds, with the least and the most; a ratio of 2 means half as much.",
     ]
     if both:
-        head = ("scenario", "original", "this package", "ratio", "rounds")
+        head = ("scenario", *NAMES.values(), "ratio", "rounds")
         lines += ["", *_table(head, both)]
     if alone:
         lines += ["", "What only this package does, against its own cold boot:", ""]
         lines += _table(("what", "took", "ratio", "rounds"), alone)
+    lines += _notes(results.runs)
     leftovers = sum(run.leftovers for run in results.runs if run.side == ORIGINAL)
     if leftovers:
         lines += ["", f"QEMU processes that the original left running: {leftovers}."]
     text = "\n".join(lines) + "\n"
     return text.replace(MANY, results.facts.get("machines at once", "many"))
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """Write what else was told, each once."""
+    told = [
+        f"- {BY_KEY[measurement.scenario].title}, {NAMES[run.side]}: {measurement.note}"
+        for run in runs
+        for measurement in run.measurements
+        if measurement.note
+    ]
+    return ["", "What was said:", "", *dict.fromkeys(told)] if told else []
 
 
 def _rows(runs: Sequence[Run]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 ORIGINAL, OURS = "original", "ours"
 SIDES = (ORIGINAL, OURS)
+NAMES = {ORIGINAL: "original", OURS: "this package"}
 
 MANY = "{machines}"
 """Stands in titles for the number of machines where there are many at once."""

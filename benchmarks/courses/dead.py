@@ -24,8 +24,8 @@ def course(plan: Plan, recorder: Recorder) -> None:
         except TimeUp:
             recorder.fail("dead", f"no error within {plan.dead_limit:.0f} s")
         except Exception as error:  # noqa: BLE001 - any error is what is waited for
-            recorder.tell("dead", time.perf_counter() - started)
-            print(f"the error: {describe(error)}")
+            took = time.perf_counter() - started
+            recorder.tell("dead", took, note=describe(error))
         else:
             recorder.fail("dead", "no error at all")
 

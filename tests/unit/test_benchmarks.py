@@ -136,6 +136,13 @@ def test_report_tells_what_happened_instead() -> None:
     assert row(report, BY_KEY["dead"].title)[1:4] == ["no error within 300 s", "0.10 s", ""]
 
 
+def test_report_tells_what_was_said_once() -> None:
+    said = Measurement("dead", (1.0,), note="LaunchError: bad argument")
+    runs = [Run(OURS, "dead", number, "2026-01-01", 1, 0, (said,)) for number in (1, 2)]
+
+    assert write_report(results(*runs)).count("this package: LaunchError: bad argument") == 1
+
+
 def test_what_only_this_package_does_is_compared_with_its_own_boot() -> None:
     report = write_report(results(run(OURS, "ours-boot", 60), run(OURS, "copies", 3)))
 
