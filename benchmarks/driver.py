@@ -113,19 +113,24 @@ class Stage:
         return config
 
 
-def prepare(options: Options) -> tuple[Stage, dict[str, str]]:
-    """Install the packages and build the image, where that has not been done; tell the facts."""
+def prepare(options: Options, sides: set[str]) -> tuple[Stage, dict[str, str]]:
+    """Install the packages and build the image, where that has not been done; tell the facts.
+
+    Args:
+        options: What is to be measured.
+        sides: The packages that are needed for it.
+    """
     output = options.output.resolve()
     for name in ("images", "logs", "key"):
         (output / name).mkdir(parents=True, exist_ok=True)
     qemu = find_tool(DEFAULT_BINARY)
     choice = choose_accelerator(AUTO, qemu, platformdirs.user_cache_path(APPLICATION))
     environments = {}
-    if options.side != OURS:
+    if ORIGINAL in sides:
         find_tool("genisoimage")
         _tell("installing the original (once)")
         environments[ORIGINAL] = make_original(output / ORIGINAL)
-    if options.side != ORIGINAL:
+    if OURS in sides:
         _tell("installing this package")
         if options.wheel is None:
             raise ValueError("this package's wheel has to be named, as `make wheel` made it")
@@ -183,13 +188,14 @@ class Driver:
     def run(self) -> Results:
         """Run all courses in turn; what is measured is kept after each."""
         options = self._options
-        stage, facts = prepare(options)
-        before: tuple[Run, ...] = ()
+        allowed = SIDES if options.side is None else (options.side,)
+        order = [turn for turn in turns(options.rounds, options.wanted) if turn[1] in allowed]
+        stage, facts = prepare(options, {side for _, side, _ in order})
+        self._results = Results(facts)
         if options.append and self._file.exists():
-            before = Results.read(self._file).runs
-        self._results = Results(facts, before)
-        sides = SIDES if options.side is None else (options.side,)
-        order = [turn for turn in turns(options.rounds, options.wanted) if turn[1] in sides]
+            before = Results.read(self._file)
+            # What is known of a package that is left out this time is kept.
+            self._results = Results({**before.facts, **facts}, before.runs)
         for number, (round_, side, course) in enumerate(order, 1):
             _tell(f"[{number}/{len(order)}] round {round_}, {side}, course {course!r}")
             self._measure(stage, side, course, round_)
