@@ -226,17 +226,24 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Growth] = {}
-    with Qemu(tag="growth") as cloud, tempfile.TemporaryDirectory() as name:
-        image = cloud.build_image()
-        bench = Bench(cloud, image, Path(name), arguments.rounds)
-        for part in arguments.parts or PARTS:
-            measured[part] = PARTS[part](bench)
-            print(measured[part].write(), flush=True)
-            kept = {key: asdict(growth) for key, growth in measured.items()}
-            with replace_atomically(output / "growth.json") as temporary:
-                temporary.write_text(json.dumps(kept, indent=1) + "\n")
-            with replace_atomically(output / "growth.md") as temporary:
-                temporary.write_text("\n".join(growth.write() for growth in measured.values()))
+    with Qemu(tag="growth") as cloud:
+        cloud.working_dir.mkdir(parents=True, exist_ok=True)
+        # A disk that is built on others is believed only below that directory.
+        with tempfile.TemporaryDirectory(dir=cloud.working_dir) as name:
+            bench = Bench(cloud, cloud.build_image(), Path(name), arguments.rounds)
+            for part in arguments.parts or PARTS:
+                measured[part] = PARTS[part](bench)
+                print(measured[part].write(), flush=True)
+                keep(measured, output)
+
+
+def keep(measured: dict[str, Growth], output: Path) -> None:
+    """Write what was measured so far."""
+    kept = {part: asdict(growth) for part, growth in measured.items()}
+    with replace_atomically(output / "growth.json") as temporary:
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    with replace_atomically(output / "growth.md") as temporary:
+        temporary.write_text("\n".join(growth.write() for growth in measured.values()))
 
 
 if __name__ == "__main__":
