@@ -9,12 +9,14 @@ MAKEFLAGS += --no-print-directory
 RELEASE ?= bookworm
 # Handed to pytest by unit, qemu and guest, e.g. PYTEST_ARGS='-k download -x'.
 PYTEST_ARGS ?=
+# Handed to the benchmark, e.g. BENCH_ARGS='--rounds 5 --skip many'.
+BENCH_ARGS ?=
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
-CODE := src tests examples scripts
+CODE := src tests examples scripts benchmarks
 
-.PHONY: help setup demo test lint format unit qemu guest thorough wheel measure clean
+.PHONY: help setup demo test lint format unit qemu guest thorough wheel measure bench clean
 
 help:  ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -61,6 +63,11 @@ wheel: setup  ## Build the package into dist/, install it elsewhere, and check w
 measure: wheel  ## Measure the package: size of an installation, time of an import
 	@$(PYTHON_IN_VENV) -m scripts.measure dist/*.whl
 
+# The original's seeds need genisoimage; nothing else here does.
+bench: wheel  ## Measure the original and this package side by side (BENCH_ARGS='--rounds 1')
+	@EXTRA_REQUIREMENT='genisoimage|genisoimage|writes the seeds of the original' scripts/setup.sh
+	@$(PYTHON_IN_VENV) -m benchmarks dist/*.whl $(BENCH_ARGS)
+
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
-	find src tests examples scripts -name __pycache__ -prune -exec rm -rf {} +
+	find src tests examples scripts benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 # Make this checkout ready to use: the host's programs, and a virtual environment with the package.
 #
 # What is there is left alone: when nothing is missing, this ends at once and says nothing.
-# Environment: PYTHON, the interpreter of the virtual environment (default: python3).
+# Environment: PYTHON, the interpreter of the virtual environment (default: python3);
+# EXTRA_REQUIREMENT, one more program to have, as in the list below.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,6 +35,8 @@ requirements=(
     "grub-mkimage|grub-common|builds images: the boot loader"
     "/usr/lib/grub/i386-pc|grub-pc-bin|builds images: the boot loader's BIOS part"
 )
+# What one target alone needs, in the same form.
+if [ -n "${EXTRA_REQUIREMENT:-}" ]; then requirements+=("$EXTRA_REQUIREMENT"); fi
 
 say() { printf '%s\n' "$*"; }
 

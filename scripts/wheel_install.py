@@ -1,4 +1,4 @@
-"""An installation of the wheel as users have it: in an environment of its own, nothing else."""
+"""An installation of a package as users have it: in an environment of its own, nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment that holds the wheel and its dependencies, not even pip.
+    """A virtual environment that holds a package and its dependencies, not even pip.
 
     Attributes:
         python: Its interpreter.
@@ -24,6 +24,12 @@ class Installation:
 
     python: Path
     site_packages: Path
+
+    @classmethod
+    def at(cls, directory: Path) -> Installation:
+        """Give the one in a directory."""
+        (site_packages,) = directory.glob("lib/python3.*/site-packages")
+        return cls(directory / "bin" / "python", site_packages)
 
     @property
     def size(self) -> int:
@@ -40,14 +46,16 @@ class Installation:
 def open_installation(wheel: Path) -> Iterator[Installation]:
     """Install a wheel with its dependencies; it is gone after the block."""
     with tempfile.TemporaryDirectory(prefix="pycloudlib-wheel-") as name:
-        directory = Path(name).resolve()
-        venv.create(directory, symlinks=True)
-        python = directory / "bin" / "python"
-        pip = (sys.executable, "-m", "pip", "--python", str(python))
-        _run(*pip, "install", str(wheel.resolve()), directory=directory)
-        _run(*pip, "check", directory=directory)
-        (site_packages,) = directory.glob("lib/python3.*/site-packages")
-        yield Installation(python, site_packages)
+        yield install(str(wheel.resolve()), Path(name).resolve())
+
+
+def install(requirement: str, directory: Path) -> Installation:
+    """Install what pip is to find (a wheel, `name==version`) with its dependencies."""
+    venv.create(directory, symlinks=True)
+    pip = (sys.executable, "-m", "pip", "--python", str(directory / "bin" / "python"))
+    _run(*pip, "install", requirement, directory=directory)
+    _run(*pip, "check", directory=directory)
+    return Installation.at(directory)
 
 
 def _run(*command: str, directory: Path) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from pycloudlib.cloud import BaseCloud
 from pycloudlib.errors import CleanupError, InvalidTagNameError, PycloudlibTimeoutError
+from pycloudlib.guest import ssh
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, generate_ed25519
 from pycloudlib.result import Result
@@ -186,6 +187,27 @@ def instance(keys: KeyPair, guest_port: int) -> Iterator[Instance]:
     instance.port = str(guest_port)
     yield instance
     instance._forget_client()
+
+
+def test_small_requests_are_not_held_back(instance: Instance, guest_port: int) -> None:
+    with ssh.open_with_banner("127.0.0.1", guest_port, 10) as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_connection_uses_the_cipher_that_is_quickest(instance: Instance) -> None:
+    transport = instance._client().get_transport()
+
+    assert transport is not None
+    assert transport.local_cipher == "aes128-gcm@openssh.com"
+
+
+def test_ciphers_are_all_offered_in_their_order_but_for_the_first() -> None:
+    assert ssh.order_ciphers(("b", "aes128-gcm@openssh.com", "a")) == (
+        "aes128-gcm@openssh.com",
+        "b",
+        "a",
+    )
+    assert ssh.order_ciphers(("b", "a")) == ("b", "a")
 
 
 def test_string_is_run_by_a_shell(instance: Instance) -> None:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
@@ -35,6 +35,9 @@ _HANDSHAKE_LIMIT = 60.0
 _ON_WAIT_INTERVAL = 0.5
 _BANNER_START = b"SSH-"
 _CHUNK = 1 << 16
+# Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
+# to and from a guest that runs under KVM. The guest has no more work than before.
+_FIRST_CIPHER = "aes128-gcm@openssh.com"
 
 
 class HostKeys(Protocol):
@@ -93,6 +96,7 @@ def connect(
             # An agent is asked only for a key that cannot be read without one.
             allow_agent=_needs_agent(endpoint),
             sock=open_with_banner(endpoint.host, endpoint.port, banner_timeout),
+            transport_factory=_open_transport,
             timeout=_HANDSHAKE_LIMIT,
             banner_timeout=_HANDSHAKE_LIMIT,
             auth_timeout=_HANDSHAKE_LIMIT,
@@ -119,6 +123,22 @@ def connect(
     return client
 
 
+def _open_transport(sock: Any, /, **options: Any) -> paramiko.Transport:
+    """Make the transport of a connection, which prefers a cipher that both sides do quickly."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    transport = paramiko.Transport(sock, **options)
+    transport.get_security_options().ciphers = order_ciphers(
+        transport.get_security_options().ciphers
+    )
+    return transport
+
+
+def order_ciphers(known: Sequence[str]) -> tuple[str, ...]:
+    """Put the preferred cipher first, if it is among those known; older paramikos lack it."""
+    return tuple(sorted(known, key=lambda cipher: cipher != _FIRST_CIPHER))
+
+
 def _needs_agent(endpoint: Endpoint) -> bool:
     key = endpoint.private_key_path
     return key is not None and Path(key).is_file() and is_encrypted(key)
@@ -135,6 +155,9 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
     """
     deadline = Deadline.after(timeout)
     sock = socket.create_connection((host, port), timeout)
+    # SSH's requests are small. Without this, one that follows another that nobody answers is held
+    # back until the kernel of the other side acknowledges the one before, some 40 ms later.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         while True:
             sock.settimeout(max(deadline.remaining, 0.001))

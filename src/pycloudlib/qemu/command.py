@@ -109,7 +109,7 @@ def build_command(
         "-name", f"guest={spec.name}",
         "-no-user-config", "-nodefaults",
         "-machine", "pc,graphics=off,memory-backend=ram0",
-        "-accel", _accel(spec.accelerator),
+        "-accel", accel_option(spec.accelerator),
         "-cpu", spec.accelerator.cpu_model,
         "-smp", str(spec.instance_type.cpus),
         "-m", f"{spec.memory_kib}K",
@@ -173,7 +173,8 @@ def _memory(memory: Memory, shared: int | None, kibibytes: int) -> str:
     return f"memory-backend-ram,{common}"
 
 
-def _accel(accelerator: Accelerator) -> str:
+def accel_option(accelerator: Accelerator) -> str:
+    """Give the value of `-accel`."""
     if accelerator is Accelerator.KVM:
         return "kvm"
     return f"tcg,thread=multi,tb-size={_TCG_CACHE_MIB}"

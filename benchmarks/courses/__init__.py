@@ -1,0 +1,1 @@
+"""Programs that measure; each runs in the environment of one of the packages."""
