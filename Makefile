@@ -62,5 +62,5 @@ measure: wheel  ## Measure the package: size of an installation, time of an impo
 	@$(PYTHON_IN_VENV) -m scripts.measure dist/*.whl
 
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests examples scripts -name __pycache__ -prune -exec rm -rf {} +
