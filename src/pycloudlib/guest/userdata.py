@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email
 import gzip
+import struct
 import zlib
 from collections.abc import Iterator
 
@@ -27,7 +28,7 @@ def decompress(document: bytes, name: str) -> bytes:
         return document
     try:
         return gzip.decompress(document)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{name} is damaged gzip data: {error}") from error
 
 
@@ -46,7 +47,18 @@ def split(document: bytes, name: str) -> Iterator[bytes]:
     if not is_mime(document):
         yield document
         return
-    for part in email.message_from_bytes(document).walk():
-        content = part.get_payload(decode=True)
-        if isinstance(content, bytes):
-            yield decompress(content, name)
+    for content in _parts(document, name):
+        yield decompress(content, name)
+
+
+def _parts(document: bytes, name: str) -> list[bytes]:
+    """Give what the parts of a MIME document carry, and the parts of parts."""
+    try:
+        payloads = [
+            part.get_payload(decode=True) for part in email.message_from_bytes(document).walk()
+        ]
+    except RecursionError:
+        raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
+    except (LookupError, TypeError, UnicodeError, ValueError) as error:
+        raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
+    return [payload for payload in payloads if isinstance(payload, bytes)]
