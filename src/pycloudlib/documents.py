@@ -46,8 +46,10 @@ def parse_yaml(text: str | bytes) -> Any:
     """
     import yaml  # noqa: PLC0415 - heavy
 
+    # The one in C, where there is one: user-data may be large.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, loader)  # noqa: S506 - it is a safe one
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:

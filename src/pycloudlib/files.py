@@ -99,23 +99,6 @@ def create_private_directory(path: Path) -> Path:
     return path
 
 
-def create_new_directory(path: Path) -> Path:
-    """Make a directory that must be new, and its parent if that is missing, both private.
-
-    The parent may be removed by another process, that finds it empty, just before there is
-    something in it: then both are made again.
-
-    Raises:
-        FileExistsError: There is something of that name.
-        CloudSetupError: The parent is not this user's own.
-    """
-    while True:
-        create_private_directory(path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            path.mkdir(mode=0o700)
-            return path
-
-
 @contextlib.contextmanager
 def exclusive_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a lock that other threads and processes wait for; it ends with this process, too.
@@ -144,6 +127,25 @@ def exclusive_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Ite
             return
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def trying_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock of `exclusive_lock` if nobody holds it now; yield whether it is held.
+
+    Raises:
+        FileNotFoundError: The file's directory does not exist.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield _is_at(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import layers
+from pycloudlib.key import generate_ed25519
+from pycloudlib.qemu import firstboot, layers
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.conftest import Guest, launch
 from tests.guest.identity import clock_error, who_is
@@ -156,6 +157,40 @@ def test_packages_of_user_data_are_installed(release: str, cloud: Qemu) -> None:
     result = json.loads(vm.execute("cat /run/cloud-init/result.json"))
     assert result["v1"]["errors"] == []
     assert vm.execute("greeting") == "greetings"
+
+
+AGAIN = ["test -e /var/tmp/again || { touch /var/tmp/again; reboot -f; sleep 60; }"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("bootcmd", "told"),
+    [(["true"], "its modules came before"), (AGAIN, "started again before")],
+    ids=["late", "never"],
+)
+def test_machine_that_was_not_put_right_in_time_is_told_of(
+    bootcmd: list[str],
+    told: str,
+    cloud: Qemu,
+    image: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By user-data that disables what puts it right, which is refused otherwise."""
+    monkeypatch.setattr(firstboot, "find_obstacle", lambda _request: None)
+    private, public = generate_ed25519("its own")
+    config = {
+        "vendor_data": {"enabled": False},
+        # Else it makes some itself, and the console may lose their announcement.
+        "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
+        "bootcmd": bootcmd,
+    }
+    user_data = "#cloud-config\n" + yaml.safe_dump(config)
+    vm = cloud.launch(image, "c1m512", user_data=user_data, fast_boot=True)
+    vm.wait()
+    assert begins_at_cloud_init(vm)
+    assert told in caplog.text
+    assert clock_error(vm) < (2 if bootcmd is AGAIN else CLOCK_LIMIT)
 
 
 # Tells who it is as early as a module of cloud-init can, and ends.

@@ -7,9 +7,9 @@ import itertools
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -245,29 +245,23 @@ def test_a_kept_machine_goes_on_in_another_program(saved: str, tmp_path: Path) -
 
 
 WARM = """
-import io, sys
+import sys
 from pycloudlib import Qemu
-config = io.StringIO(f'[qemu]\\nworking_dir = "{sys.argv[2]}"\\n')
-with Qemu("warm", config_file=config) as cloud:
-    vm = cloud.launch(sys.argv[1], "c1m512", user_data=sys.argv[3], warm=True)
+with Qemu("warm") as cloud:
+    vm = cloud.launch(sys.argv[1], "c1m512", user_data=sys.argv[2], warm=True, fast_boot=True)
     vm.wait()
     print("booted" if "Linux version" in vm.console_log() else "copied")
     print(vm.execute("cat /var/tmp/proof; hostname; cat /etc/machine-id").replace("\\n", " "))
 """
 
 
-@dataclass(frozen=True)
-class WarmPrograms:
-    working_dir: Path
-    programs: list[subprocess.Popen[str]]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def warm_programs(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPrograms]:
+def warm_programs(image: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Start two programs that want the same warm machine; it boots while others are tested."""
-    working_dir = tmp_path_factory.mktemp("warm")
-    user_data = "#!/bin/sh\necho warm >/var/tmp/proof\n"
-    arguments = [sys.executable, "-c", WARM, image, str(working_dir), user_data]
+    user_data = f"#!/bin/sh\necho warm >/var/tmp/proof # {uuid.uuid4()}\n"
+    arguments = [sys.executable, "-c", WARM, image, user_data]
+    cloud = Qemu(tag="live-warm")
+    before = {warm.key for warm in cloud.warm_images()}
     with contextlib.ExitStack() as stack:
         programs = []
         for _ in range(2):
@@ -277,13 +271,16 @@ def warm_programs(image: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
             stack.callback(program.wait)
             stack.callback(program.send_signal, signal.SIGINT)
             programs.append(program)
-        yield WarmPrograms(working_dir, programs)
+        yield programs
+    for warm in cloud.warm_images():
+        if warm.key not in before and not warm.first_boot:
+            cloud.delete_image(warm.image_id)
 
 
 def test_two_programs_that_want_a_warm_machine_boot_it_once(
-    warm_programs: WarmPrograms,
+    warm_programs: list[subprocess.Popen[str]],
 ) -> None:
-    told = [program.communicate(timeout=1200) for program in warm_programs.programs]
+    told = [program.communicate(timeout=1200) for program in warm_programs]
     outputs = [output.splitlines() for output, _errors in told]
     assert all(len(output) == 2 for output in outputs), told
     assert sorted(output[0] for output in outputs) == ["booted", "copied"]
@@ -291,4 +288,3 @@ def test_two_programs_that_want_a_warm_machine_boot_it_once(
     assert [proof[0] for proof in proofs] == ["warm"] * 2
     assert proofs[0][1] != proofs[1][1]
     assert proofs[0][2] != proofs[1][2]
-    assert [path.name for path in warm_programs.working_dir.iterdir()] == ["warm"]

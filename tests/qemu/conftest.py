@@ -11,6 +11,8 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.warm import WarmCache
+from tests.qemu.reader import write_reader
 from tests.qemu.saved import run, save
 
 UNSTARTED = ("-S",)
@@ -25,6 +27,14 @@ def tiny_image(tmp_path: Path) -> Path:
     image = tmp_path / "tiny.img"
     # cli; hlt; jmp to hlt
     image.write_bytes(b"\xfa\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    return image
+
+
+@pytest.fixture
+def reader_image(tmp_path: Path) -> Path:
+    """Give a disk whose boot sector reads the seed's directory, then prints its user-data."""
+    image = tmp_path / "reader.img"
+    write_reader(image)
     return image
 
 
@@ -75,3 +85,18 @@ def running(cloud: Qemu, tiny_image: Path) -> QemuInstance:
 def saved(running: QemuInstance) -> SavedMachine:
     """Give that machine, saved while it runs."""
     return save(running)
+
+
+@pytest.fixture
+def cache(cloud: Qemu) -> WarmCache:
+    return WarmCache(cloud.working_dir, cloud.settings.warm_cache_mib << 20)
+
+
+@pytest.fixture
+def emptied(cloud: Qemu, cache: WarmCache) -> Iterator[None]:
+    """Leave no cache behind; what uses it is deleted before."""
+    yield
+    for instance in list(cloud.created_instances):
+        instance.delete()
+    cache.prune(0)
+    assert not cache.directory.exists()

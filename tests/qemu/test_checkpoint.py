@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -366,8 +367,10 @@ def test_successor_that_dies_when_the_state_has_gone_leaves_the_machine_where_it
     assert runs(running)
 
 
+# A matter of milliseconds, so one try shows little.
+@pytest.mark.parametrize("tries", [5, pytest.param(50, marks=pytest.mark.thorough)])
 def test_machine_can_be_saved_whenever_a_successor_died(
-    cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+    tries: int, cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while the guest stands still, when its disk has been given up already."""
     receive = handover.receive
@@ -376,7 +379,7 @@ def test_machine_can_be_saved_whenever_a_successor_died(
         receive(qemu, memory, descriptor)
         os.kill(qemu.process.identity.pid, signal.SIGKILL)
 
-    for _ in range(25):  # a matter of milliseconds, so one try shows little
+    for _ in range(tries):
         running = run(cloud, tiny_image)
         with monkeypatch.context() as patch:
             patch.setattr(handover, "receive", die)
@@ -460,11 +463,9 @@ def test_ctrl_c_at_any_moment_of_a_hand_over_leaves_one_qemu(
         if now == moment:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def start_interrupted(
-        argv: Sequence[str], *, pass_fds: Sequence[int], log: Path
-    ) -> QemuProcess:
+    def start_interrupted(argv: Sequence[str], **options: Any) -> QemuProcess:
         interrupt("birth")
-        process = start(argv, pass_fds=pass_fds, log=log)
+        process = start(argv, **options)
         interrupt("born")
         return process
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,12 +62,10 @@ def test_ctrl_c_at_any_moment_of_a_launch_leaves_nothing(
     """The signal really comes, while QEMU is being born in another thread."""
     start, write = QemuProcess.start, RunDirectory.write_process
 
-    def start_interrupted(
-        argv: Sequence[str], *, pass_fds: Sequence[int], log: Path
-    ) -> QemuProcess:
+    def start_interrupted(argv: Sequence[str], **options: Any) -> QemuProcess:
         if moment == "before":
             os.kill(os.getpid(), signal.SIGINT)
-        process = start(argv, pass_fds=pass_fds, log=log)
+        process = start(argv, **options)
         if moment == "after":
             os.kill(os.getpid(), signal.SIGINT)
         return process

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,11 +279,9 @@ def test_ctrl_c_in_the_middle_comes_when_it_is_done(
         if now == moment:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def start_interrupted(
-        argv: Sequence[str], *, pass_fds: Sequence[int], log: Path
-    ) -> QemuProcess:
+    def start_interrupted(argv: Sequence[str], **options: Any) -> QemuProcess:
         interrupt("birth")
-        process = start(argv, pass_fds=pass_fds, log=log)
+        process = start(argv, **options)
         interrupt("born")
         return process
 

@@ -238,7 +238,7 @@ def test_deleting_another_image_drops_nothing(
     add("key")
     other = tmp_path / "other.img"
     other.write_bytes(bytes(1024))
-    cache.forget_base(other)
+    cache.forget(other)
     cloud.delete_image(str(other))
     assert keys(cache) == ["key"]
 

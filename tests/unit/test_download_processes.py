@@ -78,7 +78,7 @@ class Driver:
         return status == 0
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.thorough)])
 def test_killed_at_any_moment_it_never_leaves_a_wrong_image(
     kills: int, server: ImageServer, entry: CatalogEntry, tmp_path: Path
 ) -> None:

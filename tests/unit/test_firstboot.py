@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import threading
@@ -21,7 +22,6 @@ from pycloudlib.guest import firstboot, firstboot_in_guest
 OLD = "0123456789abcdef0123456789abcdef"
 NEW = "fedcba9876543210fedcba9876543210"
 SAVED_AT = 1_700_000_000.5
-LAUNCHED_AT = 1_700_500_000.5
 
 
 @pytest.fixture
@@ -31,8 +31,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "RESULT",
         "RTC",
         "RANDOM_SEED",
-        "STATISTICS",
-        "UPTIME",
+        "PROBLEMS",
         "MACHINE_ID",
         "TRANSIENT_MACHINE_ID",
         "DBUS_MACHINE_ID",
@@ -44,19 +43,31 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(firstboot_in_guest, "JOURNALS", journals)
     facts = {
         "saved_at": str(SAVED_AT),
-        "launched_at": str(LAUNCHED_AT),
         "rtc_lag": "0.25",
         "entropy": "00" * 64,
         "machine_id": NEW,
     }
     monkeypatch.setattr(firstboot_in_guest, "FACTS", facts)
     Path(firstboot_in_guest.MACHINE_ID).write_text(f"{OLD}\n")
-    boot(firstboot_in_guest, SAVED_AT - 30)
+    marks = tuple(f"{tmp_path}{mark}" for mark in firstboot_in_guest.MADE_IN_EACH_BOOT)
+    monkeypatch.setattr(firstboot_in_guest, "MADE_IN_EACH_BOOT", marks)
+    boot(firstboot_in_guest)
+    # The other machine is stopped now that this has been made.
+    facts["saved_at"] = str(time.time() + 0.1)
     return firstboot_in_guest
 
 
-def boot(guest: ModuleType, moment: float) -> None:
-    Path(guest.STATISTICS).write_text(f"cpu 1 2\nbtime {moment:.0f}\nprocesses 3\n")
+def boot(guest: ModuleType) -> None:
+    """Begin a boot: what is in /run is new."""
+    for mark in reversed(guest.MADE_IN_EACH_BOOT):
+        shutil.rmtree(mark, ignore_errors=True)
+        Path(mark).mkdir(parents=True)
+    Path(guest.RESULT).unlink(missing_ok=True)
+
+
+def boot_again(guest: ModuleType) -> None:
+    guest.FACTS["saved_at"] = str(time.time() - 30)
+    boot(guest)
 
 
 @pytest.fixture
@@ -181,48 +192,80 @@ def test_first_boot_is_put_right(
     assert restarted == [], "there is no journal to begin anew"
 
 
-@pytest.mark.parametrize(
-    ("clock_booted", "rtc_now", "uptime", "machine_id", "later"),
-    [
-        # It goes on 30 s into the other's life; nobody has set its clock.
-        (SAVED_AT - 30, LAUNCHED_AT + 8, 38, OLD, False),
-        # NTP has.
-        (LAUNCHED_AT - 30, LAUNCHED_AT + 8, 38, OLD, False),
-        (LAUNCHED_AT - 3, LAUNCHED_AT + 2, 5, OLD, False),
-        # QEMU took its time to start.
-        (LAUNCHED_AT + 1, LAUNCHED_AT + 6, 5, OLD, False),
-        # Held back for long by its user.
-        (SAVED_AT - 30, LAUNCHED_AT + 9000, 38, OLD, False),
-        # It was switched on again; it was cleaned before.
-        (LAUNCHED_AT + 60, LAUNCHED_AT + 98, 38, OLD, True),
-        # The same, and it is what it became.
-        (LAUNCHED_AT + 60, LAUNCHED_AT + 98, 38, NEW, True),
-        (SAVED_AT - 30, LAUNCHED_AT + 8, 38, NEW, True),
-    ],
-)
-def test_later_boots_are_told_from_the_first(
-    clock_booted: float,
-    rtc_now: float,
-    uptime: float,
-    machine_id: str,
-    later: bool,
-    guest: ModuleType,
+@pytest.mark.parametrize("marks", [2, 1, 0], ids=["udev", "old udev", "no udev"])
+def test_later_boots_are_told_from_the_first(marks: int, guest: ModuleType) -> None:
+    for mark in guest.MADE_IN_EACH_BOOT[: 2 - marks]:
+        shutil.rmtree(mark)
+    assert not guest.is_later_boot()
+    boot_again(guest)
+    for mark in guest.MADE_IN_EACH_BOOT[: 2 - marks]:
+        shutil.rmtree(mark)
+    # Where nothing tells, it is put right: that does no harm.
+    assert guest.is_later_boot() is (marks > 0)
+
+
+def test_clock_of_the_guest_does_not_tell_which_boot_it_is(
+    guest: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    boot(guest, clock_booted)
-    Path(guest.RTC).write_text(f"{rtc_now:.0f}\n")
-    Path(guest.UPTIME).write_text(f"{uptime}.25 3.5\n")
-    Path(guest.MACHINE_ID).write_text(f"{machine_id}\n")
-    assert guest.is_later_boot() is later
+    """NTP may have set it, a machine that was held back has slept."""
+    monkeypatch.setattr(time, "time", lambda: SAVED_AT + 1e9)
+    assert not guest.is_later_boot()
 
 
-def test_later_boot_stays_as_it_is(
+def test_later_boot_of_a_machine_that_was_put_right_stays_as_it_is(
     guest: ModuleType, clocks: list[float], ioctls: list[tuple[int, Any]]
 ) -> None:
-    boot(guest, SAVED_AT + 1)
+    Path(guest.MACHINE_ID).write_text(f"{NEW}\n")
+    boot_again(guest)
     guest.main()
     assert clocks == []
     assert ioctls == []
-    assert Path(guest.MACHINE_ID).read_text() == f"{OLD}\n"
+    assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
+    assert Path(guest.RESULT).read_text() == ""
+    assert not Path(guest.PROBLEMS).exists()
+
+
+def test_later_boot_tells_of_a_first_one_that_was_not_put_right(
+    guest: ModuleType, clocks: list[float], ioctls: list[tuple[int, Any]]
+) -> None:
+    boot_again(guest)
+    guest.main()
+    assert clocks == []
+    assert ioctls == []
+    assert Path(guest.MACHINE_ID).read_text() == f"{OLD}\n", "its user may have given it that"
+    assert "started again" in Path(guest.RESULT).read_text()
+    assert not Path(guest.PROBLEMS).exists(), "a machine that is cleaned is left alone"
+
+
+def test_problem_of_the_first_boot_is_told_by_later_ones(
+    guest: ModuleType,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+) -> None:
+    guest.main()  # there is no real-time clock
+    told = Path(guest.RESULT).read_text()
+    assert "set_clock" in told
+    boot_again(guest)
+    guest.main()
+    assert Path(guest.RESULT).read_text() == told
+
+
+def test_putting_right_by_ssh_is_told_to_be_late(
+    guest: ModuleType,
+    ticking: None,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+) -> None:
+    guest.main(late=True)
+    assert "its modules came before" in Path(guest.RESULT).read_text()
+    assert len(clocks) == 1
+    assert Path(guest.MACHINE_ID).read_text() == f"{NEW}\n"
+
+
+def test_check_by_ssh_of_one_that_was_put_right_finds_nothing(guest: ModuleType) -> None:
+    Path(guest.MACHINE_ID).write_text(f"{NEW}\n")
+    boot_again(guest)
+    guest.main(late=True)
     assert Path(guest.RESULT).read_text() == ""
 
 
@@ -248,11 +291,15 @@ def test_step_that_fails_is_told_and_the_others_are_taken(
 def test_guest_that_lacks_something_is_told(
     nothing: str,
     guest: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
     clocks: list[float],
     ioctls: list[tuple[int, Any]],
+    ticking: None,
 ) -> None:
-    Path(guest.RTC).write_text("1700000000\n")
-    Path(getattr(guest, nothing)).unlink()
+    if nothing == "RTC":
+        monkeypatch.setattr(guest, "RTC", "/nonexistent")
+    else:
+        Path(guest.MACHINE_ID).unlink()
     guest.main()
     assert "FileNotFoundError" in Path(guest.RESULT).read_text()
 

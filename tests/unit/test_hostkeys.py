@@ -170,7 +170,9 @@ KINDS: dict[str, str | bytes] = {
     "JSON": "#cloud-config\n" + json.dumps(CONFIG),
     "quoted": f"#cloud-config\nssh_keys: {{'ed25519_public' : \"{OTHER}\"}}\n",
     "folded": "#cloud-config\nssh_keys:\n  ed25519_public: >-\n    " + OTHER.replace(" ", "\n    "),
-    "archive": yaml.safe_dump([{"type": "text/cloud-config", "content": YAML}]),
+    "anchors": "#cloud-config\nkey: &key " + OTHER + "\nssh_keys: {rsa_public: *key}\n",
+    "archive": "#cloud-config-archive\n"
+    + yaml.safe_dump([{"type": "text/cloud-config", "content": YAML}]),
     "jinja": "## template: jinja\n" + YAML,
     "MIME": make_mime(YAML),
     "gzip": gzip.compress(YAML.encode()),
@@ -179,8 +181,9 @@ KINDS: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("user_data", KINDS.values(), ids=KINDS)
-def test_key_in_user_data_is_pinned_also_when_the_console_lost_it(
-    user_data: str | bytes, keys: MachineHostKeys
+@pytest.mark.parametrize("document", ["user_data", "vendor_data"])
+def test_key_in_the_seed_is_pinned_also_when_the_console_lost_it(
+    document: str, user_data: str | bytes, keys: MachineHostKeys
 ) -> None:
     supply(keys)
     keys.console_log.write_text(f"-----BEGIN SSH HOST KEY KEYS-----\n{OTHER[:14]}\nvm login: ")
@@ -189,7 +192,7 @@ def test_key_in_user_data_is_pinned_also_when_the_console_lost_it(
         hostname="vm",
         public_key="ssh-ed25519 AAAA me",
         host_key=("private\n", SUPPLIED),
-        user_data=user_data,
+        **{document: user_data},  # type: ignore[arg-type]
     )
     write_iso(seed, keys.seed)
 
@@ -198,14 +201,39 @@ def test_key_in_user_data_is_pinned_also_when_the_console_lost_it(
     assert list(keys.pinned()) == [OTHER]
 
 
-@pytest.mark.parametrize("user_data", [b"", b"#!/bin/sh\n", b"\xff\xfe", YAML.encode()[:-70]])
-def test_user_data_without_host_keys_has_none(user_data: bytes) -> None:
-    assert configured_host_keys(user_data) == set()
+SCRIPT_WITH_KEY = f"#!/bin/sh\nssh_keys: {{ed25519_public: {OTHER}}}\n"
+COMMENT = f"#cloud-config\n# ssh_keys: {{ed25519_public: {OTHER}}}\na: 1\n"
+FILE = "#cloud-config\n" + yaml.safe_dump({"write_files": [{"path": "/x", "content": YAML}]})
 
 
-def test_damaged_user_data_tells_of_no_keys(keys: MachineHostKeys) -> None:
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"",
+        b"#!/bin/sh\n",
+        b"\xff\xfe",
+        b"#cloud-config\nssh_keys: [1, 2]\n",
+        b"#cloud-config\nssh_keys: {ed25519_private: secret}\n",
+        b"## template: jinja\n#cloud-config\n{% if v1.region %}\nssh_keys: {}\n{% endif %}\n",
+        *(text.encode() for text in (SCRIPT_WITH_KEY, COMMENT, FILE)),
+        gzip.compress(YAML.encode())[:-9],
+    ],
+)
+def test_document_without_host_keys_has_none(document: bytes) -> None:
+    assert configured_host_keys(document, "user-data") == set()
+
+
+def test_keys_of_other_parts_are_found_beside_a_template() -> None:
+    document = MIMEMultipart()
+    document.attach(MIMEText("## template: jinja\n#cloud-config\n{% if %}: {", "cloud-config"))
+    document.attach(MIMEText(YAML, "cloud-config"))
+    assert configured_host_keys(document.as_bytes(), "user-data") == {OTHER}
+
+
+def test_damaged_seed_tells_of_no_keys(
+    keys: MachineHostKeys, caplog: pytest.LogCaptureFixture
+) -> None:
     supply(keys)
     keys.seed.write_bytes(b"no volume")
     assert not keys.accepts(OTHER)
-    with pytest.raises(ValueError, match="damaged gzip"):
-        configured_host_keys(gzip.compress(YAML.encode())[:-9])
+    assert str(keys.seed) in caplog.text

@@ -10,6 +10,7 @@ from email.mime.text import MIMEText
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pycloudlib.guest.seed import VOLUME_UNIT
 from pycloudlib.qemu import savedmachine, warm
@@ -85,9 +86,9 @@ def test_what_it_is_made_with_changes_the_key(
     assert len(set(keys)) == len(keys)
 
 
-def make_mime(content: str) -> str:
+def make_mime(content: str, kind: str = "cloud-config") -> str:
     document = MIMEMultipart()
-    document.attach(MIMEText(content, "cloud-config"))
+    document.attach(MIMEText(content, kind))
     return document.as_string()
 
 
@@ -106,9 +107,52 @@ def make_mime(content: str) -> str:
 def test_user_data_that_could_disable_the_correction_is_an_obstacle(
     user_data: str | bytes, request_: LaunchRequest
 ) -> None:
-    obstacle = find_obstacle(with_seed(request_, user_data=user_data))
+    for document in ("user_data", "vendor_data"):
+        obstacle = find_obstacle(with_seed(request_, **{document: user_data}))
+        assert obstacle is not None
+        assert "vendor-data" in obstacle or "damaged gzip" in obstacle
+
+
+HOOK = "#cloud-boothook\n#!/bin/sh\ndate >/root/date\n"
+
+
+@pytest.mark.parametrize("document", ["user_data", "vendor_data"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (HOOK, "has a boothook"),
+        ("## template: jinja\n" + HOOK, "has a boothook"),
+        (make_mime("#!/bin/sh\n", "cloud-boothook"), "has a boothook"),
+        ("#cloud-config-archive\n" + yaml.safe_dump([HOOK]), "has a boothook"),
+        ("#cloud-config-archive\n" + yaml.safe_dump([HOOK.encode()]), "has a boothook"),
+        (
+            "#cloud-config-archive\n- {type: Text/Cloud-Boothook, content: '#!/bin/sh'}\n",
+            "has a boothook",
+        ),
+        ("#part-handler\ndef list_types(): ...\n", "has a part handler"),
+        (make_mime("def list_types(): ...\n", "part-handler"), "has a part handler"),
+        ("#include\nhttp://127.0.0.1/\n", "includes other documents"),
+        ("#include-once\nhttp://127.0.0.1/\n", "includes other documents"),
+        (make_mime("http://127.0.0.1/\n", "x-include-url"), "includes other documents"),
+        (make_mime("http://127.0.0.1/\n", "X-Include-Once-URL"), "includes other documents"),
+        ("#cloud-config-archive\n- [", "cannot be read whole"),
+    ],
+)
+def test_documents_that_act_before_the_correction_are_an_obstacle(
+    document: str, content: str, reason: str, request_: LaunchRequest
+) -> None:
+    obstacle = find_obstacle(with_seed(request_, **{document: content}))
     assert obstacle is not None
-    assert "vendor-data" in obstacle
+    assert reason in obstacle
+
+
+@pytest.mark.parametrize("meta_data", ["seedfrom: http://127.0.0.1/\n", {"seedfrom": "/seed/"}])
+def test_another_seed_is_an_obstacle(
+    meta_data: str | dict[str, str], request_: LaunchRequest
+) -> None:
+    obstacle = find_obstacle(with_seed(request_, meta_data=meta_data))
+    assert obstacle is not None
+    assert "seedfrom" in obstacle
 
 
 def test_what_changes_the_way_to_the_seed_is_an_obstacle(request_: LaunchRequest) -> None:

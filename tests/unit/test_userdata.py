@@ -88,3 +88,29 @@ def test_what_only_begins_as_gzip_does_is_damaged(damaged: bytes) -> None:
 @pytest.mark.parametrize("document", [b"", b"\x1f", SCRIPT])
 def test_what_is_not_compressed_stays_as_it_is(document: bytes) -> None:
     assert userdata.decompress(document, "user_data") == document
+
+
+ARCHIVE = b"""#cloud-config-archive
+- type: text/x-shellscript
+  content: "#!/bin/sh\\necho hello\\n"
+- "#cloud-config\\na: 1\\n"
+- content: !!binary I2Nsb3VkLWNvbmZpZwphOiAxCg==
+- type: text/plain
+"""
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_each_entry_of_an_archive_is_a_document(pack: type[bytes]) -> None:
+    assert split(pack(ARCHIVE)) == [SCRIPT, CONFIG, CONFIG, b""]
+
+
+def test_archive_in_a_part_is_taken_apart() -> None:
+    assert split(mime(text(ARCHIVE, "cloud-config-archive"), text(CONFIG)))[0] == SCRIPT
+
+
+@pytest.mark.parametrize(
+    "archive", [b"- [", b"a: 1", b"just text", b"\xff\xfe", b"[" * 100_000, b"- 2001-99-99"]
+)
+def test_what_is_no_archive_is_told(archive: bytes) -> None:
+    with pytest.raises(ValueError, match="that name"):
+        list(userdata.split(b"#cloud-config-archive\n" + archive, "that name"))

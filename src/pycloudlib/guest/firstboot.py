@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import time
 import uuid
 from importlib import resources
 
@@ -28,7 +27,6 @@ def program(*, saved_at: float, rtc_lag: float) -> str:
     """
     facts = {
         "saved_at": str(saved_at),
-        "launched_at": str(time.time()),
         "rtc_lag": str(rtc_lag),
         "entropy": secrets.token_hex(_ENTROPY_BYTES),
         "machine_id": uuid.uuid4().hex,

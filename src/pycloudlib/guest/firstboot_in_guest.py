@@ -12,18 +12,18 @@ import struct
 import sys
 import time
 
-FACTS = {"saved_at": "", "launched_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
+FACTS = {"saved_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
 # Filled in on the host, as texts:
 #   saved_at    when the other machine was stopped, in seconds since the epoch
-#   launched_at when this machine was launched
 #   rtc_lag     seconds that the real-time clock is behind
 #   entropy     random bytes, in hexadecimal digits
 #   machine_id  the same
 
 RESULT = "/run/pycloudlib/first-boot"
-STATISTICS = "/proc/stat"
-UPTIME = "/proc/uptime"
-STARTING = 5  # seconds that QEMU may take to start, on a busy host
+# Where problems are kept for the boots that follow; made only when there are any.
+PROBLEMS = "/var/lib/pycloudlib-first-boot"
+# Made early in each boot, and not touched any more: by systemd for udev, by udev.
+MADE_IN_EACH_BOOT = ("/run/udev/control", "/run/udev")
 MACHINE_ID = "/etc/machine-id"
 # It may be mounted over the one above, as long as /etc cannot be written to.
 TRANSIENT_MACHINE_ID = "/run/machine-id"
@@ -52,22 +52,19 @@ def write(path: str, text: str, mode: int = 0o444) -> None:
     os.rename(path + ".pycloudlib", path)
 
 
-def is_later_boot() -> bool:
-    """Say whether the machine has been switched on since: then it is itself already.
+def is_itself() -> bool:
+    """Say whether the machine has become another than the one that was stopped."""
+    return os.path.exists(MACHINE_ID) and read(MACHINE_ID) == FACTS["machine_id"]
 
-    By the clock, its first boot began before the other machine was stopped; unless somebody (NTP)
-    has set the clock meanwhile. By the real-time clock, which nobody sets, it began before the
-    launch: the time of being stopped does not count.
+
+def is_later_boot() -> bool:
+    """Say whether the machine has been switched on since: nothing in it is that old then.
+
+    By files, not by the clock, which NTP may have set, nor by the uptime, which does not count
+    the time of being stopped.
     """
-    if os.path.exists(MACHINE_ID) and read(MACHINE_ID) == FACTS["machine_id"]:
-        return True
-    with open(STATISTICS) as file:
-        booted = next(line.split()[1] for line in file if line.startswith("btime "))
-    if int(booted) <= float(FACTS["saved_at"]) or not os.path.exists(RTC):
-        return int(booted) > float(FACTS["saved_at"])
-    uptime = float(read(UPTIME).split()[0])
-    begun = int(read(RTC)) + float(FACTS["rtc_lag"]) - uptime
-    return begun > float(FACTS["launched_at"]) + STARTING
+    marks = [path for path in MADE_IN_EACH_BOOT if os.path.exists(path)]
+    return bool(marks) and os.stat(marks[0]).st_ctime > float(FACTS["saved_at"])
 
 
 def stir_random_numbers() -> None:
@@ -128,21 +125,36 @@ def move(base: str, old: str, new: str) -> bool:
     return True
 
 
-def main() -> None:
-    steps = () if is_later_boot() else (stir_random_numbers, set_clock, take_machine_id)
+def put_right(late: bool) -> "list[str]":
+    """Put the machine right; give what went wrong."""
     problems = []
-    for step in steps:
+    if late:
+        problems.append("cloud-init did not run what puts it right, its modules came before")
+    for step in (stir_random_numbers, set_clock, take_machine_id):
         try:
             step()
         except Exception as error:  # noqa: BLE001 - told to the host, and the next step is taken
             problems.append("{}: {!r}".format(step.__name__, error))
+    if problems:
+        with open(PROBLEMS, "w") as file:
+            file.write("; ".join(problems))
+    return problems
+
+
+def main(late: bool = False) -> None:
+    if is_itself():
+        problems = [read(PROBLEMS)] if os.path.exists(PROBLEMS) else []
+    elif is_later_boot():
+        problems = ["it was started again before, or somebody changed its machine-id"]
+    else:
+        problems = put_right(late)
     os.makedirs(os.path.dirname(RESULT), exist_ok=True)
     with open(RESULT, "w") as file:
         file.write("; ".join(problems))
 
 
 if __name__ == "__main__":
-    main()
+    main(late=sys.argv[0] == "-")
     # cloud-init's copy of it: a boot from its beginning has none.
     if "/boothooks/" in sys.argv[0]:
         os.unlink(sys.argv[0])

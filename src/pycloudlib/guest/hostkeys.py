@@ -22,11 +22,8 @@ _KEYS_BLOCK = re.compile(
     r"^(?:[^\n]* login: )?-----BEGIN SSH HOST KEY KEYS-----$(.*?)-----END SSH HOST KEY KEYS-----",
     re.MULTILINE | re.DOTALL,
 )
-
-# cloud-init's `ssh_keys`, in YAML or JSON.
-_PUBLIC_KEY = re.compile(
-    rb"\b(?:rsa|dsa|ecdsa|ed25519)_public[\"']?\s*:\s*[|>+-]*\s*[\"']?([\w@.-]+)\s+([\w+/]+=*)"
-)
+# What is surely no cloud-config.
+_SCRIPT = b"#!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +31,9 @@ class MachineHostKeys:
     """The host keys of one machine, kept in a file that only we write.
 
     A key that is not in the file is believed in three cases only: the machine itself printed it on
-    its serial console, or its user-data supplies it (user-data may bring host keys of its own, and
-    then it wins), or the file does not exist because no key was ever supplied (no seed), and then
-    the first key seen is kept.
+    its serial console, or its user-data or vendor-data supplies it (the caller's may bring host
+    keys of its own, and then it wins), or the file does not exist because no key was ever supplied
+    (no seed), and then the first key seen is kept.
 
     The console alone would not do: what a guest prints in the moment in which its getty hangs up
     the terminal, to begin with it anew, may be lost (seen on a busy host).
@@ -73,18 +70,21 @@ class MachineHostKeys:
             return "it is the first one seen"
         if key_line in announced_host_keys(self._console()):
             return "it is on the machine's console"
-        if key_line in self._user_data_keys():
-            return "it is in the machine's user-data"
+        for name, document in self._documents().items():
+            if key_line in configured_host_keys(document, name):
+                return f"it is in the machine's {name}"
         return None
 
-    def _user_data_keys(self) -> set[str]:
+    def _documents(self) -> dict[str, bytes]:
+        """Give what cloud-init is told by the seed."""
         if not self.seed.exists():
-            return set()
+            return {}
         try:
-            return configured_host_keys(read_iso(self.seed).user_data)
+            seed = read_iso(self.seed)
         except ValueError as error:
-            _log.debug("The user-data tells of no host keys: %s", error)
-            return set()
+            _log.warning("The seed tells of no host keys: %s", error)
+            return {}
+        return {"user-data": seed.user_data, "vendor-data": seed.vendor_data or b""}
 
     def _console(self) -> str:
         try:
@@ -100,14 +100,36 @@ def announced_host_keys(console: str) -> set[str]:
     return {" ".join(line.split()[:2]) for line in lines if line.strip()}
 
 
-def configured_host_keys(user_data: bytes) -> set[str]:
-    """Find the host keys that user-data of any kind brings along, as `type base64` lines.
+def configured_host_keys(document: bytes, name: str) -> set[str]:
+    """Find the host keys that user-data or vendor-data configures, as `type base64` lines.
 
-    Raises:
-        ValueError: It is damaged.
+    https://docs.cloud-init.io/en/latest/reference/modules.html (`ssh_keys`)
+
+    Args:
+        document: The document, of any kind.
+        name: What it is called in the log.
     """
+    found = set()
+    try:
+        for part in userdata.split(document, name):
+            found |= _host_keys_of(part, name)
+    except ValueError as error:
+        _log.debug("The %s tells of no more host keys: %s", name, error)
+    return found
+
+
+def _host_keys_of(part: bytes, name: str) -> set[str]:
+    if part.startswith(_SCRIPT):
+        return set()
+    try:
+        config = userdata.load_yaml(part, name)
+    except ValueError:
+        return set()  # a template, maybe, or no cloud-config at all
+    keys = config.get("ssh_keys") if isinstance(config, dict) else None
+    if not isinstance(keys, dict):
+        return set()
     return {
-        b" ".join(found.groups()).decode("ascii", "replace")
-        for document in userdata.split(user_data, "user_data")
-        for found in _PUBLIC_KEY.finditer(document)
+        " ".join(str(key).split()[:2])
+        for kind, key in keys.items()
+        if str(kind).endswith("_public")
     }

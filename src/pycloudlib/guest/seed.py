@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pycloudlib.documents import parse_yaml, shown
+from pycloudlib.documents import shown
 from pycloudlib.guest import userdata
 
 VOLUME_UNIT = 4 << 20
@@ -196,7 +196,7 @@ def read_iso(path: Path) -> Seed:
 
 def rename(seed: Seed, *, instance_id: str, hostname: str, host_key: tuple[str, str]) -> Seed:
     """Give the seed of a copy of a machine: the same but for who it is for."""
-    meta_data = _parse_mapping("meta_data", seed.meta_data)
+    meta_data = parse_mapping("meta_data", seed.meta_data)
     meta_data.update({"instance-id": instance_id, "local-hostname": hostname})
     return Seed(
         seed.user_data,
@@ -232,19 +232,21 @@ def _yaml(document: Mapping[str, Any], name: str) -> bytes:
 
 
 def _merge_meta_data(defaults: Mapping[str, str], public_key: str, given: Document) -> bytes:
-    own = _parse_mapping("meta_data", given)
+    own = parse_mapping("meta_data", given)
     keys = [*_public_keys(own.pop("public-keys", None)), public_key]
     return _yaml({**defaults, **own, "public-keys": keys}, "meta_data")
 
 
-def _parse_mapping(name: str, given: Document) -> dict[str, Any]:
+def parse_mapping(name: str, given: Document) -> dict[str, Any]:
+    """Read a document that has to be a mapping, in YAML or JSON or as it is.
+
+    Raises:
+        TypeError: It is of a wrong type.
+        ValueError: It is none; names it.
+    """
     if isinstance(given, Mapping):
         return dict(given)
-    text = _document(name, given) or b""
-    try:
-        parsed = parse_yaml(text) or {}
-    except ValueError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    parsed = userdata.load_yaml(_document(name, given) or b"", name) or {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a YAML mapping, not {type(parsed).__name__}")
     return parsed

@@ -1,4 +1,4 @@
-"""What user-data is made of: compressed or not, one document or several in one of MIME.
+"""What user-data is made of: compressed or not, one document or several, by MIME or as an archive.
 
 https://docs.cloud-init.io/en/latest/explanation/format.html
 """
@@ -11,7 +11,10 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+from pycloudlib.documents import parse_yaml
+
 _GZIP_MAGIC = b"\x1f\x8b"
+_ARCHIVE = b"#cloud-config-archive"
 
 
 def decompress(document: bytes, name: str) -> bytes:
@@ -44,11 +47,36 @@ def split(document: bytes, name: str) -> Iterator[bytes]:
         ValueError: One of them is damaged.
     """
     document = decompress(document, name)
-    if not is_mime(document):
+    if is_mime(document):
+        for content in _parts(document, name):
+            yield from _split_archive(decompress(content, name), name)
+    else:
+        yield from _split_archive(document, name)
+
+
+def _split_archive(document: bytes, name: str) -> Iterator[bytes]:
+    """Give what a `#cloud-config-archive` consists of; any other document as it is."""
+    if not document.lstrip().startswith(_ARCHIVE):
         yield document
         return
-    for content in _parts(document, name):
-        yield decompress(content, name)
+    entries = load_yaml(document, name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
+    for entry in entries:
+        content = entry.get("content", "") if isinstance(entry, dict) else entry
+        yield content if isinstance(content, bytes) else str(content).encode()
+
+
+def load_yaml(document: bytes, name: str) -> object:
+    """Parse a YAML or JSON document.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        return parse_yaml(document)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid YAML: {error}") from error
 
 
 def _parts(document: bytes, name: str) -> list[bytes]:

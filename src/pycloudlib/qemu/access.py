@@ -177,11 +177,14 @@ class GuestAccess(BaseInstance):
             # Its user-data may have it boot again; then it is looked at by the next wait.
             self._log.info("The first boot of %s is not checked yet: %s", self.name, error)
             return
+        if result.return_code < 0:
+            self._log.info("The connection to %s ended while its first boot was checked", self.name)
+            return
         program.unlink(missing_ok=True)
         if result.failed or result.stdout:
             self._log.warning(
-                "%s began its first boot where another machine was stopped, and was not put right: "
-                "%s%s",
+                "%s began its first boot where another machine was stopped, and was not put right "
+                "in time: %s%s",
                 self.name,
                 result.stdout,
                 result.stderr,

@@ -16,6 +16,7 @@ from pycloudlib.qemu.handover import hand_over
 from pycloudlib.qemu.hotplug import list_plugged
 from pycloudlib.qemu.machine import Machine, State, uninterrupted
 from pycloudlib.qemu.memory import SHARED, Memory, find_shared_memory, keep
+from pycloudlib.qemu.ownership import owner_file
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 
@@ -51,6 +52,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
                     shared = Memory(file=Path(f"/proc/{os.getpid()}/fd/{memory}"))
                     pause = hand_over(machine, shared, kept_state=directory / "state")
                 # From here on the machine's old disk is a layer that it is built on.
+                undo.callback(owner_file(image).unlink)
                 undo.callback(image.unlink)
                 undo.callback(shutil.rmtree, directory)
                 return image, pause

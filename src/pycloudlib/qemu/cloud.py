@@ -17,7 +17,6 @@ import platformdirs
 
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import create_new_directory
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
@@ -37,10 +36,11 @@ from pycloudlib.qemu.launch import (
 )
 from pycloudlib.qemu.live import check_new
 from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.ready import QemuReady
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.settings import APPLICATION
+from pycloudlib.qemu.settings import APPLICATION, parse_orphans
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, make_name
 from pycloudlib.tools import find_tool
 
@@ -56,6 +56,8 @@ class Qemu(QemuReady):
         tag: Names what this cloud makes: 1 to 63 characters of a-z, 0-9 and '-'.
         timestamp_suffix: Whether the time is appended to the tag.
         config_file: The configuration file, a path or an open text.
+        orphans: What becomes of its machines when this program ends without deleting them:
+            `reap-after-crash`, `keep` or `reap`; by default what `orphans` in `[qemu]` says.
 
     Raises:
         InvalidTagNameError: The tag breaks the rules; lists which.
@@ -72,10 +74,16 @@ class Qemu(QemuReady):
     _type = "qemu"
 
     def __init__(
-        self, tag: str, timestamp_suffix: bool = True, config_file: ConfigFile | None = None
+        self,
+        tag: str,
+        timestamp_suffix: bool = True,
+        config_file: ConfigFile | None = None,
+        *,
+        orphans: str | None = None,
     ) -> None:
         self._own_keys: weakref.finalize[..., Qemu] | None = None
         super().__init__(tag, timestamp_suffix, config_file)
+        self.orphans = self.settings.orphans if orphans is None else parse_orphans(orphans)
         self.qemu_binary = str(find_tool(self.settings.qemu_binary))
         find_tool("qemu-img")
 
@@ -198,7 +206,7 @@ class Qemu(QemuReady):
         user = username or _default_user(request.image.path)
         with contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
-            rundir = create_run_directory(self.parent_dir / request.name, stack)
+            rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key = self._key_for(rundir)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
             beginning.write_files(rundir)
@@ -347,7 +355,9 @@ class Qemu(QemuReady):
 
     def _make_key_pair(self, name: str) -> KeyPair:
         # One of its own for each cloud object: several may share the tag, and each cleans up.
-        keys = create_new_directory(self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}")
+        keys = create_owned_directory(
+            self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}", Orphans.REAP
+        )
         # Gone with this object at the latest; machines that live on have a copy.
         self._own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
         return generate_key_pair(keys, name)

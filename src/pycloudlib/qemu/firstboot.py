@@ -37,6 +37,7 @@ from pycloudlib.qemu.handover import write_state
 from pycloudlib.qemu.launch import (
     Host,
     LaunchRequest,
+    SeedRequest,
     create_run_directory,
     describe_machine,
     make_seed,
@@ -45,6 +46,7 @@ from pycloudlib.qemu.launch import (
 )
 from pycloudlib.qemu.machine import Machine, MachineEndedError
 from pycloudlib.qemu.memory import SHARED, keep
+from pycloudlib.qemu.ownership import Orphans
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.qmp import Event
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
@@ -64,7 +66,15 @@ _TOO_LATE = (Phase.CLOUD_INIT_NETWORK, Phase.CLOUD_INIT_CONFIG, Phase.CLOUD_INIT
 
 
 class UnfitImageError(CloudError):
-    """The image's guest does not open its seed, so that no first boot can begin there."""
+    """The image's guest does not open its seed, so that no first boot can begin there.
+
+    Attributes:
+        timed_out: Whether that is all there is to tell: it might have opened it later.
+    """
+
+    def __init__(self, message: str, *, timed_out: bool) -> None:
+        self.timed_out = timed_out
+        super().__init__(message)
 
 
 def find_obstacle(request: LaunchRequest) -> str | None:
@@ -78,18 +88,39 @@ def find_obstacle(request: LaunchRequest) -> str | None:
         return "its kernel is booted directly, with a command line of its own"
     if any(argument != _HELD for argument in request.launch_args):
         return "it has launch_args of its own"
-    if _decides_about_vendor_data(request.seed.user_data):
-        # By which the clock and the machine-id are put right.
-        return "its user-data decides about vendor-data"
+    return _find_seed_obstacle(request.seed)
+
+
+# By which cloud-init does something else than, or something before, what puts a machine right: in
+# the documents or, as MIME types, in their headers.
+_OBSTACLES = {
+    b"vendor_data": "decides about vendor-data",
+    b"boothook": "has a boothook",
+    b"part-handler": "has a part handler",
+    b"#include": "includes other documents",
+    b"x-include": "includes other documents",
+}
+
+
+def _find_seed_obstacle(seed: SeedRequest) -> str | None:
+    documents = {"user-data": seed.user_data, "vendor-data": seed.vendor_data}
+    for name, given in documents.items():
+        document = given.encode() if isinstance(given, str) else given
+        if isinstance(document, bytes) and (obstacle := _find_in_document(document, name)):
+            return f"its {name} {obstacle}"
+    if "seedfrom" in nocloud.parse_mapping("meta_data", seed.meta_data):
+        return "its meta-data names another seed (seedfrom)"
     return None
 
 
-def _decides_about_vendor_data(user_data: str | bytes | None) -> bool:
-    content = user_data.encode() if isinstance(user_data, str) else user_data or b""
+def _find_in_document(document: bytes, name: str) -> str | None:
     try:
-        return any(b"vendor_data" in part for part in userdata.split(content, "user_data"))
-    except ValueError:
-        return True  # what cannot be read here, cloud-init may read in part
+        parts = [userdata.decompress(document, name), *userdata.split(document, name)]
+    except ValueError as error:
+        # cloud-init may read in part what cannot be read here.
+        return f"cannot be read whole: {error}"
+    text = b"\n".join(parts).lower()
+    return next((says for mark, says in _OBSTACLES.items() if mark in text), None)
 
 
 @contextlib.contextmanager
@@ -110,7 +141,7 @@ def make_starting_point(
     # Whether each of the others is held back is its own affair.
     request = dataclasses.replace(request, launch_args=())
     with contextlib.ExitStack() as stack:
-        rundir = create_run_directory(parent_dir / request.name, stack)
+        rundir = create_run_directory(parent_dir / request.name, stack, Orphans.REAP)
         disk.create_overlay(request.image, rundir.disk)
         nocloud.write_iso(nocloud.Seed(b"", b""), rundir.seed, make_seed(request).volume_length)
 
@@ -145,7 +176,8 @@ def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
                     raise UnfitImageError(
                         f"its guest did not open the seed within {deadline.elapsed:.0f} s, of "
                         f"{deadline.limit:.0f} s that it may take; the console's last line: "
-                        f"{watch.last_line!r}"
+                        f"{watch.last_line!r}",
+                        timed_out=not late,
                     ) from None
 
 

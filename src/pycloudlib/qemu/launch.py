@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pycloudlib.files import create_new_directory, expand_user, is_file, write_private
+from pycloudlib.files import expand_user, is_file, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import (
@@ -201,10 +202,16 @@ def _find_initrd(kernel: Path) -> Path | None:
     return None
 
 
-def create_run_directory(path: Path, stack: contextlib.ExitStack) -> RunDirectory:
-    """Make an instance's directory; `stack` removes it, and its parent if that is empty then."""
+def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orphans) -> RunDirectory:
+    """Make an instance's directory; `stack` removes it, and its parent if that is empty then.
+
+    Args:
+        path: The directory.
+        stack: Takes over what is made.
+        orphans: What becomes of the instance when this program ends.
+    """
     stack.callback(_remove_if_empty, path.parent)
-    rundir = RunDirectory(create_new_directory(path))
+    rundir = RunDirectory(create_owned_directory(path, orphans))
     stack.callback(rundir.remove)
     return rundir
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.files import create_private_directory, exclusive_lock, tells_of_no_file
 from pycloudlib.qemu import disk
+from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
 from pycloudlib.qemu.rundir import RunDirectory
 
 MAXIMUM_DEPTH = 16
@@ -81,6 +82,9 @@ class LayerStore:
         with self._lock(), contextlib.ExitStack() as undo:
             if not in_use:
                 _limit_depth(overlay)
+            found = Ownership.find(overlay.parent)
+            undo.callback(owner_file(image).unlink, missing_ok=True)
+            claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
             for name in (layer, image):
                 _link(overlay, name)
                 undo.callback(name.unlink, missing_ok=True)
@@ -205,9 +209,14 @@ def read_backing_file(image: Path) -> Path | None:
     return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None
 
 
+def cloud_directories(working_dir: Path) -> Iterator[Path]:
+    """List the directories of clouds."""
+    return working_dir.glob(_PARENT_GLOB)
+
+
 def _tips(working_dir: Path) -> Iterator[Path]:
     """List the disks of all clouds' instances, and the images of their snapshots."""
-    for parent_dir in working_dir.glob(_PARENT_GLOB):
+    for parent_dir in cloud_directories(working_dir):
         yield from parent_dir.glob(f"{_SNAPSHOTS}/*.img")
         for rundir in RunDirectory.list_in(parent_dir):
             if rundir.disk.exists():

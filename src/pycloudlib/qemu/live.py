@@ -28,6 +28,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
 )
 from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.ownership import Orphans, owner_file
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
@@ -35,6 +36,8 @@ from pycloudlib.qemu.spec import make_name
 
 class QemuLive(QemuImages):
     """What the QEMU cloud does with machines that are saved while they run."""
+
+    orphans: Orphans
 
     @property
     @abstractmethod
@@ -76,7 +79,7 @@ class QemuLive(QemuImages):
 
         Raises:
             ImageNotFoundError: There is no such image.
-            CloudError: It is an image of a disk alone.
+            CloudError: It is an image of a disk alone, or where first boots begin.
         """
         saved = savedmachine.find(store.resolve(image_id, self.image_dir))
         if saved is None:
@@ -84,6 +87,8 @@ class QemuLive(QemuImages):
                 f"{image_id} is not a saved machine, but an image of a disk; machines are saved "
                 "by snapshot(instance, memory=True)"
             )
+        if saved.is_starting_point:
+            raise CloudError(_tell_not_booted(saved))
         return saved
 
     def export_image(
@@ -119,6 +124,8 @@ class QemuLive(QemuImages):
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
         savedmachine.delete(image)
+        # Last, so that whatever is cut off before is found by it.
+        owner_file(image).unlink(missing_ok=True)
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
@@ -143,11 +150,8 @@ class QemuLive(QemuImages):
         self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool
     ) -> QemuInstance:
         """Start a copy of a saved machine; where it cannot go on, it boots from its disk."""
-        if saved.rtc_lag is not None:
-            raise ValueError(
-                f"{saved.image} is where first boots begin, not a machine that has booted: launch "
-                f"{layers.chain(saved.image)[-1]} with fast_boot=True"
-            )
+        if saved.is_starting_point:
+            raise ValueError(_tell_not_booted(saved))
         changes = options.changes_to(saved.spec)
         if changes:
             raise ValueError(
@@ -193,7 +197,7 @@ class QemuLive(QemuImages):
                 copies.wake(machine, saved)
 
         with contextlib.ExitStack() as stack:
-            rundir = create_run_directory(self.parent_dir / request.name, stack)
+            rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key, new_key = self._key_of_copy(rundir, request)
             request = dataclasses.replace(request, new_key=new_key)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
@@ -252,6 +256,15 @@ def check_new(path: str | Path) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such directory for an image", str(target.parent))
     return target
+
+
+def _tell_not_booted(start: SavedMachine) -> str:
+    base = layers.chain(start.image)[-1]
+    launchable = base if base != start.image else "the image that it was made from"
+    return (
+        f"{start.image} is where first boots begin, not a machine that has booted: launch "
+        f"{launchable} with fast_boot=True"
+    )
 
 
 def _bring_along(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:

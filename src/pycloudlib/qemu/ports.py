@@ -86,6 +86,13 @@ class PortRegistry:
                 if self._owner(port) == owner:
                     self._file(port).unlink(missing_ok=True)
 
+    def forget_ended(self) -> None:
+        """Remove the files of leases that have ended; they are in nobody's way."""
+        with self._lock():
+            for port in range(FIRST_PORT, LAST_PORT + 1):
+                if not self._leased(port):
+                    self._file(port).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         create_private_directory(self.directory)

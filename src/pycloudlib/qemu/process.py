@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +93,21 @@ class QemuProcess:
         self._child = child
 
     @classmethod
-    def start(cls, argv: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> QemuProcess:
+    def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        pass_fds: Sequence[int],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> QemuProcess:
         """Start QEMU in a session of its own, so that a Ctrl-C at the terminal is not its end.
+
+        Args:
+            argv: The command line.
+            pass_fds: Descriptors that it inherits.
+            log: Where its output goes, at the end of what is there.
+            environment: Its environment; by default this process's own.
 
         Raises:
             CloudError: The binary cannot be executed.
@@ -109,6 +122,7 @@ class QemuProcess:
                 stderr=descriptor,
                 pass_fds=pass_fds,
                 start_new_session=True,
+                env=environment,
             )
         except OSError as error:
             raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error

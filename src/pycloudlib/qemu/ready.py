@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,21 @@ from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, PowerOn
 from pycloudlib.qemu.live import QemuLive
+from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.prune import Pruning
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
-from pycloudlib.qemu.warm import WarmCache, WarmImage, build_key, build_start_key
+from pycloudlib.qemu.warm import (
+    TooLargeError,
+    Unfit,
+    WarmCache,
+    WarmImage,
+    build_key,
+    build_start_key,
+)
+
+# Seconds after which an image that took too long is tried again: the host may have been busy.
+_TRY_AGAIN = 24 * 3600.0
 
 Launch = Callable[[Path, LaunchOptions], QemuInstance]
 
@@ -28,11 +41,15 @@ class QemuReady(QemuLive):
     @abstractmethod
     def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest: ...
 
+    @property
+    @abstractmethod
+    def _ports(self) -> PortRegistry: ...
+
     @abstractmethod
     def _start(self, beginning: Beginning, username: str | None) -> QemuInstance: ...
 
     def warm_images(self) -> list[WarmImage]:
-        """List the machines that are kept ready for launches with `warm=True`."""
+        """List what is kept ready for launches with `warm=True` or `fast_boot=True`."""
         return self._warm_cache.entries()
 
     def prune_warm_images(self, keep_mib: int = 0) -> list[str]:
@@ -48,6 +65,25 @@ class QemuReady(QemuLive):
         """
         return self._warm_cache.prune(keep_mib << 20)
 
+    def prune(self, *, stopped: bool = False) -> list[str]:
+        """Remove what programs have left behind that were killed or crashed, of all clouds.
+
+        Directories of machines, with their QEMU if that runs still, snapshots, keys, and what was
+        being made. What belongs to a program that is alive stays, and so does what a program left
+        when it ended normally; and whatever was not made by this package.
+
+        Args:
+            stopped: Whether to remove machines, too, that were left by a normal end and do not
+                run.
+
+        Returns:
+            The paths of what was removed.
+        """
+        removed = Pruning(self.working_dir, self.image_dir, self._ports, stopped).run()
+        self._warm_cache.remove_useless()
+        store.remove_cut_off(self.image_dir)
+        return removed
+
     @property
     def _warm_cache(self) -> WarmCache:
         return WarmCache(self.working_dir, self.settings.warm_cache_mib << 20)
@@ -60,7 +96,7 @@ class QemuReady(QemuLive):
         """
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
-        self._warm_cache.forget_base(image)
+        self._warm_cache.forget(image)
 
     def _launch_cold(self, image: Path, options: LaunchOptions) -> QemuInstance:
         """Start a machine that boots."""
@@ -108,7 +144,10 @@ class QemuReady(QemuLive):
             with firstboot.make_starting_point(host, template, self.parent_dir) as made:
                 cache.add(key, made)
         except UnfitImageError as error:
-            cache.note_unfit(key, str(error))
+            until = time.time() + _TRY_AGAIN if error.timed_out else None
+            cache.note_unfit(key, Unfit(str(error), until))
+        except TooLargeError as error:
+            cache.note_unfit(key, Unfit(str(error), size=error.size))
         except (CloudError, PycloudlibTimeoutError, OSError) as error:
             self._log.warning("%s boots from its beginning: %s", request.name, error)
         return cache.find(key, host)

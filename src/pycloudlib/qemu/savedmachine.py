@@ -73,6 +73,11 @@ class SavedMachine:
     state_mark: str = ""
 
     @property
+    def is_starting_point(self) -> bool:
+        """Whether it is where first boots begin, not a machine that has booted."""
+        return self.rtc_lag is not None
+
+    @property
     def directory(self) -> Path:
         """Where its files are."""
         return directory_of(self.image)
@@ -213,6 +218,8 @@ def delete(image: Path) -> None:
         (directory / name).exists() for name in (_FACTS, "state", "memory")
     ):
         shutil.rmtree(directory)
+    with contextlib.suppress(OSError):  # something is in it, or it is not there
+        directory.rmdir()
 
 
 def relocate(saved: SavedMachine, directory: Path, final: Path) -> LoginFacts:

@@ -15,6 +15,7 @@ import platformdirs
 from pycloudlib.documents import shown
 from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.qemu.accelerator import AUTO, SETTINGS
+from pycloudlib.qemu.ownership import Orphans
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _KNOWN_KEYS = (
     "image_verification",
     "key_name",
     "offline",
+    "orphans",
     "private_key_path",
     "public_key_path",
     "qemu_binary",
@@ -39,6 +41,7 @@ _KNOWN_KEYS = (
 DEFAULT_WARM_CACHE_MIB = 20 * 1024
 SIGNED = "signed"
 _VERIFICATIONS = (SIGNED, "disabled")
+_ORPHANS = tuple(orphans.value for orphans in Orphans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class QemuSettings:
             `fast_boot=True`) may take.
         fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
         offline: Whether no image server may be asked.
+        orphans: What becomes of a program's machines when it ends without deleting them.
     """
 
     image_dir: Path
@@ -72,6 +76,7 @@ class QemuSettings:
     warm_cache_mib: int = DEFAULT_WARM_CACHE_MIB
     fast_boot: bool = False
     offline: bool = False
+    orphans: Orphans = Orphans.REAP_AFTER_CRASH
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -101,6 +106,7 @@ class QemuSettings:
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
             fast_boot=reader.boolean("fast_boot", default=False),
             offline=reader.boolean("offline", default=False),
+            orphans=Orphans(reader.one_of("orphans", _ORPHANS) or Orphans.REAP_AFTER_CRASH.value),
         )
 
 
@@ -159,6 +165,17 @@ class _Reader:
     def path_or_name(self, key: str) -> str | None:
         path = self.path(key)
         return None if path is None else str(path)
+
+
+def parse_orphans(value: str) -> Orphans:
+    """Read what becomes of a program's machines.
+
+    Raises:
+        ValueError: It is none of the possible values.
+    """
+    if value not in _ORPHANS:
+        raise ValueError(f"orphans is {value!r}, expected one of {', '.join(_ORPHANS)}")
+    return Orphans(value)
 
 
 def _warn_of_unknown(section: Mapping[str, Any], source: str) -> None:

@@ -13,7 +13,9 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.command import POWER_ON, Channels, Origin, build_command, ssh_rule
 from pycloudlib.qemu.features import find_features
+from pycloudlib.qemu.guardian import environment
 from pycloudlib.qemu.memory import create_shared_memory
+from pycloudlib.qemu.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess
 from pycloudlib.qemu.rundir import RunDirectory, StagedSocket
 from pycloudlib.qemu.spec import MachineSpec
@@ -109,7 +111,13 @@ def start_qemu(
         argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
         descriptors = (*channels.descriptors, *origin.descriptors)
-        process = QemuProcess.start(argv, pass_fds=descriptors, log=rundir.qemu_log)
+        # Whoever starts it has it from then on.
+        found = Ownership.find(rundir.path)
+        orphans = Orphans.REAP_AFTER_CRASH if found is None else found.orphans
+        claim(rundir.path, orphans)
+        process = QemuProcess.start(
+            argv, pass_fds=descriptors, log=rundir.qemu_log, environment=environment(orphans)
+        )
         ours.pop_all()
     return StartedQemu(process, control, argv, tuple(sockets), rundir)
 

@@ -8,6 +8,7 @@ and is dropped when room is needed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, exclusive_lock, write_private
+from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock, write_private
 from pycloudlib.images import store
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.launch import (
@@ -37,8 +38,6 @@ _log = logging.getLogger(__name__)
 _DIRECTORY = "warm"
 _DISK = "disk.img"
 _UNFIT = ".unfit"
-# Seconds after which nobody works on an unfinished entry any more.
-_CUT_OFF_AGE = 3600
 _BLOCK = 512  # stat(2): the unit of st_blocks
 
 
@@ -49,21 +48,21 @@ class WarmImage:
     Attributes:
         key: The digest by which it is found.
         image_id: Its id.
-        first_boot: Whether it is where first boots begin (`launch(..., fast_boot=True)`), not a
-            machine that has booted (`warm=True`).
         base: The image that it was launched from.
         instance_type: Its size.
         size: Bytes that it takes on disk.
         last_used: When a copy of it was last launched, in seconds since the epoch.
+        first_boot: Whether it is where first boots begin (`launch(..., fast_boot=True)`), not a
+            machine that has booted (`warm=True`).
     """
 
     key: str
     image_id: str
-    first_boot: bool
     base: str
     instance_type: str
     size: int
     last_used: float
+    first_boot: bool = False
 
 
 def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
@@ -101,6 +100,40 @@ def _digest(image: Path, host: Host, **more: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
+class TooLargeError(CloudError):
+    """A machine takes more than all that are kept ready may take.
+
+    Attributes:
+        size: Bytes that it takes.
+    """
+
+    def __init__(self, size: int, bound: int) -> None:
+        self.size = size
+        super().__init__(
+            f"it takes {_mib(size)} MiB, and warm machines may take {bound >> 20} MiB in all "
+            "(warm_cache_mib in [qemu])"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """That a machine cannot be kept ready, so that nobody tries again.
+
+    Attributes:
+        reason: Why.
+        until: When it is worth another try, in seconds since the epoch; None for never.
+        size: Bytes that it takes, when the cache is too small for it.
+    """
+
+    reason: str
+    until: float | None = None
+    size: int = 0
+
+    def holds(self, bound: int) -> bool:
+        """Say whether it is so still, with a cache of so many bytes."""
+        return (self.until is None or time.time() < self.until) and not 0 < self.size <= bound
+
+
 @dataclass(frozen=True, slots=True)
 class WarmCache:
     """The machines that are kept ready for one user.
@@ -121,7 +154,7 @@ class WarmCache:
     @contextlib.contextmanager
     def making(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keep others that ask for the same machine waiting while it is made."""
-        lock = self.directory / f"{key}.lock"
+        lock = self._lock(key)
         with contextlib.ExitStack() as stack:
             while True:
                 create_private_directory(self.directory)
@@ -132,6 +165,9 @@ class WarmCache:
             # Who waits for it finds out that it is gone, and makes it anew.
             stack.callback(lock.unlink, missing_ok=True)
             yield
+
+    def _lock(self, key: str) -> Path:
+        return self.directory / f"{key}.lock"
 
     def find(self, key: str, host: Host) -> SavedMachine | None:
         """Find a machine; None when there is none, or it cannot go on here (any more)."""
@@ -145,7 +181,7 @@ class WarmCache:
         ) or (f"{missing[0]} is missing" if missing else None)
         if obstacle is not None:
             _log.warning("The warm machine %s is not used: %s", image, obstacle)
-            self._drop(key)
+            self.drop(key)
             return None
         # When it was last used is told by the time of its directory.
         os.utime(image.parent)
@@ -155,20 +191,19 @@ class WarmCache:
         """Keep a machine that was saved; what was least used goes if there is no room.
 
         Raises:
-            CloudError: It is larger than the cache may be.
+            TooLargeError: It is larger than the cache may be.
             OSError: It could not be written, or one that machines are built on is in its place.
         """
         size = _size(saved.image, saved.directory)
         if size > self.bound:
-            raise CloudError(
-                f"it takes {size >> 20} MiB, and warm machines may take {self.bound >> 20} MiB in "
-                "all (warm_cache_mib in [qemu])"
-            )
+            raise TooLargeError(size, self.bound)
         self.prune(self.bound - size)
         create_private_directory(self.directory)
         made = self.directory / f".{key}.new"
         shutil.rmtree(made, ignore_errors=True)  # of one that was cut off
         made.mkdir(mode=0o700)
+        # What is there already was not found, so it is of no use.
+        self.drop(key)
         try:
             # The same file under another name, as with every layer of a disk.
             os.link(saved.image, made / _DISK)
@@ -178,16 +213,18 @@ class WarmCache:
             shutil.rmtree(made)
             raise
 
-    def note_unfit(self, key: str, reason: str) -> None:
-        """Remember that a machine cannot be kept ready, so that nobody tries again."""
+    def note_unfit(self, key: str, unfit: Unfit) -> None:
+        """Remember that a machine cannot be kept ready."""
         create_private_directory(self.directory)
-        write_private(self._unfit(key), reason)
+        write_private(self._unfit(key), json.dumps(dataclasses.asdict(unfit)))
 
     def why_unfit(self, key: str) -> str | None:
         """Say why a machine cannot be kept ready, if that is known."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._unfit(key).read_text()
-        return None
+        try:
+            unfit = Unfit(**json.loads(self._unfit(key).read_text()))
+            return unfit.reason if unfit.holds(self.bound) else None
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # a damaged one tells nothing
 
     def _unfit(self, key: str) -> Path:
         return self.directory / f"{key}{_UNFIT}"
@@ -213,31 +250,54 @@ class WarmCache:
         dropped, taken = [], 0
         for warm in self.entries():
             taken += warm.size
-            if taken > bound and self._drop(warm.key):
+            if taken > bound and self.drop(warm.key):
                 taken -= warm.size
                 dropped.append(warm.key)
-        if bound == 0:
-            for note in self.directory.glob(f"*{_UNFIT}"):
-                note.unlink(missing_ok=True)
-        for left in self.directory.glob(".*.new"):
-            if time.time() - left.stat().st_mtime > _CUT_OFF_AGE:
-                shutil.rmtree(left, ignore_errors=True)
-        with contextlib.suppress(OSError):  # something is in it, or it is not there
-            self.directory.rmdir()
+        self.remove_useless(forget=bound == 0)
         return dropped
 
-    def forget_base(self, image: Path) -> None:
-        """Drop the machines that are built on an image that is to be deleted."""
+    def remove_useless(self, *, forget: bool = False) -> None:
+        """Remove what is no machine (any more): damaged, of another format, cut off."""
+        for entry in self.directory.glob("[!.]*"):
+            if entry.is_dir() and savedmachine.find(entry / _DISK) is None:
+                self.drop(entry.name)
+        if forget:
+            for note in self.directory.glob(f"*{_UNFIT}"):
+                note.unlink(missing_ok=True)
+        made = {left.name[1:].removesuffix(".new") for left in self.directory.glob(".*.new")}
+        for key in made | {lock.stem for lock in self.directory.glob("*.lock")}:
+            with trying_lock(self._lock(key)) as held:
+                if held:  # whoever was making it is no more
+                    shutil.rmtree(self.directory / f".{key}.new", ignore_errors=True)
+                    self._lock(key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something is in it, or it is not there
+            self.directory.rmdir()
+
+    def forget(self, image: Path) -> None:
+        """Drop an image that was deleted, if it is here, and the machines that are built on it."""
+        if image.parent.parent == self.directory:
+            self.drop(image.parent.name)
         for warm in self.entries():
             if image in layers.chain(Path(warm.image_id)):
-                self._drop(warm.key)
+                self.drop(warm.key)
 
-    def _drop(self, key: str) -> bool:
+    def drop(self, key: str) -> bool:
+        """Remove an entry; False when machines are built on it, which keep it."""
         entry = self.directory / key
-        if layers.find_users(entry / _DISK, self.working_dir):
+        if self._is_built_on(entry / _DISK):
             return False
         shutil.rmtree(entry, ignore_errors=True)
         return True
+
+    def _is_built_on(self, image: Path) -> bool:
+        others = (disk for disk in self.directory.glob(f"*/{_DISK}") if disk != image)
+        return bool(layers.find_users(image, self.working_dir)) or any(
+            image in layers.chain(disk) for disk in others
+        )
+
+
+def _mib(size: int) -> int:
+    return -(-size >> 20)
 
 
 def _facts(file: Path) -> list[str | int]:
@@ -249,11 +309,11 @@ def _describe(image: Path, saved: SavedMachine) -> WarmImage:
     return WarmImage(
         key=image.parent.name,
         image_id=str(image),
-        first_boot=saved.rtc_lag is not None,
         base=str(layers.chain(image)[-1]),
         instance_type=str(saved.spec.instance_type),
         size=_size(image, saved.directory),
         last_used=image.parent.stat().st_mtime,
+        first_boot=saved.is_starting_point,
     )
 
 

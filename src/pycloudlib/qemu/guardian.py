@@ -1,0 +1,127 @@
+"""Sees to it that machines end with a program that dies: a small process that watches it.
+
+One for each program that has machines, from the first one on; it ends with the program. It is told
+of a normal end by a pipe, and of any end by the kernel (pidfd). The QEMUs of the program it knows
+by a mark in their environment, which they have from their first moment: so there is none that it
+could miss, not even one that was started in the very moment in which the program died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+import threading
+from dataclasses import dataclass
+from importlib import resources
+
+from pycloudlib.qemu.ownership import Orphans, at_normal_end
+from pycloudlib.qemu.process import ProcessIdentity
+
+_log = logging.getLogger(__name__)
+
+_MARK = "PYCLOUDLIB_OWNER"
+NORMAL_END = b"normal end"
+"""What the guardian reads when the program ends by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guardian:
+    """The process that watches this one.
+
+    Attributes:
+        owner: The pid of this process.
+        pid: Its own.
+        lifeline: Our end of the pipe.
+        token: By which it knows our machines.
+    """
+
+    owner: int
+    pid: int
+    lifeline: int
+    token: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs still."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+        except ChildProcessError:  # somebody has waited for all children of this process
+            return ProcessIdentity.find(self.pid) is not None
+
+    def dismiss(self) -> None:
+        """Tell it of a normal end."""
+        with contextlib.suppress(OSError):
+            os.write(self.lifeline, NORMAL_END)
+
+
+_lock = threading.Lock()
+_guardian: Guardian | None = None
+
+
+def environment(orphans: Orphans) -> dict[str, str]:
+    """Give the environment of a process that belongs to this program.
+
+    Args:
+        orphans: What becomes of it when the program ends.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != _MARK}
+    if orphans is Orphans.KEEP:
+        return inherited
+    return {**inherited, _MARK: f"{_find_guardian().token} {orphans.value}"}
+
+
+def _find_guardian() -> Guardian:
+    global _guardian  # noqa: PLW0603 - one for each process
+    with _lock:
+        if _guardian is None or not _guardian.alive:
+            token = secrets.token_hex(16) if _guardian is None else _guardian.token
+            _guardian = _start(token)
+        return _guardian
+
+
+def _start(token: str) -> Guardian:
+    me = ProcessIdentity.find(os.getpid())
+    assert me is not None
+    program = resources.files(__package__).joinpath("guardian_program.py").read_text("utf-8")
+    theirs, ours = os.pipe()
+    try:
+        # No Popen: that would complain at the end of a program that does not wait for it.
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-IS", "-c", program, str(me.pid), str(me.start_time), token],
+            {},
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, theirs, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    _log.debug("Process %d sees to it that machines end with this program", pid)
+    guardian = Guardian(me.pid, pid, ours, token)
+    at_normal_end(_dismiss)
+    return guardian
+
+
+def _dismiss() -> None:
+    if _guardian is not None and _guardian.owner == os.getpid():
+        _guardian.dismiss()
+
+
+def _begin_anew() -> None:
+    """Forget, in a forked child, the guardian of its parent."""
+    global _guardian, _lock
+    if _guardian is not None:
+        os.close(_guardian.lifeline)
+    _guardian, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -1,0 +1,175 @@
+"""Which program a machine belongs to, and what becomes of it when that program is no more.
+
+Whatever a program makes that outlives a function has a file beside it that names the program: its
+pid and start time. A program that ends normally notes there that it has left the thing behind on
+purpose. So what a dead program did not leave on purpose can be told from all else, at any time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import enum
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.files import create_private_directory, replace_atomically, write_private
+from pycloudlib.qemu.process import ProcessIdentity
+
+OWNER_SUFFIX = ".owner"
+"""How the file that tells whom something belongs to is called, or ends."""
+_STAGED = re.compile(r"\..+\.(?P<pid>[0-9]+)-(?P<start>[0-9]+)\.new")
+
+
+@enum.unique
+class Orphans(enum.Enum):
+    """What becomes of a program's machines when it ends without deleting them."""
+
+    REAP_AFTER_CRASH = "reap-after-crash"
+    """They live on when it ends normally, and end with it when it is killed or crashes."""
+    KEEP = "keep"
+    """They live on."""
+    REAP = "reap"
+    """They end with it, however it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Which program something belongs to.
+
+    Attributes:
+        process: The program that made it or, of a machine, that started it last.
+        orphans: What becomes of it when the program ends.
+        left: Whether the program has ended normally and left it behind.
+    """
+
+    process: ProcessIdentity
+    orphans: Orphans
+    left: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is to have it any more."""
+        if self.orphans is Orphans.KEEP or self.process.alive:
+            return False
+        return self.orphans is Orphans.REAP or not self.left
+
+    @classmethod
+    def find(cls, owned: Path) -> Ownership | None:
+        """Read whom something belongs to; None of what is not known to belong to anybody."""
+        try:
+            facts = json.loads(owner_file(owned).read_text(encoding="utf-8"))
+            return cls(
+                ProcessIdentity(int(facts["pid"]), int(facts["start"])),
+                Orphans(facts["orphans"]),
+                bool(facts["left"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, owned: Path) -> None:
+        """Note whom something belongs to."""
+        facts = {
+            "pid": self.process.pid,
+            "start": self.process.start_time,
+            "orphans": self.orphans.value,
+            "left": self.left,
+        }
+        with replace_atomically(owner_file(owned), synced=False) as temporary:
+            write_private(temporary, json.dumps(facts) + "\n")
+
+
+def owner_file(owned: Path) -> Path:
+    """Name the file that tells whom something belongs to: in a directory, or beside a file."""
+    return (
+        owned / OWNER_SUFFIX if owned.is_dir() else owned.with_name(f"{owned.name}{OWNER_SUFFIX}")
+    )
+
+
+def claim(owned: Path, orphans: Orphans) -> None:
+    """Note that something belongs to this program."""
+    Ownership(_myself(), orphans).write(owned)
+    _register(owned)
+
+
+def create_owned_directory(path: Path, orphans: Orphans) -> Path:
+    """Make a new private directory, and its parent, that belongs to this program at any moment.
+
+    Raises:
+        FileExistsError: There is something of that name.
+        CloudSetupError: The parent is not this user's own.
+    """
+    me = _myself()
+    staged = path.with_name(f".{path.name}.{me.pid}-{me.start_time}.new")
+    while True:
+        create_private_directory(path.parent)
+        # Another process may remove the parent, which it finds empty, just now.
+        with contextlib.suppress(FileNotFoundError):
+            staged.mkdir(mode=0o700)
+            break
+    try:
+        Ownership(me, orphans).write(staged)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        staged.rename(path)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    _register(path)
+    return path
+
+
+def is_cut_off(path: Path) -> bool:
+    """Say whether a directory was being made by a program that is no more."""
+    found = _STAGED.fullmatch(path.name)
+    return found is not None and not ProcessIdentity(int(found["pid"]), int(found["start"])).alive
+
+
+def at_normal_end(work: Callable[[], None]) -> None:
+    """Have something done when this program ends by itself, with an error even.
+
+    Not when it is killed. A worker of `multiprocessing` ends without what `atexit` does.
+    """
+    atexit.register(work)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, work, exitpriority=-1)
+
+
+_owned: set[Path] = set()
+_registered_by: int | None = None
+
+
+def _register(owned: Path) -> None:
+    global _registered_by  # noqa: PLW0603 - it is the process's own
+    if _registered_by != os.getpid():
+        _registered_by = os.getpid()
+        _owned.clear()  # a forked child has no part in what its parent owns
+        at_normal_end(_leave)
+    _owned.add(owned)
+
+
+def _leave() -> None:
+    """Note, at a normal end, that what is left is left on purpose."""
+    if _registered_by != os.getpid():
+        return
+    me = _myself()
+    while _owned:
+        owned = _owned.pop()
+        found = Ownership.find(owned)
+        if found is not None and found.process == me and not found.left:
+            with contextlib.suppress(OSError):  # it is being removed
+                Ownership(me, found.orphans, left=True).write(owned)
+
+
+def _myself() -> ProcessIdentity:
+    found = ProcessIdentity.find(os.getpid())
+    assert found is not None
+    return found

@@ -1,0 +1,128 @@
+"""Removing what programs that died have left behind; what is alive, or somebody else's, stays."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.errors import CloudError
+from pycloudlib.images import store
+from pycloudlib.qemu import layers, savedmachine
+from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, is_cut_off, owner_file
+from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.rundir import RunDirectory
+
+_log = logging.getLogger(__name__)
+
+_KILL_LIMIT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What is looked at.
+
+    Attributes:
+        working_dir: Where the directories of clouds are.
+        image_dir: Where images are.
+        ports: The ports that are leased to machines.
+        stopped: Whether machines are removed, too, that were left on purpose and do not run.
+    """
+
+    working_dir: Path
+    image_dir: Path
+    ports: PortRegistry
+    stopped: bool = False
+
+    def run(self) -> list[str]:
+        """Remove what nobody is to have any more; give the paths of what was removed.
+
+        What cannot be removed is logged, and stays.
+        """
+        removed = []
+        for parent_dir in sorted(layers.cloud_directories(self.working_dir)):
+            for step in (self._prune_directories, self._prune_snapshots):
+                for path in step(parent_dir):
+                    _log.info("Removed %s", path)
+                    removed.append(str(path))
+            layers.LayerStore(parent_dir).collect()
+            layers.LayerStore(parent_dir).remove_if_empty()
+            with contextlib.suppress(OSError):  # something is in it
+                parent_dir.rmdir()
+                removed.append(str(parent_dir))
+        self.ports.forget_ended()
+        return removed
+
+    def _prune_directories(self, parent_dir: Path) -> Iterator[Path]:
+        for directory in sorted(parent_dir.iterdir()):
+            if directory.is_dir() and (is_cut_off(directory) or self._is_over(directory)):
+                with _reporting(directory):
+                    _end_machine(RunDirectory(directory))
+                    shutil.rmtree(directory)
+                    yield directory
+
+    def _prune_snapshots(self, parent_dir: Path) -> Iterator[Path]:
+        marks = layers.LayerStore(parent_dir).snapshots.glob(f"*{OWNER_SUFFIX}")
+        # Some may not be there yet, or no more.
+        images = {mark.with_name(mark.name.removesuffix(OWNER_SUFFIX)) for mark in marks}
+        over = {image for image in images if _is_over(image)}
+        # One that another is built on goes after that.
+        while free := {image for image in over if not self._find_users(image)}:
+            over -= free
+            for image in sorted(free):
+                with _reporting(image):
+                    store.delete(image, self.image_dir)
+                    savedmachine.delete(image)
+                    owner_file(image).unlink(missing_ok=True)
+                    yield image
+
+    def _find_users(self, image: Path) -> list[str]:
+        return layers.find_users(image, self.working_dir)
+
+    def _is_over(self, directory: Path) -> bool:
+        owner = Ownership.find(directory)
+        if owner is None:
+            return False
+        if owner.is_over:
+            return True
+        return self.stopped and not owner.process.alive and not _runs(RunDirectory(directory))
+
+
+def _is_over(owned: Path) -> bool:
+    owner = Ownership.find(owned)
+    return owner is not None and owner.is_over
+
+
+def _runs(rundir: RunDirectory) -> bool:
+    return any(True for _ in _find_processes(rundir))
+
+
+def _end_machine(rundir: RunDirectory) -> None:
+    for process in _find_processes(rundir):
+        process.kill()
+        if not process.wait(_KILL_LIMIT):
+            raise CloudError(f"QEMU, pid {process.identity.pid}, did not end")
+
+
+def _find_processes(rundir: RunDirectory) -> Iterator[QemuProcess]:
+    found: tuple[ProcessIdentity | None, ...] = (rundir.find_process(), rundir.find_successor())
+    for identity in found:
+        if identity is None:
+            continue
+        process = QemuProcess.attach(identity, rundir.disk, rundir.qemu_log)
+        if process is not None:
+            yield process
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        _log.debug("%s was removed by another process", path)
+    except (OSError, CloudError) as error:
+        _log.warning("%s stays: %s", path, error)
