@@ -69,5 +69,5 @@ bench: wheel  ## Measure the original and this package side by side (BENCH_ARGS=
 	@$(PYTHON_IN_VENV) -m benchmarks dist/*.whl $(BENCH_ARGS)
 
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests examples scripts benchmarks -name __pycache__ -prune -exec rm -rf {} +

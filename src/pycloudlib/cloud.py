@@ -14,7 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.config import Config, ConfigFile, parse_config
+from pycloudlib.documents import shown
 from pycloudlib.errors import InvalidTagNameError
+from pycloudlib.files import expand_user
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519, is_usable
 from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
@@ -195,7 +197,9 @@ class BaseCloud(ABC):
     def _section(self, config: Config) -> dict[str, Any]:
         section = config.get(self._type, {})
         if not isinstance(section, dict):
-            raise ValueError(f"{config.source}: [{self._type}] is not a section but {section!r}")
+            raise ValueError(
+                f"{config.source}: [{self._type}] is not a section but {shown(section)}"
+            )
         return section
 
     @property
@@ -207,13 +211,12 @@ class BaseCloud(ABC):
         name = self._key_name
         public = self._configured_text("public_key_path")
         private = self._configured_text("private_key_path")
+        named = "private_key_path" if public is None else "public_key_path"
         if private is not None and public is None:
             public = f"{private}.pub"
         if public is not None:
             key_pair = KeyPair(public, private, name)
-            check_key_pair(
-                key_pair, f"public_key_path in [{self._type}] of {self._config_file.source}"
-            )
+            check_key_pair(key_pair, f"{named} in [{self._type}] of {self._config_file.source}")
             return key_pair
         for default in _DEFAULT_PUBLIC_KEYS:
             own = Path(default).expanduser()
@@ -239,7 +242,7 @@ class BaseCloud(ABC):
             return None
         if not isinstance(value, str) or not value:
             raise ValueError(
-                f"{key} in [{self._type}] of {self._config_file.source} is {value!r}, "
-                "expected a text"
+                f"{key} in [{self._type}] of {self._config_file.source} is "
+                f"{shown(value)}, expected a text"
             )
-        return str(Path(os.path.expandvars(value)).expanduser()) if key.endswith("path") else value
+        return str(expand_user(os.path.expandvars(value))) if key.endswith("path") else value

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pycloudlib.files import expand_user
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -61,19 +63,28 @@ def parse_config(config_file: ConfigFile | None = None) -> Config:
     if named:
         return _read(_expand(named), f"${ENVIRONMENT_VARIABLE}")
     for location in map(_expand, DEFAULT_LOCATIONS):
-        if location.exists():
+        if _is_there(location):
             return _read(location, "the default location")
     return Config()
 
 
 def _expand(path: str | Path) -> Path:
-    return Path(os.path.expandvars(path)).expanduser()
+    return expand_user(os.path.expandvars(path))
+
+
+def _is_there(location: Path) -> bool:
+    try:
+        return location.exists()
+    except OSError as error:
+        raise ValueError(
+            f"Cannot look for the configuration file {str(location)!r}: {error.strerror}"
+        ) from error
 
 
 def _read(path: Path, origin: str) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"Cannot read the configuration file {str(path)!r} (from {origin}): {error}"
         ) from error
@@ -83,8 +94,11 @@ def _read(path: Path, origin: str) -> Config:
 def _parse(text: str, source: str) -> Config:
     try:
         config = Config(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        # The decoder's message ends with the line and column.
+    except RecursionError:
+        raise ValueError(f"{source} is not valid TOML: it is nested too deeply") from None
+    except ValueError as error:
+        # The decoder's own message ends with the line and column. What is not its own error is
+        # told of a number that is too long.
         raise ValueError(f"{source} is not valid TOML: {error}") from error
     config.source = source
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -41,6 +42,39 @@ def write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """Put a home directory in place of a leading `~`; one of nobody's stays as it is written."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(path)
+
+
+def tells_of_no_file(error: OSError) -> bool:
+    """Say whether an error tells that there is nothing of a name, or that nothing can have it."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def is_file(path: Path) -> bool:
+    """Say whether there is a file of a name; False, too, when none can have it."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if not tells_of_no_file(error):
+            raise
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """Say whether there is a directory of a name; False, too, when none can have it."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if not tells_of_no_file(error):
+            raise
+        return False
 
 
 def create_private_directory(path: Path) -> Path:

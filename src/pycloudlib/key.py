@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from pycloudlib.errors import UnsetSSHKeyError
-from pycloudlib.files import write_private
+from pycloudlib.files import expand_user, write_private
 
 _OPENSSH_MAGIC = b"openssh-key-v1\0"
 
@@ -69,7 +69,7 @@ def check_key_pair(key_pair: KeyPair, origin: str) -> None:
     """
     try:
         content = key_pair.public_key_content
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{origin}: cannot read {key_pair.public_key_path!r}: {error}") from error
     if not _is_public_key(content):
         raise ValueError(
@@ -79,7 +79,7 @@ def check_key_pair(key_pair: KeyPair, origin: str) -> None:
     private = str(key_pair.private_key_path)
     try:
         secret = Path(private).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{origin}: cannot read the private key {private!r}: {error}") from error
     if "PRIVATE KEY" not in secret:
         raise ValueError(f"{origin}: {private!r} is not a private key")
@@ -104,7 +104,7 @@ def _is_public_key(line: str) -> bool:
 
 
 def _expand(path: str | Path) -> str:
-    return str(Path(path).expanduser())
+    return str(expand_user(path))
 
 
 def generate_key_pair(directory: Path, name: str) -> KeyPair:

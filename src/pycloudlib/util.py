@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 
+from pycloudlib.documents import parse_yaml
 from pycloudlib.errors import CleanupError
 
 UBUNTU_RELEASE_VERSION_MAP = {
@@ -55,8 +56,8 @@ def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
         first_line = user_data.partition("\n")[0]
         raise ValueError(f"user_data is not a cloud-config but begins with {first_line!r}")
     try:
-        config = yaml.safe_load(user_data or "") or {}
-    except yaml.YAMLError as error:
+        config = parse_yaml(user_data or "") or {}
+    except ValueError as error:
         raise ValueError(f"user_data is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"user_data is not a cloud-config mapping but {type(config).__name__}")

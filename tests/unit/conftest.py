@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pycloudlib.images import download
 from pycloudlib.qemu.accelerator import Accelerator
@@ -18,6 +19,19 @@ from tests.unit.imageserver import (
     new_signing_key,
     running_image_server,
 )
+
+# The same examples each time, however slow the machine is: a failure is of the change that is
+# tested. The fixtures of a test serve all of its examples.
+settings.register_profile(
+    "unit",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,9 @@ class Phase(enum.Enum):
     CLOUD_INIT_DONE = "cloud-init done"
 
 
+# Its version is short: what is printed may be long, and begin in this manner many times.
+_CLOUD_INIT = rb"Cloud-init v\. .{1,100} "
+
 _ORDER = {phase: number for number, phase in enumerate(Phase)}
 
 _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
@@ -51,11 +54,11 @@ _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
     (Phase.KERNEL, re.compile(rb"Linux version |Run /init as init")),
     (Phase.INITRD, re.compile(rb"Begin: Loading essential drivers|Loading, please wait")),
     (Phase.SYSTEMD, re.compile(rb"systemd\[1\]: |Welcome to ")),
-    (Phase.CLOUD_INIT_LOCAL, re.compile(rb"Cloud-init v\. .* running 'init-local'")),
-    (Phase.CLOUD_INIT_NETWORK, re.compile(rb"Cloud-init v\. .* running 'init'")),
-    (Phase.CLOUD_INIT_CONFIG, re.compile(rb"Cloud-init v\. .* running 'modules:config'")),
-    (Phase.CLOUD_INIT_FINAL, re.compile(rb"Cloud-init v\. .* running 'modules:final'")),
-    (Phase.CLOUD_INIT_DONE, re.compile(rb"Cloud-init v\. .* finished at")),
+    (Phase.CLOUD_INIT_LOCAL, re.compile(_CLOUD_INIT + rb"running 'init-local'")),
+    (Phase.CLOUD_INIT_NETWORK, re.compile(_CLOUD_INIT + rb"running 'init'")),
+    (Phase.CLOUD_INIT_CONFIG, re.compile(_CLOUD_INIT + rb"running 'modules:config'")),
+    (Phase.CLOUD_INIT_FINAL, re.compile(_CLOUD_INIT + rb"running 'modules:final'")),
+    (Phase.CLOUD_INIT_DONE, re.compile(_CLOUD_INIT + rb"finished at")),
 )
 
 
@@ -163,8 +166,8 @@ class BootWatch:
         *lines, rest = (self._partial + new).split(b"\n")
         self._partial = rest[-_LONGEST_LINE:]
         for line in lines:
-            self._note(line)
-            self._lines.append(clean_line(line))
+            self._note(line[:_LONGEST_LINE])
+            self._lines.append(clean_line(line[:_LONGEST_LINE]))
         # GRUB and prompts leave their line open.
         self._note(self._partial)
         if new and self.phase is not Phase.CLOUD_INIT_DONE:

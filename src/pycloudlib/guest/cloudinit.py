@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from pycloudlib.documents import parse_json, shown
 
 WAIT_SCRIPT = """
 command -v cloud-init >/dev/null 2>&1 || { echo absent; exit 0; }
@@ -89,9 +90,9 @@ def parse_status(output: str) -> CloudInitStatus:
     if state not in ("finished", "crashed"):
         raise ValueError(f"not a status of cloud-init: {output[:200]!r}")
     try:
-        return _parse_document(state, json.loads(document)["v1"] if document.strip() else {})
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"not a status of cloud-init: {document[:200]!r}") from error
+        return _parse_document(state, parse_json(document)["v1"] if document.strip() else {})
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a status of cloud-init: {document[:200]!r} ({error})") from error
 
 
 def _parse_document(state: str, status: dict[str, Any]) -> CloudInitStatus:
@@ -105,8 +106,26 @@ def _parse_document(state: str, status: dict[str, Any]) -> CloudInitStatus:
 
 def _parse_stage(name: str, stage: dict[str, Any]) -> StageResult:
     return StageResult(
-        name, stage.get("start"), stage.get("finished"), tuple(map(str, stage.get("errors", ())))
+        name,
+        _seconds(stage.get("start")),
+        _seconds(stage.get("finished")),
+        _texts(stage.get("errors")),
     )
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float):
+        raise TypeError(f"{shown(value)} is not a time")
+    return float(cast("float", value))
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Read a list of what went wrong, which need not be texts."""
+    if not isinstance(value, (list, type(None))):
+        raise TypeError(f"{shown(value)} is not a list")
+    return tuple(map(str, value or ()))
 
 
 def _recoverable(status: dict[str, Any]) -> tuple[str, ...]:
@@ -115,5 +134,5 @@ def _recoverable(status: dict[str, Any]) -> tuple[str, ...]:
         f"{level}: {text}"
         for name in _STAGES
         for level, texts in status.get(name, {}).get("recoverable_errors", {}).items()
-        for text in texts
+        for text in _texts(texts)
     )

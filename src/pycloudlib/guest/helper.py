@@ -21,6 +21,7 @@ from importlib import resources
 from typing import Any
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.documents import decode, parse_json, shown
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 
 LARGEST_STDIN = 1 << 20
@@ -32,6 +33,9 @@ _ENTROPY_BYTES = 64
 _GOOD_ROUND_TRIP = 0.1
 _CLOCK_TRIES = 6
 _SEND_LIMIT = 60.0
+# Beyond what a helper says: exit status and seconds, and bytes of an output at a time.
+_LARGEST_NUMBER = 2.0**53
+_LONGEST_PIECE = 1 << 24
 # The connection stays when the helper ends, so that is looked at this often.
 _LOOK = 0.5
 
@@ -108,12 +112,12 @@ class FixUp:
 
     @classmethod
     def from_json(cls, text: str) -> FixUp:
-        """Read what `to_json` wrote."""
-        fields = json.loads(text)
-        identity, new_key = fields["identity"], fields["new_key"]
-        if identity is not None:
-            identity = Identity(**{**identity, "host_key": tuple(identity["host_key"])})
-        return cls(identity, None if new_key is None else NewKey(**new_key))
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is something else; says in what.
+        """
+        return decode(cls, parse_json(text))
 
     def request(self) -> dict[str, Any]:
         """Give it as the helper takes it, with fresh random bytes."""
@@ -201,7 +205,7 @@ class HelperConnection:
             HelperError: It could not be done; says what was in the way.
             PycloudlibTimeoutError: The helper did not answer in time.
         """
-        ahead = measure_clock(lambda: float(self._ask({"op": "clock"}, deadline)["now"]))
+        ahead = measure_clock(lambda: _number(self._ask({"op": "clock"}, deadline), "now"))
         self._ask({**fix_up.request(), "ahead": ahead}, deadline)
 
     def execute(
@@ -220,10 +224,10 @@ class HelperConnection:
         while command.status is None:
             answer = self._receive(number, deadline)
             if "exit" in answer:
-                command.status = answer["exit"]
+                command.status = int(_number(answer, "exit"))
             for name, output in (("out", command.out), ("err", command.err)):
                 if name in answer:
-                    output.extend(self._read(answer[name], deadline))
+                    output.extend(self._read(_length(answer, name), deadline))
         return command
 
     def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:
@@ -251,14 +255,14 @@ class HelperConnection:
             line, _, rest = self._buffer.partition(b"\n")
             self._buffer = rest
             try:
-                answer: Any = json.loads(line)
+                answer = parse_json(line)
             except ValueError:
                 continue  # cut off, of an earlier connection
             if not isinstance(answer, dict):
                 continue
             if answer.get("id") != number:
                 for output in ("out", "err"):
-                    self._read(int(answer.get(output, 0)), deadline)
+                    self._read(_length(answer, output), deadline)
                 continue
             if "error" in answer:
                 raise HelperRefusedError(f"the helper in the guest: {answer['error']}")
@@ -287,6 +291,22 @@ class HelperConnection:
         if not data:
             raise HelperError("the connection to the helper is lost")
         self._buffer += data
+
+
+def _number(answer: Mapping[str, Any], key: str) -> float:
+    """Read a number of the helper's: what is in the guest may answer anything."""
+    value = answer.get(key)
+    if not isinstance(value, (int, float)) or not -_LARGEST_NUMBER < value < _LARGEST_NUMBER:
+        raise HelperError(f"the helper answered {key} = {shown(value)}, expected a number")
+    return float(value)
+
+
+def _length(answer: Mapping[str, Any], output: str) -> int:
+    """Read how many bytes of an output follow; none if that is not told."""
+    length = int(_number(answer, output)) if output in answer else 0
+    if not 0 <= length <= _LONGEST_PIECE:
+        raise HelperError(f"the helper announced {length} bytes of {output}")
+    return length
 
 
 def once_command() -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 
+from pycloudlib.documents import parse_json
 from pycloudlib.result import Result
 
 _CONFIGURE = """
@@ -75,7 +75,7 @@ def parse_address(result: Result) -> str:
         ValueError: There is none.
     """
     try:
-        interfaces = json.loads(result.stdout)
+        interfaces = parse_json(result.stdout)
         return str(interfaces[0]["addr_info"][0]["local"])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"no address in {result.stdout!r}: {result.stderr}") from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any
 
+from pycloudlib.documents import parse_yaml
 from pycloudlib.guest import userdata
 
 _HEADER = "#cloud-config"
@@ -47,11 +47,10 @@ def build_script(user_data: str | bytes) -> str:
     """
     if not isinstance(user_data, (str, bytes)):
         raise TypeError(f"user_data must be str or bytes, not {type(user_data).__name__}")
-    content = user_data.encode() if isinstance(user_data, str) else user_data
-    content = userdata.decompress(content, "user_data")
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
+        content = user_data.encode() if isinstance(user_data, str) else user_data
+        text = userdata.decompress(content, "user_data").decode()
+    except UnicodeError as error:
         raise ValueError(f"user_data is neither a script nor a cloud-config: {error}") from error
     if text.startswith("#!"):
         return _place(text, "chmod 700 $f; $f")
@@ -66,11 +65,9 @@ def build_script(user_data: str | bytes) -> str:
 
 def _find_modules(text: str) -> list[str]:
     """List the modules that a cloud-config needs, in order."""
-    import yaml  # noqa: PLC0415 - heavy
-
     try:
-        config: Any = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        config = parse_yaml(text) or {}
+    except ValueError as error:
         raise ValueError(f"user_data is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"user_data is not a cloud-config mapping but {type(config).__name__}")

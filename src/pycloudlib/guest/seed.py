@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pycloudlib.documents import shown
 from pycloudlib.guest import userdata
 
 VOLUME_UNIT = 4 << 20
@@ -183,15 +184,19 @@ def read_iso(path: Path) -> Seed:
             files.get("vendor-data"),
             files.get("network-config"),
         )
-    except (pycdlib.pycdlibexception.PyCdlibException, KeyError, UnicodeDecodeError) as error:
+    except (
+        pycdlib.pycdlibexception.PyCdlibException,
+        LookupError,
+        OSError,
+        struct.error,  # of a directory that is cut off
+        UnicodeDecodeError,
+    ) as error:
         raise ValueError(f"{path} is not a NoCloud volume that was made here: {error}") from error
 
 
 def rename(seed: Seed, *, instance_id: str, hostname: str, host_key: tuple[str, str]) -> Seed:
     """Give the seed of a copy of a machine: the same but for who it is for."""
-    import yaml  # noqa: PLC0415 - heavy
-
-    meta_data = yaml.safe_load(seed.meta_data)
+    meta_data = parse_mapping("meta_data", seed.meta_data)
     meta_data.update({"instance-id": instance_id, "local-hostname": hostname})
     return Seed(
         seed.user_data,
@@ -221,6 +226,8 @@ def _yaml(document: Mapping[str, Any], name: str) -> bytes:
         text: str = yaml.safe_dump(dict(document), sort_keys=False)
     except yaml.representer.RepresenterError as error:
         raise TypeError(f"{name} holds a value that YAML cannot express: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
     return text.encode()
 
 
@@ -247,17 +254,24 @@ def parse_mapping(name: str, given: Document) -> dict[str, Any]:
 
 def _public_keys(given: object) -> list[str]:
     """Flatten the shapes that cloud-init takes for `public-keys`: text, list, or mapping."""
-    if isinstance(given, str):
-        return given.splitlines()
-    if isinstance(given, Mapping):
-        return [key for value in given.values() for key in _public_keys(value)]
-    if isinstance(given, (list, tuple)):
-        return [key for value in given for key in _public_keys(value)]
-    if given is None:
-        return []
-    raise TypeError(
-        f"public-keys in meta_data holds {given!r}, expected a text, a list or a mapping of texts"
-    )
+    keys: list[str] = []
+    # Each once: YAML's aliases can make a few lines a mapping without end.
+    seen: set[int] = set()
+    left = [given]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            keys += value.splitlines()
+        elif isinstance(value, (Mapping, list, tuple)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                left += reversed([*(value.values() if isinstance(value, Mapping) else value)])
+        elif value is not None:
+            raise TypeError(
+                f"public-keys in meta_data holds {shown(value)}, expected a text, a list or a "
+                "mapping of texts"
+            )
+    return keys
 
 
 def _host_key_config(host_key: tuple[str, str]) -> bytes:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import email
 import gzip
+import struct
 import zlib
 from collections.abc import Iterator
+
+from pycloudlib.documents import parse_yaml
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE = b"#cloud-config-archive"
@@ -28,7 +31,7 @@ def decompress(document: bytes, name: str) -> bytes:
         return document
     try:
         return gzip.decompress(document)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{name} is damaged gzip data: {error}") from error
 
 
@@ -45,10 +48,8 @@ def split(document: bytes, name: str) -> Iterator[bytes]:
     """
     document = decompress(document, name)
     if is_mime(document):
-        for part in email.message_from_bytes(document).walk():
-            content = part.get_payload(decode=True)
-            if isinstance(content, bytes):
-                yield from _split_archive(decompress(content, name), name)
+        for content in _parts(document, name):
+            yield from _split_archive(decompress(content, name), name)
     else:
         yield from _split_archive(document, name)
 
@@ -72,11 +73,20 @@ def load_yaml(document: bytes, name: str) -> object:
     Raises:
         ValueError: It is neither.
     """
-    import yaml  # noqa: PLC0415 - heavy
-
-    # The one in C, where there is one: user-data may be large.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(document, loader)  # noqa: S506 - it is a safe one
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(document)
+    except ValueError as error:
         raise ValueError(f"{name} is not valid YAML: {error}") from error
+
+
+def _parts(document: bytes, name: str) -> list[bytes]:
+    """Give what the parts of a MIME document carry, and the parts of parts."""
+    try:
+        payloads = [
+            part.get_payload(decode=True) for part in email.message_from_bytes(document).walk()
+        ]
+    except RecursionError:
+        raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
+    except (LookupError, TypeError, UnicodeError, ValueError) as error:
+        raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
+    return [payload for payload in payloads if isinstance(payload, bytes)]

@@ -7,7 +7,6 @@ mirrors share.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from pycloudlib.documents import parse_json
 from pycloudlib.errors import ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import catalogcache, store
 from pycloudlib.images.catalogcache import CachedCatalog
@@ -28,7 +28,7 @@ ARCHITECTURE = "amd64"
 
 # The forms that Ubuntu's names have; names of files and directories are made of them.
 _SERIES = re.compile(r"[a-z]{2,32}")
-_VERSION = re.compile(r"\d{1,2}\.\d{2}")
+_VERSION = re.compile(r"[0-9]{1,2}\.[0-9]{2}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"(?!/)(?!.*\.\.)[A-Za-z0-9._/+~-]+")
 
@@ -155,7 +155,7 @@ def parse_catalog(
         ImageVerificationError: It is not a catalog.
     """
     try:
-        products = json.loads(text)["products"].values()
+        products = parse_json(text)["products"].values()
         entries = [
             _parse_build(product, serial, build, source, stream, minimal=minimal)
             for product in products
@@ -216,8 +216,9 @@ def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Vers
 def _updated(text: bytes) -> float:
     """Tell when a catalog was made, in seconds since the epoch; 0 when it does not say."""
     try:
-        return parsedate_to_datetime(json.loads(text)["updated"]).timestamp()
-    except (KeyError, TypeError, ValueError):
+        updated = parse_json(text)["updated"]
+        return parsedate_to_datetime(updated).timestamp() if isinstance(updated, str) else 0.0
+    except (LookupError, OverflowError, TypeError, ValueError):
         return 0.0
 
 
@@ -271,7 +272,7 @@ def is_usable(entry: CatalogEntry) -> bool:
         and _VERSION.fullmatch(entry.version)
         and store.is_serial(entry.serial)
         and _SHA256.fullmatch(entry.sha256)
-        and isinstance(entry.size, int)
+        and type(entry.size) is int  # and not True
         and entry.size > 0
         and entry.url.rpartition("/")[2] in names
     )

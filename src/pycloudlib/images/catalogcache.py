@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.files import replace_atomically
 from pycloudlib.images.download import Version
 
@@ -30,22 +31,40 @@ class CachedCatalog:
     version: Version
 
 
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The first line of a file.
+
+    Attributes:
+        version: The catalog's.
+        sha256: The message's digest. Where signatures are not looked at, nothing else would tell
+            that it is damaged, and the server would say for ever that it has not changed.
+    """
+
+    version: Version
+    sha256: str
+
+
 def read(directory: Path | None, url: str) -> CachedCatalog | None:
     """Give the catalog of a URL; None when there is none that can be read."""
     if directory is None:
         return None
     try:
         head, _, message = _file(directory, url).read_bytes().partition(b"\n")
-        return CachedCatalog(message, Version(**json.loads(head)))
-    except (OSError, TypeError, ValueError):
+        kept = decode(_Head, parse_json(head))
+    except (OSError, ValueError):
         return None
+    if kept.sha256 != hashlib.sha256(message).hexdigest():
+        return None
+    return CachedCatalog(message, kept.version)
 
 
 def write(directory: Path | None, url: str, catalog: CachedCatalog) -> None:
     """Keep a catalog, where that is possible: it is fetched again otherwise."""
     if directory is None:
         return
-    head = json.dumps(dataclasses.asdict(catalog.version)).encode()
+    digest = hashlib.sha256(catalog.message).hexdigest()
+    head = json.dumps(dataclasses.asdict(_Head(catalog.version, digest))).encode()
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         with replace_atomically(_file(directory, url), synced=False) as temporary:

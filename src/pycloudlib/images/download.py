@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _PARTIAL_CONTENT = 206
 _NOT_MODIFIED = 304
 _PASSING = (408, 416, 429)  # time-out, range that cannot be had, too many requests
 _SERVER_ERRORS = 500
+_SENDABLE = re.compile(r"[!-~]+( [!-~]+)*")  # of a header's value (RFC 9110, 5.5)
 _WAITING = Progress("waiting before the download is tried again")
 
 # A server that never stops sending must fill neither the memory nor the disk. The largest
@@ -69,7 +71,10 @@ class Digest:
 
 def shown_url(url: str) -> str:
     """Give a URL as it may be shown and stored: without the password it may carry."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # it is none, and what of it is a password cannot be told
+        return url.rpartition("@")[2]
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
@@ -133,7 +138,8 @@ def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes
         ImageBuildError: It could not be downloaded whole.
     """
     headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
-    asked = {name: value for name, value in headers.items() if value}
+    # A server may name its versions by what cannot be sent back.
+    asked = {name: value for name, value in headers.items() if _SENDABLE.fullmatch(value)}
 
     def fetch() -> tuple[bytes | None, Version]:
         content = bytearray()

@@ -13,14 +13,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pycloudlib.documents import decode, parse_json, shown
 from pycloudlib.files import replace_atomically
 from pycloudlib.images.catalog import CatalogEntry, is_usable
-from pycloudlib.images.source import Stream
+from pycloudlib.images.source import Stream, is_http_url
 
 FILE = "pycloudlib.lock"
 _FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """The file's content."""
+
+    version: int
+    images: tuple[CatalogEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +51,17 @@ class ImageLock:
             ValueError: It is no lock; names the file and what is wrong.
         """
         try:
-            text = path.read_text()
+            document = parse_json(path.read_bytes())
+            if isinstance(document, dict) and document.get("version", _FORMAT) != _FORMAT:
+                raise ValueError(f"its version is {shown(document['version'])}, expected {_FORMAT}")
+            pins = decode(_Document, document).images
+            for pin in pins:
+                _check(pin)
         except FileNotFoundError:
             return cls(path)
-        try:
-            document = json.loads(text)
-            if document["version"] != _FORMAT:
-                raise ValueError(f"its version is {document['version']!r}, expected {_FORMAT}")
-            return cls(path, tuple(map(_parse, document["images"])))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a lock of images: {type(error).__name__}: {error}"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a lock of images: {error}") from error
+        return cls(path, pins)
 
     def find(self, stream: Stream, release: str, *, minimal: bool) -> CatalogEntry | None:
         """Find the build that a release is pinned to; None when it is not."""
@@ -94,8 +101,6 @@ def _plain(pin: CatalogEntry) -> dict[str, str | int | bool]:
     }
 
 
-def _parse(plain: dict[str, Any]) -> CatalogEntry:
-    pin = CatalogEntry(**{**plain, "stream": Stream(plain["stream"])})
-    if not is_usable(pin) or not pin.url.startswith(("http://", "https://")):
-        raise ValueError(f"{plain} is not a build of an image")
-    return pin
+def _check(pin: CatalogEntry) -> None:
+    if not is_usable(pin) or not is_http_url(pin.url):
+        raise ValueError(f"{_plain(pin)} is not a build of an image")

@@ -224,6 +224,11 @@ def _fetch_sums(client: httpx.Client, url: str, source: ImageSource) -> dict[str
         verify_detached(content, fetch_bytes(client, f"{url}.gpg"), keys, shown_url(url))
     else:
         source.warn_if_unverified()
+    return parse_sums(content)
+
+
+def parse_sums(content: bytes) -> dict[str, str]:
+    """Read a list of checksums; give them by file name. What is no line of one is passed over."""
     lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
     return {line["name"]: line["sha256"] for line in lines if line}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import importlib.resources
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +24,8 @@ _UBUNTU_KEYS = ("ubuntu-cloud-image-builder.asc", "uec-image-automatic-signing-k
 
 # RFC 9580, section 6.2: header lines, an empty line, base64, and a checksum line that begins
 # with "=". The checksum may be left out and tells nothing that a signature does not.
-_ARMORED_KEYS = re.compile(
-    rb"^-----BEGIN PGP PUBLIC KEY BLOCK-----\s*?\n(?:[^\n]*: [^\n]*\n)*\s*?\n"
-    rb"(.*?)"
-    rb"^-----END PGP PUBLIC KEY BLOCK-----",
-    re.DOTALL | re.MULTILINE,
-)
+_BEGIN = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
+_END = b"-----END PGP PUBLIC KEY BLOCK-----"
 
 # gpgv(1) does not look whether a key has expired or was revoked, and would end with success for
 # one that has. Its status tells them apart: GOODSIG is written only when neither is the case
@@ -79,7 +74,27 @@ def dearmor_keys(armored: bytes) -> bytes:
     Raises:
         ValueError: A block is not base64.
     """
-    return b"".join(_decode_block(block) for block in _ARMORED_KEYS.findall(armored))
+    return b"".join(map(_decode_block, _find_blocks(armored)))
+
+
+def _find_blocks(armored: bytes) -> Iterator[list[bytes]]:
+    """Give the lines of each block, without its headers.
+
+    Line by line, since an expression for all of it tries each beginning against the whole rest.
+    """
+    block: list[bytes] | None = None
+    in_headers = False
+    for line in map(bytes.rstrip, armored.split(b"\n")):
+        if line == _BEGIN:
+            block, in_headers = [], True
+        elif line == _END:
+            if block is not None and not in_headers:
+                yield block
+            block = None
+        elif in_headers:
+            in_headers = line != b""
+        elif block is not None:
+            block.append(line.lstrip())
 
 
 def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
@@ -138,8 +153,8 @@ def _read_keys(content: bytes, origin: str) -> bytes:
     raise ValueError(f"The keyring {origin} holds no OpenPGP public key")
 
 
-def _decode_block(block: bytes) -> bytes:
-    data = b"".join(line for line in block.split() if not line.startswith(b"="))
+def _decode_block(block: list[bytes]) -> bytes:
+    data = b"".join(line for line in block if not line.startswith(b"="))
     return base64.b64decode(data, validate=True)
 
 

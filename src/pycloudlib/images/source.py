@@ -15,6 +15,16 @@ _log = logging.getLogger(__name__)
 DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
 
 
+def is_http_url(text: str) -> bool:
+    """Say whether a text is a URL that can be downloaded from, by its form."""
+    try:
+        parts = urlsplit(text)
+        # Reading the port is what looks at it.
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 class Stream(enum.Enum):
     """The two lines of builds."""
 
@@ -52,8 +62,7 @@ class ImageSource:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.mirror)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_http_url(self.mirror):
             raise ValueError(
                 f"Invalid image mirror {shown_url(self.mirror)!r}: expected a URL such as "
                 f"{DEFAULT_MIRROR!r}"

@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import replace_atomically
+from pycloudlib.files import expand_user, is_file, replace_atomically, tells_of_no_file
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_USER = "ubuntu"
 """The login user of an image that no record tells of: Ubuntu's own."""
@@ -159,10 +163,18 @@ def inherit(image: Path, base: Path, source: str) -> None:
 
 
 def find_record(image: Path) -> ImageRecord | None:
-    """Read the record beside an image; None when there is none that can be read."""
+    """Read the record beside an image; None when there is none that can be read.
+
+    One that is there and is damaged is told of in the log: its image is one of which nothing is
+    known then.
+    """
+    record = record_path(image)
     try:
-        return ImageRecord(**json.loads(record_path(image).read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
+        return decode(ImageRecord, parse_json(record.read_bytes()))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and tells_of_no_file(error):
+            return None
+        _log.warning("%s is damaged and is not used: %s", record, error)
         return None
 
 
@@ -173,7 +185,7 @@ def resolve(image_id: str, image_dir: Path) -> Path:
         ImageNotFoundError: There is no such file; says where it was looked for.
     """
     path = locate(image_id, image_dir)
-    if not path.is_file():
+    if not is_file(path):
         message = f"No image {image_id!r}: {path} is not a file"
         raise ImageNotFoundError(message, resource_id=image_id)
     return path
@@ -187,7 +199,7 @@ def locate(image_id: str, image_dir: Path) -> Path:
     """
     if not isinstance(image_id, (str, os.PathLike)):
         raise TypeError(f"image_id must be a text, not {image_id!r}")
-    return (image_dir / Path(image_id).expanduser()).absolute()
+    return (image_dir / expand_user(image_id)).absolute()
 
 
 def find_serial(image: Path) -> str:

@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.files import replace_atomically
 
@@ -60,6 +61,13 @@ class Trial:
 
     problem: str | None
     conclusive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The outcome of a trial as it is remembered."""
+
+    problem: str | None
 
 
 AUTO = "auto"
@@ -135,10 +143,11 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> st
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return f"no permission for {KVM_DEVICE} (is this user in the group 'kvm'?)"
     remembered = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        outcome = json.loads(remembered.read_text())["problem"]
+    # One that cannot be read is as good as none: KVM is tried again.
+    with contextlib.suppress(OSError, ValueError):
+        outcome = decode(_Outcome, parse_json(remembered.read_bytes())).problem
         if outcome is None or not anew:
-            return None if outcome is None else str(outcome)
+            return outcome
     trial = try_accelerator(qemu_binary, Accelerator.KVM)
     if trial.conclusive:
         _remember(remembered, trial.problem)

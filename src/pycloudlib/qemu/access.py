@@ -129,9 +129,13 @@ class GuestAccess(DiagnosedInstance):
             return
         with exclusive_lock(rundir.path / "fix-up.lock"):
             try:
-                fix_up = FixUp.from_json(rundir.fix_up.read_text())
+                fix_up = FixUp.from_json(rundir.fix_up.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 return  # another thread was first
+            except (OSError, ValueError) as error:
+                raise CloudError(
+                    f"{rundir.fix_up} is damaged, so that {self.name} cannot be put right: {error}"
+                ) from error
             try:
                 self._helper.fix(fix_up)
             except HelperError as error:

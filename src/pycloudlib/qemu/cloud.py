@@ -187,7 +187,9 @@ class Qemu(QemuReady):
         seed = SeedRequest(self.key_pair.public_key_content, *data)
         return LaunchRequest(
             name=make_name(self.tag),
-            instance_type=InstanceType.parse(options.instance_type or DEFAULT_INSTANCE_TYPE),
+            instance_type=InstanceType.parse(
+                DEFAULT_INSTANCE_TYPE if options.instance_type is None else options.instance_type
+            ),
             launch_args=parse_launch_args(options.launch_args),
             kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
             seed=None if options.no_seed_iso else seed,

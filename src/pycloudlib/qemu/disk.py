@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -11,11 +10,14 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pycloudlib.documents import decode, parse_json, shown
 from pycloudlib.errors import ToolError
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.tools import run_tool, run_tool_streaming
+
+_T = TypeVar("_T")
 
 _SECTOR = 512
 QCOW_MAGIC = b"QFI\xfb"
@@ -109,26 +111,74 @@ def create_overlay(base: BaseImage, path: Path, *, unopened: bool = False) -> No
 
 
 def _inspect_qcow2(path: Path) -> BaseImage:
-    info = _qemu_img("info", path)
-    outside = info.get("backing-filename") or info.get("format-specific", {}).get("data", {}).get(
-        "data-file"
-    )
-    if outside:
+    info = _qemu_img("info", path, parse_info)
+    if info.outside:
         raise ValueError(
-            f"The image {path} refers to another file, {outside!r}; such an image is refused "
+            f"The image {path} refers to another file, {info.outside!r}; such an image is refused "
             "because it could read any file of this host. Make it self-contained with "
             "'qemu-img convert -O qcow2'"
         )
-    check = _qemu_img("check", path)
     # `check` looks at the tables alone; data missing at the file's end shows by its length.
-    end = check.get("image-end-offset", 0)
+    end = _qemu_img("check", path, parse_end)
     # The end is told in whole clusters, but a compressed image ends anywhere in its last one.
-    if path.stat().st_size <= end - int(info["cluster-size"]):
+    if path.stat().st_size <= end - info.cluster_size:
         raise _truncated(path, end)
-    return BaseImage(path, "qcow2", int(info["virtual-size"]))
+    return BaseImage(path, "qcow2", info.virtual_size)
 
 
-def _qemu_img(command: str, path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img tells of an image.
+
+    Attributes:
+        virtual_size: Length of the disk that the guest sees, in bytes.
+        cluster_size: Bytes of a cluster.
+        outside: The file that it needs besides itself; empty when it is whole.
+    """
+
+    virtual_size: int
+    cluster_size: int
+    outside: str
+
+
+def parse_info(answer: bytes) -> ImageInfo:
+    """Read what `qemu-img info` answers.
+
+    Raises:
+        ValueError: It is something else; says in what.
+    """
+    told = parse_json(answer)
+    specific = _inside(_inside(told, "format-specific"), "data")
+    return decode(
+        ImageInfo,
+        {
+            "virtual_size": _inside(told).get("virtual-size"),
+            "cluster_size": _inside(told).get("cluster-size"),
+            "outside": told.get("backing-filename") or specific.get("data-file") or "",
+        },
+    )
+
+
+def parse_end(answer: bytes) -> int:
+    """Read where an image ends, in bytes, from what `qemu-img check` answers; 0 if it is not told.
+
+    Raises:
+        ValueError: It is something else; says in what.
+    """
+    end = _inside(parse_json(answer)).get("image-end-offset", 0)
+    if type(end) is not int:
+        raise ValueError(f"image-end-offset is {shown(end)}, expected a whole number")
+    return end
+
+
+def _inside(answer: object, key: str | None = None) -> dict[str, Any]:
+    """Give the keys and values of an answer, or of what it has at a key; none if it has nothing."""
+    if not isinstance(answer, dict):
+        raise ValueError(f"{shown(answer)} is not keys and values")
+    return answer if key is None else _inside(answer.get(key, {}))
+
+
+def _qemu_img(command: str, path: Path, parse: Callable[[bytes], _T]) -> _T:
     argv: list[str | Path] = ["qemu-img", command, "-f", "qcow2", "--output=json", path]
     try:
         answer = run_tool(f"qemu-img {command}", argv, accepted=_ACCEPTED)
@@ -142,8 +192,12 @@ def _qemu_img(command: str, path: Path) -> dict[str, Any]:
             f"The image {path} is truncated or damaged (qemu-img {command}: "
             f"{said[0] if said else f'exit status {error.exit_status}'}). Fetch or build it again"
         ) from error
-    document: dict[str, Any] = json.loads(answer.stdout)
-    return document
+    try:
+        return parse(answer.stdout)
+    except ValueError as error:
+        raise ValueError(
+            f"What qemu-img {command} says of {path} cannot be understood: {error}"
+        ) from error
 
 
 def _check_is_raw(path: Path, start: bytes) -> None:
@@ -160,6 +214,8 @@ def _check_is_raw(path: Path, start: bytes) -> None:
 def _expected_raw_size(start: bytes) -> int:
     """Tell from a disk's partition table how long the disk is at least, in bytes."""
     if start[_SECTOR : _SECTOR + 8] == _GPT_SIGNATURE:
+        if len(start) < 2 * _SECTOR:
+            return 2 * _SECTOR
         # UEFI 2.10, 5.3.2: the second table's header is in the disk's last sector.
         (last_sector,) = struct.unpack_from("<Q", start, _SECTOR + 32)
         return int(last_sector + 1) * _SECTOR

@@ -121,8 +121,8 @@ class HelperLink:
 
     def _serves(self, user: str) -> bool:
         try:
-            return self._machine.rundir.helper_mark.read_text() == user
-        except FileNotFoundError:
+            return self._machine.rundir.helper_mark.read_bytes() == user.encode(errors="replace")
+        except (FileNotFoundError, IsADirectoryError):
             return False
 
     def _is_there(self, deadline: Deadline) -> bool:

@@ -13,6 +13,7 @@ import platformdirs
 
 from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError
+from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.images import store
 from pycloudlib.images.store import StoredImage
 from pycloudlib.progress import ProgressCallback
@@ -71,8 +72,8 @@ class QemuImages(BaseCloud):
             FileNotFoundError: The directory of `path` does not exist.
         """
         image = store.resolve(image_id, self.image_dir)
-        target = Path(path).expanduser().absolute()
-        if not target.parent.is_dir():
+        target = expand_user(path).absolute()
+        if not is_directory(target.parent):
             raise FileNotFoundError(
                 errno.ENOENT, "no such directory to export to", str(target.parent)
             )
@@ -241,6 +242,9 @@ class QemuImages(BaseCloud):
                 deleted.append(stored.image_id)
             except ImageInUseError as error:
                 self._log.info("%s is kept: %s", image, error)
+            except OSError as error:
+                # What is wrong with one is no reason to keep the others.
+                self._log.warning("%s could not be deleted: %s", image, error)
         store.remove_cut_off(self.image_dir)
         return deleted
 
@@ -259,7 +263,7 @@ class QemuImages(BaseCloud):
             ImageInUseError: Instances or snapshots are built on it; names them.
         """
         image = store.locate(image_id, self.image_dir)
-        if image.is_file():
+        if is_file(image):
             layers.check_unused(image, self.working_dir)
             store.delete(image, self.image_dir)
         if layers.is_snapshot(image):

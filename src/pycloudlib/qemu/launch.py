@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pycloudlib.files import write_private
+from pycloudlib.files import expand_user, is_file, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import generate_ed25519
@@ -123,14 +124,21 @@ def parse_launch_args(launch_args: Sequence[str] | None) -> tuple[str, ...]:
 
     Raises:
         TypeError: They are not a list of texts.
+        ValueError: One of them is none that a program can be given.
     """
     if launch_args is None:
         return ()
-    if isinstance(launch_args, (str, bytes)) or not all(isinstance(a, str) for a in launch_args):
+    if (
+        isinstance(launch_args, (str, bytes))
+        or not isinstance(launch_args, Iterable)
+        or not all(isinstance(argument, str) for argument in launch_args)
+    ):
         raise TypeError(
             f"launch_args must be a list of texts such as ['-device', 'pvpanic'], "
             f"not {launch_args!r}"
         )
+    for argument in launch_args:
+        _check_argument("launch_args", argument)
     return tuple(launch_args)
 
 
@@ -145,13 +153,16 @@ def find_kernel_boot(
         kernel_path: The caller's kernel, if any.
 
     Raises:
-        ValueError: A command line without a kernel to give it to.
+        ValueError: A command line without a kernel to give it to, or one that no program can be
+            given.
+        TypeError: One of them is neither a text nor a path.
         FileNotFoundError: The caller's kernel is not there.
     """
     if not kernel_cmdline and kernel_path is None:
         return None
-    kernel = store.kernel_path(image) if kernel_path is None else Path(kernel_path).expanduser()
-    if not kernel.is_file():
+    _check_kernel_types(kernel_cmdline, kernel_path)
+    kernel = store.kernel_path(image) if kernel_path is None else expand_user(kernel_path)
+    if not is_file(kernel):
         if kernel_path is not None:
             raise FileNotFoundError(f"kernel_path {str(kernel_path)!r} is not a file")
         raise ValueError(
@@ -162,6 +173,24 @@ def find_kernel_boot(
     return KernelBoot(
         kernel.absolute(), initrd, complete_cmdline(kernel_cmdline, has_initrd=initrd is not None)
     )
+
+
+def _check_kernel_types(kernel_cmdline: str, kernel_path: str | Path | None) -> None:
+    if not isinstance(kernel_cmdline, str):
+        raise TypeError(f"kernel_cmdline must be a text, not {kernel_cmdline!r}")
+    _check_argument("kernel_cmdline", kernel_cmdline)
+    if kernel_path is not None and not isinstance(kernel_path, (str, os.PathLike)):
+        raise TypeError(f"kernel_path must be a path, not {kernel_path!r}")
+
+
+def _check_argument(name: str, text: str) -> None:
+    """Make sure that a text can be handed to a program (execve(2))."""
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{name} holds {text!r}, which no program can be given")
 
 
 def _find_initrd(kernel: Path) -> Path | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.files import create_private_directory, exclusive_lock
+from pycloudlib.files import create_private_directory, exclusive_lock, tells_of_no_file
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
 from pycloudlib.qemu.rundir import RunDirectory
@@ -29,6 +29,8 @@ MAXIMUM_DEPTH = 16
 """Layers that a disk is built on before they are merged into one; see `performance.md`."""
 
 _QCOW2_HEADER = struct.Struct(">4sIQI")
+_LONGEST_NAME = 1023  # of a backing file, in bytes (docs/interop/qcow2.txt)
+_LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
 _PARENT_GLOB = "pycl-qemu-*"
 _SNAPSHOTS = "snapshots"
 _LOCK = ".lock"
@@ -171,13 +173,19 @@ def chain(tip: Path) -> list[Path]:
     clean up elsewhere, and QEMU names what it misses.
     """
     files = [tip]
+    # A damaged disk may be built on itself, by any of its names.
+    seen = {os.path.realpath(tip)}
     while (below := read_backing_file(files[-1])) is not None:
+        place = os.path.realpath(below)
+        if place in seen:
+            break
+        seen.add(place)
         files.append(below)
     return files
 
 
 def read_backing_file(image: Path) -> Path | None:
-    """Read what a qcow2 file is built on; None for any other file, and for one that is missing.
+    """Read what a qcow2 file is built on; None for any other file, and for what cannot be one.
 
     The header is read directly (docs/interop/qcow2.txt): a chain has many files, and a qemu-img
     process for each would be felt.
@@ -188,12 +196,17 @@ def read_backing_file(image: Path) -> Path | None:
             if len(header) < _QCOW2_HEADER.size or not header.startswith(disk.QCOW_MAGIC):
                 return None
             _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
-            if offset == 0:
+            if offset == 0 or not 0 < length <= _LONGEST_NAME:
                 return None
-            file.seek(offset)
-            return image.parent / os.fsdecode(file.read(length))
-    except FileNotFoundError:
+            # Not by seek(): a damaged header's offset may be none that there can be.
+            name = os.pread(file.fileno(), length, min(offset, _LAST_OFFSET))
+    except IsADirectoryError:
         return None
+    except OSError as error:
+        if not tells_of_no_file(error):
+            raise
+        return None
+    return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None
 
 
 def cloud_directories(working_dir: Path) -> Iterator[Path]:

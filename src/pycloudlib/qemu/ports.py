@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, exclusive_lock, replace_atomically
+from pycloudlib.files import (
+    create_private_directory,
+    exclusive_lock,
+    replace_atomically,
+    tells_of_no_file,
+)
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000
@@ -70,7 +76,7 @@ class PortRegistry:
                 )
             for port in free:
                 with replace_atomically(self._file(port)) as temporary:
-                    temporary.write_text(f"{owner}\n", encoding="utf-8")
+                    temporary.write_bytes(os.fsencode(owner) + b"\n")
             return PortLease(*free)
 
     def release(self, lease: PortLease, owner: Path) -> None:
@@ -97,19 +103,24 @@ class PortRegistry:
         return self.directory / str(port)
 
     def _owner(self, port: int) -> Path | None:
+        """Read whose a port is; None when it is nobody's, or the lease is damaged."""
         try:
-            return Path(self._file(port).read_text(encoding="utf-8").rstrip("\n"))
-        except FileNotFoundError:
+            owner = self._file(port).read_bytes().removesuffix(b"\n")
+        except (FileNotFoundError, IsADirectoryError):
             return None
+        return Path(os.fsdecode(owner)) if owner and b"\0" not in owner else None
 
     def _leased(self, port: int) -> bool:
+        if self._file(port).is_dir():
+            return True  # whatever it is, it is not ours to replace
         owner = self._owner(port)
         if owner is None or not owner.is_absolute():
             return False
         try:
             return owner.is_dir()
-        except OSError:
-            return True  # it cannot be told, as with a directory of root's: rather another port
+        except OSError as error:
+            # It may be one that cannot be looked at, as root's: rather another port then.
+            return not tells_of_no_file(error)
 
 
 def can_listen(port: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pycloudlib.documents import shown
 from pycloudlib.errors import CloudError
 
 # asyncio and qemu.qmp are most of what an import of this package would cost: only a machine that
@@ -262,10 +264,27 @@ def _translated(what: str) -> Iterator[None]:
 
 async def _deliver(client: QMPClient, on_event: Callable[[Event], None]) -> None:
     async for message in client.events:
-        on_event(_parse_event(message))
+        try:
+            event = parse_event(message)
+        except ValueError as error:
+            # Those that come after it are waited for.
+            _log.warning("An event of QEMU cannot be read: %s", error)
+        else:
+            on_event(event)
 
 
-def _parse_event(message: Mapping[str, Any]) -> Event:
-    stamp = message["timestamp"]
-    seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
-    return Event(str(message["event"]), message.get("data", {}), seconds)
+def parse_event(message: Mapping[str, Any]) -> Event:
+    """Read an event as QEMU sends it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        stamp = message["timestamp"]
+        seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
+        name, data = message["event"], message.get("data", {})
+        if not (isinstance(name, str) and isinstance(data, Mapping) and math.isfinite(seconds)):
+            raise TypeError("a name, data and a time are expected")
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{shown(message)} is not an event ({error!r})") from error
+    return Event(name, data, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import exclusive_lock, replace_atomically, write_private
+from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
 from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.spec import MachineSpec
 
+_log = logging.getLogger(__name__)
+
 _SPEC_FILE = "machine.json"
+_LAST_PID = 2**31 - 1  # pid_t
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,14 @@ class LoginFacts:
     username: str
     public_key_path: str | None
     private_key_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptIdentity:
+    """A process as it is written down."""
+
+    pid: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,7 @@ class RunDirectory:
             InstanceNotFoundError: There is no machine in this directory.
         """
         with self._named(self._login_file):
-            return LoginFacts(**json.loads(self._read(self._login_file)))
+            return decode(LoginFacts, parse_json(self._read(self._login_file)))
 
     def write_process(self, identity: ProcessIdentity) -> None:
         """Keep which process runs the machine."""
@@ -195,7 +208,7 @@ class RunDirectory:
         """Name a file that holds something else than what was written there."""
         try:
             yield
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise InstanceNotFoundError(
                 f"No instance in {self.path}: {file.name} is damaged ({error})",
                 resource_id=str(self.path),
@@ -204,10 +217,12 @@ class RunDirectory:
     def _read(self, file: Path) -> str:
         try:
             return file.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            missing = tells_of_no_file(error)
+            problem = "is missing" if missing else f"cannot be read: {error.strerror}"
             raise InstanceNotFoundError(
-                f"No instance in {self.path}: {file.name} is missing", resource_id=str(self.path)
-            ) from None
+                f"No instance in {self.path}: {file.name} {problem}", resource_id=str(self.path)
+            ) from (None if missing else error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,10 +280,18 @@ def _identity_text(identity: ProcessIdentity) -> str:
 
 
 def _find_identity(file: Path) -> ProcessIdentity | None:
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        facts = json.loads(file.read_text())
-        return ProcessIdentity(facts["pid"], facts["start"])
-    return None
+    """Read which process a file tells of; None when it tells of none, which is logged."""
+    try:
+        kept = decode(_KeptIdentity, parse_json(file.read_bytes()))
+        if not 0 < kept.pid <= _LAST_PID:
+            raise ValueError(f"pid is {kept.pid}, expected 1 to {_LAST_PID}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        # As after a crash of the host, which no process survives.
+        _log.warning("%s is damaged (%s): it tells of no process", file, error)
+        return None
+    return ProcessIdentity(kept.pid, kept.start)
 
 
 def _write(file: Path, text: str, *, synced: bool = True) -> None:

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.files import replace_atomically, write_private
+from pycloudlib.documents import decode, parse_json
+from pycloudlib.files import is_directory, replace_atomically, tells_of_no_file, write_private
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.memory import keep
 from pycloudlib.qemu.rundir import LoginFacts
@@ -118,6 +119,20 @@ class SavedMachine:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _KeptFacts:
+    """What is written down of a saved machine; see `SavedMachine`."""
+
+    spec: MachineSpec
+    login: LoginFacts
+    host: str
+    helper: bool
+    saved_at: float
+    rtc_lag: float | None
+    memory_mark: str
+    state_mark: str
+
+
 def directory_of(image: Path) -> Path:
     """Name the directory of what is kept beside an image; it need not exist."""
     return image.with_name(f"{image.name}{_SUFFIX}")
@@ -128,24 +143,15 @@ def find(image: Path) -> SavedMachine | None:
     try:
         if not _is_own(directory_of(image)):
             return None
-        facts = json.loads((directory_of(image) / _FACTS).read_text())
-        if facts["format"] != FORMAT:
+        facts = parse_json((directory_of(image) / _FACTS).read_bytes())
+        if isinstance(facts, dict) and facts.pop("format", None) != FORMAT:
             _log.warning("%s was saved in another format; only its disk is used", image)
             return None
-        return SavedMachine(
-            image,
-            MachineSpec.from_json(json.dumps(facts["spec"])),
-            LoginFacts(**facts["login"]),
-            facts["host"],
-            facts["helper"],
-            facts["saved_at"],
-            facts["rtc_lag"],
-            facts["memory_mark"],
-            facts["state_mark"],
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (KeyError, TypeError, ValueError) as error:
+        kept = decode(_KeptFacts, facts)
+        return SavedMachine(image, **{key: getattr(kept, key) for key in _KeptFacts.__slots__})
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and tells_of_no_file(error):
+            return None
         _log.warning("%s is damaged (%s); only its disk is used", directory_of(image), error)
         return None
 
@@ -208,7 +214,9 @@ def _copy_memory(source: Path, target: Path) -> None:
 def delete(image: Path) -> None:
     """Remove what is kept beside an image; a directory of another kind stays."""
     directory = directory_of(image)
-    if any((directory / name).exists() for name in (_FACTS, "state", "memory")):
+    if is_directory(directory) and any(
+        (directory / name).exists() for name in (_FACTS, "state", "memory")
+    ):
         shutil.rmtree(directory)
     with contextlib.suppress(OSError):  # something is in it, or it is not there
         directory.rmdir()

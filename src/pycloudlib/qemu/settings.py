@@ -12,6 +12,8 @@ from typing import Any
 
 import platformdirs
 
+from pycloudlib.documents import shown
+from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.qemu.accelerator import AUTO, SETTINGS
 from pycloudlib.qemu.ownership import Orphans
 
@@ -121,7 +123,7 @@ class _Reader:
 
     def error(self, key: str, expected: str) -> ValueError:
         return ValueError(
-            f"{key} in [qemu] of {self.source} is {self.section[key]!r}, expected {expected}"
+            f"{key} in [qemu] of {self.source} is {shown(self.section[key])}, expected {expected}"
         )
 
     def text(self, key: str) -> str | None:
@@ -150,17 +152,17 @@ class _Reader:
 
     def path(self, key: str) -> Path | None:
         value = self.text(key)
-        return None if value is None else Path(os.path.expandvars(value)).expanduser()
+        return None if value is None else expand_user(os.path.expandvars(value))
 
     def directory(self, key: str) -> Path | None:
         path = self.path(key)
-        if path is not None and not path.is_dir():
+        if path is not None and not is_directory(path):
             raise self.error(key, f"a directory that exists ({path} is not one)")
         return None if path is None else path.absolute()
 
     def file(self, key: str) -> Path | None:
         path = self.path(key)
-        if path is not None and not path.is_file():
+        if path is not None and not is_file(path):
             raise self.error(key, f"a file that exists ({path} is not one)")
         return path
 

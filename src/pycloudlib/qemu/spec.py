@@ -8,8 +8,8 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.qemu.accelerator import Accelerator
 
 DEFAULT_INSTANCE_TYPE = "c1m1500"
@@ -108,18 +108,12 @@ class MachineSpec:
 
     @classmethod
     def from_json(cls, text: str) -> MachineSpec:
-        """Read what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        fields["instance_type"] = InstanceType(**fields["instance_type"])
-        fields["accelerator"] = Accelerator(fields["accelerator"])
-        fields["disk"] = Path(fields["disk"])
-        fields["seed"] = None if fields["seed"] is None else Path(fields["seed"])
-        fields["launch_args"] = tuple(fields["launch_args"])
-        boot = fields["kernel_boot"]
-        if boot is not None:
-            initrd = None if boot["initrd"] is None else Path(boot["initrd"])
-            fields["kernel_boot"] = KernelBoot(Path(boot["kernel"]), initrd, boot["cmdline"])
-        return cls(**fields)
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It is something else; says in what.
+        """
+        return decode(cls, parse_json(text))
 
 
 def _plain(value: object) -> str:

@@ -1,0 +1,169 @@
+"""JSON and YAML read into values: whatever is wrong with a text is a `ValueError` that says what.
+
+The libraries fail in more ways than by their own errors (a text that is nested deeply ends in
+`RecursionError`, a date that does not exist in whatever the constructor met), and take any value
+where a certain one is meant. This is the one place that knows about both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+_LONGEST_SHOWN = 200
+_TOO_DEEP = "it is nested too deeply"
+
+# Each with the words for it.
+_PLAIN_KINDS = {str: "a text", int: "a whole number", bool: "true or false"}
+
+
+def parse_json(text: str | bytes | bytearray) -> Any:
+    """Parse a JSON text.
+
+    Raises:
+        ValueError: It is none; says where.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse a YAML text of plain values.
+
+    Raises:
+        ValueError: It is none; says where.
+    """
+    import yaml  # noqa: PLC0415 - heavy
+
+    # The one in C, where there is one: user-data may be large.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return yaml.load(text, loader)  # noqa: S506 - it is a safe one
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # What is not the library's own error comes from a value such as `!!int ""`.
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def decode(kind: type[_T], plain: object) -> _T:
+    """Make a dataclass of the plain values that JSON has for it, each checked for its type.
+
+    Fields may be texts, numbers, booleans, paths, enums, tuples, other dataclasses, and any of
+    these or None. Such as have a default may be left out; others than the fields may not be there.
+
+    Raises:
+        ValueError: A value is missing, unknown or another than the field's; names it.
+    """
+    value: _T = _decode(kind, plain, "")
+    return value
+
+
+def shown(value: object) -> str:
+    """Give a value as it can be put into an error, whatever it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # a number may have more digits than are written out
+        return f"a value of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+def _decode(kind: Any, plain: object, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _decode_fields(typing.cast("type[Any]", kind), plain, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner, none = arguments
+        assert none is type(None), "only `… | None` can be told apart"
+        return None if plain is None else _decode(inner, plain, where)
+    if origin is tuple:
+        return _decode_tuple(arguments, plain, where)
+    return _decode_one(kind, plain, where)
+
+
+def _decode_one(kind: Any, plain: object, where: str) -> Any:
+    if issubclass(kind, enum.Enum):
+        values = [member.value for member in kind]
+        if plain not in values:
+            raise _wrong(plain, where, f"one of {', '.join(map(repr, values))}")
+        return kind(plain)
+    if kind is Path:
+        return _decode_path(plain, where)
+    if kind is float:
+        return _decode_float(plain, where)
+    # Not isinstance: True is an int.
+    if type(plain) is not kind:
+        raise _wrong(plain, where, _PLAIN_KINDS[kind])
+    return plain
+
+
+def _decode_fields(kind: type[Any], plain: object, where: str) -> Any:
+    if not isinstance(plain, dict):
+        raise _wrong(plain, where, "keys and values")
+    kinds = _field_kinds(kind)
+    unknown = plain.keys() - kinds.keys()
+    if unknown:
+        raise ValueError(f"{_below(where, min(map(str, unknown)))} is not known")
+    for field in dataclasses.fields(kind):
+        if field.name not in plain and field.default is dataclasses.MISSING:
+            raise ValueError(f"{_below(where, field.name)} is missing")
+    return kind(**{key: _decode(kinds[key], plain[key], _below(where, key)) for key in plain})
+
+
+def _field_kinds(kind: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _decode_tuple(kinds: tuple[Any, ...], plain: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(plain, list):
+        raise _wrong(plain, where, "a list")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(plain)
+    if len(plain) != len(kinds):
+        raise _wrong(plain, where, f"a list of {len(kinds)}")
+    return tuple(
+        _decode(kind, value, f"{where}[{number}]")
+        for number, (kind, value) in enumerate(zip(kinds, plain, strict=True))
+    )
+
+
+def _decode_path(plain: object, where: str) -> Path:
+    if isinstance(plain, str) and plain and "\0" not in plain:
+        try:
+            os.fsencode(plain)
+        except UnicodeEncodeError:
+            pass
+        else:
+            return Path(plain)
+    raise _wrong(plain, where, "a path")
+
+
+def _decode_float(plain: object, where: str) -> float:
+    if type(plain) in (int, float):
+        try:
+            number = float(typing.cast("float", plain))
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise _wrong(plain, where, "a number")
+
+
+def _below(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _wrong(plain: object, where: str, expected: str) -> ValueError:
+    return ValueError(f"{where or 'it'} is {shown(plain)}, expected {expected}")
