@@ -142,19 +142,22 @@ def test_a_missing_file_is_named_and_what_was_there_stays(vm: QemuInstance, tmp_
 
 def test_an_unexpected_host_key_is_refused(vm: QemuInstance) -> None:
     known_hosts = vm.machine.rundir.known_hosts
+    hidden = (vm.machine.rundir.console_log, vm.machine.rundir.seed)
     right = known_hosts.read_text()
     other = " ".join(generate_ed25519("somebody else")[1].split()[:2])
     try:
         known_hosts.write_text(other + "\n")
-        # cloud-init has shown the machine's keys on the console: it is not asked this time.
-        vm.machine.rundir.console_log.rename(vm.instance_dir / "hidden")
+        # The machine's key is on the console and in its seed: they are not asked this time.
+        for file in hidden:
+            file.rename(file.with_suffix(".hidden"))
         vm._forget_client()
         with pytest.raises(paramiko.SSHException, match="host key changed") as caught:
             vm.execute("true")
         assert caught.value.diagnosis.cause is Cause.HOST_KEY  # type: ignore[attr-defined]
         assert known_hosts.read_text() == other + "\n"
     finally:
-        (vm.instance_dir / "hidden").rename(vm.machine.rundir.console_log)
+        for file in hidden:
+            file.with_suffix(".hidden").rename(file)
         known_hosts.write_text(right)
     vm._ssh_connect().close()
 

@@ -186,7 +186,6 @@ def test_what_is_no_image_is_told_of(tmp_path: Path, image_id: str) -> None:
     assert repr(image_id) in str(caught.value)
 
 
-@pytest.mark.xfail(raises=OSError, reason="the owner's file of a name that none can have")
 @given(NAMES | ANY)
 @example("x" * 300)
 @example("x" * 250)

@@ -18,10 +18,8 @@ _log = logging.getLogger(__name__)
 # may follow the prompt of getty, which waits on the console by then; whatever is typed there comes
 # after a prompt in each line, and so is no key. The second follows right after a key that came
 # without a line end.
-_KEYS_BLOCK = re.compile(
-    r"^(?:[^\n]* login: )?-----BEGIN SSH HOST KEY KEYS-----$(.*?)-----END SSH HOST KEY KEYS-----",
-    re.MULTILINE | re.DOTALL,
-)
+_KEYS_BEGIN = re.compile(r"(?:.* login: )?-----BEGIN SSH HOST KEY KEYS-----")
+_KEYS_END = "-----END SSH HOST KEY KEYS-----"
 # What is surely no cloud-config.
 _SCRIPT = b"#!"
 
@@ -51,8 +49,8 @@ class MachineHostKeys:
     def pinned(self) -> Sequence[str]:
         """Give the keys in the file."""
         try:
-            return self.known_hosts.read_text(encoding="ascii").splitlines()
-        except FileNotFoundError:
+            return self.known_hosts.read_text(encoding="ascii", errors="replace").splitlines()
+        except (FileNotFoundError, IsADirectoryError):
             return ()
 
     def accepts(self, key_line: str) -> bool:
@@ -89,15 +87,24 @@ class MachineHostKeys:
     def _console(self) -> str:
         try:
             return self.console_log.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return ""
 
 
 def announced_host_keys(console: str) -> set[str]:
     """Find the host keys that cloud-init printed last, as `type base64` lines."""
-    blocks = _KEYS_BLOCK.findall(console.replace("\r", ""))
-    lines = blocks[-1].splitlines() if blocks else []
-    return {" ".join(line.split()[:2]) for line in lines if line.strip()}
+    keys: set[str] = set()
+    block: list[str] | None = None
+    for line in console.replace("\r", "").splitlines():
+        before, mark, _ = line.partition(_KEYS_END)
+        if mark and block is not None:
+            keys = {" ".join(key.split()[:2]) for key in (*block, before) if key.strip()}
+            block = None
+        elif _KEYS_BEGIN.fullmatch(line):
+            block = []
+        elif block is not None:
+            block.append(line)
+    return keys
 
 
 def configured_host_keys(document: bytes, name: str) -> set[str]:
@@ -129,7 +136,7 @@ def _host_keys_of(part: bytes, name: str) -> set[str]:
     if not isinstance(keys, dict):
         return set()
     return {
-        " ".join(str(key).split()[:2])
+        " ".join(key.split()[:2])
         for kind, key in keys.items()
-        if str(kind).endswith("_public")
+        if str(kind).endswith("_public") and isinstance(key, str) and len(key.split()) > 1
     }

@@ -104,6 +104,9 @@ class GuestAccess(DiagnosedInstance):
         # the disk yet gets there: a copy that cannot go on boots from it.
         return self._by_helper(["sync"], b"", _SYNC_LIMIT) is not None
 
+    def _can_be_asked(self) -> bool:
+        return super()._can_be_asked() or self._helper.expected
+
     def has_moved(self) -> None:
         """Take note that another QEMU runs the machine: connections through the first are lost."""
         self._forget_client()

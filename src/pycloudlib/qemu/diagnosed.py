@@ -101,18 +101,19 @@ class DiagnosedInstance(BaseInstance):
 
     def _ask_guest(self, diagnosis: Diagnosis) -> Diagnosis:
         """Add what the guest says of itself, if it can be reached."""
-        if self.machine.state is not State.RUNNING:
+        if self.machine.state is not State.RUNNING or not self._can_be_asked():
             return diagnosis
         try:
-            # Not over a connection that has to be made first: that may take long.
-            told = self.execute(_ASK, timeout=_ASK_LIMIT) if self._ssh_client else None
+            told = self.execute(_ASK, timeout=_ASK_LIMIT)
         except Exception as error:  # noqa: BLE001 - it is another error that is told of
             self._log.debug("%s cannot be asked: %s", self.name, error)
             return diagnosis
-        if told is None:
-            return diagnosis
         units, _, words = told.stdout.partition("--")
         return examination.with_guest_words(diagnosis, _lines(words), _lines(units))
+
+    def _can_be_asked(self) -> bool:
+        """Say whether commands can be run without a connection that has to be made first."""
+        return self._ssh_client is not None
 
     def _keep_artifacts(self, error: Exception) -> None:
         if self.artifacts_dir is None:

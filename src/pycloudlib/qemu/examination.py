@@ -11,7 +11,7 @@ from typing import Any
 
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.guest.bootphases import clean_line, find_phase
+from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
 from pycloudlib.guest.deadends import find_sign
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.process import ProcessEnd
@@ -142,9 +142,8 @@ def _find_cause(facts: Facts, error: BaseException | None) -> tuple[Cause, str]:
         found = finder(facts, error)
         if found is not None:
             return found
-    if facts.phase != "cloud-init done" and facts.state is State.RUNNING:
-        return Cause.STILL_BOOTING, ""
-    return Cause.UNKNOWN, ""
+    booting = facts.phase != Phase.CLOUD_INIT_DONE.value and not facts.copied
+    return (Cause.STILL_BOOTING if booting else Cause.UNKNOWN), ""
 
 
 def _find_in_error(_facts: Facts | None, error: BaseException | None) -> tuple[Cause, str] | None:

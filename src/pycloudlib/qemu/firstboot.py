@@ -105,16 +105,17 @@ _OBSTACLES = {
 def _find_seed_obstacle(seed: SeedRequest) -> str | None:
     documents = {"user-data": seed.user_data, "vendor-data": seed.vendor_data}
     for name, given in documents.items():
-        document = given.encode() if isinstance(given, str) else given
-        if isinstance(document, bytes) and (obstacle := _find_in_document(document, name)):
+        # What is given as a mapping is none of all these.
+        if isinstance(given, (str, bytes)) and (obstacle := _find_in_document(given, name)):
             return f"its {name} {obstacle}"
     if "seedfrom" in nocloud.parse_mapping("meta_data", seed.meta_data):
         return "its meta-data names another seed (seedfrom)"
     return None
 
 
-def _find_in_document(document: bytes, name: str) -> str | None:
+def _find_in_document(given: str | bytes, name: str) -> str | None:
     try:
+        document = given.encode() if isinstance(given, str) else given
         parts = [userdata.decompress(document, name), *userdata.split(document, name)]
     except ValueError as error:
         # cloud-init may read in part what cannot be read here.

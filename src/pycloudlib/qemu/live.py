@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.files import expand_user
 from pycloudlib.guest import runconfig
 from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
@@ -124,8 +125,9 @@ class QemuLive(QemuImages):
         image = store.locate(image_id, self.image_dir)
         super().delete_image(image_id, **kwargs)
         savedmachine.delete(image)
-        # Last, so that whatever is cut off before is found by it.
-        owner_file(image).unlink(missing_ok=True)
+        if layers.is_snapshot(image):
+            # Last, so that whatever is cut off before is found by it.
+            owner_file(image).unlink(missing_ok=True)
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
@@ -249,7 +251,7 @@ def check_new(path: str | Path) -> Path:
         FileExistsError: There is something already.
         FileNotFoundError: Its directory does not exist.
     """
-    target = Path(path).expanduser().absolute()
+    target = expand_user(path).absolute()
     for file in (target, savedmachine.directory_of(target)):
         if file.exists():
             raise FileExistsError(errno.EEXIST, "an image does not overwrite a file", str(file))

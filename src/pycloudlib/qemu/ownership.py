@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.files import create_private_directory, replace_atomically, write_private
 from pycloudlib.qemu.process import ProcessIdentity
 
@@ -38,6 +39,16 @@ class Orphans(enum.Enum):
     """They live on."""
     REAP = "reap"
     """They end with it, however it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """An `Ownership` as it is written down."""
+
+    pid: int
+    start: int
+    orphans: Orphans
+    left: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +76,10 @@ class Ownership:
     def find(cls, owned: Path) -> Ownership | None:
         """Read whom something belongs to; None of what is not known to belong to anybody."""
         try:
-            facts = json.loads(owner_file(owned).read_text(encoding="utf-8"))
-            return cls(
-                ProcessIdentity(int(facts["pid"]), int(facts["start"])),
-                Orphans(facts["orphans"]),
-                bool(facts["left"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            noted = decode(_Note, parse_json(owner_file(owned).read_bytes()))
+        except (OSError, ValueError):
             return None
+        return cls(ProcessIdentity(noted.pid, noted.start), noted.orphans, noted.left)
 
     def write(self, owned: Path) -> None:
         """Note whom something belongs to."""

@@ -218,8 +218,9 @@ def delete(image: Path) -> None:
         (directory / name).exists() for name in (_FACTS, "state", "memory")
     ):
         shutil.rmtree(directory)
-    with contextlib.suppress(OSError):  # something is in it, or it is not there
-        directory.rmdir()
+    elif is_directory(directory):
+        with contextlib.suppress(OSError):  # something else is in it
+            directory.rmdir()
 
 
 def relocate(saved: SavedMachine, directory: Path, final: Path) -> LoginFacts:

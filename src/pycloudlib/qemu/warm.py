@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._version import __version__
+from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudError
 from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock, write_private
 from pycloudlib.images import store
@@ -221,10 +222,10 @@ class WarmCache:
     def why_unfit(self, key: str) -> str | None:
         """Say why a machine cannot be kept ready, if that is known."""
         try:
-            unfit = Unfit(**json.loads(self._unfit(key).read_text()))
-            return unfit.reason if unfit.holds(self.bound) else None
-        except (FileNotFoundError, ValueError, TypeError):
+            unfit = decode(Unfit, parse_json(self._unfit(key).read_bytes()))
+        except (OSError, ValueError):
             return None  # a damaged one tells nothing
+        return unfit.reason if unfit.holds(self.bound) else None
 
     def _unfit(self, key: str) -> Path:
         return self.directory / f"{key}{_UNFIT}"
