@@ -23,6 +23,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
+from tests.guest.lookout import Lookout
 from tests.guest.portrait import Portrait, paint
 from tests.guest.seeds import COMPARED, SEEDS, Kind, TestSeed
 
@@ -67,6 +68,15 @@ def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
             cloud.clean()  # ends waits that still go on
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lookout(guests: dict[Kind, Future[Guest]]) -> Iterator[Lookout]:
+    """Look, all the time, at who listens where and who may read what; nothing wrong is found."""
+    cloud = Qemu(tag="lookout")
+    with Lookout(cloud.working_dir) as watching:
+        yield watching
+    assert watching.found == set()
 
 
 @pytest.fixture(scope="session", autouse=True)

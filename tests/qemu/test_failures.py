@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -135,6 +136,35 @@ def test_outermost_call_explains(running: QemuInstance) -> None:
     assert str(caught.value).count("Cause:") == 1
     assert diagnosis_of(caught.value).waiting_for == "the machine to be ready"
     assert running.diagnose().cause is Cause.STILL_BOOTING
+
+
+def test_secrets_are_neither_logged_nor_kept(
+    make_cloud: CloudMaker, tiny_image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "artifacts"
+    cloud = make_cloud("secret", more=f'accelerator = "tcg"\nartifacts_dir = "{directory}"\n')
+    secret = "hunter2-in-the-clear"
+    with caplog.at_level(logging.DEBUG):
+        vm = hurry(
+            cloud.launch(
+                str(tiny_image),
+                SMALL,
+                user_data=f"#cloud-config\npassword: {secret}\n",
+                meta_data={"secret": secret},
+                vendor_data=f"#!/bin/sh\n# {secret}\n",
+            )
+        )
+        with pytest.raises(PycloudlibTimeoutError) as caught:
+            vm.wait(ready_timeout=0.02)
+    private_key = Path(str(vm.key_pair.private_key_path)).read_text().splitlines()[2]
+    kept = "".join(
+        file.read_text(errors="replace") for file in directory.rglob("*") if file.is_file()
+    )
+    command = Path(f"/proc/{vm.machine.pid}/cmdline").read_text()
+    for text in (caplog.text, str(caught.value), kept, command):
+        assert secret not in text
+        assert private_key not in text
+    vm.delete()
 
 
 def test_artifacts_are_kept(make_cloud: CloudMaker, tiny_image: Path, tmp_path: Path) -> None:
