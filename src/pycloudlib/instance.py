@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import ssh
 from pycloudlib.key import KeyPair
-from pycloudlib.readiness import Readiness, command_limit, keeping, ready_limit
+from pycloudlib.readiness import (
+    DEFAULT_READY_MINUTES,
+    Readiness,
+    command_limit,
+    keeping,
+    ready_limit,
+)
 from pycloudlib.result import Result
 from pycloudlib.util import raise_cleanup_errors
 
@@ -75,6 +81,11 @@ class BaseInstance(Readiness):
     def ip(self) -> str:
         """The address by which it is reached."""
 
+    @property
+    def _default_ready_minutes(self) -> float:
+        """How long the machine may take until it is ready, unless somebody says otherwise."""
+        return DEFAULT_READY_MINUTES
+
     @abstractmethod
     def delete(self, wait: bool = True) -> list[Exception]:
         """Delete it and give the errors met on the way."""
@@ -112,7 +123,7 @@ class BaseInstance(Readiness):
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
             ValueError: `ready_timeout` is not a positive number.
         """
-        with keeping(ready_limit(ready_timeout)):
+        with keeping(ready_limit(ready_timeout, self._default_ready_minutes)):
             self._wait_for_instance_start(**kwargs)
             self._wait_for_execute()
             self._wait_for_cloudinit()
@@ -126,7 +137,7 @@ class BaseInstance(Readiness):
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with keeping(ready_limit(None)):
+        with keeping(ready_limit(None, self._default_ready_minutes)):
             self._wait_for_execute(old_boot_id=old_boot_id)
             self._wait_for_cloudinit()
 

@@ -18,8 +18,8 @@ from pycloudlib.result import Result
 if TYPE_CHECKING:
     import paramiko
 
-DEFAULT_READY_LIMIT = 20 * 60.0
-"""Seconds that a machine may take until it is ready: a cold boot in emulation on a busy host."""
+DEFAULT_READY_MINUTES = 20.0
+"""Minutes that a machine may take until it is ready: a cold boot in emulation on a busy host."""
 
 # An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
 # reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
@@ -30,14 +30,18 @@ _ATTEMPT_PAUSE = 0.2
 _ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
 
 
-def ready_limit(minutes: float | None) -> Deadline:
+def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -> Deadline:
     """Give the deadline of a wait for readiness.
+
+    Args:
+        minutes: How long it may take, if somebody says so.
+        default: How long otherwise.
 
     Raises:
         ValueError: It is not a positive number of minutes.
     """
     if minutes is None:
-        return Deadline.after(DEFAULT_READY_LIMIT)
+        return Deadline.after(default * 60)
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
         raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
     return Deadline.after(minutes * 60)
@@ -208,4 +212,4 @@ class Readiness(ABC):
     def _deadline(self, timeout: float | None) -> Deadline:
         if timeout is not None:
             return Deadline.after(timeout)
-        return _ready_deadline.get() or Deadline.after(DEFAULT_READY_LIMIT)
+        return _ready_deadline.get() or Deadline.after(DEFAULT_READY_MINUTES * 60)

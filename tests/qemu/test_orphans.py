@@ -125,7 +125,7 @@ def test_machine_outlives_a_program_that_ends(
     end: str, config: str, tiny_image: Path, cloud: Qemu
 ) -> None:
     instance_id, pid = run(PROGRAM, config, str(tiny_image), "reap-after-crash", end)
-    time.sleep(1)  # longer than whoever watches takes
+    time.sleep(0.7)  # longer than whoever watches takes
     assert alive(pid)
     assert stays(instance_id, cloud, stopped=True)
     vm = cloud.get_instance(instance_id)
@@ -136,7 +136,7 @@ def test_machine_outlives_a_program_that_ends(
 
 def test_machine_outlives_a_worker_that_ends(config: str, tiny_image: Path, cloud: Qemu) -> None:
     instance_id, pid = run(WORKER, config, str(tiny_image))
-    time.sleep(1)
+    time.sleep(0.7)
     assert alive(pid)
     assert stays(instance_id, cloud)
     assert cloud.get_instance(instance_id).delete() == []
@@ -147,7 +147,7 @@ def test_machine_that_is_to_be_kept_outlives_any_end(
     config: str, tiny_image: Path, cloud: Qemu
 ) -> None:
     instance_id, pid = run(PROGRAM, config, str(tiny_image), "keep", "kill")
-    time.sleep(1)
+    time.sleep(0.7)
     assert alive(pid)
     assert stays(instance_id, cloud, stopped=True)
     assert cloud.get_instance(instance_id).delete() == []
@@ -204,7 +204,7 @@ def test_one_that_others_switched_on_is_theirs(
         vm.machine.power_on()
         process.kill()
         process.wait()
-        time.sleep(1)
+        time.sleep(0.7)
         assert alive(vm.machine.pid)
         assert stays(vm.id, cloud)
     assert vm.delete() == []
@@ -338,7 +338,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.thorough)])
 def test_killed_at_any_moment_it_leaves_nothing_that_is_not_found(
     kills: int, config: str, tiny_image: Path, cloud: Qemu, working_dir: Path
 ) -> None:

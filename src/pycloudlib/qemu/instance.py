@@ -23,14 +23,14 @@ from pycloudlib.qemu.layers import LayerStore
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
-from pycloudlib.readiness import keeping, ready_limit
+from pycloudlib.readiness import ready_limit
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
 # How long it may take to begin a reboot.
 _REBOOT_LIMIT = 60.0
 # Minutes until a machine has to be ready: many times what a boot takes on a busy host.
-_READY_LIMITS = {Accelerator.KVM: 10.0, Accelerator.TCG: 20.0}
+_READY_MINUTES = {Accelerator.KVM: 10.0, Accelerator.TCG: 20.0}
 
 
 class Owner(Protocol):
@@ -112,9 +112,9 @@ class QemuInstance(GuestAccess):
             HostDiskFullError: The host has no room for the machine's disk.
             PycloudlibTimeoutError: The machine could not be reached in time.
         """
-        limit = self._default_ready_limit() if ready_timeout is None else ready_timeout
+        ready_limit(ready_timeout)  # what is wrong with it is told before anything is done
         with self._watching_boot(on_progress, self._tell_limit(ready_timeout)):
-            super().wait(limit, **kwargs)
+            super().wait(ready_timeout, **kwargs)
         self._run_first()
 
     def wait_for_restart(self, old_boot_id: str) -> None:
@@ -128,19 +128,18 @@ class QemuInstance(GuestAccess):
             BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        deadline = ready_limit(self._default_ready_limit())
-        with keeping(deadline), self._watching_boot(None, self._tell_limit(None)):
+        with self._watching_boot(None, self._tell_limit(None)):
             super().wait_for_restart(old_boot_id)
 
-    def _default_ready_limit(self) -> float:
-        """Give the minutes that the machine may take until it is ready."""
-        return _READY_LIMITS[self.machine.spec.accelerator]
+    @property
+    def _default_ready_minutes(self) -> float:
+        return _READY_MINUTES[self.machine.spec.accelerator]
 
     def _tell_limit(self, given: float | None) -> str:
         if given is not None:
             return f"{given * 60:.0f} s (ready_timeout)"
         how = self.machine.spec.accelerator.value
-        return f"{self._default_ready_limit() * 60:.0f} s (the default with {how}; ready_timeout)"
+        return f"{self._default_ready_minutes * 60:.0f} s (the default with {how}; ready_timeout)"
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console over all its boots."""
