@@ -59,10 +59,11 @@ def life(cloud: Qemu, saved: str) -> QemuInstance:
     return machine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def seedless(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuInstance]:
-    """Give a machine without a seed, of a downloaded image; it boots while others are told of."""
-    directory = tmp_path_factory.mktemp("server")
+@pytest.fixture
+def seedless(image: str, tmp_path: Path) -> Iterator[QemuInstance]:
+    """Give a machine without a seed, of a downloaded image."""
+    directory = tmp_path / "server"
+    directory.mkdir()
     config = f'[qemu]\nimage_dir = "{directory}"\nimage_keyring = "{directory}/keyring.asc"\n'
     with new_signing_key() as key, running_image_server(key, directory) as server:
         server.add_image(Stream.DAILY, "noble", "20240821", built=Path(image))
@@ -226,15 +227,23 @@ def read_file(image: str, path: str, directory: Path) -> str:
     return subprocess.run(read, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.uses(Kind.GZIP)
-def test_fetched_kernels_are_booted_directly_and_nocloud_is_read_from_their_command_line(
-    seedless: QemuInstance, guests: dict[Kind, Future[Guest]]
+@pytest.mark.thorough
+def test_a_fetched_kernel_is_booted_directly_and_nocloud_read_from_its_command_line(
+    seedless: QemuInstance,
 ) -> None:
     with Console(int(seedless.telnet_port)) as console:
         # A prompt that was there before is printed again.
         console.send("")
         console.expect("seedless login: ", seconds=600)
     seedless.shutdown(wait=False)
+    seedless.wait_for_stop()
+    assert seedless.machine.state is State.OFF
+
+
+@pytest.mark.uses(Kind.GZIP)
+def test_a_kernel_is_booted_directly_and_nocloud_read_from_its_command_line(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
     seeded = guests[Kind.GZIP].result().machine
     words = seeded.execute("cat /proc/cmdline").split()
     assert "ds=nocloud;h=myhost;i=myid" in words
@@ -243,5 +252,3 @@ def test_fetched_kernels_are_booted_directly_and_nocloud_is_read_from_their_comm
     assert seeded.execute("hostname") == "myhost"
     assert seeded.execute("cat /var/lib/cloud/data/instance-id") == "myid"
     assert "GRUB" not in seeded.console_log()
-    seedless.wait_for_stop()
-    assert seedless.machine.state is State.OFF

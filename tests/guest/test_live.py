@@ -99,7 +99,7 @@ def test_copies_go_on_from_one_moment_of_a_machine_that_works(cloud: Qemu, saved
     assert work_of(grandchild)[2:] == before[2:]
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.thorough)])
 def test_copies_are_each_their_own_and_right_in_time(count: int, cloud: Qemu, saved: str) -> None:
     copies = [cloud.launch(saved, fresh_identity=True) for _ in range(count)]
     for vm in copies:
@@ -128,7 +128,7 @@ def test_a_copy_is_the_same_machine_unless_it_is_to_be_another(cloud: Qemu, save
     assert one.get_boot_id() == other.get_boot_id()
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.thorough)])
 def test_copies_one_after_another_leave_nothing(count: int, cloud: Qemu, saved: str) -> None:
     def count_all() -> tuple[int, int]:
         descriptors = len(list(Path("/proc/self/fd").iterdir()))

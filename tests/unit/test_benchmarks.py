@@ -232,11 +232,17 @@ def test_qemu_that_is_left_is_found_by_its_directory_and_ended(tmp_path: Path) -
     qemu = tmp_path / "qemu-system-x86_64"
     shutil.copy(shutil.which("sleep") or "", qemu)
     with subprocess.Popen([qemu, "1000"]) as left:
-        assert find_qemu(str(tmp_path / "other")) == []
-        assert find_qemu(str(qemu)) == [left.pid]
-
-        assert end_qemus(str(qemu)) == 1
-        assert left.wait(10) == -signal.SIGKILL
+        try:
+            # The kernel shows a program's arguments a moment after it has begun.
+            until = time.monotonic() + 10
+            while not find_qemu(str(qemu)) and time.monotonic() < until:
+                time.sleep(0.01)
+            assert find_qemu(str(tmp_path / "other")) == []
+            assert find_qemu(str(qemu)) == [left.pid]
+            assert end_qemus(str(qemu)) == 1
+            assert left.wait(10) == -signal.SIGKILL
+        finally:
+            left.kill()
 
 
 def test_course_is_told_to_clean_up_when_the_driver_is_interrupted(tmp_path: Path) -> None:
