@@ -3,6 +3,8 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+# What tests tell is to be seen when they tell it, also where it goes into a file.
+export PYTHONUNBUFFERED := 1
 
 # The release whose image the demo starts: bookworm or trixie are built here, an Ubuntu series
 # such as noble is downloaded.
@@ -32,7 +34,7 @@ demo: setup  ## Launch a machine, run a few commands in it, delete it (RELEASE=n
 test: setup  ## Everything that has to pass: lint, unit, wheel, qemu, guest
 	@$(MAKE) -j2 --output-sync=line guest checks
 
-checks: setup
+checks: setup  ## Everything that boots no guest: lint, unit, wheel, qemu
 	@$(MAKE) -j1 lint unit wheel qemu
 
 lint: setup  ## Check style and types: ruff and mypy

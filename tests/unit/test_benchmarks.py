@@ -249,8 +249,9 @@ def test_course_is_told_to_clean_up_when_the_driver_is_interrupted(tmp_path: Pat
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-        "print('up', flush=True)\n"
-        "try: time.sleep(1000)\n"
+        "try:\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(1000)\n"
         "finally: print('cleaned', file=sys.stderr)\n"
     )
     log = tmp_path / "log"
