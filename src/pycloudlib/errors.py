@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +105,23 @@ class NetworkNotFoundError(ResourceNotFoundError):
 
 class CloudError(PycloudlibError):
     """The cloud, here QEMU and the host, refused or failed."""
+
+
+class InstanceExistsError(CloudError):
+    """The name that was chosen for an instance is another one's.
+
+    Attributes:
+        name: The name.
+        directory: The directory of the instance that has it.
+    """
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self.directory = directory
+        super().__init__(
+            f"The name {name!r} is in use by the instance in {directory}. Delete that one, or take "
+            "another name"
+        )
 
 
 class CloudSetupError(PycloudlibError):

@@ -14,7 +14,7 @@ import pytest
 
 from pycloudlib.errors import PycloudlibException
 from pycloudlib.progress import Progress, ignore_progress
-from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image
+from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image, parse_size
 
 MakeImage = Callable[..., Path]
 
@@ -221,6 +221,32 @@ def test_overlay_has_ten_gib_and_never_less_than_its_base(
     assert info["format"] == "qcow2"
     assert info["full-backing-filename"] == str(base)
     assert info["backing-filename-format"] == image_format
+
+
+@pytest.mark.parametrize("gib", [1, 9, 30])
+def test_overlay_has_the_size_that_is_asked_for(gib: int, tiny_image: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    base = inspect_image(tiny_image)
+
+    create_overlay(base, overlay, size=parse_size(gib, base))
+
+    assert image_info(overlay)["virtual-size"] == gib * GIB
+
+
+@pytest.mark.parametrize("gib", [-1, 0, 3, 64 * 1024 + 1])
+def test_disk_that_cannot_hold_the_image_is_refused(gib: int, tmp_path: Path) -> None:
+    base = BaseImage(tmp_path / "some.img", "qcow2", 3 * GIB + 1)
+
+    with pytest.raises(ValueError, match=rf"disk_size_gib is {gib}, expected 4 .*some\.img"):
+        parse_size(gib, base)
+
+
+@pytest.mark.parametrize("size", ["20G", 2.5, True])
+def test_disk_size_that_is_no_whole_number_is_refused(size: object, tmp_path: Path) -> None:
+    base = BaseImage(tmp_path / "some.img", "qcow2", GIB)
+
+    with pytest.raises(TypeError, match="disk_size_gib must be a whole number"):
+        parse_size(size, base)  # type: ignore[arg-type]
 
 
 def test_overlay_is_readable_by_its_owner_alone(tiny_image: Path, tmp_path: Path) -> None:

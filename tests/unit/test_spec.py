@@ -11,6 +11,7 @@ from pycloudlib.qemu.spec import (
     InstanceType,
     KernelBoot,
     MachineSpec,
+    check_name,
     complete_cmdline,
     make_mac,
     make_name,
@@ -76,6 +77,30 @@ def test_name_is_a_host_name_for_every_tag(tag: str) -> None:
     assert len(name) <= 63
     assert HOST_NAME.fullmatch(name), name
     assert name.startswith(tag[:20].rstrip("-"))
+
+
+@pytest.mark.parametrize("name", ["a", "web-1", "24", "x" * 63])
+def test_host_names_can_be_chosen(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "-a", "a-", "A", "a_b", "a.b", "a/b", "../a", "a\n", "x" * 64, "ä", "a b"]
+)
+def test_name_that_is_no_host_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected a host name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["layers", "snapshots"])
+def test_name_of_a_cloud_s_own_directory_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="directory of theirs"):
+        check_name(name)
+
+
+def test_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(TypeError, match="name must be a text"):
+        check_name(5)  # type: ignore[arg-type]
 
 
 def test_names_of_one_tag_differ() -> None:

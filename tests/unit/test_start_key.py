@@ -57,6 +57,12 @@ def test_machines_with_other_data_share_it(request_: LaunchRequest, host: Host) 
         assert build_start_key(other, host) == key
 
 
+def test_disk_of_another_size_has_its_own(request_: LaunchRequest, host: Host) -> None:
+    larger = dataclasses.replace(request_, disk_size=20 << 30)
+
+    assert build_start_key(larger, host) != build_start_key(request_, host)
+
+
 def test_seed_of_another_length_has_its_own(request_: LaunchRequest, host: Host) -> None:
     large = with_seed(request_, user_data=b"x" * VOLUME_UNIT)
     assert build_start_key(large, host) != build_start_key(request_, host)

@@ -72,6 +72,7 @@ def test_key_is_a_name_for_a_file(image: Path, options: LaunchOptions, host: Hos
         ("username", "somebody"),
         ("launch_args", []),
         ("launch_args", ["-device pvpanic"]),
+        ("disk_size_gib", 20),
     ],
 )
 def test_each_option_changes_the_key(
@@ -79,6 +80,11 @@ def test_each_option_changes_the_key(
 ) -> None:
     changed = dataclasses.replace(options, **{name: value})  # type: ignore[arg-type]
     assert build_key(image, changed, host) != build_key(image, options, host)
+
+
+def test_name_does_not_change_the_key(image: Path, options: LaunchOptions, host: Host) -> None:
+    named = dataclasses.replace(options, name="web")
+    assert build_key(image, named, host) == build_key(image, options, host)
 
 
 def touch(file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import platformdirs
 
 from pycloudlib.config import ConfigFile
-from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, generate_key_pair
@@ -42,7 +42,7 @@ from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.ready import QemuReady
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.settings import APPLICATION, parse_orphans
-from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, make_name
+from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, check_name, make_name
 from pycloudlib.tools import find_tool
 
 _KEYS = "keys"
@@ -105,6 +105,8 @@ class Qemu(QemuReady):
         warm: bool = False,
         fast_boot: bool | None = None,
         fresh_identity: bool | None = None,
+        name: str | None = None,
+        disk_size_gib: int | None = None,
         **kwargs: Any,
     ) -> QemuInstance:
         """Start a machine from an image, without waiting for its boot.
@@ -133,10 +135,15 @@ class Qemu(QemuReady):
                 `fast_boot` in `[qemu]` says, which is no if it says nothing.
             fresh_identity: Whether a copy is somebody of its own: host name, machine-id,
                 instance-id and SSH host key. By default, a warm one is, and others are not.
+            name: What it is called, which is its guest's host name, too: 1 to 63 characters of
+                a-z, 0-9 and '-'. By default one is made from the tag.
+            disk_size_gib: GiB that its disk has, not less than the image. By default 10, or what
+                the image has.
             **kwargs: Accepted for older programs, and logged.
 
         Raises:
             ImageNotFoundError: There is no such image.
+            InstanceExistsError: This cloud has an instance of that name.
             ValueError: One of the arguments is malformed, or the image is damaged or unsafe.
             TypeError: One of the arguments is of a wrong type.
             FileNotFoundError: There is no file at `kernel_path`.
@@ -158,6 +165,8 @@ class Qemu(QemuReady):
             no_seed_iso,
             username,
             launch_args,
+            None if name is None else self._check_name(name),
+            disk_size_gib,
         )
         image = store.resolve(image_id, self.image_dir)
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
@@ -174,6 +183,12 @@ class Qemu(QemuReady):
                 self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
             return launch_new(image, options)
 
+    def _check_name(self, name: str) -> str:
+        directory = self.parent_dir / check_name(name)
+        if os.path.lexists(directory):
+            raise InstanceExistsError(name, directory)
+        return name
+
     def _check_launch(self, image: Path, options: LaunchOptions) -> LaunchRequest:
         """Check what is asked for as a whole."""
         data = (
@@ -185,15 +200,17 @@ class Qemu(QemuReady):
         if options.no_seed_iso and data != (None,) * len(data):
             self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
         seed = SeedRequest(self.key_pair.public_key_content, *data)
+        base = disk.inspect_image(image, self.working_dir)
         return LaunchRequest(
-            name=make_name(self.tag),
+            name=options.name_with(self.tag),
             instance_type=InstanceType.parse(
                 DEFAULT_INSTANCE_TYPE if options.instance_type is None else options.instance_type
             ),
             launch_args=parse_launch_args(options.launch_args),
             kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
             seed=None if options.no_seed_iso else seed,
-            image=disk.inspect_image(image, self.working_dir),
+            image=base,
+            disk_size=disk.parse_size(options.disk_size_gib, base),
         )
 
     def _start(self, beginning: Beginning, username: str | None) -> QemuInstance:

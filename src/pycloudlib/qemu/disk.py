@@ -26,8 +26,10 @@ _QCOW2_SIZE_AT = 24  # docs/interop/qcow2.txt: the virtual size, 8 bytes, big-en
 # `check` ends with 3 for clusters that nobody uses: wasted space, no damage (qemu-img(1)).
 _ACCEPTED = (0, 3)
 _GPT_SIGNATURE = b"EFI PART"
-MINIMUM_DISK_SIZE = 10 << 30
-"""Bytes that a machine's disk has at least."""
+_GIB = 1 << 30
+_LARGEST_GIB = 64 * 1024
+MINIMUM_DISK_SIZE = 10 * _GIB
+"""Bytes that a machine's disk has at least where nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,29 @@ def read_layer(path: Path) -> BaseImage:
     return BaseImage(path, "qcow2", int.from_bytes(header[_QCOW2_SIZE_AT:], "big"))
 
 
-def create_overlay(base: BaseImage, path: Path, *, unopened: bool = False) -> None:
+def parse_size(disk_size_gib: int | None, image: BaseImage) -> int | None:
+    """Read how large a disk is to be; give it in bytes, and None for the usual size.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is smaller than the image, or larger than a disk can be.
+    """
+    if disk_size_gib is None:
+        return None
+    if isinstance(disk_size_gib, bool) or not isinstance(disk_size_gib, int):
+        raise TypeError(f"disk_size_gib must be a whole number, not {disk_size_gib!r}")
+    least = max(1, -(-image.virtual_size // _GIB))
+    if not least <= disk_size_gib <= _LARGEST_GIB:
+        raise ValueError(
+            f"disk_size_gib is {disk_size_gib}, expected {least} (what the image {image.path} "
+            f"takes) to {_LARGEST_GIB}"
+        )
+    return disk_size_gib * _GIB
+
+
+def create_overlay(
+    base: BaseImage, path: Path, *, unopened: bool = False, size: int | None = None
+) -> None:
     """Make a disk on top of an image; the image is never written to.
 
     It is at least 10 GiB, and never smaller than the image: with a smaller size, qemu-img would
@@ -90,8 +114,9 @@ def create_overlay(base: BaseImage, path: Path, *, unopened: bool = False) -> No
         base: The image.
         path: The new disk.
         unopened: Whether the image is not looked at, as a running QEMU may still write to it.
+        size: Its length in bytes, not less than the image's; None for the usual one.
     """
-    size = max(base.virtual_size, MINIMUM_DISK_SIZE)
+    size = max(base.virtual_size, MINIMUM_DISK_SIZE if size is None else size)
     # fmt: off
     argv: list[str | Path] = [
         "qemu-img", "create", "-q",

@@ -143,7 +143,7 @@ def make_starting_point(
     request = dataclasses.replace(request, launch_args=())
     with contextlib.ExitStack() as stack:
         rundir = create_run_directory(parent_dir / request.name, stack, Orphans.REAP)
-        disk.create_overlay(request.image, rundir.disk)
+        disk.create_overlay(request.image, rundir.disk, size=request.disk_size)
         nocloud.write_iso(nocloud.Seed(b"", b""), rundir.seed, make_seed(request).volume_length)
 
         def switch_on(machine: Machine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,9 @@ class Owner(Protocol):
     def forget(self, instance: QemuInstance) -> None:
         """Take note that an instance is deleted."""
 
-    def fork(self, instance: QemuInstance, count: int, fresh_identity: bool) -> list[QemuInstance]:
+    def fork(
+        self, instance: QemuInstance, count: int, fresh_identity: bool, names: Sequence[str]
+    ) -> list[QemuInstance]:
         """Start copies of a running instance."""
 
     def find_saved(self, image_id: str) -> SavedMachine:
@@ -177,22 +179,28 @@ class QemuInstance(GuestAccess):
         if wait:
             self.wait()
 
-    def fork(self, count: int = 1, *, fresh_identity: bool = False) -> list[QemuInstance]:
+    def fork(
+        self, count: int = 1, *, fresh_identity: bool = False, names: Sequence[str] = ()
+    ) -> list[QemuInstance]:
         """Start running copies of this running machine; it goes on itself.
 
         Args:
             count: How many.
             fresh_identity: Whether each is somebody of its own; see `Qemu.launch`.
+            names: What they are called, as many as there are; by default made from the tag.
 
         Raises:
             MachineEndedError: The machine is off.
+            InstanceExistsError: A name is another instance's.
             CloudError: It could not be saved, or a copy did not start; then there is none.
-            ValueError: `count` is not a positive number.
+            ValueError: `count` is not a positive number, or not that of the names.
         """
         self.check_exists()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count is {count!r}, expected a positive number of copies")
-        return self._cloud().fork(self, count, fresh_identity)
+        if names and len(set(names)) != count:
+            raise ValueError(f"names are {names!r}, expected {count} that differ")
+        return self._cloud().fork(self, count, fresh_identity, names)
 
     def rollback(self, image_id: str) -> None:
         """Go back to the moment at which this machine was saved; as often as wanted.

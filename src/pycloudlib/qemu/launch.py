@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pycloudlib.errors import InstanceExistsError
 from pycloudlib.files import expand_user, is_file, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
@@ -27,6 +29,7 @@ from pycloudlib.qemu.spec import (
     MachineSpec,
     complete_cmdline,
     make_mac,
+    make_name,
 )
 from pycloudlib.qemu.start import PortTakenError
 
@@ -59,10 +62,17 @@ class LaunchOptions:
     no_seed_iso: bool = False
     username: str | None = None
     launch_args: Sequence[str] | None = None
+    name: str | None = None
+    disk_size_gib: int | None = None
 
     def to_plain(self) -> dict[str, str]:
-        """Give each option as a text that tells it from all others."""
-        return {name: repr(getattr(self, name)) for name in LaunchOptions.__slots__}
+        """Give each option that decides what the machine is like, as a text."""
+        decisive = (name for name in LaunchOptions.__slots__ if name != "name")
+        return {name: repr(getattr(self, name)) for name in decisive}
+
+    def name_with(self, tag: str) -> str:
+        """Give the machine's name: the one that was chosen, or one made from its cloud's tag."""
+        return make_name(tag) if self.name is None else self.name
 
     def changes_to(self, spec: MachineSpec) -> list[str]:
         """Name the options that ask for another machine than one that exists already."""
@@ -80,6 +90,7 @@ _MACHINE_OPTIONS = (
     "kernel_path",
     "no_seed_iso",
     "launch_args",
+    "disk_size_gib",
 )
 
 
@@ -109,6 +120,7 @@ class LaunchRequest:
         seed: Data for cloud-init; None for a machine without a seed.
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU.
+        disk_size: Length of its disk in bytes; None for the usual one.
     """
 
     name: str
@@ -117,6 +129,7 @@ class LaunchRequest:
     seed: SeedRequest | None
     kernel_boot: KernelBoot | None
     launch_args: tuple[str, ...]
+    disk_size: int | None = None
 
 
 def parse_launch_args(launch_args: Sequence[str] | None) -> tuple[str, ...]:
@@ -209,9 +222,18 @@ def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orpha
         path: The directory.
         stack: Takes over what is made.
         orphans: What becomes of the instance when this program ends.
+
+    Raises:
+        InstanceExistsError: There is an instance of that name.
     """
     stack.callback(_remove_if_empty, path.parent)
-    rundir = RunDirectory(create_owned_directory(path, orphans))
+    try:
+        rundir = RunDirectory(create_owned_directory(path, orphans))
+    except OSError as error:
+        # One of that name was not there when it was looked for.
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InstanceExistsError(path.name, path) from error
+        raise
     stack.callback(rundir.remove)
     return rundir
 
@@ -245,7 +267,7 @@ class PowerOn:
 
     def write_files(self, rundir: RunDirectory) -> None:
         """Make its disk and its seed."""
-        disk.create_overlay(self.request.image, rundir.disk)
+        disk.create_overlay(self.request.image, rundir.disk, size=self.request.disk_size)
         if self.request.seed is not None:
             supply_seed(rundir, self.request)
 

@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 from abc import abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,22 @@ class QemuLive(QemuImages):
     @abstractmethod
     def _key_for(self, rundir: RunDirectory) -> KeyPair: ...
 
+    @abstractmethod
+    def _check_name(self, name: str) -> str: ...
+
     def fork(
-        self, instance: QemuInstance, count: int, fresh_identity: bool = False
+        self,
+        instance: QemuInstance,
+        count: int,
+        fresh_identity: bool = False,
+        names: Sequence[str] = (),
     ) -> list[QemuInstance]:
         """Start copies of a running instance; see `QemuInstance.fork`."""
+        chosen = [self._check_name(name) for name in names]
         saved = self.find_saved(self._save(instance))
 
-        def start(_number: int) -> QemuInstance:
-            name = make_name(self.tag)
+        def start(number: int) -> QemuInstance:
+            name = chosen[number] if chosen else make_name(self.tag)
             return self._start_copy(copies.CopyRequest(name, saved, fresh_identity))
 
         with ThreadPoolExecutor(min(count, 2 * (os.cpu_count() or 1))) as threads:
@@ -162,7 +171,7 @@ class QemuLive(QemuImages):
             )
         first_run = None if options.user_data is None else runconfig.build_script(options.user_data)
         request = copies.CopyRequest(
-            make_name(self.tag), saved, fresh_identity, first_run=first_run
+            options.name_with(self.tag), saved, fresh_identity, first_run=first_run
         )
         copy = self._try_copy(request, options.username)
         if copy is not None:

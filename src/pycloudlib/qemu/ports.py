@@ -63,12 +63,12 @@ class PortRegistry:
         with self._lock():
             free: list[int] = []
             for port in range(FIRST_PORT, LAST_PORT + 1):
-                if not self._leased(port) and can_listen(port):
+                if not self.leased(port) and can_listen(port):
                     free.append(port)
                     if len(free) == 2:
                         break
             else:
-                leased = sum(self._leased(port) for port in range(FIRST_PORT, LAST_PORT + 1))
+                leased = sum(self.leased(port) for port in range(FIRST_PORT, LAST_PORT + 1))
                 raise CloudError(
                     f"No two free ports in {FIRST_PORT}-{LAST_PORT} on {LOOPBACK}: {leased} belong "
                     "to other instances, the rest to other programs. Delete instances that are "
@@ -90,7 +90,7 @@ class PortRegistry:
         """Remove the files of leases that have ended; they are in nobody's way."""
         with self._lock():
             for port in range(FIRST_PORT, LAST_PORT + 1):
-                if not self._leased(port):
+                if not self.leased(port):
                     self._file(port).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -110,7 +110,8 @@ class PortRegistry:
             return None
         return Path(os.fsdecode(owner)) if owner and b"\0" not in owner else None
 
-    def _leased(self, port: int) -> bool:
+    def leased(self, port: int) -> bool:
+        """Say whether a port is some instance's."""
         if self._file(port).is_dir():
             return True  # whatever it is, it is not ours to replace
         owner = self._owner(port)

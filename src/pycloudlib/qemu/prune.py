@@ -61,7 +61,7 @@ class Pruning:
         for directory in sorted(parent_dir.iterdir()):
             if directory.is_dir() and (is_cut_off(directory) or self._is_over(directory)):
                 with _reporting(directory):
-                    _end_machine(RunDirectory(directory))
+                    end_machine(RunDirectory(directory))
                     shutil.rmtree(directory)
                     yield directory
 
@@ -98,17 +98,23 @@ def _is_over(owned: Path) -> bool:
 
 
 def _runs(rundir: RunDirectory) -> bool:
-    return any(True for _ in _find_processes(rundir))
+    return any(True for _ in find_processes(rundir))
 
 
-def _end_machine(rundir: RunDirectory) -> None:
-    for process in _find_processes(rundir):
+def end_machine(rundir: RunDirectory) -> None:
+    """End whatever runs the machine of a directory, and wait until it is gone.
+
+    Raises:
+        CloudError: It did not end.
+    """
+    for process in find_processes(rundir):
         process.kill()
         if not process.wait(_KILL_LIMIT):
             raise CloudError(f"QEMU, pid {process.identity.pid}, did not end")
 
 
-def _find_processes(rundir: RunDirectory) -> Iterator[QemuProcess]:
+def find_processes(rundir: RunDirectory) -> Iterator[QemuProcess]:
+    """Find the QEMUs that run the machine of a directory, by what is written there alone."""
     found: tuple[ProcessIdentity | None, ...] = (rundir.find_process(), rundir.find_successor())
     for identity in found:
         if identity is None:

@@ -177,7 +177,7 @@ class QemuReady(QemuLive):
                     self._keep_warm(instance, key)
                     return instance
         # What the user-data asks for has been done in the saved machine.
-        request = copies.CopyRequest(make_name(self.tag), saved, fresh_identity)
+        request = copies.CopyRequest(options.name_with(self.tag), saved, fresh_identity)
         copy = self._try_copy(request, options.username)
         return launch_new(image, options) if copy is None else copy
 

@@ -54,6 +54,15 @@ class RunDirectory:
         return [cls(file.parent) for file in sorted(parent.glob(f"*/{_SPEC_FILE}"))]
 
     @property
+    def created(self) -> float:
+        """When the machine was made, in seconds since the epoch.
+
+        Raises:
+            OSError: There is none (any more).
+        """
+        return self._spec_file.stat().st_mtime
+
+    @property
     def disk(self) -> Path:
         """The overlay that is the root disk."""
         return self.path / f"{self.path.name}.qcow2"

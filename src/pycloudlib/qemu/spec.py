@@ -14,6 +14,8 @@ from pycloudlib.qemu.accelerator import Accelerator
 
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
+# What stands beside the directories of instances; see layers.py.
+_RESERVED = ("layers", "snapshots")
 # Only an initrd finds a file system by its label; without one the kernel wants a device.
 _ROOT_BY_LABEL = "root=LABEL=cloudimg-rootfs ro"
 _ROOT_BY_DEVICE = "root=/dev/sda1 ro"
@@ -124,6 +126,25 @@ def make_name(tag: str) -> str:
     """Make an instance's name from its cloud's tag: short enough for a host name, and unique."""
     suffix = secrets.token_hex(4)
     return f"{tag[: _HOSTNAME_LIMIT - len(suffix) - 1].rstrip('-')}-{suffix}"
+
+
+def check_name(name: str) -> str:
+    """Make sure that a name that was chosen for an instance can be one: it is a host name, too.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It cannot be one; says what can.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, not {name!r}")
+    if not re.fullmatch(r"(?!-)[a-z0-9-]{1,63}(?<!-)", name):
+        raise ValueError(
+            f"name is {name!r}, expected a host name: 1 to 63 characters of a-z, 0-9 and '-', "
+            "none of these last at either end"
+        )
+    if name in _RESERVED:
+        raise ValueError(f"name is {name!r}, which clouds call a directory of theirs; take another")
+    return name
 
 
 def make_mac() -> str:

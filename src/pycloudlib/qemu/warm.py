@@ -80,11 +80,14 @@ def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
 
 def build_start_key(request: LaunchRequest, host: Host) -> str:
     """Digest everything that decides what a machine is like before it reads its seed."""
+    # Its kernel has seen the disk by then.
+    disk = {} if request.disk_size is None else {"disk_size": request.disk_size}
     return _digest(
         request.image.path,
         host,
         instance_type=str(request.instance_type),
         volume_length=make_seed(request).volume_length,
+        **disk,
     )
 
 
