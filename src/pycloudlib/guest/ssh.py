@@ -208,8 +208,8 @@ def run(
     if transport is None:
         raise paramiko.SSHException("the connection is closed")
     deadline = None if timeout is None else Deadline.after(timeout)
-    with _open_channel(transport, deadline) as channel:
-        with _hung_up_on(channel, deadline):
+    with open_channel(transport, deadline) as channel:
+        with hung_up_on(channel, deadline):
             if get_pty:
                 channel.get_pty()
             channel.exec_command(command)
@@ -226,7 +226,12 @@ def run(
         return outputs[0].data(), outputs[1].data(), channel.exit_status
 
 
-def _open_channel(transport: paramiko.Transport, deadline: Deadline | None) -> paramiko.Channel:
+def open_channel(transport: paramiko.Transport, deadline: Deadline | None) -> paramiko.Channel:
+    """Open a channel for a command.
+
+    Raises:
+        paramiko.SSHException: The connection is gone.
+    """
     import paramiko  # noqa: PLC0415 - heavy
 
     limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
@@ -237,7 +242,7 @@ def _open_channel(transport: paramiko.Transport, deadline: Deadline | None) -> p
 
 
 @contextlib.contextmanager
-def _hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
     """Close a channel whose requests are not answered in time: they know no limit of their own."""
     limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
     watchdog = threading.Timer(limit, channel.close)

@@ -1,0 +1,210 @@
+"""An SSH server of our own, in this process: it runs commands on this host, as a guest would."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import shutil
+import socket
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import paramiko
+from paramiko.common import AUTH_SUCCESSFUL, OPEN_SUCCEEDED
+
+from pycloudlib.instance import BaseInstance
+from pycloudlib.key import KeyPair
+
+_HOST_KEY = paramiko.ECDSAKey.generate()
+_SHELL = ("sh", "-c")
+
+
+class _Server(paramiko.ServerInterface):
+    """Accepts everybody, and runs what is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sizes: list[tuple[int, int]] = []
+        self._ptys: dict[int, int] = {}
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        return AUTH_SUCCESSFUL
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "password"
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return OPEN_SUCCEEDED
+
+    def check_channel_pty_request(
+        self,
+        channel: paramiko.Channel,
+        term: bytes,
+        width: int,
+        height: int,
+        pixelwidth: int,
+        pixelheight: int,
+        modes: bytes,
+    ) -> bool:
+        self._ptys[channel.chanid] = 0
+        self.sizes.append((width, height))
+        return True
+
+    def check_channel_window_change_request(
+        self, channel: paramiko.Channel, width: int, height: int, *_pixels: int
+    ) -> bool:
+        self.sizes.append((width, height))
+        if terminal := self._ptys.get(channel.chanid):
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        return True
+
+    def check_channel_shell_request(self, channel: paramiko.Channel) -> bool:
+        return self._start(channel, ["sh"])
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        return self._start(channel, [*_SHELL, command.decode()])
+
+    def _start(self, channel: paramiko.Channel, argv: list[str]) -> bool:
+        run = self._run_on_terminal if channel.chanid in self._ptys else self._run
+        threading.Thread(target=run, args=(channel, argv), daemon=True).start()
+        return True
+
+    def _run(self, channel: paramiko.Channel, argv: list[str]) -> None:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.directory,
+            bufsize=0,
+        )
+        assert process.stdin is not None
+
+        def feed() -> None:
+            with contextlib.suppress(OSError):
+                while data := channel.recv(1 << 15):
+                    process.stdin.write(data)  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
+
+        def drain(source: Any, send: Any) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.read(1 << 15):
+                    send(data)
+
+        threading.Thread(target=feed, daemon=True).start()
+        drains = [
+            threading.Thread(target=drain, args=(process.stdout, channel.sendall)),
+            threading.Thread(target=drain, args=(process.stderr, channel.sendall_stderr)),
+        ]
+        for thread in drains:
+            thread.start()
+        for thread in drains:
+            thread.join()
+        self._finish(channel, process.wait())
+
+    def _run_on_terminal(self, channel: paramiko.Channel, argv: list[str]) -> None:
+        ours, theirs = pty.openpty()
+        width, height = self.sizes[0]
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+        self._ptys[channel.chanid] = ours
+        process = subprocess.Popen(
+            argv,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=self.directory,
+            env={**os.environ, "PS1": "$ "},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )
+        os.close(theirs)
+
+        def feed() -> None:
+            with contextlib.suppress(OSError):
+                while data := channel.recv(1 << 15):
+                    os.write(ours, data)
+
+        threading.Thread(target=feed, daemon=True).start()
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 1 << 15):
+                channel.sendall(data)
+        self._finish(channel, process.wait())
+
+    def _finish(self, channel: paramiko.Channel, status: int) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            if status >= 0:
+                channel.send_exit_status(status)
+            channel.close()
+
+
+class LocalInstance(BaseInstance):
+    """A machine that is this host: commands run below a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(KeyPair(None), "me")
+        self.directory = directory
+        self.server = _Server(directory)
+        self._transports: list[paramiko.Transport] = []
+
+    @property
+    def id(self) -> str:
+        return "local"
+
+    @property
+    def name(self) -> str:
+        return "web"
+
+    @property
+    def ip(self) -> str:
+        return "127.0.0.1"
+
+    def _ssh_connect(self) -> paramiko.SSHClient:
+        ours, theirs = socket.socketpair()
+        transport = paramiko.Transport(theirs)
+        transport.add_server_key(_HOST_KEY)
+        transport.start_server(event=threading.Event(), server=self.server)
+        self._transports.append(transport)
+        client = paramiko.SSHClient()
+        client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+        client.connect(
+            "web", username="me", password="x", sock=ours, look_for_keys=False, allow_agent=False
+        )
+        return client
+
+    def close(self) -> None:
+        self._forget_client()
+        for transport in self._transports:
+            transport.close()
+
+    @contextlib.contextmanager
+    def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
+        yield
+
+    def push_file(self, local_path: str | Path, remote_path: str) -> None:
+        (self.directory / remote_path).write_bytes(Path(local_path).read_bytes())
+
+    def pull_file(self, remote_path: str | Path, local_path: str | Path) -> None:
+        shutil.copyfile(self.directory / remote_path, local_path)
+
+    def delete(self, wait: bool = True) -> list[Exception]:
+        return []
+
+    def _do_restart(self, **kwargs: Any) -> None: ...
+
+    def shutdown(self, wait: bool = True, **kwargs: Any) -> None: ...
+
+    def start(self, wait: bool = True) -> None: ...
+
+    def wait_for_delete(self, **kwargs: Any) -> None: ...
+
+    def wait_for_stop(self, **kwargs: Any) -> None: ...
+
+    def _wait_for_instance_start(self, **kwargs: Any) -> None: ...
