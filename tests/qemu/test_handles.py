@@ -17,6 +17,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
+from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.progress import Progress
 from pycloudlib.qemu import ports
@@ -303,3 +304,20 @@ def test_a_process_that_is_not_the_machines_own_is_left_alone(
     other = cloud.get_instance(instance_id)
     assert other.machine.state is State.OFF
     assert ProcessIdentity.find(pid) is not None
+
+
+def test_another_handle_finds_out_that_a_machine_stands_still(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    other = cloud.get_instance(unstarted.id)
+
+    def seen() -> State:
+        other.machine.look()
+        return other.machine.state
+
+    assert other.diagnose().cause is Cause.STANDS_STILL
+    assert seen() is State.PAUSED
+    unstarted.machine.execute("cont")
+    assert seen() is State.RUNNING
+    unstarted.machine.kill()
+    assert seen() is State.OFF

@@ -60,6 +60,7 @@ class DiagnosedInstance(BaseInstance):
 
         The guest is asked, too, when it can be reached at once.
         """
+        self.machine.look()
         return self._ask_guest(examination.diagnose(Facts.collect(self.machine)))
 
     @contextlib.contextmanager

@@ -222,6 +222,18 @@ class Machine:
             raise MachineEndedError(self.spec.name, None)
         return qemu
 
+    def look(self) -> None:
+        """Find out what it is doing, where another process started it.
+
+        Until then it is taken to run when its QEMU does.
+        """
+        try:
+            self.qemu().look()
+        except MachineEndedError:
+            pass  # which its state tells
+        except QmpError as error:
+            _log.info("%s does not tell what it is doing: %s", self.spec.name, error)
+
     def check_on(self) -> None:
         """Raise when the machine is off.
 

@@ -29,6 +29,8 @@ _GREETING_LIMIT = 30.0
 ANSWER_LIMIT = 30.0
 """Seconds that QEMU may take to answer a QMP command."""
 _KILL_LIMIT = 10.0
+# Others may be asking it just now, each for a moment.
+_LOOK_LIMIT = 5.0
 ROOM = 64 << 20
 """Bytes that have to be free for a machine to go on that stood still for want of room."""
 _KEPT_EVENTS = 200
@@ -237,6 +239,18 @@ class RunningQemu:
         raise PycloudlibTimeoutError(
             f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
         )
+
+    def look(self) -> None:
+        """Ask what it is doing, where another process hears its events.
+
+        Raises:
+            QmpError: QEMU did not answer.
+        """
+        if self._session is not None:
+            return
+        status = self.execute("query-status", timeout=_LOOK_LIMIT)
+        self._without_room = status["status"] == "io-error"
+        self._follow(running=status["running"])
 
     def check_disk(self) -> None:
         """Let it go on that stood still for want of room on the host, if there is some now.
