@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pycloudlib.cli.app import application
 from pycloudlib.config import ENVIRONMENT_VARIABLE
 from pycloudlib.qemu.settings import QemuSettings
 from pycloudlib.tools import PACKAGES
+from scripts import command_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -156,6 +158,17 @@ def test_every_module_has_its_line_in_the_design() -> None:
     text = DESIGN.read_text()
     modules = {file.name for file in SOURCE.rglob("*.py") if not file.name.startswith("_")}
     assert {name for name in modules if f"`{name}`" not in text} == set()
+
+
+def test_reference_of_the_command_line_is_up_to_date() -> None:
+    assert command_line.TARGET.read_text() == command_line.write(), (
+        "python -m scripts.command_line writes it"
+    )
+
+
+def test_every_command_has_its_place_in_the_how_to() -> None:
+    text = (ROOT / "docs" / "how-to" / "use-the-command-line.md").read_text()
+    assert {name for name in application.commands if f"pycloudlib {name}" not in text} == set()
 
 
 def test_setup_installs_what_the_package_runs() -> None:

@@ -1,0 +1,151 @@
+"""Write the reference of the command line from what its commands say of themselves.
+
+python -m scripts.command_line            writes docs/reference/command-line.md
+python -m scripts.command_line --check    says whether it is up to date
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from pycloudlib.cli.app import PROGRAM, application
+from pycloudlib.cli.doctor import Check
+from pycloudlib.cli.facts import MachineFacts
+from pycloudlib.cli.failures import MEANINGS
+from pycloudlib.cli.imagecommands import ImageFacts
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "command-line.md"
+_WIDTH = 96
+_COMMON = ("verbose", "quiet", "help")
+
+_INTRODUCTION = f"""\
+# The command line
+
+<!-- Written by scripts/command_line.py; change what the commands say of themselves instead. -->
+
+`{PROGRAM}`, or `python -m {PROGRAM}`. This lists what there is;
+[how to use it](../how-to/use-the-command-line.md) is told elsewhere.
+
+Every command takes `-v` (tell what is being done; `-vv`: everything, with tracebacks), `-q` (no
+progress, notes or warnings) and `-h`. Results go to standard output; notes, progress, warnings and
+errors to standard error. There is progress on a terminal alone, and no colour where `NO_COLOR` is
+set or there is no terminal.
+
+A machine is named by its name; one of another program by its cloud and name, `CLOUD/NAME`, as
+`list --all` shows it. An image is named by a release (`noble`, `24.04`, `lts`, `bookworm`), by the
+name of a snapshot, by a build that is here (`noble/20260930`), or by a path.
+
+[The configuration](configuration.md) is that of programs.
+"""
+
+
+def write() -> str:
+    """Give the text of the reference."""
+    sections = [_INTRODUCTION, _exit_codes(), "## Commands\n"]
+    sections += [_describe(name, command) for name, command in _commands(application, "")]
+    sections.append(_json())
+    return "\n".join(sections)
+
+
+def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def _exit_codes() -> str:
+    lines = ["## Exit codes", "", "| code | meaning |", "|---|---|"]
+    lines += [f"| {int(code)} | {meaning} |" for code, meaning in MEANINGS.items()]
+    lines.append("")
+    lines.append("`exec` and `shell` end with the status of what they ran, if it came to that.")
+    lines.append("When several machines are named, the code is that of the first that failed.")
+    return "\n".join([*lines, ""])
+
+
+def _describe(name: str, command: click.Command) -> str:
+    context = click.Context(command, info_name=f"{PROGRAM} {name}", terminal_width=_WIDTH)
+    # Those that every command has are told once.
+    options = [
+        record
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.name not in _COMMON
+        for record in (parameter.get_help_record(context),)
+        if record is not None
+    ]
+    text = inspect.cleandoc(command.help or "")
+    blocks = "".join(f"\n{block}\n" for block in _blocks(text))
+    usage = command.get_usage(context).removeprefix("Usage: ")
+    rows = [f"| `{names}` | {told} |" for names, told in options]
+    table = "\n| option | |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
+    return f"### {name}\n\n```text\n{usage}\n```\n{blocks}{table}"
+
+
+def _blocks(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\n+", text):
+        if paragraph.startswith("\b\n"):
+            yield f"```text\n{paragraph.removeprefix(chr(8)).strip()}\n```"
+        else:
+            yield paragraph.replace("\n", " ")
+
+
+def _json() -> str:
+    parts = [
+        "## JSON\n",
+        "What `--json` prints is stable: keys are added, and none is taken away or gets another",
+        "meaning. `list`, `info`, `images list` and `doctor` print a list of objects, `launch` one",
+        "such as those of `info`; `prune` and `images prune` a list of texts; `diagnose` an object",
+        "with the fields of `pycloudlib.diagnosis.Diagnosis`, whose `cause` is the name of one of",
+        "`pycloudlib.diagnosis.Cause`, and with `hint`: what to try.\n",
+    ]
+    titles = {
+        MachineFacts: "A machine (`list`, `info`, `launch`)",
+        ImageFacts: "An image (`images list`)",
+        Check: "A check (`doctor`)",
+    }
+    for kind, title in titles.items():
+        parts.append(f"### {title}\n\n| key | meaning |\n|---|---|")
+        meanings = _attributes(inspect.getdoc(kind) or "")
+        parts += [
+            f"| `{field.name}` | {meanings[field.name]} |" for field in dataclasses.fields(kind)
+        ]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Read the section of attributes of a docstring."""
+    _, _, section = docstring.partition("Attributes:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if match := re.match(r" {4}(\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif name:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def main() -> int:
+    """Write the reference, or check it."""
+    text = write()
+    if "--check" in sys.argv[1:]:
+        if TARGET.read_text() == text:
+            return 0
+        print(f"{TARGET} is out of date: python -m scripts.command_line writes it", file=sys.stderr)
+        return 1
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line: machines that live until they are deleted, by name, across shells."""

@@ -1,0 +1,104 @@
+"""The command `pycloudlib`: its commands put together, and how each of them ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from pycloudlib._version import __version__
+from pycloudlib.cli import (
+    imagecommands,
+    inside,
+    launching,
+    looking,
+    power,
+    saving,
+    upkeep,
+)
+from pycloudlib.cli.failures import exit_code_of, tell
+from pycloudlib.cli.machines import nearest
+from pycloudlib.cli.output import colour_choice
+from pycloudlib.cli.session import Session, told_options
+from pycloudlib.cli.terminal import ending_by_exception
+
+PROGRAM = "pycloudlib"
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Group(click.Group):
+    """A group that lists its commands by theme, and suggests the nearest for one it has not."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the commands, in the order in which they were added."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is meant."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = nearest(name, self.list_commands(ctx))
+            hint = f" Did you mean {near!r}?" if near else ""
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(PROGRAM, cls=_Group, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name=PROGRAM)
+@told_options
+@click.pass_context
+def application(context: click.Context) -> None:
+    """Cloud images as local QEMU machines, which live until they are deleted."""
+    context.ensure_object(Session)
+    context.color = colour_choice()
+
+
+for _command in (
+    launching.launch,
+    looking.list_,
+    looking.info,
+    inside.execute,
+    inside.shell,
+    inside.console,
+    inside.copy,
+    power.start,
+    power.stop,
+    power.restart,
+    power.wait,
+    power.delete,
+    saving.snapshot,
+    saving.fork,
+    saving.rollback,
+    imagecommands.images,
+    looking.logs,
+    looking.diagnose,
+    upkeep.prune,
+    upkeep.doctor,
+    upkeep.completion,
+):
+    application.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code.
+
+    Args:
+        arguments: What is given after the program's name; by default this process's own.
+    """
+    session = Session()
+    try:
+        with ending_by_exception():
+            code = application.main(
+                None if arguments is None else list(arguments),
+                prog_name=PROGRAM,
+                standalone_mode=False,
+                obj=session,
+            )
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each is told
+        tell(error, with_traceback=session.verbosity > 1)
+        return int(exit_code_of(error))
+    finally:
+        session.leave_log()
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,82 @@
+"""How a command ends: its exit code, and what people are told when it has failed."""
+
+from __future__ import annotations
+
+import enum
+import traceback
+
+import click
+
+from pycloudlib.cli.output import colour_choice
+from pycloudlib.errors import (
+    PycloudlibException,
+    PycloudlibTimeoutError,
+    ResourceNotFoundError,
+)
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of all commands; `exec` and `shell` give the command's own beside them."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    TIMEOUT = 4
+    CONNECTION_LOST = 255
+    INTERRUPTED = 130
+
+
+MEANINGS = {
+    ExitCode.OK: "all went well",
+    ExitCode.FAILURE: "it did not work; the message says why",
+    ExitCode.USAGE: "what was given is wrong: an option, an argument, the configuration, a file",
+    ExitCode.NOT_FOUND: "there is no machine or image of that name",
+    ExitCode.TIMEOUT: "what was waited for did not happen in time, or never can",
+    ExitCode.INTERRUPTED: "Ctrl-C",
+    ExitCode.CONNECTION_LOST: "`exec`, `shell`: a signal ended the command, or the line did",
+}
+"""What each exit code means, for the reference."""
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Tell with which code a command ends that has failed."""
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    if isinstance(error, click.Abort):
+        interrupted = isinstance(error.__cause__, KeyboardInterrupt)
+        return ExitCode.INTERRUPTED if interrupted else ExitCode.FAILURE
+    if isinstance(error, ResourceNotFoundError):
+        return ExitCode.NOT_FOUND
+    if isinstance(error, PycloudlibTimeoutError):
+        return ExitCode.TIMEOUT
+    if isinstance(error, (ValueError, TypeError, click.UsageError)):
+        return ExitCode.USAGE
+    return ExitCode.FAILURE
+
+
+def is_expected(error: BaseException) -> bool:
+    """Say whether an error speaks for itself; any other is a defect of this package."""
+    # paramiko is heavy to load; whoever raises its errors has done so.
+    known = (PycloudlibException, OSError, ValueError, TypeError, click.ClickException)
+    return isinstance(error, known) or type(error).__module__.startswith("paramiko")
+
+
+def tell(error: BaseException, *, with_traceback: bool) -> None:
+    """Print one clear message to standard error."""
+    if with_traceback and not isinstance(error, (click.ClickException, click.Abort)):
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if isinstance(error, click.ClickException):
+        error.show()
+        return
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        interrupted = exit_code_of(error) is ExitCode.INTERRUPTED
+        click.echo("Interrupted" if interrupted else "Nothing was done", err=True)
+        return
+    words = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        words = f"{error.strerror}: {error.filename}"
+    if not is_expected(error):
+        words = f"this is a defect of pycloudlib: {type(error).__name__}: {words} (-vv tells more)"
+    mark = click.style("Error: ", fg="red", bold=True)
+    click.echo(mark + words, err=True, color=colour_choice())

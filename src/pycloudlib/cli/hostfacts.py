@@ -1,0 +1,235 @@
+"""What is seen of a host, before anybody judges it."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+import pycloudlib
+from pycloudlib._version import __version__
+from pycloudlib.cli.machines import list_machines
+from pycloudlib.config import parse_config
+from pycloudlib.errors import MissingPrerequisiteError, PycloudlibException
+from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
+from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
+from pycloudlib.qemu.ownership import Ownership
+from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
+from pycloudlib.qemu.settings import APPLICATION, QemuSettings
+from pycloudlib.tools import PACKAGES, find_tool
+
+_SERVER_LIMIT = 10.0
+_VERSION_LIMIT = 10.0
+_LAUNCHES, _DOWNLOADS = ("qemu-img",), ("gpgv",)
+# Directories of clouds that this package does not have.
+_FOREIGN = ("azure", "ec2", "gce", "ibm", "lxd", "oci", "openstack")
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What is seen of a host.
+
+    Attributes:
+        configuration: Where the configuration comes from.
+        configuration_problem: What is wrong with it; empty if nothing is.
+        qemu_name: How QEMU is called in the configuration.
+        qemu: Where it is; empty if it is not there.
+        qemu_version: Its version; empty if it tells none.
+        accelerator: What is configured: `auto`, `kvm` or `tcg`.
+        kvm_problem: What came of trying KVM; None when it works.
+        tcg_problem: What came of trying emulation; None when it works.
+        kvm_exists: Whether there is a device.
+        kvm_allowed: Whether this user may use it.
+        in_kvm_group: Whether this user is in the group `kvm`.
+        tools: For each use, the programs, each with the package to install, which is empty where
+            it is there; and whether no launch works without.
+        room: For each directory, by its key in the configuration, its path and the bytes free.
+        free_memory: Bytes of memory that are available.
+        free_ports: Ports that no machine has and nobody listens on.
+        ports: How many there are in all.
+        server: The image server; empty if it was not asked.
+        server_problem: What came of asking it; empty if it answers.
+        leftovers: The names of machines whose programs died.
+        other_packages: Where other packages of this name are.
+        own_package: Where this one is, and its version.
+    """
+
+    configuration: str = "none"
+    configuration_problem: str = ""
+    qemu_name: str = "qemu-system-x86_64"
+    qemu: str = ""
+    qemu_version: tuple[int, ...] = ()
+    accelerator: str = "auto"
+    kvm_problem: str | None = None
+    tcg_problem: str | None = None
+    kvm_exists: bool = True
+    kvm_allowed: bool = True
+    in_kvm_group: bool = True
+    tools: Mapping[str, tuple[Mapping[str, str], bool]] = field(default_factory=dict)
+    room: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    free_memory: int = 0
+    free_ports: int = 0
+    ports: int = LAST_PORT - FIRST_PORT + 1
+    server: str = ""
+    server_problem: str = ""
+    leftovers: tuple[str, ...] = ()
+    other_packages: tuple[str, ...] = ()
+    own_package: str = ""
+
+
+def collect(*, ask_server: bool = True) -> HostFacts:
+    """Look at this host; takes some seconds.
+
+    Args:
+        ask_server: Whether the image server is asked.
+    """
+    settings, source, problem = _read_settings()
+    qemu = _find(settings.qemu_binary)
+    no_qemu = "there is no QEMU"
+    cache_dir = platformdirs.user_cache_path(APPLICATION)
+    wanted = ask_server and not settings.offline
+    server = settings.image_mirror or DEFAULT_MIRROR
+    return HostFacts(
+        configuration=source,
+        configuration_problem=problem,
+        qemu_name=settings.qemu_binary,
+        qemu=qemu,
+        qemu_version=_ask_version(qemu) if qemu else (),
+        accelerator=settings.accelerator,
+        kvm_problem=kvm_problem(Path(qemu), cache_dir, anew=True) if qemu else no_qemu,
+        tcg_problem=try_accelerator(Path(qemu), Accelerator.TCG).problem if qemu else no_qemu,
+        kvm_exists=KVM_DEVICE.exists(),
+        kvm_allowed=os.access(KVM_DEVICE, os.R_OK | os.W_OK),
+        in_kvm_group=_in_group("kvm"),
+        tools=_look_for_tools(),
+        room={
+            name: (str(getattr(settings, name)), _free(getattr(settings, name)))
+            for name in ("image_dir", "working_dir")
+        },
+        free_memory=parse_available(Path("/proc/meminfo").read_text()),
+        free_ports=_count_free_ports(),
+        server=server if wanted else "",
+        server_problem=_ask_server(settings, server) if wanted else "",
+        leftovers=_find_leftovers(settings.working_dir),
+        other_packages=find_other_packages(Path(pycloudlib.__file__).parent, sys.path),
+        own_package=f"{__version__} in {Path(pycloudlib.__file__).parent}",
+    )
+
+
+def _read_settings() -> tuple[QemuSettings, str, str]:
+    """Give the settings, where they come from, and what is wrong; defaults where something is."""
+    source = "no configuration file"
+    try:
+        config = parse_config()
+        source = config.source
+        section = config.get("qemu", {})
+        if not isinstance(section, dict):
+            raise ValueError(f"{source}: [qemu] is not a section")
+        return QemuSettings.parse(section, source), source, ""
+    except ValueError as error:
+        return QemuSettings.parse({}, source), source, str(error)
+
+
+def _find(program: str) -> str:
+    try:
+        return str(find_tool(program))
+    except MissingPrerequisiteError:
+        return ""
+
+
+def _ask_version(qemu: str) -> tuple[int, ...]:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [qemu, "--version"], capture_output=True, text=True, check=True, timeout=_VERSION_LIMIT
+        )
+        return parse_version(done.stdout)
+    return ()
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Read what `qemu-system-x86_64 --version` says; empty if it tells no version."""
+    match = re.search(r"version ([0-9]+(?:\.[0-9]+)+)", text)
+    return tuple(map(int, match[1].split("."))) if match else ()
+
+
+def parse_available(meminfo: str) -> int:
+    """Read from /proc/meminfo how many bytes of memory are available; 0 if it does not tell."""
+    match = re.search(r"^MemAvailable:\s+([0-9]+) kB", meminfo, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _in_group(name: str) -> bool:
+    try:
+        return grp.getgrnam(name).gr_gid in (*os.getgroups(), os.getegid())
+    except KeyError:
+        return False
+
+
+def _look_for_tools() -> dict[str, tuple[dict[str, str], bool]]:
+    others = [name for name in PACKAGES if name not in (*_LAUNCHES, *_DOWNLOADS)]
+    builds = [name for name in others if name != "qemu-system-x86_64"]
+    uses = (
+        ("to launch", _LAUNCHES, True),
+        ("to download images", _DOWNLOADS, False),
+        ("to build images", builds, False),
+    )
+    return {
+        use: ({name: "" if _find(name) else PACKAGES[name] for name in names}, needed)
+        for use, names, needed in uses
+    }
+
+
+def _free(directory: Path) -> int:
+    """Tell how many bytes are free where a directory is, or will be."""
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    facts = os.statvfs(place)
+    return facts.f_bavail * facts.f_frsize
+
+
+def _count_free_ports() -> int:
+    registry = PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
+    ports = range(FIRST_PORT, LAST_PORT + 1)
+    return sum(not registry.leased(port) and can_listen(port) for port in ports)
+
+
+def _ask_server(settings: QemuSettings, server: str) -> str:
+    """Ask the image server for its catalog; give what is wrong, and nothing if it answers."""
+    import httpx  # noqa: PLC0415 - heavy
+
+    try:
+        source = ImageSource(server, settings.image_keyring)
+        url = source.catalog_url(Stream.RELEASED, minimal=False)
+        answer = httpx.head(url, timeout=_SERVER_LIMIT, follow_redirects=True)
+        answer.raise_for_status()
+    except (httpx.HTTPError, ValueError, OSError, PycloudlibException) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
+def _find_leftovers(working_dir: Path) -> tuple[str, ...]:
+    found = list_machines(working_dir, everywhere=True)
+    owners = ((machine, Ownership.find(machine.rundir.path)) for machine in found)
+    return tuple(machine.full_name for machine, owner in owners if owner and owner.is_over)
+
+
+def find_other_packages(own: Path, search_path: list[str]) -> tuple[str, ...]:
+    """Find packages of this name besides this one: elsewhere, or mixed into it.
+
+    Args:
+        own: The directory of this one.
+        search_path: Where Python looks for packages.
+    """
+    found = {str(own / name) for name in _FOREIGN if (own / name).is_dir()}
+    for entry in search_path:
+        other = Path(entry or ".", "pycloudlib").absolute()
+        if (other / "__init__.py").is_file() and not other.samefile(own):
+            found.add(str(other))
+    return tuple(sorted(found))

@@ -1,0 +1,145 @@
+"""`exec`, `shell`, `console` and `copy`: what goes on inside a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pycloudlib.cli import terminal, transfer
+from pycloudlib.cli.failures import ExitCode
+from pycloudlib.cli.machines import open_machine
+from pycloudlib.cli.power import open_running
+from pycloudlib.cli.remotes import SerialConsole, SshTerminal
+from pycloudlib.cli.session import Session, command
+from pycloudlib.cli.values import MachineName
+from pycloudlib.cli.values import Place as PlaceType
+from pycloudlib.diagnosis import Cause
+from pycloudlib.guest import streams
+from pycloudlib.qemu.instance import QemuInstance
+
+if TYPE_CHECKING:
+    import paramiko
+
+_LEAVE = b"\x1d"
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+
+
+@command(
+    "exec",
+    short_help="Run a command in a machine.",
+    context_settings={"allow_interspersed_args": False},
+)
+@click.option("-t/-T", "--tty/--no-tty", default=None, help="Whether it gets a terminal.")
+@click.argument("name", type=MachineName())
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
+def execute(session: Session, name: str, tty: bool | None, argv: tuple[str, ...]) -> int:
+    """Run COMMAND in a machine, as its login user.
+
+    Its standard input, output and error are those of this command, and so is its exit status. It
+    gets a terminal where this command has one. No shell reads it: for that, run `sh -c '…'`.
+    """
+    words = argv[1:] if argv[0] == "--" else argv
+    if not words:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
+    return _run(session, name, shlex.join(words), tty)
+
+
+@command("shell", short_help="Log in to a machine.")
+@click.argument("name", type=MachineName())
+def shell(session: Session, name: str) -> int:
+    """Log in to a machine, in this terminal.
+
+    Without a terminal, the login shell reads commands from standard input.
+    """
+    return _run(session, name, None, None)
+
+
+def _run(session: Session, name: str, command_line: str | None, tty: bool | None) -> int:
+    instance = open_running(session, name)
+    on_terminal = terminal.is_terminal(_STDIN, _STDOUT) if tty is None else tty
+    with _connected(session, instance) as client:
+        if on_terminal:
+            remote = SshTerminal(
+                streams.open_session(client), command_line, terminal.terminal_size()
+            )
+            terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
+            status = remote.wait()
+        else:
+            # What is typed is another program's, unless a shell is to read it.
+            reads = command_line is None or not terminal.is_terminal(_STDIN)
+            status = streams.stream(
+                streams.open_session(client),
+                command_line,
+                stdin=functools.partial(os.read, _STDIN) if reads else None,
+                stdout=functools.partial(_write, _STDOUT),
+                stderr=functools.partial(_write, _STDERR),
+                on_wait=instance.machine.check_on,
+            )
+    return status if status >= 0 else ExitCode.CONNECTION_LOST
+
+
+@contextlib.contextmanager
+def _connected(session: Session, instance: QemuInstance) -> Iterator[paramiko.SSHClient]:
+    try:
+        with instance.explaining(f"an SSH connection to {instance.name}"):
+            client = instance._ssh_connect()
+    except Exception as error:
+        diagnosis = getattr(error, "diagnosis", None)
+        if diagnosis is not None and diagnosis.cause is Cause.STILL_BOOTING:
+            session.note(f"'pycloudlib wait {instance.name}' waits until it is ready")
+        raise
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+@command("console", short_help="Open a machine's serial console.")
+@click.argument("name", type=MachineName())
+def console(session: Session, name: str) -> None:
+    """Open the serial console of a machine, in this terminal. Ctrl-] leaves it.
+
+    It works when SSH does not. One at a time can have it open.
+    """
+    if not terminal.is_terminal(_STDIN):
+        raise click.UsageError("console needs a terminal; 'pycloudlib logs' prints what was shown")
+    instance = open_machine(session.cloud, name)
+    instance.machine.check_on()
+    session.note(f"The serial console of {name}; Ctrl-] leaves it")
+    remote = SerialConsole(instance.ip, int(instance.telnet_port))
+    with contextlib.closing(remote):
+        left = terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT, escape=_LEAVE)
+    session.note("" if left else f"\r\n{name} has ended, or somebody else took its console")
+
+
+@command("copy", short_help="Copy files and directories to or from a machine.")
+@click.argument("source", type=PlaceType(), metavar="SRC")
+@click.argument("target", type=PlaceType(), metavar="DST")
+def copy(session: Session, source: str, target: str) -> None:
+    """Copy a file or a directory: SRC or DST is in a machine, as NAME:PATH.
+
+    A path in a machine is relative to the home directory of the login user, with whose rights it is
+    read and written. Directories are copied with all that is in them, like `cp -r` does.
+    """
+    here, there = transfer.Place.parse(source), transfer.Place.parse(target)
+    if bool(here.machine) is bool(there.machine):
+        which = "Neither is" if not here.machine else "Both are"
+        raise click.UsageError(f"{which} in a machine: one of SRC and DST is NAME:PATH")
+    instance = open_running(session, here.machine or there.machine)
+    with instance.explaining(f"a copy from {source} to {target}"):
+        if here.machine:
+            transfer.pull(instance, here.path, Path(there.path).expanduser())
+        else:
+            transfer.push(instance, Path(here.path).expanduser(), there.path)

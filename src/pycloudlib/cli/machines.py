@@ -1,0 +1,183 @@
+"""Names and machines: what there is, which one a name means, and which name is free.
+
+Nothing here talks to QEMU or loads what is heavy, so that listing is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib import Qemu
+from pycloudlib.cli.session import TAG
+from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.qemu import layers, prune
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.ownership import Ownership
+from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.spec import MachineSpec
+
+_PREFIX = "pycl-qemu-"
+# What stands beside the directories of machines: see layers.py, and the keys of a cloud.
+_NO_MACHINES = re.compile(r"layers|snapshots|keys-[0-9a-f]{8}|\..*")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A machine that a name may mean.
+
+    Attributes:
+        tag: The cloud that it lives in.
+        rundir: Its directory.
+        spec: What machine it is; None of one whose launch was cut off, or goes on just now, or
+            whose notes are damaged.
+        problem: Why it cannot be used; empty of one that can.
+    """
+
+    tag: str
+    rundir: RunDirectory
+    spec: MachineSpec | None
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.rundir.path.name
+
+    @property
+    def full_name(self) -> str:
+        """What it is called on the command line: others' machines by their cloud, too."""
+        return self.name if self.tag == TAG else f"{self.tag}/{self.name}"
+
+    @property
+    def id(self) -> str:
+        """Its id, by which `Qemu.get_instance` finds it; empty of one that cannot be used."""
+        if self.spec is None:
+            return ""
+        return f"{self.rundir.disk}::{self.spec.ssh_port}::{self.spec.telnet_port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of its QEMU; None when it is off."""
+        for process in prune.find_processes(self.rundir):
+            return process.identity.pid
+        return None
+
+    @property
+    def state(self) -> str:
+        """`running`, `off`, `starting` or `broken`, told without asking QEMU."""
+        if self.problem:
+            return "broken"
+        if self.spec is None:
+            return "starting"
+        return "off" if self.pid is None else "running"
+
+
+def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]:
+    """List the machines of the command line, or those of all clouds, by their names."""
+    found = []
+    for parent in layers.cloud_directories(working_dir):
+        tag = parent.name.removeprefix(_PREFIX)
+        if everywhere or tag == TAG:
+            found += [_describe(tag, path) for path in _directories(parent)]
+    return sorted(found, key=lambda machine: (machine.tag != TAG, machine.tag, machine.name))
+
+
+def _directories(parent: Path) -> Iterator[Path]:
+    for path in parent.iterdir():
+        if path.is_dir() and not _NO_MACHINES.fullmatch(path.name):
+            yield path
+
+
+def _describe(tag: str, path: Path) -> Found:
+    rundir = RunDirectory(path)
+    try:
+        return Found(tag, rundir, rundir.read_spec())
+    except InstanceNotFoundError as error:
+        owner = Ownership.find(path)
+        begins = owner is not None and owner.process.alive
+        return Found(tag, rundir, None, "" if begins else str(error))
+
+
+def find_machine(working_dir: Path, name: str) -> Found:
+    """Find the machine that a name means: one of the command line's, or `CLOUD/NAME`.
+
+    Raises:
+        InstanceNotFoundError: There is none; tells the nearest.
+    """
+    machines = list_machines(working_dir, everywhere=True)
+    for machine in machines:
+        if name in (machine.full_name, f"{machine.tag}/{machine.name}"):
+            return machine
+    names = [machine.full_name for machine in machines]
+    others = [machine.full_name for machine in machines if machine.name == name]
+    raise InstanceNotFoundError(
+        f"There is no machine {name!r}{_hint(name, names, others)}", resource_name=name
+    )
+
+
+def _hint(name: str, names: Sequence[str], others: Sequence[str]) -> str:
+    if others:
+        return f"; another program's is called {others[0]!r}"
+    near = nearest(name, names)
+    if near:
+        return f"; did you mean {near!r}?"
+    own = [known for known in names if "/" not in known]
+    return f"; there are: {', '.join(own)}" if own else "; there are none ('pycloudlib launch')"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Find the name that is most like one that is unknown; None where none is like it."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return near[0] if near else None
+
+
+def open_machine(cloud: Qemu, name: str) -> QemuInstance:
+    """Take the machine over that a name means.
+
+    Raises:
+        InstanceNotFoundError: There is none; tells the nearest.
+        CloudError: It cannot be used; says why.
+    """
+    found = find_machine(cloud.working_dir, name)
+    if found.problem:
+        raise CloudError(
+            f"{name} is broken: {found.problem}. 'pycloudlib delete {name}' removes it"
+        )
+    if found.spec is None:
+        raise CloudError(f"{name} is being launched by another process")
+    if found.tag != cloud.tag:
+        # What is made of it is to live where it lives.
+        cloud = Qemu(found.tag, timestamp_suffix=False, orphans="keep")
+    return cloud.get_instance(found.id)
+
+
+def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
+    """Delete the machine that a name means, a broken one too; give the errors met on the way.
+
+    Raises:
+        InstanceNotFoundError: There is none; tells the nearest.
+    """
+    found = find_machine(cloud.working_dir, name)
+    if not found.problem:
+        return open_machine(cloud, name).delete()
+    try:
+        prune.end_machine(found.rundir)
+        found.rundir.remove()
+    except (OSError, CloudError) as error:
+        return [error]
+    return []
+
+
+def free_names(working_dir: Path, prefix: str) -> Iterator[str]:
+    """Give the names `PREFIX-1`, `PREFIX-2` … that no machine of the command line has."""
+    taken = {machine.name for machine in list_machines(working_dir)}
+    number = 0
+    while True:
+        number += 1
+        name = f"{prefix[:55]}-{number}"
+        if name not in taken:
+            yield name

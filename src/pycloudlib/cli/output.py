@@ -1,0 +1,103 @@
+"""What commands print: tables for people, JSON for programs, sizes and ages in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_AGES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (60 * 2, 60, "minutes"))
+_STATE_COLOURS = {"running": "green", "broken": "red", "paused": "yellow", "starting": "yellow"}
+
+
+def colour_choice() -> bool | None:
+    """Say whether colours are printed: None leaves it to whether there is a terminal.
+
+    `NO_COLOR` forbids them (https://no-color.org).
+    """
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def print_json(value: Any) -> None:
+    """Print a value, or a list of them, as JSON."""
+    click.echo(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} is no JSON")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows below their columns' names; nothing is cut off."""
+    click.echo(format_table(columns, rows))
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay rows out in columns as wide as what is in them."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    heads = [column.upper() for column in columns]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = [_lay_out(heads, widths, lambda text, _plain: click.style(text, bold=True))]
+    lines += [_lay_out(row, widths, _coloured) for row in cells]
+    return "\n".join(lines)
+
+
+def _lay_out(row: Sequence[str], widths: Sequence[int], styled: Any) -> str:
+    padded = [
+        styled(cell, cell) + " " * (width - len(cell))
+        for cell, width in zip(row, widths, strict=True)
+    ]
+    return "  ".join(padded).rstrip()
+
+
+def _coloured(text: str, plain: str) -> str:
+    colour = _STATE_COLOURS.get(plain)
+    return click.style(text, fg=colour) if colour else text
+
+
+def print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Print names and what they stand for, one a line; what is empty is left out."""
+    shown = [(name, str(value)) for name, value in facts if value not in (None, "")]
+    width = max((len(name) for name, _value in shown), default=0) + 2
+    for name, value in shown:
+        label = click.style(f"{name}:", bold=True) + " " * (width - len(name) - 1)
+        click.echo(label + _coloured(value, value))
+
+
+def size_in_words(size: float) -> str:
+    """Give a number of bytes with a unit."""
+    units = iter(_UNITS)
+    unit = next(units)
+    while size >= 1024 and unit != _UNITS[-1]:
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if size >= 10 or size == int(size) else f"{size:.1f} {unit}"
+
+
+def age_in_words(since: float, now: float | None = None) -> str:
+    """Give how long ago something was, in the largest unit that tells enough."""
+    seconds = max(0.0, (time.time() if now is None else now) - since)
+    for least, length, unit in _AGES:
+        if seconds >= least:
+            return f"{seconds / length:.0f} {unit}"
+    return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"
+
+
+def timestamp(seconds: float) -> str:
+    """Give a time, in seconds since the epoch, by ISO 8601 in UTC."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

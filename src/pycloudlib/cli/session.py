@@ -1,0 +1,137 @@
+"""What all commands share: how much is told, and the cloud that their machines live in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import click
+
+from pycloudlib import Qemu
+from pycloudlib.cli.output import colour_choice
+from pycloudlib.progress import ProgressCallback, ignore_progress
+
+TAG = "cli"
+"""The tag of the cloud that the machines of the command line live in."""
+
+_LOGGER = "pycloudlib"
+_Target = TypeVar("_Target", bound="Callable[..., Any] | click.Command")
+
+
+class Session:
+    """One run of the command line.
+
+    Attributes:
+        verbosity: 0 tells warnings, 1 what is being done, 2 everything, with tracebacks.
+        quiet: Whether neither progress nor notes nor warnings are told.
+    """
+
+    def __init__(self) -> None:
+        self.verbosity = 0
+        self.quiet = False
+        self._printer: logging.Handler | None = None
+        self._level_before = logging.NOTSET
+
+    @cached_property
+    def cloud(self) -> Qemu:
+        """The cloud of the command line, whose machines outlive its programs.
+
+        Errors are those of `Qemu`.
+        """
+        return Qemu(TAG, timestamp_suffix=False, orphans="keep")
+
+    @property
+    def progress(self) -> ProgressCallback | None:
+        """What is told of long work: None for what suits the terminal."""
+        return ignore_progress if self.quiet else None
+
+    def note(self, text: str) -> None:
+        """Tell people something beside the result, on standard error."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def follow_log(self) -> None:
+        """Have this package's log printed to standard error, as much of it as is asked for."""
+        levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+        level = logging.ERROR if self.quiet else levels[min(self.verbosity, 2)]
+        logger = logging.getLogger(_LOGGER)
+        if self._printer is None:
+            self._printer, self._level_before = _LogPrinter(), logger.level
+            logger.addHandler(self._printer)
+        logger.setLevel(level)
+
+    def leave_log(self) -> None:
+        """Leave the log as it was before."""
+        logger = logging.getLogger(_LOGGER)
+        if self._printer is not None:
+            logger.removeHandler(self._printer)
+            logger.setLevel(self._level_before)
+            self._printer = None
+
+
+class _LogPrinter(logging.Handler):
+    """Prints what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one entry."""
+        words = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            words = click.style(f"{record.levelname.capitalize()}: ", fg="yellow") + words
+        click.echo(words, err=True, color=colour_choice())
+
+
+def _set_verbosity(context: click.Context, _parameter: click.Parameter, value: int) -> None:
+    session = context.ensure_object(Session)
+    session.verbosity = max(session.verbosity, value)
+    session.follow_log()
+
+
+def _set_quiet(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    session = context.ensure_object(Session)
+    session.quiet = session.quiet or value
+    session.follow_log()
+
+
+def told_options(target: _Target) -> _Target:
+    """Add the options that every command has."""
+    add_verbose = click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Tell what is being done; twice: everything, and tracebacks.",
+    )
+    add_quiet = click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_quiet,
+        help="No progress, notes or warnings.",
+    )
+    return add_verbose(add_quiet(target))
+
+
+def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a command of a function that takes a `Session` first and may return an exit code."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        make: Callable[[Callable[..., Any]], click.Command] = click.command(name, **settings)
+        # After its own, in its help, too.
+        return told_options(make(click.pass_obj(function)))
+
+    return decorate
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, for programs; see the reference."
+)
+
+
+def is_terminal() -> bool:
+    """Say whether somebody looks at standard error."""
+    return sys.stderr.isatty()
