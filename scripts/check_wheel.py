@@ -71,6 +71,11 @@ def check_installation(checks: Checks, installation: Installation) -> None:
         "print({pycloudlib.__version__, importlib.metadata.version('pycloudlib')})"
     )
     checks.check("it tells that version itself", versions == str({__version__}), versions)
+    command = str(installation.python.parent / "pycloudlib")
+    told = installation.run(
+        f"import subprocess; print(subprocess.check_output([{command!r}, '--version'], text=True))"
+    )
+    checks.check("the command `pycloudlib` is there", __version__ in told, told)
     trusted = installation.run(
         "from pycloudlib.images.signature import load_trusted_keys;"
         "print(len(load_trusted_keys().packets))"

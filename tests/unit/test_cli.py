@@ -408,6 +408,22 @@ def test_commands_options_and_names_are_completed(web: RunDirectory) -> None:
     assert complete("launch", "./x") == ["./x"]
 
 
+def test_what_is_no_command_is_no_error_while_it_is_typed() -> None:
+    assert "launch" in complete("nonsense", "")
+
+
+def test_defect_of_our_own_is_called_one(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(power, "delete_machine", fail)
+
+    done = run(capsys, "delete", "a", "b")
+
+    assert done.code == ExitCode.FAILURE
+    assert done.err == "Error: this is a defect of pycloudlib: KeyError: 'x' (-vv tells more)\n"
+
+
 def test_wrong_configuration_is_no_obstacle_to_completion(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,8 @@ class _Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that is meant."""
         name = args[0] if args else ""
-        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+        known = not name or name.startswith("-") or self.get_command(ctx, name) is not None
+        if not (known or ctx.resilient_parsing):  # as while it is typed
             near = nearest(name, self.list_commands(ctx))
             hint = f" Did you mean {near!r}?" if near else ""
             ctx.fail(f"No such command {name!r}.{hint}")

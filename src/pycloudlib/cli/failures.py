@@ -50,7 +50,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return ExitCode.NOT_FOUND
     if isinstance(error, PycloudlibTimeoutError):
         return ExitCode.TIMEOUT
-    if isinstance(error, (ValueError, TypeError, click.UsageError)):
+    if isinstance(error, (ValueError, click.UsageError)):
         return ExitCode.USAGE
     return ExitCode.FAILURE
 
@@ -58,7 +58,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
 def is_expected(error: BaseException) -> bool:
     """Say whether an error speaks for itself; any other is a defect of this package."""
     # paramiko is heavy to load; whoever raises its errors has done so.
-    known = (PycloudlibException, OSError, ValueError, TypeError, click.ClickException)
+    known = (PycloudlibException, OSError, ValueError, click.ClickException)
     return isinstance(error, known) or type(error).__module__.startswith("paramiko")
 
 

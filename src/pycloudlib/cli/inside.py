@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pycloudlib.cli import terminal, transfer
+from pycloudlib.cli import terminal
 from pycloudlib.cli.failures import ExitCode
 from pycloudlib.cli.machines import open_machine
 from pycloudlib.cli.power import open_running
@@ -133,6 +133,8 @@ def copy(session: Session, source: str, target: str) -> None:
     A path in a machine is relative to the home directory of the login user, with whose rights it is
     read and written. Directories are copied with all that is in them, like `cp -r` does.
     """
+    from pycloudlib.cli import transfer  # noqa: PLC0415 - seldom
+
     here, there = transfer.Place.parse(source), transfer.Place.parse(target)
     if bool(here.machine) is bool(there.machine):
         which = "Neither is" if not here.machine else "Both are"

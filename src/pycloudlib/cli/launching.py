@@ -69,7 +69,7 @@ def launch(
     if timeout is not None and not wait:
         raise click.UsageError("--timeout is for --wait")
     cloud = session.cloud
-    given, network = read_document(user_data), _text(network_config)
+    given, network = read_document(user_data), read_document(network_config)
     image_id = imagenames.get_image(cloud, image, daily=daily, on_progress=session.progress)
     saved = savedmachine.find(Path(image_id))
     usual = InstanceType.parse(DEFAULT_INSTANCE_TYPE) if saved is None else saved.spec.instance_type
@@ -146,8 +146,3 @@ def tell_user_of_name(session: Session, name: str) -> str:
     of_what = facts.image_in_words(seen.image, session.cloud.image_dir)
     age = age_in_words(facts.created_at(found))
     return f" by a machine of {of_what} ({seen.state}, launched {age} ago)"
-
-
-def _text(path: Path | None) -> str | None:
-    document = read_document(path)
-    return None if document is None else document.decode()

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import click
 
-from pycloudlib.cli import doctor as checks
-from pycloudlib.cli import hostfacts
 from pycloudlib.cli.output import print_json
 from pycloudlib.cli.power import drop_fork_bases
 from pycloudlib.cli.session import Session, command, json_option
 
 _PROGRAM = "pycloudlib"
 _COMPLETE_VARIABLE = "_PYCLOUDLIB_COMPLETE"
-_MARKS = {
-    checks.Outcome.OK: ("ok", "green"),
-    checks.Outcome.WARNING: ("warning", "yellow"),
-    checks.Outcome.PROBLEM: ("problem", "red"),
-}
+_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 @command("prune", short_help="Remove what dead programs have left behind.")
@@ -56,19 +50,22 @@ def doctor(session: Session, offline: bool, as_json: bool) -> int:
 
     The exit code is 1 when something is in the way of a launch.
     """
-    if not session.quiet and not as_json:
+    from pycloudlib.cli import hostfacts  # noqa: PLC0415 - seldom
+    from pycloudlib.cli.doctor import Outcome, judge  # noqa: PLC0415 - seldom
+
+    if not as_json:
         session.note("Looking, which takes some seconds …")
-    found = checks.judge(hostfacts.collect(ask_server=not offline))
+    found = judge(hostfacts.collect(ask_server=not offline))
     if as_json:
         print_json(found)
     else:
         for check in found:
-            word, colour = _MARKS[check.outcome]
-            mark = click.style(f"{word:8}", fg=colour, bold=True)
+            word = check.outcome.value
+            mark = click.style(f"{word:8}", fg=_COLOURS[word], bold=True)
             click.echo(f"{mark} {check.name}: {check.detail}")
             if check.remedy:
                 click.echo(f"{'':8} → {check.remedy}")
-    return int(any(check.outcome is checks.Outcome.PROBLEM for check in found))
+    return int(any(check.outcome is Outcome.PROBLEM for check in found))
 
 
 @command("completion", short_help="Print what makes a shell complete commands and names.")
