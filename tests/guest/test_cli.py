@@ -44,7 +44,6 @@ def web(saved: str) -> Iterator[str]:
         for image in json.loads(ok("images", "list", "--json")):
             if image["name"].startswith(f"{name}-"):
                 ok("images", "delete", image["name"])
-        ok("prune")
 
 
 class Terminal:
