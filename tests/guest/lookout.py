@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 _LISTENING = "0A"  # include/net/tcp_states.h
-_LOOK = 3.0
+_LOOK = 15.0
 
 
 class Lookout:

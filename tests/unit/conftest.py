@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,13 @@ def host(tmp_path: Path) -> Host:
     binary = tmp_path / "qemu"
     binary.write_text("binary")
     return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Leave this package's log as it was: command lines set what is printed of it."""
+    logger = logging.getLogger("pycloudlib")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers

@@ -12,13 +12,20 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import expand_user, is_file, replace_atomically, tells_of_no_file
+from pycloudlib.files import (
+    expand_user,
+    is_file,
+    replace_atomically,
+    tells_of_no_file,
+    write_private,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +144,10 @@ def record_path(image: Path) -> Path:
 
 
 def write_record(image: Path, record: ImageRecord) -> None:
-    """Write the record beside an image, whole or not at all."""
+    """Write the record beside an image, whole or not at all; who may read one may read both."""
     with replace_atomically(record_path(image)) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+        write_private(temporary, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+        temporary.chmod(stat.S_IMODE(image.stat().st_mode))
 
 
 def inherit(image: Path, base: Path, source: str) -> None:
