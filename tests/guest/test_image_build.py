@@ -186,6 +186,7 @@ def test_kernel_and_initrd_are_beside_it(built: Path) -> None:
     assert store.initrd_path(built).stat().st_size > 1024**2
 
 
+@pytest.mark.thorough
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     with start_build(tmp_path / "images") as builder:
         builder.wait_for("Unpacking")

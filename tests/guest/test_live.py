@@ -255,9 +255,9 @@ with Qemu("warm") as cloud:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def warm_programs(image: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start two programs that want the same warm machine; it boots while others are tested."""
+    """Start two programs that want the same warm machine."""
     user_data = f"#!/bin/sh\necho warm >/var/tmp/proof # {uuid.uuid4()}\n"
     arguments = [sys.executable, "-c", WARM, image, user_data]
     cloud = Qemu(tag="live-warm")
@@ -277,6 +277,7 @@ def warm_programs(image: str) -> Iterator[list[subprocess.Popen[str]]]:
             cloud.delete_image(warm.image_id)
 
 
+@pytest.mark.thorough
 def test_two_programs_that_want_a_warm_machine_boot_it_once(
     warm_programs: list[subprocess.Popen[str]],
 ) -> None:
