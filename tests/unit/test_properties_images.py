@@ -210,8 +210,10 @@ RECORD_TEXT = json.dumps(dataclasses.asdict(RECORD)).encode()
 @given(RECORDS)
 def test_record_is_read_back_as_it_was_written(tmp_path: Path, record: ImageRecord) -> None:
     image = tmp_path / "x.img"
+    image.touch(mode=0o600)
     store.write_record(image, record)
     assert store.find_record(image) == record
+    assert store.record_path(image).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.fixture
