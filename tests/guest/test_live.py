@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.files import write_private
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import ProcessIdentity
@@ -185,7 +186,7 @@ def test_commands_run_without_a_network_and_by_ssh_without_a_helper(
     other = cloud.launch(saved)
     other.execute("systemctl stop pycloudlib-helper", use_sudo=True)
     assert other.execute("echo $SSH_CONNECTION") != ""
-    other.machine.rundir.fix_up.write_text('{"identity": null, "new_key": null}')
+    write_private(other.machine.rundir.fix_up, '{"identity": null, "new_key": null}')
     other.execute("date --set='1 hour ago'", use_sudo=True)
     other.wait()
     assert clock_error(other) <= CLOCK_LIMIT
