@@ -100,6 +100,7 @@ def test_command_that_a_signal_ends_gives_255(web: str) -> None:
     assert run("exec", web, "sh", "-c", "kill -9 $$").returncode == 255
 
 
+@pytest.mark.thorough
 def test_large_streams_flow(web: str) -> None:
     data = os.urandom(1 << 20) * 4
 

@@ -95,7 +95,7 @@ class _Server(paramiko.ServerInterface):
                 process.stdin.close()  # type: ignore[union-attr]
 
         def drain(source: Any, send: Any) -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 while data := source.read(1 << 15):
                     send(data)
 

@@ -285,7 +285,7 @@ def _has_ended(drain: _Drain, deadline: Deadline | None, on_wait: Callable[[], N
 
 def _feed(channel: paramiko.Channel, stdin: bytes) -> None:
     # A command may end without reading its input; that is no error.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, EOFError):
         if stdin:
             channel.sendall(stdin)
         channel.shutdown_write()

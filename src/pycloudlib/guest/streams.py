@@ -112,8 +112,8 @@ def _raise_first(pumps: tuple[_Pump, ...]) -> None:
 def _feed(channel: paramiko.Channel, source: Source | None) -> None:
     # A command may end without reading its input; that is no error. And a source that cannot be
     # read has ended.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, EOFError):
         while source is not None and (chunk := source(_CHUNK)):
             channel.sendall(chunk)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, EOFError):
         channel.shutdown_write()
