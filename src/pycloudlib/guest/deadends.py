@@ -38,10 +38,8 @@ SIGNS = (
     # SeaBIOS (src/boot.c).
     _sign(Cause.NO_BOOTABLE_DISK, r"^No bootable device\."),
     _sign(Cause.BOOT_LOADER_PROMPT, r"^grub( rescue)?> *$", prompt=True),
-    _sign(
-        Cause.GUEST_MEMORY, _KERNEL + r"---\[ end Kernel panic .*(?i:out of memory|deadlocked on)"
-    ),
-    _sign(Cause.KERNEL_PANIC, _KERNEL + r"---\[ end Kernel panic"),
+    _sign(Cause.GUEST_MEMORY, _PANIC + r" .*(?i:out of memory|deadlocked on)"),
+    _sign(Cause.KERNEL_PANIC, _PANIC),
     # initramfs-tools (scripts/functions, panic()).
     _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *$", prompt=True),
     # systemd (units/emergency.service.in, rescue.service.in), and util-linux's sulogin.

@@ -31,8 +31,8 @@ logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 # From the banner on the server is there, but a busy guest in emulation may need long for its part
 # of the key exchange; giving up early would only make it begin anew.
 _HANDSHAKE_LIMIT = 60.0
-# Seconds between two looks at whether waiting for a command is of any use still.
-_ON_WAIT_INTERVAL = 0.5
+ON_WAIT_INTERVAL = 0.5
+"""Seconds between two looks at whether waiting for a command is of any use still."""
 _BANNER_START = b"SSH-"
 _CHUNK = 1 << 16
 # Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
@@ -275,7 +275,7 @@ class _Drain(threading.Thread):
 def _has_ended(drain: _Drain, deadline: Deadline | None, on_wait: Callable[[], None]) -> bool:
     """Wait until an output has ended; say whether it did in time."""
     while True:
-        drain.join(_ON_WAIT_INTERVAL if deadline is None else deadline.capped(_ON_WAIT_INTERVAL))
+        drain.join(ON_WAIT_INTERVAL if deadline is None else deadline.capped(ON_WAIT_INTERVAL))
         if not drain.is_alive():
             return True
         if deadline is not None and deadline.expired:

@@ -18,8 +18,6 @@ Sink = Callable[[bytes], object]
 """Takes bytes as they come; what it raises ends the command."""
 
 _CHUNK = 1 << 16
-# Seconds between two looks at whether waiting for a command is of any use still.
-_ON_WAIT_INTERVAL = 0.5
 
 
 def open_session(client: paramiko.SSHClient) -> paramiko.Channel:
@@ -70,7 +68,7 @@ def stream(
         pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
         threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
         while waiting := [pump for pump in pumps if pump.is_alive()]:
-            waiting[0].join(_ON_WAIT_INTERVAL)
+            waiting[0].join(ssh.ON_WAIT_INTERVAL)
             _raise_first(pumps)
             on_wait()
         _raise_first(pumps)
