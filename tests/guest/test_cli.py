@@ -135,9 +135,11 @@ def test_shell_is_a_real_terminal(web: str) -> None:
         terminal.type("tty; echo status=$((40 + 2))\r")
         terminal.expect(r"/dev/pts/\d+")
         terminal.expect(r"status=42")
-        terminal.type("sleep 100\r")
-        terminal.expect(r"sleep 100")
+        # What is typed before a program runs, or right behind Ctrl-C, the terminal may lose.
+        terminal.type("sh -c 'echo be$((0 + 1))gun; exec sleep 100'\r")
+        terminal.expect(r"be1gun")
         terminal.type("\x03")
+        terminal.expect(r"\$ ")
         terminal.type("exit 9\r")
         assert terminal.process.wait(LIMIT) == 9
 
