@@ -53,7 +53,8 @@ _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
     (Phase.BOOT_LOADER, re.compile(rb"GRUB|Welcome to GRUB|Booting `")),
     (Phase.KERNEL, re.compile(rb"Linux version |Run /init as init")),
     (Phase.INITRD, re.compile(rb"Begin: Loading essential drivers|Loading, please wait")),
-    (Phase.SYSTEMD, re.compile(rb"systemd\[1\]: |Welcome to ")),
+    # To its end: a line is looked at before it is whole, and GRUB welcomes too.
+    (Phase.SYSTEMD, re.compile(rb"systemd\[1\]: |Welcome to .{1,200}!")),
     (Phase.CLOUD_INIT_LOCAL, re.compile(_CLOUD_INIT + rb"running 'init-local'")),
     (Phase.CLOUD_INIT_NETWORK, re.compile(_CLOUD_INIT + rb"running 'init'")),
     (Phase.CLOUD_INIT_CONFIG, re.compile(_CLOUD_INIT + rb"running 'modules:config'")),
