@@ -1,8 +1,8 @@
 """Real guests: few boots, shared by many tests.
 
 A machine is launched for each kind of user-data that the selected tests ask for, all of them at
-once: eight, in an ordinary run. Most begin their first boot at cloud-init. Their processors are let
-run two machines at a time, because in emulation a boot keeps a processor busy, and eight of them on
+once: seven, in an ordinary run. Most begin their first boot at cloud-init. Their processors are let
+run two machines at a time, because in emulation a boot keeps a processor busy, and seven of them on
 two only get into each other's way.
 
 One of them is saved when it is ready. Tests that need a machine of their own, and are not about a
@@ -45,8 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def image() -> str:
     """Give an image built from Debian's packages; built when it is not there yet."""
-    with Qemu(tag="test-image") as cloud:
-        return cloud.build_image("bookworm", on_progress=_log_progress)
+    return build("bookworm")
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +57,9 @@ def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]
         return
     # First what most tests start from.
     kinds.sort(key=lambda kind: kind is not Kind.NONE)
-    images = dict.fromkeys(kinds, request.getfixturevalue("image"))
-    if Kind.TRIXIE in kinds:
-        with Qemu(tag="test-image") as builder:
-            images[Kind.TRIXIE] = builder.build_image("trixie", on_progress=_log_progress)
     with Qemu(tag="guest") as cloud, ThreadPoolExecutor(len(Kind)) as boots:
         try:
-            yield {kind: boots.submit(boot, cloud, images[kind], kind) for kind in kinds}
+            yield {kind: boots.submit(boot, cloud, kind) for kind in kinds}
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
             cloud.clean()  # ends waits that still go on
@@ -116,9 +111,10 @@ def launch(
     )
 
 
-def boot(cloud: Qemu, image: str, kind: Kind) -> Guest:
+def boot(cloud: Qemu, kind: Kind) -> Guest:
     """Launch a machine with a seed and wait until it is ready."""
     seed = SEEDS[kind]
+    image = build(seed.release)
     # What is saved boots at once: its copies have its options.
     held_back = kind is not Kind.NONE
     machine = launch(cloud, image, seed, ["-S"] if held_back else None)
@@ -154,6 +150,12 @@ def saved(guests: dict[Kind, Future[Guest]]) -> Iterator[str]:
     machine = guests[Kind.NONE].result().machine
     with Qemu(tag="guest-saved") as cloud:
         yield cloud.snapshot(machine, memory=True)
+
+
+def build(release: str) -> str:
+    """Build an image, unless it is there."""
+    with Qemu(tag="test-image") as cloud:
+        return cloud.build_image(release, on_progress=_log_progress)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,6 @@ def test_many_machines_launched_together_all_come_up(
     guests: dict[Kind, Future[Guest]],
 ) -> None:
     machines = [guests[kind].result().machine for kind in EVERY_TIME]
-    assert len(machines) >= 8
     ports = {port for machine in machines for port in (machine.port, machine.telnet_port)}
     assert len(ports) == 2 * len(machines)
     with ThreadPoolExecutor(8) as threads:
