@@ -16,9 +16,9 @@ BENCH_ARGS ?=
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
-CODE := src tests examples scripts benchmarks
+CODE := src tests examples scripts benchmarks docs
 
-.PHONY: help setup demo test checks lint format unit qemu guest thorough wheel measure bench clean
+.PHONY: help setup demo test checks lint format docs unit qemu guest thorough wheel measure bench clean
 
 help:  ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -31,11 +31,11 @@ demo: setup  ## Launch a machine, run a few commands in it, delete it (RELEASE=n
 	@$(PYTHON_IN_VENV) examples/demo.py --release $(RELEASE)
 
 # The guests side by side with all else: neither keeps two processors busy all the time.
-test: setup  ## Everything that has to pass: lint, unit, wheel, qemu, guest
+test: setup  ## Everything that has to pass: lint, docs, unit, wheel, qemu, guest
 	@$(MAKE) -j2 --output-sync=line guest checks
 
-checks: setup  ## Everything that boots no guest: lint, unit, wheel, qemu
-	@$(MAKE) -j1 lint unit wheel qemu
+checks: setup  ## Everything that boots no guest: lint, docs, unit, wheel, qemu
+	@$(MAKE) -j1 lint docs unit wheel qemu
 
 lint: setup  ## Check style and types: ruff and mypy
 	$(PYTHON_IN_VENV) -m ruff check $(CODE)
@@ -45,6 +45,10 @@ lint: setup  ## Check style and types: ruff and mypy
 format: setup  ## Format the code, and mend what ruff can mend
 	$(PYTHON_IN_VENV) -m ruff format $(CODE)
 	$(PYTHON_IN_VENV) -m ruff check --fix $(CODE)
+
+docs: setup  ## Build the documentation into build/docs, and check the code in it
+	$(PYTHON_IN_VENV) -m scripts.doc_blocks
+	$(PYTHON_IN_VENV) -m sphinx -q -W --keep-going -b html docs build/docs
 
 unit: setup  ## Run the tests without QEMU and network (seconds)
 	$(PYTEST) tests/unit $(PYTEST_ARGS)

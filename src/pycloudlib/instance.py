@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import ssh
 from pycloudlib.key import KeyPair
+from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.readiness import (
     DEFAULT_READY_MINUTES,
     Readiness,
@@ -240,25 +241,47 @@ class BaseInstance(Readiness):
         runner = 'f=$(mktemp) && cat >"$f" && chmod 700 "$f" && "$f"; s=$?; rm -f "$f"; exit $s'
         return self.execute(runner, stdin=text, description=description or "running a script")
 
-    def push_file(self, local_path: str | Path, remote_path: str) -> None:
+    def push_file(
+        self,
+        local_path: str | Path,
+        remote_path: str,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
         """Copy a local file to the guest, as the login user.
+
+        Args:
+            local_path: The file.
+            remote_path: Where it goes.
+            on_progress: Told of the bytes that have been copied.
 
         Raises:
             FileNotFoundError: The local file, or the directory in the guest, is not there.
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
-        ssh.push(self._client(), local_path, str(remote_path))
+        ssh.push(self._client(), local_path, str(remote_path), on_progress)
 
-    def pull_file(self, remote_path: str | Path, local_path: str | Path) -> None:
+    def pull_file(
+        self,
+        remote_path: str | Path,
+        local_path: str | Path,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
         """Copy a file from the guest, as the login user.
+
+        Args:
+            remote_path: The file.
+            local_path: Where it goes.
+            on_progress: Told of the bytes that have been copied.
 
         Raises:
             FileNotFoundError: The file in the guest, or the local directory, is not there.
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
-        ssh.pull(self._client(), str(remote_path), local_path)
+        ssh.pull(self._client(), str(remote_path), local_path, on_progress)
 
     def update(self) -> Result:
         """Refresh the package lists and upgrade all packages."""

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import pytest
@@ -55,11 +55,13 @@ def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]
     if not kinds:
         yield {}
         return
-    # First what most tests start from.
-    kinds.sort(key=lambda kind: kind is not Kind.NONE)
     with Qemu(tag="guest") as cloud, ThreadPoolExecutor(len(Kind)) as boots:
         try:
-            yield {kind: boots.submit(boot, cloud, kind) for kind in kinds}
+            # What most tests start from comes first, alone: they need not wait for the others.
+            booting: dict[Kind, Future[Guest]] = {}
+            for kind in sorted(kinds, key=lambda kind: kind is not Kind.NONE):
+                booting[kind] = boots.submit(boot, cloud, kind, booting.get(Kind.NONE))
+            yield booting
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
             cloud.clean()  # ends waits that still go on
@@ -111,8 +113,10 @@ def launch(
     )
 
 
-def boot(cloud: Qemu, kind: Kind) -> Guest:
-    """Launch a machine with a seed and wait until it is ready."""
+def boot(cloud: Qemu, kind: Kind, after: Future[Guest] | None) -> Guest:
+    """Launch a machine with a seed, after another's boot, and wait until it is ready."""
+    if after is not None:
+        wait([after])
     seed = SEEDS[kind]
     image = build(seed.release)
     # What is saved boots at once: its copies have its options.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.serial_login import PASSWORD, USER_DATA, Console, log_in
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError, InstanceNotFoundError
 from pycloudlib.images.source import Stream
@@ -25,19 +26,9 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from tests.guest.conftest import Guest
 from tests.guest.seeds import Kind
-from tests.guest.telnet import Console
 from tests.unit.imageserver import new_signing_key, running_image_server
 
 pytestmark = pytest.mark.guest
-
-PASSWORD = "on the console"
-USER_DATA = f"""\
-#cloud-config
-chpasswd:
-  expire: false
-  users: [{{name: ubuntu, password: {PASSWORD}, type: text}}]
-  list: ["ubuntu:{PASSWORD}"]
-"""
 
 ROOT_START = 227328 * 512  # bytes; as in Ubuntu's images
 
@@ -76,12 +67,7 @@ def seedless(image: str, tmp_path: Path) -> Iterator[QemuInstance]:
 
 def test_the_telnet_port_is_a_console_to_log_in_at(life: QemuInstance) -> None:
     with Console(int(life.telnet_port)) as console:
-        console.send("")
-        console.expect("login: ")
-        console.send("ubuntu")
-        console.expect("Password: ")
-        console.send(PASSWORD)
-        console.expect(r"\$ ")
+        log_in(console, "ubuntu", PASSWORD)
         console.send("echo $((6 * 7)) is the answer")
         assert "42 is the answer" in console.expect(r"[^(]42 is the answer")
         console.send("exit")
@@ -177,6 +163,11 @@ def test_snapshots_of_snapshots_boot_and_their_source_goes_on(
     before = life.id
     first = cloud.snapshot(life, clean=False)
     assert cloud.image_serial(first) == cloud.image_serial(image)
+    with (
+        cloud.launch(first, "c1m512", launch_args=["-S"]) as user,
+        pytest.raises(ImageInUseError, match=user.name),
+    ):
+        cloud.delete_image(first)
     life.start()
     started = time.monotonic()
     life.start()
@@ -186,16 +177,12 @@ def test_snapshots_of_snapshots_boot_and_their_source_goes_on(
     assert life.execute("cat /var/tmp/mark; hostname") == f"kept\n{life.name}"
 
     second = cloud.snapshot(life, clean=True)
-    with pytest.raises(ImageInUseError, match=Path(second).stem):
-        cloud.delete_image(first)
     assert life.delete() == []
     with pytest.raises(InstanceNotFoundError, match=life.name):
         life.start()
     with pytest.raises(InstanceNotFoundError, match=life.name):
         cloud.snapshot(life)
     copy = cloud.launch(second, "c1m512")
-    with pytest.raises(ImageInUseError, match=copy.name):
-        cloud.delete_image(second)
     copy.wait()
     assert copy.execute("cat /var/tmp/mark; hostname") == f"kept\n{copy.name}"
     result = json.loads(copy.execute("cat /var/lib/cloud/data/result.json"))
@@ -209,6 +196,8 @@ def test_snapshots_of_snapshots_boot_and_their_source_goes_on(
         third = cloud.snapshot(copy, clean=False)
     assert "ACPI" in caplog.text
     assert copy.delete() == []
+    with pytest.raises(ImageInUseError, match=Path(third).stem):
+        cloud.delete_image(second)
     assert read_file(third, "/var/tmp/mark", tmp_path) == "later"
     assert read_file(third, "/etc/machine-id", tmp_path) == its_machine_id
     for made in (third, second, first):

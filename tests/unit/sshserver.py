@@ -21,6 +21,7 @@ from paramiko.common import AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
+from pycloudlib.progress import ProgressCallback, ignore_progress
 
 _HOST_KEY = paramiko.ECDSAKey.generate()
 _SHELL = ("sh", "-c")
@@ -188,10 +189,22 @@ class LocalInstance(BaseInstance):
     def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
         yield
 
-    def push_file(self, local_path: str | Path, remote_path: str) -> None:
+    def push_file(
+        self,
+        local_path: str | Path,
+        remote_path: str,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
         (self.directory / remote_path).write_bytes(Path(local_path).read_bytes())
 
-    def pull_file(self, remote_path: str | Path, local_path: str | Path) -> None:
+    def pull_file(
+        self,
+        remote_path: str | Path,
+        local_path: str | Path,
+        *,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> None:
         shutil.copyfile(self.directory / remote_path, local_path)
 
     def delete(self, wait: bool = True) -> list[Exception]:

@@ -14,9 +14,10 @@ from click.shell_completion import BashComplete
 
 from pycloudlib.cli import failures, power
 from pycloudlib.cli.app import application, main
-from pycloudlib.cli.failures import ExitCode, exit_code_of
+from pycloudlib.cli.failures import ExitCode, exit_code_of, hint_of, in_words_of_commands
 from pycloudlib.cli.output import colour_choice
 from pycloudlib.cli.session import Session
+from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import (
     CloudError,
     ImageNotFoundError,
@@ -472,3 +473,18 @@ def test_main_reads_this_process_s_arguments(
 
     assert main() == 0
     assert "version" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_hints_are_those_of_the_command_line(cause: Cause) -> None:
+    diagnosis = Diagnosis(cause)
+
+    words = in_words_of_commands(diagnosis, f"It failed\n{diagnosis}")
+
+    assert f"  Try: {hint_of(cause)}" in words
+    for python in ("start()", "instance_type", "ready_timeout"):
+        assert python not in words
+
+
+def test_words_without_a_diagnosis_are_left_alone() -> None:
+    assert in_words_of_commands(None, "start() switches it on") == "start() switches it on"

@@ -14,6 +14,7 @@ import pytest
 from pycloudlib.cli import tarball, transfer
 from pycloudlib.cli.transfer import Place
 from pycloudlib.errors import PycloudlibError
+from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.unit.sshserver import LocalInstance
 
@@ -114,6 +115,23 @@ def test_directory_is_pushed_whole(instance: QemuInstance, tree: Path, guest: Pa
     assert (guest / "copy" / "tree").is_dir()
     first = {k: v for k, v in portrait(guest / "copy").items() if not k.startswith("tree")}
     assert first == portrait(tree) == portrait(guest / "copy" / "tree")
+
+
+def test_directories_tell_how_far_they_are(
+    instance: QemuInstance, tree: Path, guest: Path, here: Path
+) -> None:
+    size = sum(file.lstat().st_size for file in tree.rglob("*") if file.is_file())
+    pushed: list[Progress] = []
+    pulled: list[Progress] = []
+
+    transfer.push(instance, tree, "copy", pushed.append)
+    transfer.pull(instance, "copy", here / "back", pulled.append)
+
+    for reports, total in ((pushed, size), (pulled, None)):
+        done = [report.done or 0 for report in reports]
+        assert done == sorted(done)
+        assert done[-1] >= size
+        assert {(report.total, report.unit) for report in reports} == {(total, "B")}
 
 
 def test_directory_is_pulled_whole(

@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,14 @@ from pycloudlib.config import ENVIRONMENT_VARIABLE
 from pycloudlib.qemu.settings import QemuSettings
 from pycloudlib.tools import PACKAGES
 from scripts import command_line
+from scripts.doc_blocks import DOCUMENTS, FENCE, ROOT, Block, find_blocks
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "pycloudlib"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
 DESIGN = ROOT / "docs" / "explanation" / "design.md"
 
@@ -34,33 +32,12 @@ SHARED_KEYS = {"public_key_path", "private_key_path", "key_name"}
 # Every Debian and Ubuntu system has these.
 ESSENTIAL_PACKAGES = {"dpkg", "util-linux"}
 
-_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Block:
-    document: Path
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.document.relative_to(ROOT)}:{self.line}"
-
-
-def find_blocks(language: str) -> list[Block]:
-    return [
-        Block(document, content.count("\n", 0, match.start()) + 1, match["text"])
-        for document in DOCUMENTS
-        for content in (document.read_text(),)
-        for match in _FENCE.finditer(content)
-        if match["language"] == language
-    ]
-
-
 def find_links(document: Path) -> Iterator[str]:
-    prose = _FENCE.sub("", document.read_text())
+    prose = FENCE.sub("", document.read_text())
     for match in _LINK.finditer(prose):
         if "://" not in match["target"]:
             yield match["target"]
@@ -72,7 +49,7 @@ def anchor(title: str) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    prose = _FENCE.sub("", document.read_text())
+    prose = FENCE.sub("", document.read_text())
     return {anchor(match["title"]) for match in _HEADING.finditer(prose)}
 
 

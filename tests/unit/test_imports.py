@@ -22,7 +22,6 @@ PACKAGE: Final = "pycloudlib"
 LAYERS: Final = {
     PACKAGE: "front",
     f"{PACKAGE}.__main__": "program",
-    f"{PACKAGE}.pytest_plugin": "program",
     f"{PACKAGE}.qemu.access": "facade",
     f"{PACKAGE}.qemu.cloud": "facade",
     f"{PACKAGE}.qemu.diagnosed": "facade",
@@ -34,7 +33,13 @@ LAYERS: Final = {
     f"{PACKAGE}.instance": "base",
     f"{PACKAGE}.readiness": "base",
 }
-PACKAGE_LAYERS: Final = {"cli": "program", "qemu": "engine", "images": "images", "guest": "guest"}
+PACKAGE_LAYERS: Final = {
+    "cli": "program",
+    "pytest_plugin": "program",
+    "qemu": "engine",
+    "images": "images",
+    "guest": "guest",
+}
 
 ALLOWED: Final = {
     "front": {"facade", "base", "vocabulary"},

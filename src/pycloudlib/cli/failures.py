@@ -8,6 +8,7 @@ import traceback
 import click
 
 from pycloudlib.cli.output import colour_choice
+from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import (
     PycloudlibException,
     PycloudlibTimeoutError,
@@ -37,6 +38,22 @@ MEANINGS = {
     ExitCode.CONNECTION_LOST: "`exec`, `shell`: a signal ended the command, or the line did",
 }
 """What each exit code means, for the reference."""
+
+
+_HINTS = {
+    Cause.POWERED_OFF: (
+        "user-data may have asked for it (power_state), or somebody in the guest; 'pycloudlib "
+        "start' switches it on again"
+    ),
+    Cause.SWITCHED_OFF: "'pycloudlib start' switches it on",
+    Cause.GUEST_MEMORY: "give it more memory: 'pycloudlib launch --memory 2G'",
+    Cause.GUEST_DISK: "launch it with a larger disk: 'pycloudlib launch --disk 20G'",
+    Cause.NO_NETWORK: "'pycloudlib console' gets in without a network",
+    Cause.NO_SSH_SERVER: "is it installed and enabled? 'pycloudlib console' gets in without it",
+    Cause.STILL_BOOTING: "'pycloudlib wait' waits on, or longer with --timeout",
+    Cause.UNKNOWN: "'pycloudlib logs' shows what the guest did",
+}
+"""What to try, where `Cause.hint` speaks to those who write programs."""
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
@@ -74,9 +91,22 @@ def tell(error: BaseException, *, with_traceback: bool) -> None:
         click.echo("Interrupted" if interrupted else "Nothing was done", err=True)
         return
     words = str(error) or type(error).__name__
+    words = in_words_of_commands(getattr(error, "diagnosis", None), words)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         words = f"{error.strerror}: {error.filename}"
     if not is_expected(error):
         words = f"this is a defect of pycloudlib: {type(error).__name__}: {words} (-vv tells more)"
     mark = click.style("Error: ", fg="red", bold=True)
     click.echo(mark + words, err=True, color=colour_choice())
+
+
+def hint_of(cause: Cause) -> str:
+    """Say what to try on the command line."""
+    return _HINTS.get(cause, cause.hint)
+
+
+def in_words_of_commands(diagnosis: object, words: str) -> str:
+    """Let a text with a diagnosis say what to try on the command line, not in Python."""
+    if not isinstance(diagnosis, Diagnosis):
+        return words
+    return words.replace(diagnosis.cause.hint, hint_of(diagnosis.cause))

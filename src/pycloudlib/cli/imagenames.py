@@ -27,7 +27,7 @@ def known_releases() -> list[str]:
 
 def snapshots(working_dir: Path) -> list[Path]:
     """List the images that were made of the command line's machines, the newest last."""
-    store_of_all = layers.LayerStore(working_dir / f"pycl-qemu-{TAG}")
+    store_of_all = layers.LayerStore(layers.cloud_directory(working_dir, TAG))
     found = [path for path in store_of_all.snapshots.glob("*.img") if path.is_file()]
     return sorted(found, key=_made_at)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ from pycloudlib.cli.values import MachineName
 from pycloudlib.cli.values import Place as PlaceType
 from pycloudlib.diagnosis import Cause
 from pycloudlib.guest import streams
+from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu.instance import QemuInstance
 
 if TYPE_CHECKING:
     import paramiko
+
+_log = logging.getLogger(__name__)
 
 _LEAVE = b"\x1d"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
@@ -140,8 +144,11 @@ def copy(session: Session, source: str, target: str) -> None:
         which = "Neither is" if not here.machine else "Both are"
         raise click.UsageError(f"{which} in a machine: one of SRC and DST is NAME:PATH")
     instance = open_running(session, here.machine or there.machine)
-    with instance.explaining(f"a copy from {source} to {target}"):
+    with (
+        instance.explaining(f"a copy from {source} to {target}"),
+        showing_progress(session.progress, _log) as show,
+    ):
         if here.machine:
-            transfer.pull(instance, here.path, Path(there.path).expanduser())
+            transfer.pull(instance, here.path, Path(there.path).expanduser(), show)
         else:
-            transfer.push(instance, Path(here.path).expanduser(), there.path)
+            transfer.push(instance, Path(here.path).expanduser(), there.path, show)

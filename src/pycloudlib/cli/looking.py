@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from pycloudlib.cli import facts
+from pycloudlib.cli.failures import hint_of, in_words_of_commands
 from pycloudlib.cli.machines import Found, find_machine, list_machines, open_machine
 from pycloudlib.cli.output import print_facts, print_json, print_table
 from pycloudlib.cli.session import Session, command, json_option
@@ -123,6 +124,6 @@ def diagnose(session: Session, name: str, as_json: bool) -> None:
     diagnosis = open_machine(session.cloud, name).diagnose()
     if as_json:
         told = dataclasses.asdict(diagnosis)
-        print_json({**told, "cause": diagnosis.cause.name, "hint": diagnosis.cause.hint})
+        print_json({**told, "cause": diagnosis.cause.name, "hint": hint_of(diagnosis.cause)})
     else:
-        click.echo(f"{name}\n{diagnosis}")
+        click.echo(f"{name}\n{in_words_of_commands(diagnosis, str(diagnosis))}")

@@ -5,6 +5,7 @@ Nothing here talks to QEMU or loads what is heavy, so that listing is quick.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,6 @@ from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import MachineSpec
 
-_PREFIX = "pycl-qemu-"
 # What stands beside the directories of machines: see layers.py, and the keys of a cloud.
 _NO_MACHINES = re.compile(r"layers|snapshots|keys-[0-9a-f]{8}|\..*")
 
@@ -80,7 +80,7 @@ def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]
     """List the machines of the command line, or those of all clouds, by their names."""
     found = []
     for parent in layers.cloud_directories(working_dir):
-        tag = parent.name.removeprefix(_PREFIX)
+        tag = layers.cloud_tag(parent)
         if everywhere or tag == TAG:
             found += [_describe(tag, path) for path in _directories(parent)]
     return sorted(found, key=lambda machine: (machine.tag != TAG, machine.tag, machine.name))
@@ -163,7 +163,10 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
     """
     found = find_machine(cloud.working_dir, name)
     if not found.problem:
-        return open_machine(cloud, name).delete()
+        errors = open_machine(cloud, name).delete()
+        with contextlib.suppress(OSError):  # there is something else in it
+            found.rundir.path.parent.rmdir()
+        return errors
     try:
         prune.end_machine(found.rundir)
         found.rundir.remove()

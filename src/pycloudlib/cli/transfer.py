@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, cast
 from pycloudlib.cli import tarball
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import streams
+from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu.instance import QemuInstance
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ class Place:
         return cls(match["name"], match["path"] or ".") if match else cls("", text)
 
 
-def push(instance: QemuInstance, source: Path, target: str) -> None:
+def push(
+    instance: QemuInstance,
+    source: Path,
+    target: str,
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
     """Copy a file or directory to a machine, as its login user, like `cp -r`.
 
     Raises:
@@ -55,14 +61,19 @@ def push(instance: QemuInstance, source: Path, target: str) -> None:
     if target.endswith("/") or _is_directory(instance, target):
         target = f"{target.rstrip('/') or '/'}/{source.resolve().name}"
     if source.is_dir():
-        _push_directory(instance, source, target)
+        _push_directory(instance, source, target, on_progress)
         return
-    instance.push_file(source, target)
+    instance.push_file(source, target, on_progress=on_progress)
     mode = source.stat().st_mode & _PERMISSIONS
     _run(instance, ["chmod", f"{mode:o}", "--", target])
 
 
-def pull(instance: QemuInstance, source: str, target: Path) -> None:
+def pull(
+    instance: QemuInstance,
+    source: str,
+    target: Path,
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
     """Copy a file or directory from a machine, as its login user, like `cp -r`.
 
     Raises:
@@ -74,9 +85,9 @@ def pull(instance: QemuInstance, source: str, target: Path) -> None:
     if target.is_dir() and name not in ("", ".", ".."):
         target = target / name
     if _is_directory(instance, source):
-        _pull_directory(instance, source, target)
+        _pull_directory(instance, source, target, on_progress)
         return
-    instance.pull_file(source, target)
+    instance.pull_file(source, target, on_progress=on_progress)
     target.chmod(int(_run(instance, ["stat", "-c", "%a", "--", source]), 8) & _PERMISSIONS)
 
 
@@ -94,12 +105,15 @@ def _run(instance: QemuInstance, argv: list[str]) -> str:
     return result.stdout
 
 
-def _push_directory(instance: QemuInstance, source: Path, target: str) -> None:
+def _push_directory(
+    instance: QemuInstance, source: Path, target: str, on_progress: ProgressCallback
+) -> None:
     quoted = shlex.quote(target)
+    count = _Count(on_progress, source.name, _size_of(source))
     command = f"mkdir -p -- {quoted} && exec tar -x --no-same-owner -f - -C {quoted}"
     with _Command(instance, command) as running:
         try:
-            with io.BufferedWriter(_Writer(running.channel), 1 << 16) as stream:
+            with io.BufferedWriter(_Writer(running.channel, count), 1 << 16) as stream:
                 tarball.pack(source, cast("IO[bytes]", stream))
         except OSError as error:
             # The guest's own words tell more than that it hung up.
@@ -109,13 +123,16 @@ def _push_directory(instance: QemuInstance, source: Path, target: str) -> None:
         running.finish()
 
 
-def _pull_directory(instance: QemuInstance, source: str, target: Path) -> None:
+def _pull_directory(
+    instance: QemuInstance, source: str, target: Path, on_progress: ProgressCallback
+) -> None:
     target.mkdir(exist_ok=True)
+    count = _Count(on_progress, target.name, None)
     command = f"exec tar -c --hard-dereference -f - -C {shlex.quote(source)} ."
     with _Command(instance, command) as running:
         running.channel.shutdown_write()
         try:
-            with io.BufferedReader(_Reader(running.channel), 1 << 16) as stream:
+            with io.BufferedReader(_Reader(running.channel, count), 1 << 16) as stream:
                 tarball.unpack(cast("IO[bytes]", stream), target)
                 while stream.read(1 << 16):
                     pass  # what pads the end
@@ -156,26 +173,57 @@ class _Command:
             )
 
 
+def _size_of(directory: Path) -> int:
+    """Give the bytes of all files in a directory, which its tar stream has a little more of."""
+    return sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+class _Count:
+    """Counts the bytes of a stream, and tells of them.
+
+    Args:
+        on_progress: Told of them.
+        name: What is copied.
+        total: How many there will be; None when that is not known.
+    """
+
+    def __init__(self, on_progress: ProgressCallback, name: str, total: int | None) -> None:
+        self._on_progress = on_progress
+        self._name = name
+        self._total = total
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        """Take note of more."""
+        self._done += count
+        done = self._done if self._total is None else min(self._done, self._total)
+        self._on_progress(Progress("copying", self._name, done, self._total, "B"))
+
+
 class _Writer(io.RawIOBase):
     """A channel that is written to."""
 
-    def __init__(self, channel: paramiko.Channel) -> None:
+    def __init__(self, channel: paramiko.Channel, count: _Count) -> None:
         super().__init__()
         self._channel = channel
+        self._count = count
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: object) -> int:
-        return self._channel.send(bytes(memoryview(data)))  # type: ignore[arg-type]
+        sent = self._channel.send(bytes(memoryview(data)))  # type: ignore[arg-type]
+        self._count.add(sent)
+        return sent
 
 
 class _Reader(io.RawIOBase):
     """A channel that is read from."""
 
-    def __init__(self, channel: paramiko.Channel) -> None:
+    def __init__(self, channel: paramiko.Channel, count: _Count) -> None:
         super().__init__()
         self._channel = channel
+        self._count = count
 
     def readable(self) -> bool:
         return True
@@ -184,4 +232,5 @@ class _Reader(io.RawIOBase):
         view = memoryview(buffer)  # type: ignore[arg-type]
         data = self._channel.recv(len(view))
         view[: len(data)] = data
+        self._count.add(len(data))
         return len(data)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.key import is_encrypted
+from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     import paramiko
@@ -291,7 +292,12 @@ def _feed(channel: paramiko.Channel, stdin: bytes) -> None:
         channel.shutdown_write()
 
 
-def push(client: paramiko.SSHClient, local_path: str | Path, remote_path: str) -> None:
+def push(
+    client: paramiko.SSHClient,
+    local_path: str | Path,
+    remote_path: str,
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
     """Copy a local file to the guest.
 
     Raises:
@@ -299,10 +305,15 @@ def push(client: paramiko.SSHClient, local_path: str | Path, remote_path: str) -
     """
     source = Path(local_path)
     with source.open("rb"), _open_sftp(client) as sftp, _naming(remote_path):
-        sftp.put(str(source), remote_path)
+        sftp.put(str(source), remote_path, _telling(on_progress, source.name))
 
 
-def pull(client: paramiko.SSHClient, remote_path: str, local_path: str | Path) -> None:
+def pull(
+    client: paramiko.SSHClient,
+    remote_path: str,
+    local_path: str | Path,
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
     """Copy a file from the guest; an existing local file is replaced only once all is here.
 
     Raises:
@@ -314,10 +325,14 @@ def pull(client: paramiko.SSHClient, remote_path: str, local_path: str | Path) -
         with _open_sftp(client) as sftp:
             with _naming(remote_path):
                 sftp.stat(remote_path)
-            sftp.get(remote_path, str(temporary))
+            sftp.get(remote_path, str(temporary), _telling(on_progress, target.name))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _telling(on_progress: ProgressCallback, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(Progress("copying", name, done, total, "B"))
 
 
 def _open_sftp(client: paramiko.SSHClient) -> paramiko.SFTPClient:

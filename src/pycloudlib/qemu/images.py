@@ -48,7 +48,7 @@ class QemuImages(BaseCloud):
     @property
     def parent_dir(self) -> Path:
         """The directory of everything that this cloud makes."""
-        return self.working_dir / f"pycl-qemu-{self.tag}"
+        return layers.cloud_directory(self.working_dir, self.tag)
 
     def export_image(
         self,

@@ -31,7 +31,7 @@ MAXIMUM_DEPTH = 16
 _QCOW2_HEADER = struct.Struct(">4sIQI")
 _LONGEST_NAME = 1023  # of a backing file, in bytes (docs/interop/qcow2.txt)
 _LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
-_PARENT_GLOB = "pycl-qemu-*"
+_CLOUD_PREFIX = "pycl-qemu-"
 _SNAPSHOTS = "snapshots"
 _LOCK = ".lock"
 
@@ -163,7 +163,7 @@ def find_users(image: Path, working_dir: Path) -> list[str]:
 
 def is_snapshot(image: Path) -> bool:
     """Say whether an image has its place among the snapshots of a cloud."""
-    return image.parent.name == _SNAPSHOTS and image.parent.parent.match(_PARENT_GLOB)
+    return image.parent.name == _SNAPSHOTS and image.parent.parent.match(f"{_CLOUD_PREFIX}*")
 
 
 def chain(tip: Path) -> list[Path]:
@@ -209,9 +209,19 @@ def read_backing_file(image: Path) -> Path | None:
     return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None
 
 
+def cloud_directory(working_dir: Path, tag: str) -> Path:
+    """Give the directory of everything that clouds of a tag make."""
+    return working_dir / f"{_CLOUD_PREFIX}{tag}"
+
+
+def cloud_tag(directory: Path) -> str:
+    """Give the tag of the clouds whose directory this is."""
+    return directory.name.removeprefix(_CLOUD_PREFIX)
+
+
 def cloud_directories(working_dir: Path) -> Iterator[Path]:
     """List the directories of clouds."""
-    return working_dir.glob(_PARENT_GLOB)
+    return working_dir.glob(f"{_CLOUD_PREFIX}*")
 
 
 def _tips(working_dir: Path) -> Iterator[Path]:

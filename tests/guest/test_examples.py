@@ -1,0 +1,61 @@
+"""The examples do what they say, on copies of the machine that is saved for many tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.guest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LIMIT = 600
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+
+
+def test_package_suite(saved: str, tmp_path: Path) -> None:
+    options = ("-p", "no:cacheprovider", f"--rootdir={EXAMPLES}", f"--vm-image={saved}")
+
+    done = run("-m", "pytest", EXAMPLES / "package_suite", *options)
+
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+
+
+def test_eight_forks(saved: str) -> None:
+    done = run(EXAMPLES / "eight_forks.py", saved)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed  ") == 8
+
+
+def test_compare_user_data(saved: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("#cloud-config\ntimezone: Europe/Vienna\n")
+    other.write_text(
+        "#cloud-config\ntimezone: Europe/Vienna\n"
+        "write_files: [{path: /var/tmp/extra, content: more}]\nusers: [default, {name: guest}]\n"
+    )
+
+    done = run(EXAMPLES / "compare_user_data.py", one, other, saved)
+
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("> ") for line in lines if "Timezone" not in line)
+    assert any("/var/tmp/extra" in line for line in lines)
+    assert any(line.startswith("> user guest ") for line in lines)
+
+
+def test_serial_login(saved: str) -> None:
+    done = run(EXAMPLES / "serial_login.py", saved)
+
+    assert done.returncode == 0, done.stderr
+    assert "/dev/ttyS0" in done.stdout
+    assert "42 is the answer" in done.stdout

@@ -1,0 +1,191 @@
+"""The pytest plugin with guests: suites of tests run, their machines copies of a saved one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+
+pytestmark = pytest.mark.guest
+
+LIMIT = 300
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Give what runs a suite, with the home directory that machines and settings belong to."""
+    monkeypatch.setenv("HOME", HOME)
+    return pytester
+
+
+HOME = os.environ["HOME"]
+
+FRESH_AND_SHARED = """
+import pytest
+
+SEEN = {}
+
+def test_fresh_one(vm):
+    SEEN["one"] = vm.name
+    assert vm.execute("touch /var/tmp/mark; hostname") == vm.name
+
+def test_fresh_two(vm):
+    assert vm.name != SEEN["one"]
+    assert vm.execute("ls /var/tmp/mark; hostname") == vm.name
+
+@pytest.mark.parametrize("number", range(3))
+def test_shared(shared_vm, number):
+    assert SEEN.setdefault("shared", shared_vm.name) == shared_vm.name
+    assert shared_vm.execute("ls /var/tmp/mark").failed
+    assert shared_vm.execute("touch /var/tmp/mark /run/mark; hostname") == shared_vm.name
+
+def test_shared_deleted(shared_vm):
+    assert shared_vm.delete() == []
+
+def test_shared_anew(shared_vm):
+    assert shared_vm.name != SEEN["shared"]
+    assert shared_vm.execute("ls /var/tmp/mark").failed
+
+@pytest.mark.vm(user_data="#!/bin/sh\\necho marked >/var/tmp/proof\\n")
+def test_marked(vm_factory, tmp_path):
+    script = tmp_path / "user-data"
+    script.write_text("#!/bin/sh\\necho given >/var/tmp/proof\\n")
+    by_marker, given = vm_factory(), vm_factory(user_data=script)
+    assert by_marker.execute("cat /var/tmp/proof") == "marked"
+    assert given.execute("cat /var/tmp/proof") == "given"
+"""
+
+
+def test_machines_are_fresh_or_as_they_were_at_their_beginning(
+    suite: pytest.Pytester, saved: str
+) -> None:
+    suite.makepyfile(FRESH_AND_SHARED)
+
+    result = suite.runpytest_subprocess(f"--vm-image={saved}", timeout=LIMIT)
+
+    result.assert_outcomes(passed=8)
+    assert left_of_tests() == []
+
+
+def left_of_tests() -> list[Path]:
+    return list((Path(HOME) / ".local/state/pycloudlib/instances").glob("pycl-qemu-pytest*"))
+
+
+FAILING = """
+def test_it(vm):
+    vm.execute("echo <6>a word of the kernel >/dev/kmsg", use_sudo=True)
+    assert vm.execute("echo left >/var/tmp/left; sync").failed, "as it is to be"
+"""
+
+
+def test_failure_tells_of_its_machine_which_can_be_kept(
+    suite: pytest.Pytester, saved: str, tmp_path: Path
+) -> None:
+    suite.makepyfile(test_failing=FAILING)
+
+    result = suite.runpytest_subprocess(
+        f"--vm-image={saved}", "--vm-keep", "--vm-artifacts=kept", timeout=LIMIT
+    )
+
+    result.assert_outcomes(failed=1)
+    told = result.stdout.str()
+    assert "Cause: nothing that is known" in told
+    assert re.search(r"- machine test-it-[0-9a-f]{6} -", told)
+    (directory,) = suite.path.glob("kept/test_failing.py-test_it/*")
+    assert {"error.txt", "machine.json", "events.json"} <= {f.name for f in directory.iterdir()}
+    summary = told.rpartition("machines that are kept")[2]
+    names = re.findall(r"pycloudlib delete (\S+)", summary)
+    assert len(names) == 1
+    try:
+        found = cli("exec", names[0], "cat", "/var/tmp/left")
+        assert (found.returncode, found.stdout) == (0, "left\n"), found.stderr
+        (ssh,) = re.findall(r"or: (ssh .*)", summary)
+        assert shlex.split(ssh)[0] == "ssh"
+        assert Path(shlex.split(ssh)[4]).is_file(), "the key is kept, too"
+    finally:
+        assert cli("delete", names[0]).returncode == 0
+    assert left_of_tests() == []
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pycloudlib", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
+QUEUE = """
+import os, time, pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_it(vm, number):
+    with open(os.environ["QUEUE_LOG"], "a") as log:
+        log.write(f"begin {number}\\n")
+    assert vm.execute("true").ok
+    with open(os.environ["QUEUE_LOG"], "a") as log:
+        log.write(f"end {number}\\n")
+"""
+
+
+def test_workers_wait_for_room(
+    suite: pytest.Pytester, saved: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("QUEUE_LOG", str(log))
+    suite.makeini("[pytest]\nvm_processors = 1\n")
+    suite.makepyfile(QUEUE)
+
+    result = suite.runpytest_subprocess(f"--vm-image={saved}", "-n", "3", timeout=LIMIT)
+
+    result.assert_outcomes(passed=4)
+    words = [line.split() for line in log.read_text().splitlines()]
+    assert [word for word, _number in words] == ["begin", "end"] * 4
+    assert len({number for _word, number in words}) == 4
+
+
+SHARED_BY_WORKERS = """
+import os, pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_it(vm, number):
+    with open(os.environ["QUEUE_LOG"], "a") as log:
+        log.write("booted\\n" if "Linux version" in vm.console_log() else "copied\\n")
+    assert vm.execute("cat /var/tmp/proof; hostname") == f"made once\\n{vm.name}"
+"""
+
+
+@pytest.mark.thorough
+def test_workers_share_one_machine_that_boots_once(
+    suite: pytest.Pytester, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("QUEUE_LOG", str(log))
+    user_data = f"#!/bin/sh\necho made once >/var/tmp/proof # {uuid.uuid4()}\n"
+    (suite.path / "user-data").write_text(user_data)
+    suite.makepyfile(
+        "from pathlib import Path\nimport pytest\n"
+        "pytestmark = pytest.mark.vm(instance_type='c1m512', user_data=Path('user-data'))\n"
+        + SHARED_BY_WORKERS
+    )
+    cloud = Qemu(tag="plugin-test")
+    before = {warm.key for warm in cloud.warm_images()}
+    try:
+        result = suite.runpytest_subprocess(f"--vm-image={image}", "-n", "2", timeout=1200)
+    finally:
+        for warm in cloud.warm_images():
+            if warm.key not in before and not warm.first_boot:
+                cloud.delete_image(warm.image_id)
+
+    result.assert_outcomes(passed=4)
+    assert sorted(log.read_text().split()) == ["booted", "copied", "copied", "copied"]

@@ -1,0 +1,130 @@
+"""What test processes may use at once."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pycloudlib.pytest_plugin.budget import Budget, Room
+
+WHOLE = Room(2, 4000)
+HOLDER = """
+import sys
+from pathlib import Path
+from pycloudlib.pytest_plugin.budget import Budget, Room
+room = Room(*map(int, sys.argv[2:]))
+with Budget(Path(sys.argv[1]), Room(2, 4000)).taking(room, lambda: print("waits", flush=True)):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Holder:
+    """Another process that takes some of the budget until it is told to end, or killed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def expect(self, words: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{words}\n"
+
+    def end(self) -> None:
+        self.process.communicate("", timeout=30)
+
+
+@contextlib.contextmanager
+def other_process(directory: Path, room: Room) -> Iterator[Holder]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, directory, str(room.processors), str(room.memory_mib)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Holder(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def never() -> None:
+    raise AssertionError("it waits")
+
+
+def taken(directory: Path) -> list[Path]:
+    return list(directory.glob("*.taken"))
+
+
+def test_what_fits_is_taken_at_once_and_given_back(tmp_path: Path) -> None:
+    with other_process(tmp_path, Room(1, 2000)) as other:
+        other.expect("has it")
+        with Budget(tmp_path, WHOLE).taking(Room(1, 2000), never):
+            assert len(taken(tmp_path)) == 2
+        other.end()
+    assert taken(tmp_path) == []
+
+
+@pytest.mark.parametrize("wanted", [Room(2, 100), Room(1, 3000)], ids=["processors", "memory"])
+def test_what_does_not_fit_is_waited_for(tmp_path: Path, wanted: Room) -> None:
+    ours = contextlib.ExitStack()
+    ours.enter_context(Budget(tmp_path, WHOLE).taking(Room(1, 2000), never))
+    with ours, other_process(tmp_path, wanted) as other:
+        other.expect("waits")
+        assert len(taken(tmp_path)) == 1
+        ours.close()
+        other.expect("has it")
+
+
+def test_more_than_there_is_is_taken_when_nothing_else_is(tmp_path: Path) -> None:
+    with Budget(tmp_path, WHOLE).taking(Room(8, 100_000), never):
+        assert len(taken(tmp_path)) == 1
+
+
+def test_process_that_is_killed_gives_back(tmp_path: Path) -> None:
+    with other_process(tmp_path, WHOLE) as other:
+        other.expect("has it")
+        other.process.kill()
+        other.process.wait()
+    assert len(taken(tmp_path)) == 1, "its file is still there"
+    with Budget(tmp_path, WHOLE).taking(WHOLE, never):
+        assert len(taken(tmp_path)) == 1
+
+
+def test_process_that_has_something_does_not_wait_for_more(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, WHOLE)
+    with other_process(tmp_path, Room(1, 1000)) as other:
+        other.expect("has it")
+        with budget.taking(Room(1, 1000), never), budget.taking(WHOLE, never):
+            assert len(taken(tmp_path)) == 3
+
+
+def test_thread_that_waits_goes_on_when_its_process_got_something(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, WHOLE)
+    waits, done = threading.Event(), threading.Event()
+
+    def want_all() -> None:
+        with budget.taking(WHOLE, waits.set):
+            done.set()
+
+    with other_process(tmp_path, Room(1, 1000)) as other:
+        other.expect("has it")
+        thread = threading.Thread(target=want_all)
+        thread.start()
+        assert waits.wait(30)
+        with budget.taking(Room(1, 1000), never):
+            assert done.wait(30)
+        thread.join()
+
+
+def test_host_has_processors_and_memory() -> None:
+    room = Room.of_host()
+
+    assert room.processors >= 1
+    assert room.memory_mib > 100

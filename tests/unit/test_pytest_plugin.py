@@ -1,0 +1,104 @@
+"""The pytest plugin, as far as it goes without a machine."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pycloudlib.pytest_plugin.machines import make_name
+from pycloudlib.pytest_plugin.report import directory_name
+from pycloudlib.qemu.spec import check_name
+
+
+def test_options_and_marker_are_known(pytester: pytest.Pytester) -> None:
+    helped = pytester.runpytest_inprocess("--help").stdout.str()
+
+    for option in ("--vm-image=IMAGE", "--vm-keep", "--vm-artifacts=DIR"):
+        assert option in helped
+    assert "@pytest.mark.vm(image=" in pytester.runpytest_inprocess("--markers").stdout.str()
+
+
+def test_fixtures_say_what_they_give(pytester: pytest.Pytester) -> None:
+    listed = pytester.runpytest_inprocess("--fixtures").stdout.str()
+
+    for fixture in ("qemu_cloud", "vm_image", "vm", "vm_factory", "shared_vm"):
+        (said,) = re.findall(rf"\n{fixture}(?: \[.*\])? -- .*\n +(.*)", listed)
+        assert said.startswith("Give ")
+
+
+def test_tests_without_machines_are_left_alone(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it="def test_it(): assert False, 'as ever'")
+
+    result = pytester.runpytest_inprocess()
+
+    result.assert_outcomes(failed=1)
+    assert " machine " not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("marker", "told"),
+    [
+        ("'noble'", "not 'noble'"),
+        ("images='noble'", "takes image, instance_type, user_data, each by its name, not 'images'"),
+    ],
+)
+def test_marker_that_is_wrong_is_told_at_once(
+    marker: str, told: str, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(f"import pytest\n@pytest.mark.vm({marker})\ndef test_it(vm): pass\n")
+
+    result = pytester.runpytest_inprocess("--vm-image=nowhere.img")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*{told}*"])
+
+
+def test_image_that_is_not_there_is_told(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(vm): pass")
+
+    result = pytester.runpytest_inprocess("--vm-image=nobel")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*There is no image 'nobel'*did you mean 'noble'?*"])
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1"])
+def test_budget_that_is_wrong_is_told(value: str, pytester: pytest.Pytester) -> None:
+    pytester.makeini(f"[pytest]\nvm_processors = {value}\n")
+    pytester.makepyfile("def test_it(vm): pass")
+
+    result = pytester.runpytest_inprocess()
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*vm_processors is '{value}'*expected a number from 1*"])
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "name"),
+    [
+        ("tests/test_a.py::test_b[c/d]", "tests-test_a.py-test_b-c-d"),
+        ("../x.py::test", "x.py-test"),
+        ("a" * 400, "a" * 150),
+    ],
+)
+def test_directory_of_artifacts_is_named_after_the_test(nodeid: str, name: str) -> None:
+    assert directory_name(nodeid) == name
+
+
+@pytest.mark.parametrize(
+    ("test", "stem"),
+    [
+        ("test_it", "test-it"),
+        ("test_It[a b/c-\u2603]", "test-it-a-b-c"),
+        ("[]", "vm"),
+        ("a" * 49 + "_b", "a" * 49),
+        ("b" * 100, "b" * 50),
+    ],
+)
+def test_machine_is_called_after_its_test(test: str, stem: str) -> None:
+    name = make_name(test)
+
+    assert check_name(name) == name
+    assert name.rpartition("-")[0] == stem
+    assert make_name(test) != name
