@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import email.parser
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -48,7 +49,8 @@ def check_content(checks: Checks, wheel: Path) -> None:
         if file.is_file() and file.suffix != ".pyc"
     }
     checks.check("it holds the package's files and no others", files == expected, files ^ expected)
-    checks.check("no tests are in it", not any("test" in name for name in files), files)
+    tests = [name for name in files if re.search(r"(^|/)(tests/|test_|conftest)", name)]
+    checks.check("no tests are in it", not tests, tests)
     checks.check("py.typed is in it", "pycloudlib/py.typed" in files)
     keys = {f"pycloudlib/images/keys/{name}" for name in SIGNING_KEYS}
     checks.check("the keys of Ubuntu's images are in it", keys <= files, keys - files)
@@ -76,6 +78,12 @@ def check_installation(checks: Checks, installation: Installation) -> None:
         f"import subprocess; print(subprocess.check_output([{command!r}, '--version'], text=True))"
     )
     checks.check("the command `pycloudlib` is there", __version__ in told, told)
+    plugins = installation.run(
+        "from importlib.metadata import entry_points;"
+        "print(*(entry.value for entry in entry_points(group='pytest11')))"
+    )
+    found = "pycloudlib.pytest_plugin.plugin" in plugins.split()
+    checks.check("pytest finds the plugin", found, plugins)
     trusted = installation.run(
         "from pycloudlib.images.signature import load_trusted_keys;"
         "print(len(load_trusted_keys().packets))"

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from pycloudlib.cli.app import application
@@ -24,6 +27,7 @@ else:
 
 SOURCE = ROOT / "src" / "pycloudlib"
 CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
+PLUGIN = SOURCE / "pytest_plugin" / "plugin.py"
 DESIGN = ROOT / "docs" / "explanation" / "design.md"
 
 SHARED_KEYS = {"public_key_path", "private_key_path", "key_name"}
@@ -168,3 +172,60 @@ def test_make_help_names_every_target() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
     explained = re.findall(r"^([a-z]+):.*## .+$", makefile, re.MULTILINE)
     assert sorted(explained) == sorted(phony.split())
+
+
+def _is_argument(word: str) -> bool:
+    return not re.fullmatch(r"[|&<>]+|>.*", word)
+
+
+def list_shell_lines(program: str) -> list[tuple[str, list[str]]]:
+    """List the lines of the documents that call a program, each with where it stands."""
+    blocks = [block for language in ("sh", "yaml", "console") for block in find_blocks(language)]
+    found = []
+    for block in blocks:
+        for line in block.text.splitlines():
+            words = re.sub(r"^(\$ |- run: )", "", line)
+            if words.startswith(f"{program} "):
+                call = list(itertools.takewhile(_is_argument, shlex.split(words, comments=True)))
+                found.append((str(block), call[1:]))
+    return found
+
+
+@pytest.mark.parametrize(("place", "words"), list_shell_lines("pycloudlib"), ids=str)
+def test_commands_in_documents_are_understood(place: str, words: list[str]) -> None:
+    command: click.Command = application
+    while isinstance(command, click.Group):
+        words = list(itertools.dropwhile(lambda word: word.startswith("-"), words))
+        found = command.commands.get(words[0])
+        assert found is not None, f"{place}: there is no command {words[0]!r}"
+        command, words = found, words[1:]
+    context = click.Context(command)
+    command.make_parser(context).parse_args(list(words))
+
+
+def test_there_are_commands_in_documents() -> None:
+    assert len(list_shell_lines("pycloudlib")) > 30
+
+
+@pytest.mark.parametrize(("place", "words"), list_shell_lines("make"), ids=str)
+def test_make_targets_in_documents_exist(place: str, words: list[str]) -> None:
+    targets = re.findall(r"^([a-z]+):", (SOURCE.parents[1] / "Makefile").read_text(), re.MULTILINE)
+    assert {word for word in words if "=" not in word} <= set(targets), place
+
+
+@pytest.mark.parametrize(("place", "words"), list_shell_lines("pytest"), ids=str)
+def test_options_of_the_plugin_in_documents_exist(place: str, words: list[str]) -> None:
+    known = re.findall(r'addoption\(\s*"(--[\w-]+)"', PLUGIN.read_text())
+    assert len(known) == 3
+    given = {word.partition("=")[0] for word in words if word.startswith("--vm")}
+    assert given <= set(known), place
+
+
+def test_the_plugin_has_its_reference() -> None:
+    text = (ROOT / "docs" / "reference" / "pytest-plugin.md").read_text()
+    code = PLUGIN.read_text()
+    names = re.findall(r'addoption\(\s*"(--[\w-]+)"', code)
+    names += re.findall(r'addini\("(\w+)"', code)
+    names += re.findall(r"^@pytest\.fixture.*\ndef ([a-z]\w+)", code, re.MULTILINE)
+    assert len(names) == 3 + 4 + 5
+    assert [name for name in names if f"`{name}" not in text] == []
