@@ -11,29 +11,46 @@ from pathlib import Path
 
 from pycloudlib import Qemu
 
-# What makes up a machine, a line for each thing.
+# What makes up a machine: a line for each thing, of its kind, its name, and what it is.
 FACTS = r"""
-find /etc /usr/local /var/tmp -xdev -type f ! -name '*.pyc' \
-    ! -path '/etc/ssh/ssh_host_*' ! -path /etc/machine-id -exec md5sum {} +
-sed 's/^/user /; s/:/ /' /etc/passwd
-dpkg-query -W -f 'package ${Package} ${Version}\n'
+find /etc /usr/local /var/tmp -xdev -type f ! -path '/etc/ssh/ssh_host_*' ! -path /etc/machine-id \
+    -exec md5sum {} + | sed -E 's/(\S+) +(.*)/file \2 \1/'
+sed 's/:/ /; s/^/user /' /etc/passwd
+dpkg-query --show --showformat 'package ${Package} ${Version}\n'
 systemctl list-unit-files --no-legend --plain | sed 's/^/unit /'
-timedatectl show | grep Timezone
+timedatectl show --property Timezone | sed 's/=/ /; s/^/setting /'
 """
 
+Facts = dict[tuple[str, str], str]
 
-def describe(cloud: Qemu, image: str, user_data: Path) -> set[str]:
-    """Boot a machine with a user-data, and list what it is made of."""
+
+def describe(cloud: Qemu, image: str, user_data: Path) -> Facts:
+    """Boot a machine with a user-data, and tell what it is made of."""
     content = user_data.read_bytes()
     with cloud.launch(image, user_data=content, fast_boot=True) as machine:
         machine.wait()
         result = machine.execute(["sh", "-c", FACTS], use_sudo=True)
-        # Each has a name of its own.
-        return {line.replace(machine.name, "NAME") for line in result.splitlines()}
+    facts = {}
+    for line in result.splitlines():
+        # Each machine has a name of its own.
+        kind, name, what = [*line.replace(machine.name, "NAME").split(maxsplit=2), ""][:3]
+        facts[kind, name] = what
+    return facts
+
+
+def compare(one: Facts, other: Facts) -> list[str]:
+    """List what is only in one (-), only in the other (+), and what is different in both (~)."""
+    lines = []
+    for kind, name in sorted({*one, *other}):
+        before, after = one.get((kind, name)), other.get((kind, name))
+        if before != after:
+            sign = "+" if before is None else "-" if after is None else "~"
+            lines.append(f"{sign} {kind} {name}")
+    return lines
 
 
 def main() -> int:
-    """Boot two machines side by side, and print what one has and the other has not."""
+    """Boot two machines side by side, and print in what they differ."""
     if len(sys.argv) not in (3, 4):
         print(__doc__, file=sys.stderr)
         return 2
@@ -42,9 +59,9 @@ def main() -> int:
         image = sys.argv[3] if len(sys.argv) > 3 else cloud.build_image("bookworm")
         with ThreadPoolExecutor(2) as threads:
             one, other = threads.map(lambda file: describe(cloud, image, file), files)
-    for line in sorted(one ^ other, key=lambda line: (line.split()[1:], line)):
-        print("<" if line in one else ">", line)
-    return int(one != other)
+    differences = compare(one, other)
+    print("\n".join(differences))
+    return int(bool(differences))
 
 
 if __name__ == "__main__":
