@@ -49,9 +49,11 @@ class Lookout:
                 self.listeners += 1
                 if not address.startswith("127."):
                     self.found.add(f"{sockets[inode]} listens on {address}:{port}")
-        for path in self._working_dir.rglob("*"):
-            with contextlib.suppress(OSError):  # it is gone
-                self._look_at(path)
+        # Unlike Path.rglob, this goes on when a directory is gone.
+        for directory, _directories, files in os.walk(self._working_dir):
+            for path in (Path(directory), *(Path(directory, name) for name in files)):
+                with contextlib.suppress(OSError):  # it is gone
+                    self._look_at(path)
 
     def _look_at(self, path: Path) -> None:
         facts = path.lstat()

@@ -14,7 +14,9 @@ import pytest
 
 from pycloudlib.errors import PycloudlibException
 from pycloudlib.progress import Progress, ignore_progress
+from pycloudlib.qemu import disk
 from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image, parse_size
+from pycloudlib.tools import run_tool
 
 MakeImage = Callable[..., Path]
 
@@ -249,12 +251,21 @@ def test_disk_size_that_is_no_whole_number_is_refused(size: object, tmp_path: Pa
         parse_size(size, base)  # type: ignore[arg-type]
 
 
-def test_overlay_is_readable_by_its_owner_alone(tiny_image: Path, tmp_path: Path) -> None:
+def test_overlay_is_readable_by_its_owner_alone_at_every_moment(
+    tiny_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overlay = tmp_path / "overlay.qcow2"
+    modes: list[int] = []
 
-    create_overlay(inspect_image(tiny_image), overlay)
+    def look_and_run(step: str, argv: Any) -> Any:
+        modes.append(stat.S_IMODE(overlay.stat().st_mode))
+        return run_tool(step, argv)
 
-    assert stat.S_IMODE(overlay.stat().st_mode) == 0o600
+    monkeypatch.setattr(disk, "run_tool", look_and_run)
+    base = BaseImage(tiny_image, "qcow2", GIB)
+    create_overlay(base, overlay)
+
+    assert [*modes, stat.S_IMODE(overlay.stat().st_mode)] == [0o600, 0o600]
 
 
 @pytest.mark.parametrize("name", ["with space.img", "a,b,,c.img", "a:b.img", "grüß.img", "-x.img"])

@@ -127,9 +127,9 @@ def create_overlay(
         path, str(size),
     ]
     # fmt: on
+    _create_private(path)
     try:
         run_tool("making the disk overlay", argv)
-        path.chmod(0o600)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -291,8 +291,7 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
     # fmt: on
     temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
     try:
-        # qemu-img would make it readable for everybody; it holds the machine's secrets.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        _create_private(temporary)
         run_tool_streaming(
             "exporting the image", [*argv, temporary], on_line=_percent_reader(on_progress)
         )
@@ -300,6 +299,11 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         os.link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create_private(path: Path) -> None:
+    """Make a file for qemu-img to write, which would make one that everybody can read."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _percent_reader(on_progress: ProgressCallback) -> Callable[[str], None]:
