@@ -11,14 +11,27 @@ from pathlib import Path
 
 from pycloudlib import Qemu
 
-# What makes up a machine: a line for each thing, of its kind, its name, and what it is.
-FACTS = r"""
-find /etc /usr/local /var/tmp -xdev -type f ! -path '/etc/ssh/ssh_host_*' ! -path /etc/machine-id \
-    -exec md5sum {} + | sed -E 's/(\S+) +(.*)/file \2 \1/'
-sed 's/:/ /; s/^/user /' /etc/passwd
-dpkg-query --show --showformat 'package ${Package} ${Version}\n'
-systemctl list-unit-files --no-legend --plain | sed 's/^/unit /'
-timedatectl show --property Timezone | sed 's/=/ /; s/^/setting /'
+# What makes up a machine: a line for each thing, of its kind, its name, and what it is. Names and
+# addresses that each machine has of its own are no difference, nor are dates.
+PROGRAM = r"""
+import hashlib, os, pathlib, re, socket, subprocess
+identities = [pathlib.Path("/etc/machine-id"), *pathlib.Path("/sys/class/net").glob("*/address")]
+own = [socket.gethostname(), *(file.read_text().strip() for file in identities)]
+skipped = re.compile("/etc/ssh/ssh_host_|/etc/machine-id|/etc/shadow|.*/__pycache__/")
+odd = re.compile("|".join(map(re.escape, own)) + r"|on \w{3}, \d\d \w{3} \d{4} .*")
+for top in ("/etc", "/usr/local", "/var/tmp"):
+    for directory, _, files in os.walk(top):
+        for path in (pathlib.Path(directory, name) for name in files):
+            if path.is_file() and not path.is_symlink() and not skipped.match(str(path)):
+                content = odd.sub("ITS-OWN", path.read_bytes().decode(errors="replace"))
+                print("file", path, hashlib.md5(content.encode()).hexdigest())
+for command in (
+    "sed 's/:/ /; s/^/user /' /etc/passwd",
+    "dpkg-query --show --showformat 'package ${Package} ${Version}\\n'",
+    "systemctl list-unit-files --no-legend --plain | sed 's/^/unit /'",
+    "timedatectl show --property Timezone | sed 's/=/ /; s/^/setting /'",
+):
+    print(subprocess.run(command, shell=True, capture_output=True, text=True).stdout)
 """
 
 Facts = dict[tuple[str, str], str]
@@ -29,11 +42,12 @@ def describe(cloud: Qemu, image: str, user_data: Path) -> Facts:
     content = user_data.read_bytes()
     with cloud.launch(image, user_data=content, fast_boot=True) as machine:
         machine.wait()
-        result = machine.execute(["sh", "-c", FACTS], use_sudo=True)
+        result = machine.execute("python3 -", stdin=PROGRAM, use_sudo=True)
+    if result.failed:
+        raise RuntimeError(result.stderr)
     facts = {}
-    for line in result.splitlines():
-        # Each machine has a name of its own.
-        kind, name, what = [*line.replace(machine.name, "NAME").split(maxsplit=2), ""][:3]
+    for line in filter(None, result.splitlines()):
+        kind, name, what = [*line.split(maxsplit=2), ""][:3]
         facts[kind, name] = what
     return facts
 

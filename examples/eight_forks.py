@@ -14,14 +14,15 @@ from pycloudlib.qemu.instance import QemuInstance
 
 # Each would spoil the machine for the others.
 TESTS = {
-    "no hosts file": "rm /etc/hosts && hostname && ! getent hosts no-such-host",
+    "no hosts file": "rm /etc/hosts && ! grep -q . /etc/hosts",
     "full disk": "fallocate -l $(df --output=avail -B1 / | tail -1) /big && df / | grep -q 100%",
     "no user": "userdel --force ubuntu && ! id ubuntu",
     "other name": "hostnamectl hostname other && test $(hostname) = other",
     "wrong clock": "date --set '2040-01-01' && test $(date +%Y) = 2040",
-    "read-only": "mount -o remount,ro / || echo busy; ! touch /etc/mark || rm /etc/mark",
-    "no network": "ip link set lo down && ! ping -c 1 -W 1 127.0.0.1",
-    "no processes": 'systemctl stop cron 2>/dev/null; test -z "$(pgrep -x cron)"',
+    "read-only": "mount -o bind,ro /etc /etc && ! touch /etc/mark",
+    "no loopback": "ip link set lo down && ip -o link show lo | grep -q 'state DOWN'",
+    "no logging": "systemctl stop systemd-journald.socket systemd-journald-dev-log.socket "
+    "systemd-journald && ! systemctl is-active --quiet systemd-journald",
 }
 
 

@@ -30,8 +30,20 @@ _GIVEN = {
     "machine": "QemuInstance",
     "vm": "QemuInstance",
 }
+# What arguments of tests and fixtures are called.
+_FIXTURES = {
+    "installed": "str",
+    "machine": "QemuInstance",
+    "prepare_vm": "PrepareVm",
+    "qemu_cloud": "Qemu",
+    "shared_vm": "QemuInstance",
+    "vm": "QemuInstance",
+    "vm_factory": "VmFactory",
+    "vm_image": "str",
+}
 _IMPORTS = """\
 from pycloudlib import Qemu
+from pycloudlib.pytest_plugin import PrepareVm, VmFactory
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.qemu.instance import QemuInstance
 """
@@ -73,8 +85,8 @@ def write_programs(target: Path) -> Iterator[Path]:
         if blocks:
             name = "_".join(document.relative_to(ROOT).with_suffix("").parts)
             file = target / f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}.py"
-            code = "\n".join(f"# {block}\n{block.text}" for block in blocks)
-            file.write_text(_IMPORTS + _declare_given(code) + code)
+            code = "\n".join(block.text for block in blocks)
+            file.write_text(_IMPORTS + _declare_given(code) + _annotate(code))
             yield file
 
 
@@ -83,6 +95,17 @@ def _declare_given(code: str) -> str:
     made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     used = {node.id for node in names} - made
     return "".join(f"{name}: {kind}\n" for name, kind in _GIVEN.items() if name in used)
+
+
+def _annotate(code: str) -> str:
+    """Annotate what tests and fixtures take, as their readers know what it is."""
+    tree = ast.parse(code)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for argument in function.args.args:
+                if argument.annotation is None and argument.arg in _FIXTURES:
+                    argument.annotation = ast.Name(_FIXTURES[argument.arg])
+    return ast.unparse(tree)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib import Qemu
+from pycloudlib.pytest_plugin import PrepareVm
 from pycloudlib.qemu.instance import QemuInstance
 
 HERE = Path(__file__).parent
@@ -34,9 +34,6 @@ def install(package: Path) -> Callable[[QemuInstance], None]:
 
 
 @pytest.fixture(scope="session")
-def installed(qemu_cloud: Qemu, vm_image: str, install: Callable[[QemuInstance], None]) -> str:
+def installed(prepare_vm: PrepareVm, install: Callable[[QemuInstance], None]) -> str:
     """Save a machine with the package: each test that wants it starts from there."""
-    with qemu_cloud.launch(vm_image) as machine:
-        machine.wait()
-        install(machine)
-        return qemu_cloud.snapshot(machine, memory=True)
+    return prepare_vm(install)

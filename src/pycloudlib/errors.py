@@ -146,6 +146,18 @@ class BootFailedError(PycloudlibTimeoutError):
         super().__init__(f"{name} does not boot: {cause.value} ({line})")
 
 
+class KernelPanicError(CloudError):
+    """The guest's kernel has panicked, so that nothing in it goes on.
+
+    Attributes:
+        cause: Why, as far as its last line tells.
+    """
+
+    def __init__(self, name: str, cause: Cause, line: str) -> None:
+        self.cause = cause
+        super().__init__(f"The kernel of {name} has panicked: {line}")
+
+
 class CleanupError(PycloudlibError):
     """Some resources could not be cleaned up.
 

@@ -53,6 +53,16 @@ def test_compare_user_data(saved: str, tmp_path: Path) -> None:
     assert not any("localtime" in line or "setting" in line for line in lines)
 
 
+@pytest.mark.thorough
+def test_compare_equal_user_data(image: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("#cloud-config\ntimezone: Europe/Vienna\n")
+
+    done = run(EXAMPLES / "compare_user_data.py", config, config, image)
+
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 def test_serial_login(saved: str) -> None:
     done = run(EXAMPLES / "serial_login.py", saved)
 

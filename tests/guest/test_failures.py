@@ -11,7 +11,7 @@ import yaml
 
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
-from pycloudlib.errors import BootFailedError
+from pycloudlib.errors import BootFailedError, KernelPanicError
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.conftest import Guest
 from tests.guest.seeds import Kind
@@ -100,6 +100,28 @@ def test_network_that_is_down(copy: QemuInstance) -> None:
     with pytest.raises(paramiko.SSHException) as caught:
         copy.execute("true")
     assert diagnosis_of(caught.value).cause is Cause.NO_NETWORK
+
+
+@pytest.mark.parametrize("by", ["helper", "ssh"])
+def test_kernel_that_panics_ends_a_command(by: str, copy: QemuInstance, saved: str) -> None:
+    if by == "ssh":
+        without_helper(copy)
+    # Once the command runs; it would never end.
+    with pytest.raises(paramiko.SSHException, match="end Kernel panic") as caught:
+        copy.execute(
+            "(sleep 2; echo c >/proc/sysrq-trigger) & sleep 10000 >/dev/null 2>&1", use_sudo=True
+        )
+    assert isinstance(caught.value.__cause__, KernelPanicError)
+    assert diagnosis_of(caught.value).cause is Cause.KERNEL_PANIC
+    with pytest.raises(paramiko.SSHException, match="end Kernel panic"):
+        copy.execute("true")
+
+    copy.rollback(saved)
+    assert copy.execute("echo as before") == "as before"
+    # Others do not hear of it either, though it is on the console.
+    with Qemu(tag="failures-other") as other:
+        assert other.get_instance(copy.id).execute("echo as before") == "as before"
+    assert copy.diagnose().cause is Cause.UNKNOWN
 
 
 def test_guest_without_memory(copy: QemuInstance) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import uuid
@@ -80,14 +79,26 @@ def left_of_tests() -> list[Path]:
 
 
 FAILING = """
-def test_it(vm):
-    vm.execute("echo <6>a word of the kernel >/dev/kmsg", use_sudo=True)
-    assert vm.execute("echo left >/var/tmp/left; sync").failed, "as it is to be"
+import pytest
+
+@pytest.fixture(scope="session")
+def prepared(prepare_vm):
+    return prepare_vm(lambda vm: vm.execute("touch /var/tmp/prepared; sync"))
+
+def test_own(vm_factory, prepared):
+    vm = vm_factory(prepared)
+    assert vm.execute("echo left >>/var/tmp/left; ls /var/tmp/prepared; sync").failed, "as it is"
+
+def test_shared(shared_vm):
+    assert shared_vm.execute("echo left >>/var/tmp/left; sync").failed, "as it is"
+
+def test_shared_anew(shared_vm):
+    assert shared_vm.execute("cat /var/tmp/left").failed
 """
 
 
-def test_failure_tells_of_its_machine_which_can_be_kept(
-    suite: pytest.Pytester, saved: str, tmp_path: Path
+def test_failure_tells_of_its_machines_which_can_be_kept(
+    suite: pytest.Pytester, saved: str
 ) -> None:
     suite.makepyfile(test_failing=FAILING)
 
@@ -95,23 +106,26 @@ def test_failure_tells_of_its_machine_which_can_be_kept(
         f"--vm-image={saved}", "--vm-keep", "--vm-artifacts=kept", timeout=LIMIT
     )
 
-    result.assert_outcomes(failed=1)
+    result.assert_outcomes(failed=2, passed=1)
     told = result.stdout.str()
-    assert "Cause: nothing that is known" in told
-    assert re.search(r"- machine test-it-[0-9a-f]{6} -", told)
-    (directory,) = suite.path.glob("kept/test_failing.py-test_it/*")
-    assert {"error.txt", "machine.json", "events.json"} <= {f.name for f in directory.iterdir()}
+    assert told.count("Cause: nothing that is known") == 2
+    assert re.search(r"- machine test-own-[0-9a-f]{8} -", told)
+    (directory,) = suite.path.glob("kept/test_failing.py-test_own/*")
+    files = {"error.txt", "machine.json", "events.json", "diagnosis.txt"}
+    assert files <= {file.name for file in directory.iterdir()}
     summary = told.rpartition("machines that are kept")[2]
     names = re.findall(r"pycloudlib delete (\S+)", summary)
-    assert len(names) == 1
+    assert [re.sub("-[0-9a-f]{8}$", "", name) for name in names] == [
+        "pytest/test-own",
+        "pytest/shared",
+    ]
     try:
-        found = cli("exec", names[0], "cat", "/var/tmp/left")
-        assert (found.returncode, found.stdout) == (0, "left\n"), found.stderr
-        (ssh,) = re.findall(r"or: (ssh .*)", summary)
-        assert shlex.split(ssh)[0] == "ssh"
-        assert Path(shlex.split(ssh)[4]).is_file(), "the key is kept, too"
+        for name in names:
+            found = cli("exec", name, "cat", "/var/tmp/left")
+            assert (found.returncode, found.stdout) == (0, "left\n"), found.stderr
     finally:
-        assert cli("delete", names[0]).returncode == 0
+        assert cli("delete", *names).returncode == 0
+    assert cli("prune").returncode == 0
     assert left_of_tests() == []
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import pytest
 
@@ -132,6 +133,36 @@ def test_directories_tell_how_far_they_are(
         assert done == sorted(done)
         assert done[-1] >= size
         assert {(report.total, report.unit) for report in reports} == {(total, "B")}
+
+
+def test_file_here_that_cannot_be_read_ends_a_copy(
+    instance: QemuInstance, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_source: Path, stream: IO[bytes]) -> None:
+        stream.write(b"the beginning")
+        raise PermissionError(errno.EACCES, "Permission denied", "secret")
+
+    monkeypatch.setattr(tarball, "pack", fail)
+
+    with pytest.raises(PermissionError, match="secret"):
+        transfer.push(instance, tree, "copy")
+
+
+def test_stream_that_is_damaged_ends_a_copy_while_more_comes(
+    instance: QemuInstance, guest: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (guest / "tree").mkdir()
+    # More than the other side can get rid of when nobody reads.
+    (guest / "tree" / "large").write_bytes(bytes(16 << 20))
+
+    def fail(_stream: IO[bytes], _target: Path) -> None:
+        raise tarfile.ReadError("invalid header")
+
+    monkeypatch.setattr(tarball, "unpack", fail)
+    monkeypatch.setattr(transfer, "_LAST_WORDS_LIMIT", 0.3)
+
+    with pytest.raises(PycloudlibError, match=r"is damaged: invalid header"):
+        transfer.pull(instance, "tree", here / "copy")
 
 
 def test_directory_is_pulled_whole(

@@ -227,5 +227,5 @@ def test_the_plugin_has_its_reference() -> None:
     names = re.findall(r'addoption\(\s*"(--[\w-]+)"', code)
     names += re.findall(r'addini\("(\w+)"', code)
     names += re.findall(r"^@pytest\.fixture.*\ndef ([a-z]\w+)", code, re.MULTILINE)
-    assert len(names) == 3 + 4 + 5
+    assert len(names) == 3 + 4 + 6
     assert [name for name in names if f"`{name}" not in text] == []

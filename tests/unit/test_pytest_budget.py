@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.pytest_plugin.budget import Budget, Room
 
 WHOLE = Room(2, 4000)
@@ -19,7 +21,7 @@ import sys
 from pathlib import Path
 from pycloudlib.pytest_plugin.budget import Budget, Room
 room = Room(*map(int, sys.argv[2:]))
-with Budget(Path(sys.argv[1]), Room(2, 4000)).taking(room, lambda: print("waits", flush=True)):
+with Budget(Path(sys.argv[1]), Room(2, 4000)).taking(room, lambda _who: print("waits", flush=True)):
     print("has it", flush=True)
     sys.stdin.read()
 """
@@ -54,8 +56,8 @@ def other_process(directory: Path, room: Room) -> Iterator[Holder]:
         process.communicate()
 
 
-def never() -> None:
-    raise AssertionError("it waits")
+def never(who: str) -> None:
+    raise AssertionError(f"it waits: {who}")
 
 
 def taken(directory: Path) -> list[Path]:
@@ -105,22 +107,24 @@ def test_process_that_has_something_does_not_wait_for_more(tmp_path: Path) -> No
             assert len(taken(tmp_path)) == 3
 
 
-def test_thread_that_waits_goes_on_when_its_process_got_something(tmp_path: Path) -> None:
+def test_threads_of_a_process_do_not_wait_for_each_other(tmp_path: Path) -> None:
     budget = Budget(tmp_path, WHOLE)
-    waits, done = threading.Event(), threading.Event()
+    waiting, both_have_it = threading.Barrier(3, timeout=30), threading.Barrier(2, timeout=30)
+
+    def tell(_who: str) -> None:
+        waiting.wait()
 
     def want_all() -> None:
-        with budget.taking(WHOLE, waits.set):
-            done.set()
+        with budget.taking(WHOLE, tell):
+            both_have_it.wait()
 
     with other_process(tmp_path, Room(1, 1000)) as other:
         other.expect("has it")
-        thread = threading.Thread(target=want_all)
-        thread.start()
-        assert waits.wait(30)
-        with budget.taking(Room(1, 1000), never):
-            assert done.wait(30)
-        thread.join()
+        with ThreadPoolExecutor(2) as threads:
+            done = [threads.submit(want_all) for _ in range(2)]
+            waiting.wait()
+            other.end()
+        assert [each.result() for each in done] == [None, None]
 
 
 def test_host_has_processors_and_memory() -> None:
@@ -128,3 +132,32 @@ def test_host_has_processors_and_memory() -> None:
 
     assert room.processors >= 1
     assert room.memory_mib > 100
+
+
+def test_large_machine_is_not_overtaken(tmp_path: Path) -> None:
+    ours = contextlib.ExitStack()
+    ours.enter_context(Budget(tmp_path, WHOLE).taking(Room(1, 1000), never))
+    with ours, other_process(tmp_path, WHOLE) as large:
+        large.expect("waits")
+        # It would fit, but came later.
+        with other_process(tmp_path, Room(1, 1000)) as small:
+            small.expect("waits")
+            ours.close()
+            large.expect("has it")
+            large.end()
+            small.expect("has it")
+
+
+def test_waiting_has_an_end_that_says_who_has_it(tmp_path: Path) -> None:
+    told: list[str] = []
+    with other_process(tmp_path, WHOLE) as other:
+        other.expect("has it")
+        held = f"machines of processes {other.process.pid} have 2"
+        budget = Budget(tmp_path, WHOLE, limit=0.3)
+        with (
+            pytest.raises(PycloudlibTimeoutError, match=held),
+            budget.taking(Room(1, 1), told.append),
+        ):
+            pass
+    assert told == [held]
+    assert len(taken(tmp_path)) == 1

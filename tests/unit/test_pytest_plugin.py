@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pycloudlib.pytest_plugin.machines import make_name
+from pycloudlib.pytest_plugin.machines import _name_after
 from pycloudlib.pytest_plugin.report import directory_name
 from pycloudlib.qemu.spec import check_name
 
@@ -22,7 +22,7 @@ def test_options_and_marker_are_known(pytester: pytest.Pytester) -> None:
 def test_fixtures_say_what_they_give(pytester: pytest.Pytester) -> None:
     listed = pytester.runpytest_inprocess("--fixtures").stdout.str()
 
-    for fixture in ("qemu_cloud", "vm_image", "vm", "vm_factory", "shared_vm"):
+    for fixture in ("qemu_cloud", "vm_image", "vm", "vm_factory", "shared_vm", "prepare_vm"):
         (said,) = re.findall(rf"\n{fixture}(?: \[.*\])? -- .*\n +(.*)", listed)
         assert said.startswith("Give ")
 
@@ -34,6 +34,43 @@ def test_tests_without_machines_are_left_alone(pytester: pytest.Pytester) -> Non
 
     result.assert_outcomes(failed=1)
     assert " machine " not in result.stdout.str()
+
+
+def test_module_that_cannot_be_imported_is_told_as_ever(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import no_such_module")
+
+    result = pytester.runpytest_inprocess()
+
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.assert_outcomes(errors=1)
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+
+
+def test_image_is_a_file_where_it_is_named(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pytester.path / "of-run.img").write_bytes(b"odd")
+    (pytester.path / "of-test.img").write_bytes(b"odd")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_of_run(tmp_path, monkeypatch, vm_factory):
+            monkeypatch.chdir(tmp_path)
+            with pytest.raises(ValueError, match="of-run.img"):
+                vm_factory()
+
+        @pytest.mark.vm(image="of-test.img")
+        def test_of_test(tmp_path, monkeypatch, vm_factory):
+            monkeypatch.chdir(tmp_path)
+            with pytest.raises(ValueError, match="of-test.img"):
+                vm_factory()
+        """
+    )
+
+    result = pytester.runpytest_inprocess("--vm-image=of-run.img")
+
+    result.assert_outcomes(passed=2)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +129,13 @@ def test_directory_of_artifacts_is_named_after_the_test(nodeid: str, name: str) 
         ("test_it", "test-it"),
         ("test_It[a b/c-\u2603]", "test-it-a-b-c"),
         ("[]", "vm"),
-        ("a" * 49 + "_b", "a" * 49),
-        ("b" * 100, "b" * 50),
+        ("a" * 53 + "_b", "a" * 53),
+        ("b" * 100, "b" * 54),
     ],
 )
 def test_machine_is_called_after_its_test(test: str, stem: str) -> None:
-    name = make_name(test)
+    name = _name_after(test)
 
     assert check_name(name) == name
     assert name.rpartition("-")[0] == stem
-    assert make_name(test) != name
+    assert _name_after(test) != name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import re
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _REMOTE = re.compile(r"(?P<name>[a-z0-9-]+(?:/[a-z0-9-]+)?):(?P<path>.*)", re.DOTALL)
 _PERMISSIONS = 0o777
+# Seconds that a command which has failed may take to say why.
+_LAST_WORDS_LIMIT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,9 @@ def _push_directory(
         try:
             with io.BufferedWriter(_Writer(running.channel, count), 1 << 16) as stream:
                 tarball.pack(source, cast("IO[bytes]", stream))
-        except OSError as error:
+        except _HungUpError as error:
             # The guest's own words tell more than that it hung up.
-            running.finish()
+            running.explain()
             raise PycloudlibError(f"{source} could not be sent: {error}") from error
         running.channel.shutdown_write()
         running.finish()
@@ -137,7 +140,7 @@ def _pull_directory(
                 while stream.read(1 << 16):
                     pass  # what pads the end
         except tarfile.TarError as error:
-            running.finish()
+            running.explain()
             raise PycloudlibError(f"what {instance.name} sent is damaged: {error}") from error
         running.finish()
 
@@ -148,8 +151,12 @@ class _Command:
     def __init__(self, instance: QemuInstance, command: str) -> None:
         self._name = instance.name
         self._client = instance._ssh_connect()
-        self.channel = streams.open_session(self._client)
-        self.channel.exec_command(command)
+        try:
+            self.channel = streams.open_session(self._client)
+            self.channel.exec_command(command)
+        except BaseException:
+            self._client.close()
+            raise
 
     def __enter__(self) -> _Command:
         return self
@@ -158,6 +165,18 @@ class _Command:
         self.channel.close()
         self._client.close()
 
+    def explain(self) -> None:
+        """Let it say why it did not take or give what it was to.
+
+        It may not have ended, and write what nobody reads: then it is not waited for.
+
+        Raises:
+            PycloudlibError: It failed; in its own words.
+        """
+        self.channel.settimeout(_LAST_WORDS_LIMIT)
+        with contextlib.suppress(TimeoutError):
+            self.finish()
+
     def finish(self) -> None:
         """Wait for its end.
 
@@ -165,6 +184,8 @@ class _Command:
             PycloudlibError: It failed; in its own words.
         """
         said = self.channel.makefile_stderr("r").read()
+        if not self.channel.status_event.wait(self.channel.gettimeout()):
+            raise TimeoutError
         status = self.channel.recv_exit_status()
         if status != 0:
             words = said.decode(errors="replace") if isinstance(said, bytes) else said
@@ -176,6 +197,10 @@ class _Command:
 def _size_of(directory: Path) -> int:
     """Give the bytes of all files in a directory, which its tar stream has a little more of."""
     return sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+class _HungUpError(OSError):
+    """The other side takes no more."""
 
 
 class _Count:
@@ -212,7 +237,10 @@ class _Writer(io.RawIOBase):
         return True
 
     def write(self, data: object) -> int:
-        sent = self._channel.send(bytes(memoryview(data)))  # type: ignore[arg-type]
+        try:
+            sent = self._channel.send(bytes(memoryview(data)))  # type: ignore[arg-type]
+        except OSError as error:
+            raise _HungUpError(str(error)) from error
         self._count.add(sent)
         return sent
 

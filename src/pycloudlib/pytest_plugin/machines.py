@@ -5,24 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pycloudlib import Qemu
-from pycloudlib.errors import CleanupError, PycloudlibError
+from pycloudlib.errors import CleanupError
 from pycloudlib.images import store
 from pycloudlib.pytest_plugin.budget import Budget, Room
 from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.spec import InstanceType
+from pycloudlib.qemu.spec import InstanceType, make_name
 
 _log = logging.getLogger(__name__)
-
-# Of 63 characters that a host name has, some are to tell machines apart.
-_LONGEST_STEM = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +27,12 @@ class Wanted:
 
     Attributes:
         image: The id of its image, or of a saved machine.
-        instance_type: Its size; a saved machine has its own.
+        instance_type: Its size; None for the usual one, or that of the saved machine.
         user_data: For cloud-init.
     """
 
     image: str
-    instance_type: str
+    instance_type: str | None = None
     user_data: str | bytes | None = None
 
 
@@ -67,6 +63,30 @@ class VmFactory(Protocol):
         """
 
 
+class PrepareVm(Protocol):
+    """Prepares a machine and saves it, for tests that start from there."""
+
+    def __call__(
+        self,
+        prepare: Callable[[QemuInstance], object],
+        image: str | None = None,
+        instance_type: str | None = None,
+        user_data: str | bytes | None = None,
+    ) -> str:
+        """Give the image of a machine that was prepared, for `vm_factory`; kept for the session.
+
+        Args:
+            prepare: Does with the machine what is to be done.
+            image: As of `VmFactory`.
+            instance_type: As of `VmFactory`.
+            user_data: For cloud-init.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            PycloudlibError: It could not be launched, or did not get ready, or could not be saved.
+        """
+
+
 @dataclass
 class InUse:
     """What one test uses.
@@ -75,13 +95,13 @@ class InUse:
         test: Its name, which its machines are called after.
         machines: The machines.
         ending: What is done when it has ended, the last first.
-        kept: Whether it failed and its machines are to be looked at.
+        kept: The machines that live on, since it failed and they are to be looked at.
     """
 
     test: str
     machines: list[QemuInstance] = field(default_factory=list)
     ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    kept: bool = False
+    kept: list[QemuInstance] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +123,24 @@ class Machines:
     Args:
         cloud: Where they live.
         budget: What all test processes may use at once.
+        instance_type: The usual size.
+        on_wait: Told that there is no room for a machine yet, and who has it.
+        kept_mib: How much memory the machines that are kept may have.
     """
 
-    def __init__(self, cloud: Qemu, budget: Budget) -> None:
+    def __init__(
+        self,
+        cloud: Qemu,
+        budget: Budget,
+        instance_type: str,
+        on_wait: Callable[[str], None],
+        kept_mib: int,
+    ) -> None:
         self._cloud = cloud
         self._budget = budget
+        self._instance_type = instance_type
+        self._on_wait = on_wait
+        self._kept_mib = kept_mib
         self._shared: dict[Wanted, _Shared] = {}
 
     def give(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
@@ -121,7 +154,7 @@ class Machines:
             options: Further options of the launch.
         """
         in_use.ending.enter_context(self._taking_room(wanted))
-        machine = self._launch(wanted, in_use, {"name": make_name(in_use.test), **options})
+        machine = self._launch(wanted, in_use, {"name": _name_after(in_use.test), **options})
         in_use.ending.callback(self._take, machine, in_use)
         machine.wait()
         return machine
@@ -129,7 +162,7 @@ class Machines:
     def share(self, wanted: Wanted, in_use: InUse) -> QemuInstance:
         """Give a test the machine of all that want the same, as it was at its beginning.
 
-        Between tests it stands still, and takes nothing of the budget.
+        Between tests it is off, and takes nothing of the budget.
         """
         in_use.ending.enter_context(self._taking_room(wanted))
         shared = self._take_back(wanted) or self._make_shared(wanted, in_use)
@@ -138,25 +171,44 @@ class Machines:
             in_use.machines.append(shared.machine)
         return shared.machine
 
+    def prepare(self, wanted: Wanted, prepare: Callable[[QemuInstance], object]) -> str:
+        """Prepare a machine, save it, and give the image."""
+        in_use = InUse(getattr(prepare, "__name__", "prepared"))
+        with in_use.ending:
+            machine = self.give(wanted, in_use, {})
+            prepare(machine)
+            return self._cloud.snapshot(machine, memory=True)
+
+    def keep(self, machine: QemuInstance, in_use: InUse) -> bool:
+        """Let a machine live on when the tests have ended; False where too many do already."""
+        size = machine.machine.spec.instance_type.memory_mib
+        if size > self._kept_mib:
+            return False
+        self._kept_mib -= size
+        in_use.kept.append(machine)
+        return True
+
     def _take(self, machine: QemuInstance, in_use: InUse) -> None:
-        if in_use.kept:
+        if machine in in_use.kept:
             # It lives on when the cloud is cleaned.
             self._cloud.forget(machine)
         else:
             _delete(machine)
 
     def _put_by(self, wanted: Wanted, in_use: InUse) -> None:
-        if in_use.kept:
-            self._cloud.forget(self._shared.pop(wanted).machine)
-            return
-        machine = self._shared[wanted].machine.machine
-        if machine.state is State.RUNNING:
-            machine.execute("stop")
+        machine = self._shared[wanted].machine
+        if machine in in_use.kept:
+            del self._shared[wanted]
+            self._cloud.forget(machine)
+        else:
+            # Its next user finds it running: going back begins with another QEMU in any case.
+            machine.machine.kill()
 
     def _taking_room(self, wanted: Wanted) -> contextlib.AbstractContextManager[None]:
         saved = self._find_saved(wanted)
-        size = saved.spec.instance_type if saved else InstanceType.parse(wanted.instance_type)
-        return self._budget.taking(Room.of_machine(size), _tell_waiting)
+        given = wanted.instance_type or self._instance_type
+        size = saved.spec.instance_type if saved else InstanceType.parse(given)
+        return self._budget.taking(Room.of_machine(size), self._on_wait)
 
     def _find_saved(self, wanted: Wanted) -> savedmachine.SavedMachine | None:
         return savedmachine.find(store.resolve(wanted.image, self._cloud.image_dir))
@@ -164,16 +216,18 @@ class Machines:
     def _launch(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
         """Launch a copy of a saved machine; which is made first, if need be."""
         if self._find_saved(wanted):
-            given = {"fresh_identity": True, **options}
+            given: dict[str, Any] = {"fresh_identity": True, **options}
+            if wanted.instance_type is not None:
+                given["instance_type"] = wanted.instance_type
         else:
             given = {"warm": True, "fast_boot": True, **options}
-            given["instance_type"] = wanted.instance_type
+            given["instance_type"] = wanted.instance_type or self._instance_type
         machine = self._cloud.launch(wanted.image, user_data=wanted.user_data, **given)
         in_use.machines.append(machine)
         return machine
 
     def _make_shared(self, wanted: Wanted, in_use: InUse) -> _Shared:
-        machine = self._launch(wanted, in_use, {"name": make_name("shared")})
+        machine = self._launch(wanted, in_use, {"name": _name_after("shared")})
         with contextlib.ExitStack() as undo:
             undo.callback(in_use.ending.callback, self._take, machine, in_use)
             machine.wait()
@@ -190,8 +244,7 @@ class Machines:
         try:
             shared.machine.rollback(shared.start)
             shared.machine.wait()
-        except PycloudlibError as error:
-            # A test may have deleted it.
+        except Exception as error:  # noqa: BLE001 - whatever tests have done to it, there is another
             _log.info("%s is made anew: %s", shared.machine.name, error)
             del self._shared[wanted]
             _delete(shared.machine)
@@ -199,17 +252,12 @@ class Machines:
         return shared
 
 
-def make_name(words: str) -> str:
+def _name_after(words: str) -> str:
     """Make the name of a machine, which nothing else has, of words such as a test's name."""
-    stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:_LONGEST_STEM].rstrip("-")
-    return f"{stem or 'vm'}-{secrets.token_hex(3)}"
+    return make_name(re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "vm")
 
 
 def _delete(machine: QemuInstance) -> None:
     errors = machine.delete()
     if errors:
         raise CleanupError(errors)
-
-
-def _tell_waiting() -> None:
-    _log.info("Waiting until other test processes leave processors and memory for a machine")

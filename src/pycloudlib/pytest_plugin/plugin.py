@@ -1,22 +1,29 @@
 """The pytest plugin: options, the marker, fixtures, and what a failed test tells.
 
-Each fixture says what it gives; `pytest --fixtures` lists them. What they need is imported when the
-first of them is used: those who do not use them do not wait for it.
+Each fixture says what it gives; `pytest --fixtures` lists them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import platformdirs
 import pytest
 
-if TYPE_CHECKING:
-    from pycloudlib import Qemu
-    from pycloudlib.pytest_plugin.machines import InUse, Machines, VmFactory
-    from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib import Qemu
+from pycloudlib.cli.imagenames import get_image
+from pycloudlib.errors import CleanupError, ImageInUseError
+from pycloudlib.pytest_plugin.budget import Budget, Room
+from pycloudlib.pytest_plugin.machines import InUse, Machines, PrepareVm, VmFactory, Wanted
+from pycloudlib.pytest_plugin.report import save_artifacts, tell_kept, tell_of
+from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.ownership import Orphans, claim
+from pycloudlib.qemu.settings import APPLICATION
+from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE
 
 _DEFAULT_IMAGE = "lts"
 _MARKER = (
@@ -28,6 +35,7 @@ _MARKER_KEYS = ("image", "instance_type", "user_data")
 _KEPT = "vm kept"
 
 _IN_USE: pytest.StashKey[InUse] = pytest.StashKey()
+_MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,25 +66,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known, and paths independent of the current directory."""
     config.addinivalue_line("markers", _MARKER)
-    artifacts = config.option.vm_artifacts
-    if artifacts is not None:
-        # A text: pytest-xdist hands options on to its workers.
-        config.option.vm_artifacts = str(config.invocation_params.dir / artifacts)
+    started_in = config.invocation_params.dir
+    # Texts: pytest-xdist hands options on to its workers.
+    if config.option.vm_artifacts is not None:
+        config.option.vm_artifacts = str(started_in / config.option.vm_artifacts)
+    if config.option.vm_image is not None:
+        config.option.vm_image = _anchor(config.option.vm_image, started_in)
 
 
 @pytest.fixture(scope="session")
 def qemu_cloud(pytestconfig: pytest.Config) -> Iterator[Qemu]:
     """Give a QEMU cloud for all tests: what it makes is deleted when they have ended."""
-    from pycloudlib import Qemu  # noqa: PLC0415 - heavy
-    from pycloudlib.errors import CleanupError, ImageInUseError  # noqa: PLC0415
-
     keep = pytestconfig.option.vm_keep
-    cloud = Qemu("pytest", timestamp_suffix=False, orphans="keep" if keep else None)
+    # Machines that are kept outlive the end of the tests; nothing outlives a worker that is killed.
+    orphans = Orphans.REAP_AFTER_CRASH.value if keep else None
+    cloud = Qemu("pytest", timestamp_suffix=False, orphans=orphans)
     try:
         yield cloud
     finally:
-        # What a machine that is kept is built on is kept, too.
-        errors = [e for e in cloud.clean() if not (keep and isinstance(e, ImageInUseError))]
+        errors = cloud.clean()
+        if keep:
+            errors = [error for error in errors if not isinstance(error, ImageInUseError)]
+            for image in map(Path, cloud.created_images):
+                if image.exists():
+                    # A machine that is kept is built on it: with that it goes.
+                    claim(image, Orphans.REAP)
         if errors:
             raise CleanupError(errors)
 
@@ -86,10 +100,12 @@ def vm_image(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> str:
     """Give the id of the image that the machines of tests are made from.
 
     It is that of `--vm-image`, else of `vm_image` in the configuration file. A `conftest.py` may
-    have one of its own instead, which builds an image or saves a machine that it has prepared.
+    have one of its own instead, which builds an image or prepares one.
     """
-    wanted = pytestconfig.option.vm_image or pytestconfig.getini("vm_image") or _DEFAULT_IMAGE
-    return _get_image(pytestconfig, qemu_cloud, wanted)
+    given = pytestconfig.option.vm_image
+    if given is None:
+        given = _anchor(pytestconfig.getini("vm_image") or _DEFAULT_IMAGE, pytestconfig.rootpath)
+    return _find_image(pytestconfig, qemu_cloud, given)
 
 
 @pytest.fixture
@@ -114,8 +130,7 @@ def vm_factory(
         user_data: str | bytes | Path | None = None,
         **options: Any,
     ) -> QemuInstance:
-        given = {"image": image, "instance_type": instance_type, "user_data": user_data}
-        wanted = _read_wanted(request, {key: v for key, v in given.items() if v is not None})
+        wanted = _read_wanted(request, image, instance_type, user_data)
         return _vm_machines.give(wanted, _vm_in_use, options)
 
     return make
@@ -127,29 +142,52 @@ def shared_vm(
 ) -> QemuInstance:
     """Give a machine that tests use one after another; each finds it as it was at its beginning.
 
-    It is taken back to that moment, disk and memory, before each test, which takes less than a
-    copy. Tests with different markers `vm` have different ones.
+    It is taken back to that moment, disk and memory, before each test. Tests with different markers
+    `vm` have different ones.
     """
-    return _vm_machines.share(_read_wanted(request, {}), _vm_in_use)
+    return _vm_machines.share(_read_wanted(request), _vm_in_use)
+
+
+@pytest.fixture(scope="session")
+def prepare_vm(request: pytest.FixtureRequest, _vm_machines: Machines) -> PrepareVm:
+    """Give a function that prepares a machine and saves it, for tests that start from there.
+
+    See `PrepareVm`; it is for fixtures of the session.
+    """
+
+    def make(
+        prepare: Callable[[QemuInstance], object],
+        image: str | None = None,
+        instance_type: str | None = None,
+        user_data: str | bytes | None = None,
+    ) -> str:
+        wanted = _read_wanted(request, image, instance_type, user_data)
+        return _vm_machines.prepare(wanted, prepare)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
-    from pycloudlib.pytest_plugin.budget import Budget, Room  # noqa: PLC0415
-    from pycloudlib.pytest_plugin.machines import Machines  # noqa: PLC0415
-
     host = Room.of_host()
     room = Room(
         _read_number(pytestconfig, "vm_processors") or host.processors,
         _read_number(pytestconfig, "vm_memory_mib") or host.memory_mib,
     )
-    return Machines(qemu_cloud, Budget(qemu_cloud.working_dir / ".pytest-budget", room))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    machines = pytestconfig.stash[_MACHINES] = Machines(
+        qemu_cloud,
+        Budget(platformdirs.user_state_path(APPLICATION) / "budget", room),
+        pytestconfig.getini("vm_instance_type") or DEFAULT_INSTANCE_TYPE,
+        lambda holders: _tell_waiting(pytestconfig, holders),
+        # The other half is for the tests that go on.
+        kept_mib=room.memory_mib // 2 // workers,
+    )
+    return machines
 
 
 @pytest.fixture
 def _vm_in_use(request: pytest.FixtureRequest) -> Iterator[InUse]:
-    from pycloudlib.pytest_plugin.machines import InUse  # noqa: PLC0415
-
     in_use = request.node.stash[_IN_USE] = InUse(request.node.name)
     with in_use.ending:
         yield in_use
@@ -164,51 +202,78 @@ def pytest_runtest_makereport(
     outcome = yield
     report: pytest.TestReport = outcome.get_result()
     in_use = item.stash.get(_IN_USE, None)
-    # At its end they are gone.
-    if in_use is None or not report.failed or call.when == "teardown" or call.excinfo is None:
+    if in_use is None:
         return
-    from pycloudlib.pytest_plugin.report import tell_kept, tell_of  # noqa: PLC0415
+    if call.when == "teardown":
+        # They are gone by now; the test may be run again.
+        del item.stash[_IN_USE]
+    elif report.failed and call.excinfo is not None:
+        for machine in in_use.machines:
+            if machine.instance_dir.is_dir():  # the test has not deleted it
+                _tell_of(machine, in_use, report, call.excinfo.value, item.config)
 
-    artifacts = item.config.option.vm_artifacts
-    for machine in in_use.machines:
-        directory = None if artifacts is None else Path(artifacts)
-        tell_of(machine, report, call.excinfo.value, directory)
-        if item.config.option.vm_keep:
-            in_use.kept = True
-            way_in = tell_kept(machine)
-            report.sections.append((f"machine {machine.name} is kept", way_in))
-            report.user_properties.append((_KEPT, f"{report.nodeid}\n{way_in}"))
+
+def _tell_of(
+    machine: QemuInstance,
+    in_use: InUse,
+    report: pytest.TestReport,
+    error: BaseException,
+    config: pytest.Config,
+) -> None:
+    # The text of an error of the only machine tells it already.
+    if len(in_use.machines) > 1 or getattr(error, "diagnosis", None) is None:
+        tell_of(machine, report)
+    if config.option.vm_artifacts is not None:
+        save_artifacts(machine, report, error, Path(config.option.vm_artifacts))
+    if not config.option.vm_keep:
+        return
+    if config.stash[_MACHINES].keep(machine, in_use):
+        way_in = tell_kept(machine)
+        report.sections.append((f"machine {machine.name} is kept", way_in))
+        report.user_properties.append((_KEPT, f"{report.nodeid}\n{way_in}"))
+    else:
+        why = "those that are kept have as much memory as they may have"
+        report.sections.append((f"machine {machine.name} is not kept", why))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Tell, at the end, what machines are kept."""
-    reports = [r for how in ("failed", "error") for r in terminalreporter.stats.get(how, ())]
-    kept = [text for report in reports for name, text in report.user_properties if name == _KEPT]
+    kept = [
+        text
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        # Not only reports of tests are there.
+        for name, text in getattr(report, "user_properties", ())
+        if name == _KEPT and getattr(report, "when", None) != "teardown"
+    ]
     if kept:
         terminalreporter.section("machines that are kept")
-        for text in kept:
+        for text in dict.fromkeys(kept):
             terminalreporter.line(text)
 
 
-def _read_wanted(request: pytest.FixtureRequest, given: dict[str, Any]) -> Any:
+def _read_wanted(
+    request: pytest.FixtureRequest,
+    image: str | None = None,
+    instance_type: str | None = None,
+    user_data: str | bytes | Path | None = None,
+) -> Wanted:
     """Say what machine a test wants: by arguments, by its marker, and by the options of the run."""
-    from pycloudlib.pytest_plugin.machines import Wanted  # noqa: PLC0415
-    from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE  # noqa: PLC0415
-
-    wanted = {**_read_marker(request), **given}
-    image = wanted.get("image")
-    cloud: Qemu = request.getfixturevalue("qemu_cloud")
-    user_data = wanted.get("user_data")
+    marked = _read_marker(request)
+    # Files are meant as the test sees them, wherever pytest was started.
+    of_session = request.scope == "session"
+    directory = request.config.rootpath if of_session else request.path.parent
+    image = image or marked.get("image")
+    user_data = marked.get("user_data") if user_data is None else user_data
     if isinstance(user_data, Path):
-        # As the test's own file is meant, wherever pytest was started.
-        user_data = (request.path.parent / user_data).read_bytes()
+        user_data = (directory / user_data).read_bytes()
     return Wanted(
         request.getfixturevalue("vm_image")
         if image is None
-        else _get_image(request.config, cloud, str(image)),
-        wanted.get("instance_type")
-        or request.config.getini("vm_instance_type")
-        or DEFAULT_INSTANCE_TYPE,
+        else _find_image(
+            request.config, request.getfixturevalue("qemu_cloud"), _anchor(str(image), directory)
+        ),
+        instance_type or marked.get("instance_type"),
         user_data,
     )
 
@@ -237,11 +302,28 @@ def _read_number(config: pytest.Config, name: str) -> int | None:
     return int(text)
 
 
-def _get_image(config: pytest.Config, cloud: Qemu, text: str) -> str:
-    """Give the id of an image by what people call it; what takes long is shown while it goes on."""
-    from pycloudlib.cli.imagenames import get_image  # noqa: PLC0415
+def _anchor(image: str, directory: Path) -> str:
+    """Let an image that is a file in a directory be that, wherever the test goes."""
+    return str(directory / image) if (directory / image).is_file() else image
 
-    capture: Any = config.pluginmanager.getplugin("capturemanager")
-    shown = contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled()
-    with shown:
+
+def _find_image(config: pytest.Config, cloud: Qemu, text: str) -> str:
+    """Give the id of an image by what people call it; what takes long is shown while it goes on."""
+    with _uncaptured(config):
         return get_image(cloud, text, daily=False, on_progress=None)
+
+
+def _tell_waiting(config: pytest.Config, holders: str) -> None:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        with _uncaptured(config):
+            reporter.write_line(f"waiting for room for a machine: {holders} processors")
+
+
+def _uncaptured(config: pytest.Config) -> contextlib.AbstractContextManager[None]:
+    """Let what is printed be seen at once."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    if capture is None:
+        return contextlib.nullcontext()
+    shown: contextlib.AbstractContextManager[None] = capture.global_and_fixture_disabled()
+    return shown

@@ -3,47 +3,54 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
+from pycloudlib.files import write_private
 from pycloudlib.qemu import layers
 from pycloudlib.qemu.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
 
 
-def tell_of(
-    machine: QemuInstance, report: pytest.TestReport, error: BaseException, artifacts: Path | None
+def tell_of(machine: QemuInstance, report: pytest.TestReport) -> None:
+    """Add to a test's report what is going on with a machine."""
+    report.sections.append((f"machine {machine.name}", _diagnose(machine)))
+
+
+def save_artifacts(
+    machine: QemuInstance, report: pytest.TestReport, error: BaseException, directory: Path
 ) -> None:
-    """Add to a test's report what is known of a machine.
+    """Keep logs and more of a machine, and add to a test's report where.
 
     Args:
         machine: The machine.
         report: The report of a failure.
         error: What the test failed with.
-        artifacts: Where logs go; None for nowhere.
+        directory: Where the test's directory goes.
     """
     try:
-        # The text of an error of the machine tells it already.
-        if getattr(error, "diagnosis", None) is None:
-            report.sections.append((f"machine {machine.name}", machine.diagnose().tell()))
-        if artifacts is not None:
-            kept = keep_artifacts(artifacts / directory_name(report.nodeid), machine.machine, error)
-            report.sections.append((f"machine {machine.name}: artifacts", str(kept)))
+        kept = keep_artifacts(directory / directory_name(report.nodeid), machine.machine, error)
+        write_private(kept / "diagnosis.txt", _diagnose(machine) + "\n")
+        told = str(kept)
+    except OSError as problem:
+        told = f"nothing could be kept: {problem}"
+    report.sections.append((f"machine {machine.name}: artifacts", told))
+
+
+def _diagnose(machine: QemuInstance) -> str:
+    try:
+        return machine.diagnose().tell()
     except Exception as problem:  # noqa: BLE001 - it is the test's failure that is reported
-        text = f"{type(problem).__name__}: {problem}"
-        report.sections.append((f"machine {machine.name}: nothing is known", text))
+        return f"Nothing is known of it: {type(problem).__name__}: {problem}"
 
 
 def tell_kept(machine: QemuInstance) -> str:
     """Tell how to get into a machine that is kept."""
     name = f"{layers.cloud_tag(machine.instance_dir.parent)}/{machine.name}"
-    key = str(machine.key_pair.private_key_path)
-    ssh = ["ssh", "-p", machine.port, "-i", key, f"{machine.username}@127.0.0.1"]
     return (
-        f"pycloudlib shell {name}    or: {shlex.join(ssh)}\n"
-        f"pycloudlib delete {name}   when it is not needed any more"
+        f"pycloudlib shell {name}\n"
+        f"pycloudlib delete {name} && pycloudlib prune   when it is not needed any more"
     )
 
 

@@ -14,6 +14,7 @@ from pycloudlib.errors import (
     BootFailedError,
     CloudError,
     InstanceNotFoundError,
+    KernelPanicError,
     PycloudlibTimeoutError,
 )
 from pycloudlib.files import exclusive_lock
@@ -270,12 +271,14 @@ class GuestAccess(DiagnosedInstance):
             MachineEndedError: It is off.
             HostDiskFullError: It stands still, since the host has no room for its disk.
             BootFailedError: Its boot goes no further.
+            KernelPanicError: Nothing in it goes on.
         """
         self.machine.check_on()
         self.machine.check_disk()
-        dead_end = None if self._watch is None else self._watch.dead_end
-        if dead_end is not None:
-            raise BootFailedError(self.name, *dead_end)
+        if self._watch is None:
+            self.machine.check_kernel()
+        elif self._watch.dead_end is not None:
+            raise BootFailedError(self.name, *self._watch.dead_end)
 
     def _is_told(self) -> bool:
         log = self.machine.rundir.console_log
@@ -290,8 +293,7 @@ class GuestAccess(DiagnosedInstance):
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():
-            self.machine.check_on()
-            self.machine.check_disk()
+            self._check_alive()
             self._wait_for_banner()
             return super()._ssh_connect()
 
@@ -317,12 +319,12 @@ class GuestAccess(DiagnosedInstance):
 
     @contextlib.contextmanager
     def _naming_end(self) -> Iterator[None]:
-        """Name the cause where SSH failed because QEMU is gone."""
+        """Name the cause where SSH failed because QEMU is gone, or the guest's kernel is."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
             yield
-        except MachineEndedError as error:
+        except (MachineEndedError, KernelPanicError) as error:
             raise paramiko.SSHException(str(error)) from error
         except paramiko.SSHException as error:
             if self.machine.wait_for_end(Deadline.after(_END_GRACE)):

@@ -143,6 +143,7 @@ class HelperLink:
 
     def _still_there(self) -> bool:
         self._machine.check_disk()
+        self._machine.check_kernel()
         try:
             return self.appears()
         except CloudError:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.errors import CloudError, InstanceNotFoundError, KernelPanicError
+from pycloudlib.guest.panics import PanicWatch
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.memory import choose_memory
 from pycloudlib.qemu.process import ProcessEnd, ProcessIdentity, QemuProcess
@@ -107,7 +108,7 @@ class Machine:
         self._qemu: RunningQemu | None = None
         self._starting = False
         self._powered_on = time.monotonic()
-        self._console_start = 0
+        self._panics = PanicWatch(rundir.console_log)
         self._owner_pid = os.getpid()
 
     @property
@@ -135,8 +136,8 @@ class Machine:
 
     @property
     def console_start(self) -> int:
-        """Where in the console log that power cycle begins, in bytes."""
-        return self._console_start
+        """Where in the console log its present run begins, in bytes, whoever started it."""
+        return self.rundir.read_console_start()
 
     @property
     def pid(self) -> int | None:
@@ -253,6 +254,16 @@ class Machine:
         if qemu is not None:
             qemu.check_disk()
 
+    def check_kernel(self) -> None:
+        """Raise when the guest's kernel has panicked, and does not boot again by itself.
+
+        Raises:
+            KernelPanicError: It has.
+        """
+        panic = self._panics.look(self.console_start)
+        if panic is not None:
+            raise KernelPanicError(self.spec.name, *panic)
+
     def wait_for_end(self, deadline: Deadline) -> bool:
         """Wait until QEMU is gone; say whether it was in time."""
         with self._changed:
@@ -344,7 +355,7 @@ class Machine:
     def _start(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
         begun = time.monotonic()
         log = self.rundir.console_log
-        console_start = log.stat().st_size if log.exists() else 0
+        self.rundir.write_console_start(log.stat().st_size if log.exists() else 0)
         qemu = RunningQemu.start(self.binary, self.spec, self.rundir, origin)
         if settle is not None:
             try:
@@ -353,7 +364,7 @@ class Machine:
                 qemu.kill()
                 raise
         with self._changed:
-            self._powered_on, self._console_start = begun, console_start
+            self._powered_on = begun
             self._take(qemu)
 
     def _take(self, qemu: RunningQemu) -> None:

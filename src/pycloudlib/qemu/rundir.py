@@ -140,6 +140,10 @@ class RunDirectory:
         return self.path / "successor.json"
 
     @property
+    def _console_start_file(self) -> Path:
+        return self.path / "console-start"
+
+    @property
     def _login_file(self) -> Path:
         return self.path / "login.json"
 
@@ -178,6 +182,17 @@ class RunDirectory:
     def find_process(self) -> ProcessIdentity | None:
         """Read which process runs the machine, or ran it last."""
         return _find_identity(self._process_file)
+
+    def write_console_start(self, offset: int) -> None:
+        """Keep where in the console log the machine's present run begins, in bytes."""
+        _write(self._console_start_file, str(offset), synced=False)
+
+    def read_console_start(self) -> int:
+        """Read where in the console log the machine's present run begins; 0 if that is not told."""
+        try:
+            return max(0, int(self._console_start_file.read_bytes()))
+        except (OSError, ValueError):
+            return 0
 
     def write_successor(self, identity: ProcessIdentity) -> None:
         """Keep which process is to take the machine over, in case that it never does."""
