@@ -18,7 +18,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 CODE := src tests examples scripts benchmarks docs
 
-.PHONY: help setup demo test checks lint format docs unit qemu guest thorough wheel measure bench clean
+.PHONY: help setup demo test checks lint format docs unit qemu guest boots copies thorough wheel measure bench clean
 
 help:  ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -30,9 +30,9 @@ setup:  ## Install what is missing: QEMU and other host programs, a virtual envi
 demo: setup  ## Launch a machine, run a few commands in it, delete it (RELEASE=noble for Ubuntu's image)
 	@$(PYTHON_IN_VENV) examples/demo.py --release $(RELEASE)
 
-# The guests side by side with all else: neither keeps two processors busy all the time.
+# Side by side, as none keeps two processors busy all the time.
 test: setup  ## Everything that has to pass: lint, docs, unit, wheel, qemu, guest
-	@$(MAKE) -j2 --output-sync=line guest checks
+	@$(MAKE) -j3 --output-sync=line boots copies checks
 
 checks: setup  ## Everything that boots no guest: lint, docs, unit, wheel, qemu
 	@$(MAKE) -j1 lint docs unit wheel qemu
@@ -58,6 +58,12 @@ qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
 
 guest: setup  ## Run the tests that boot real guests (minutes in emulation)
 	$(PYTEST) tests/guest $(PYTEST_ARGS)
+
+boots: setup  ## Those of them that are about machines that boot
+	$(PYTEST) tests/guest -m 'uses and not thorough' $(PYTEST_ARGS)
+
+copies: setup  ## The others, most of which start from one saved machine
+	$(PYTEST) tests/guest -m 'not uses and not thorough' $(PYTEST_ARGS)
 
 thorough: setup  ## Run the tests that are too many for every time (half an hour in emulation)
 	$(PYTEST) tests -m thorough $(PYTEST_ARGS)

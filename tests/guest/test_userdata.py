@@ -19,7 +19,10 @@ pytestmark = pytest.mark.guest
 
 @pytest.mark.parametrize(
     "kind",
-    [*EVERY_TIME, pytest.param(Kind.JINJA, marks=pytest.mark.thorough)],
+    [
+        *(pytest.param(kind, marks=pytest.mark.uses(kind)) for kind in EVERY_TIME),
+        pytest.param(Kind.JINJA, marks=pytest.mark.thorough),
+    ],
     ids=lambda kind: kind.value,
 )
 def test_user_data_takes_effect_untouched(kind: Kind, guests: dict[Kind, Future[Guest]]) -> None:
