@@ -154,7 +154,9 @@ def lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[st
     if facts.problem or not facts.cpus:
         told = [("Name", facts.name), ("State", facts.state), ("Problem", facts.problem)]
         return [*told, ("Directory", facts.directory)]
-    login = f"ssh -p {facts.ssh_port} {facts.username}@127.0.0.1"
+    # A port is used again by a machine with another host key.
+    alias = f"-o HostKeyAlias={facts.name}"
+    login = f"ssh {alias} -p {facts.ssh_port} {facts.username}@127.0.0.1"
     key = f" -i {facts.private_key}" if facts.private_key else ""
     size = f"{facts.cpus} CPUs, {size_in_words(facts.memory_mib << 20)} of memory"
     used = size_in_words(facts.disk_used_bytes)
