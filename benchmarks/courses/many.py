@@ -1,9 +1,12 @@
-"""Many machines at once: launched one after the other, then waited for together."""
+"""Many machines at once: launched one after the other, then waited for.
+
+In turn, too: they boot at the same time, and the original's cannot be waited for from several
+threads ("This event loop is already running").
+"""
 
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu, own_resident_mib, proportional_mib
@@ -24,8 +27,7 @@ def course(plan: Plan, recorder: Recorder) -> None:
             ]
 
         def wait_for_all() -> None:
-            with ThreadPoolExecutor(plan.machines) as threads:
-                problems = [found for found in threads.map(wait_for, machines) if found]
+            problems = [found for found in map(wait_for, machines) if found]
             if problems:
                 raise RuntimeError(
                     f"{len(problems)} of {len(machines)} were not ready: {problems[0]}"
