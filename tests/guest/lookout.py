@@ -50,8 +50,8 @@ class Lookout:
                 if not address.startswith("127."):
                     self.found.add(f"{sockets[inode]} listens on {address}:{port}")
         # Unlike Path.rglob, this goes on when a directory is gone.
-        for directory, _directories, files in os.walk(self._working_dir):
-            for path in (Path(directory), *(Path(directory, name) for name in files)):
+        for directory, directories, files in os.walk(self._working_dir):
+            for path in (Path(directory, name) for name in (*directories, *files)):
                 with contextlib.suppress(OSError):  # it is gone
                     self._look_at(path)
 
