@@ -205,6 +205,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
         assert builder.list_files() == []
 
 
+@pytest.mark.thorough
 def test_a_killed_build_leaves_files_only_and_the_next_one_removes_them(tmp_path: Path) -> None:
     with start_build(tmp_path / "images") as builder:
         builder.wait_for("Unpacking")

@@ -306,6 +306,8 @@ class GuestAccess(DiagnosedInstance):
     ) -> Result:
         waiting_for = f"the end of: {shlex.join(command)[:_SHOWN_COMMAND]}"
         with self.explaining(waiting_for), self._naming_end():
+            # Nobody answers on a connection that is kept then, for as long as it is waited.
+            self.machine.check_kernel()
             data = stdin.encode() if isinstance(stdin, str) else stdin or b""
             limit = command_limit(timeout)
             result = None if get_pty else self._by_helper(command, data, limit)
