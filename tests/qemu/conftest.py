@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.qemu import ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.warm import WarmCache
@@ -100,3 +101,10 @@ def emptied(cloud: Qemu, cache: WarmCache) -> Iterator[None]:
         instance.delete()
     cache.prune(0)
     assert not cache.directory.exists()
+
+
+@pytest.fixture
+def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lease ports that no other run of tests on this host does, so that they are free again."""
+    monkeypatch.setattr(ports, "FIRST_PORT", 18200)
+    monkeypatch.setattr(ports, "LAST_PORT", 18300)

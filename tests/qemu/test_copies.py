@@ -43,7 +43,7 @@ from tests.qemu.saved import (
     touch,
 )
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
 
 
 @pytest.fixture

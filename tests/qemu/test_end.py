@@ -20,7 +20,7 @@ from pycloudlib.qemu.machine import MachineEndedError, State
 from pycloudlib.qemu.process import ProcessIdentity
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
 
 
 def is_gone(instance: QemuInstance, pid: int | None) -> bool:
