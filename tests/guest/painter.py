@@ -55,7 +55,8 @@ PASSING_UNITS = re.compile(r"\.(scope|slice|device|mount|swap)$|^(session|user|r
 
 def neutral(text: str) -> str:
     for word, own in OWN.items():
-        text = text.replace(own, word)
+        # YAML quotes a MAC address that has no letter: it could be a number to the base of 60.
+        text = text.replace(f"'{own}'", word).replace(own, word)
     for pattern in CHANCE:
         text = pattern.sub("CHANCE", text)
     return text
