@@ -37,7 +37,11 @@ _CLEAN_UP = "pycloudlib delete web web-1 web-2"
 
 
 def run(command: str, config: Path) -> str:
-    """Run a command; give what was typed, what it printed, and how long it took."""
+    """Run a command; give what was typed, what it printed, and how long it took.
+
+    Raises:
+        RuntimeError: It failed.
+    """
     words = shlex.split(command)
     started = time.monotonic()
     done = subprocess.run(
@@ -49,6 +53,8 @@ def run(command: str, config: Path) -> str:
         env={**os.environ, "NO_COLOR": "1", ENVIRONMENT_VARIABLE: str(config)},
     )
     took = time.monotonic() - started
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout}")
     return f"$ {command}    # {took:.1f} s\n{done.stdout}"
 
 

@@ -17,7 +17,7 @@ from pycloudlib.cli.app import application
 from pycloudlib.config import ENVIRONMENT_VARIABLE
 from pycloudlib.qemu.settings import QemuSettings
 from pycloudlib.tools import PACKAGES
-from scripts import command_line
+from scripts import command_line, transcript
 from scripts.doc_blocks import DOCUMENTS, FENCE, ROOT, Block, find_blocks
 
 if sys.version_info >= (3, 11):
@@ -229,3 +229,10 @@ def test_the_plugin_has_its_reference() -> None:
     names += re.findall(r"^@pytest\.fixture.*\ndef ([a-z]\w+)", code, re.MULTILINE)
     assert len(names) == 3 + 4 + 6
     assert [name for name in names if f"`{name}" not in text] == []
+
+
+def test_transcript_has_every_command_and_what_it_printed() -> None:
+    (shown,) = find_blocks("console", [ROOT / "README.md"])
+    for command in transcript.COMMANDS:
+        assert f"$ {command.format(image='bookworm')}" in shown.text
+    assert len(shown.text.splitlines()) > len(transcript.COMMANDS) + 5
