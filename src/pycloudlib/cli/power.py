@@ -12,8 +12,9 @@ from pycloudlib.cli.machines import delete_machine, list_machines, open_machine
 from pycloudlib.cli.session import Session, command, is_terminal
 from pycloudlib.cli.values import MachineName
 from pycloudlib.cli.waiting import wait_until_ready
-from pycloudlib.errors import CleanupError, ImageInUseError
+from pycloudlib.errors import ImageInUseError
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.util import raise_cleanup_errors
 
 _names = click.argument("names", type=MachineName(), nargs=-1, metavar="NAME...")
 _all = click.option("-a", "--all", "everything", is_flag=True, help="All machines of `list`.")
@@ -95,9 +96,7 @@ def delete(session: Session, names: tuple[str, ...], everything: bool) -> int:
     """Delete machines, running or not, with their disks. Snapshots of them stay."""
 
     def do(name: str) -> None:
-        errors = delete_machine(session.cloud, name)
-        if errors:
-            raise CleanupError(errors)
+        raise_cleanup_errors(delete_machine(session.cloud, name), None)
 
     code = for_each(session, _chosen(session, names, everything), do)
     drop_fork_bases(session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.25
 # What a line is looked at for comes early in it; one that never ends must not grow for ever.
 _LONGEST_LINE = 4096
+_TAIL_BYTES = 64 << 10
 # Lines that are looked at for the end of a boot: a kernel's last words are some fifty.
 _KEPT_LINES = 300
 # Colours and cursor movements, which systemd and firmware print.
@@ -71,6 +73,22 @@ def find_phase(line: bytes) -> Phase | None:
 def clean_line(line: bytes) -> str:
     """Give a line of the console as text, without control sequences."""
     return _CONTROL.sub(b"", line).decode(errors="replace").strip()
+
+
+def read_console_tail(console_log: Path, start: int) -> bytes:
+    """Read the end of a console log: as much as a kernel's last words take, and more.
+
+    Args:
+        console_log: The file.
+        start: Where in it the machine's present run begins, in bytes.
+
+    Raises:
+        FileNotFoundError: It does not exist yet.
+    """
+    with console_log.open("rb") as log:
+        end = log.seek(0, os.SEEK_END)
+        log.seek(max(start, end - _TAIL_BYTES))
+        return log.read()
 
 
 @dataclass(frozen=True, slots=True)

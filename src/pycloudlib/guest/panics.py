@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootphases import clean_line
+from pycloudlib.guest.bootphases import clean_line, read_console_tail
 from pycloudlib.guest.deadends import find_sign
 
 # Most looks find none of this, which takes no regular expression to say.
 _LAST_WORDS = b"end Kernel panic"
-# They are the last that a kernel prints, and some fifty lines.
-_TAIL_BYTES = 1 << 16
 
 
 class PanicWatch:
@@ -40,13 +37,11 @@ class PanicWatch:
         except FileNotFoundError:
             return None
         if self._looked_at != (start, size):
-            self._looked_at, self._found = (start, size), self._read(max(start, size - _TAIL_BYTES))
+            self._looked_at, self._found = (start, size), self._read(start)
         return self._found
 
-    def _read(self, offset: int) -> tuple[Cause, str] | None:
-        with self._console_log.open("rb") as log:
-            log.seek(offset, os.SEEK_SET)
-            tail = log.read()
+    def _read(self, start: int) -> tuple[Cause, str] | None:
+        tail = read_console_tail(self._console_log, start)
         if _LAST_WORDS not in tail:
             return None
         found = find_sign([clean_line(line) for line in tail.split(b"\n")], final=True)

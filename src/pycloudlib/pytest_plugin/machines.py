@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pycloudlib import Qemu
-from pycloudlib.errors import CleanupError
 from pycloudlib.images import store
 from pycloudlib.pytest_plugin.budget import Budget, Room
 from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import InstanceType, make_name
+from pycloudlib.util import raise_cleanup_errors
 
 _log = logging.getLogger(__name__)
 
@@ -153,8 +154,10 @@ class Machines:
             in_use: What the test uses.
             options: Further options of the launch.
         """
-        in_use.ending.enter_context(self._taking_room(wanted))
-        machine = self._launch(wanted, in_use, {"name": _name_after(in_use.test), **options})
+        saved = self._find_saved(wanted)
+        in_use.ending.enter_context(self._taking_room(wanted, saved))
+        options = {"name": _name_after(in_use.test), **options}
+        machine = self._launch(wanted, saved, in_use, options)
         in_use.ending.callback(self._take, machine, in_use)
         machine.wait()
         return machine
@@ -164,8 +167,9 @@ class Machines:
 
         Between tests it is off, and takes nothing of the budget.
         """
-        in_use.ending.enter_context(self._taking_room(wanted))
-        shared = self._take_back(wanted) or self._make_shared(wanted, in_use)
+        saved = self._find_saved(wanted)
+        in_use.ending.enter_context(self._taking_room(wanted, saved))
+        shared = self._take_back(wanted) or self._make_shared(wanted, saved, in_use)
         in_use.ending.callback(self._put_by, wanted, in_use)
         if shared.machine not in in_use.machines:
             in_use.machines.append(shared.machine)
@@ -204,18 +208,25 @@ class Machines:
             # Its next user finds it running: going back begins with another QEMU in any case.
             machine.machine.kill()
 
-    def _taking_room(self, wanted: Wanted) -> contextlib.AbstractContextManager[None]:
-        saved = self._find_saved(wanted)
+    def _taking_room(
+        self, wanted: Wanted, saved: SavedMachine | None
+    ) -> contextlib.AbstractContextManager[None]:
         given = wanted.instance_type or self._instance_type
         size = saved.spec.instance_type if saved else InstanceType.parse(given)
         return self._budget.taking(Room.of_machine(size), self._on_wait)
 
-    def _find_saved(self, wanted: Wanted) -> savedmachine.SavedMachine | None:
+    def _find_saved(self, wanted: Wanted) -> SavedMachine | None:
         return savedmachine.find(store.resolve(wanted.image, self._cloud.image_dir))
 
-    def _launch(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
+    def _launch(
+        self,
+        wanted: Wanted,
+        saved: SavedMachine | None,
+        in_use: InUse,
+        options: dict[str, Any],
+    ) -> QemuInstance:
         """Launch a copy of a saved machine; which is made first, if need be."""
-        if self._find_saved(wanted):
+        if saved:
             given: dict[str, Any] = {"fresh_identity": True, **options}
             if wanted.instance_type is not None:
                 given["instance_type"] = wanted.instance_type
@@ -226,8 +237,8 @@ class Machines:
         in_use.machines.append(machine)
         return machine
 
-    def _make_shared(self, wanted: Wanted, in_use: InUse) -> _Shared:
-        machine = self._launch(wanted, in_use, {"name": _name_after("shared")})
+    def _make_shared(self, wanted: Wanted, saved: SavedMachine | None, in_use: InUse) -> _Shared:
+        machine = self._launch(wanted, saved, in_use, {"name": _name_after("shared")})
         with contextlib.ExitStack() as undo:
             undo.callback(in_use.ending.callback, self._take, machine, in_use)
             machine.wait()
@@ -258,6 +269,4 @@ def _name_after(words: str) -> str:
 
 
 def _delete(machine: QemuInstance) -> None:
-    errors = machine.delete()
-    if errors:
-        raise CleanupError(errors)
+    raise_cleanup_errors(machine.delete(), None)

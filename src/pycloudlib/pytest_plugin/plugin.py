@@ -16,7 +16,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.cli.imagenames import get_image
-from pycloudlib.errors import CleanupError, ImageInUseError
+from pycloudlib.errors import ImageInUseError
 from pycloudlib.pytest_plugin.budget import Budget, Room
 from pycloudlib.pytest_plugin.machines import InUse, Machines, PrepareVm, VmFactory, Wanted
 from pycloudlib.pytest_plugin.report import save_artifacts, tell_kept, tell_of
@@ -24,6 +24,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.ownership import Orphans, claim
 from pycloudlib.qemu.settings import APPLICATION
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE
+from pycloudlib.util import raise_cleanup_errors
 
 _DEFAULT_IMAGE = "lts"
 _MARKER = (
@@ -91,8 +92,7 @@ def qemu_cloud(pytestconfig: pytest.Config) -> Iterator[Qemu]:
                 if image.exists():
                     # A machine that is kept is built on it: with that it goes.
                     claim(image, Orphans.REAP)
-        if errors:
-            raise CleanupError(errors)
+        raise_cleanup_errors(errors, None)
 
 
 @pytest.fixture(scope="session")
@@ -244,11 +244,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for report in reports
         # Not only reports of tests are there.
         for name, text in getattr(report, "user_properties", ())
-        if name == _KEPT and getattr(report, "when", None) != "teardown"
+        if name == _KEPT
     ]
     if kept:
         terminalreporter.section("machines that are kept")
-        for text in dict.fromkeys(kept):
+        for text in kept:
             terminalreporter.line(text)
 
 

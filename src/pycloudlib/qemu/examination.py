@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
+from pycloudlib.guest.bootphases import Phase, clean_line, find_phase, read_console_tail
 from pycloudlib.guest.deadends import find_sign
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.process import ProcessEnd
@@ -19,7 +18,6 @@ from pycloudlib.qemu.qmp import Event, QmpError
 from pycloudlib.qemu.running import MachineEndedError
 from pycloudlib.qemu.start import LaunchError
 
-_CONSOLE_BYTES = 64 << 10
 _CONSOLE_LINES = 12
 _EVENTS = 8
 _QMP_LIMIT = 2.0
@@ -231,9 +229,7 @@ def _tell_event(event: Event) -> str:
 
 def _read_console(machine: Machine) -> list[bytes]:
     try:
-        with machine.rundir.console_log.open("rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(machine.console_start, end - _CONSOLE_BYTES))
-            return log.read().split(b"\n")
+        tail = read_console_tail(machine.rundir.console_log, machine.console_start)
+        return tail.split(b"\n")
     except FileNotFoundError:
         return []
