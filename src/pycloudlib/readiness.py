@@ -183,7 +183,7 @@ class Readiness(ABC):
         while True:
             self._check_alive()
             try:
-                result = self._ssh(["sh", "-c", cloudinit.WAIT_SCRIPT])
+                result = self._ssh(list(cloudinit.WAIT_COMMAND))
             except paramiko.SSHException as error:
                 problem = str(error)
             except PycloudlibTimeoutError as error:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pycloudlib.guest.cloudinit import WAIT_SCRIPT, parse_status
+from pycloudlib.guest.cloudinit import WAIT_COMMAND, WAIT_SCRIPT, parse_status
 
 
 def stage(errors: list[str] | None = None, **more: Any) -> dict[str, Any]:
@@ -138,3 +141,76 @@ def test_what_is_no_status_is_refused(output: str) -> None:
 
 def test_script_is_one_that_a_shell_reads() -> None:
     subprocess.run(["sh", "-n"], input=WAIT_SCRIPT.encode(), check=True)
+
+
+@dataclass
+class FakeGuest:
+    """A directory in place of /run/cloud-init, and what the script finds in its PATH."""
+
+    directory: Path
+    shells: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        (self.directory / "run").mkdir()
+        tools = self.directory / "bin"
+        tools.mkdir()
+        for name in (*self.shells, "cat"):
+            (tools / name).symlink_to(shutil.which(name) or "")
+        sleep = f"#!/bin/sh\necho sleep >>{self.directory}/slept\nexec /bin/sleep $1\n"
+        for name, text in {"sleep": sleep, "systemctl": "#!/bin/sh\nexit 1\n"}.items():
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+
+    def add_cloud_init(self) -> None:
+        (self.directory / "bin" / "cloud-init").symlink_to("/bin/true")
+
+    def write(self, name: str, text: str) -> None:
+        (self.directory / "run" / name).write_text(text)
+
+    def wait(self) -> subprocess.Popen[str]:
+        run = str(self.directory / "run")
+        return subprocess.Popen(
+            [part.replace("/run/cloud-init", run) for part in WAIT_COMMAND],
+            executable="/bin/sh",
+            env={"PATH": str(self.directory / "bin")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def slept(self) -> bool:
+        return (self.directory / "slept").exists()
+
+
+@pytest.fixture(params=[("sh", "bash"), ("sh",)], ids=["bash", "sh"])
+def guest(request: pytest.FixtureRequest, tmp_path: Path) -> FakeGuest:
+    return FakeGuest(tmp_path, request.param)
+
+
+def test_wait_ends_when_cloud_init_has_ended(guest: FakeGuest) -> None:
+    guest.add_cloud_init()
+    with guest.wait() as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=0.7)
+        guest.write("status.json", "{}")
+        guest.write("result.json", "{}")
+        output, errors = waiting.communicate(timeout=10)
+    assert (output, errors) == ("finished\n{}", "")
+
+
+def test_waiting_starts_no_programs_where_there_is_bash(guest: FakeGuest) -> None:
+    guest.add_cloud_init()
+    with guest.wait() as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=0.7)
+        guest.write("disabled", "")
+        output, errors = waiting.communicate(timeout=10)
+    assert (output, errors) == ("disabled\n", "")
+    assert guest.slept == ("bash" not in guest.shells)
+
+
+def test_guest_without_cloud_init_is_not_waited_for(guest: FakeGuest) -> None:
+    with guest.wait() as waiting:
+        assert waiting.communicate(timeout=10) == ("absent\n", "")

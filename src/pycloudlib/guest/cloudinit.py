@@ -9,6 +9,12 @@ from pycloudlib.documents import parse_json, shown
 
 WAIT_SCRIPT = """
 command -v cloud-init >/dev/null 2>&1 || { echo absent; exit 0; }
+if [ -n "${BASH_VERSION-}" ]; then
+  eval 'exec 9<> <(:)'
+  pause() { read -rt 0.1 -u 9 || :; }
+else
+  pause() { sleep 0.5; }
+fi
 polls=0
 until [ -s /run/cloud-init/result.json ]; do
   [ -e /run/cloud-init/disabled ] && { echo disabled; exit 0; }
@@ -16,7 +22,7 @@ until [ -s /run/cloud-init/result.json ]; do
   if [ $((polls % 50)) = 0 ] && systemctl is-failed --quiet cloud-final.service; then
     echo crashed; break
   fi
-  sleep 0.1
+  pause
 done
 [ -s /run/cloud-init/result.json ] && echo finished
 cat /run/cloud-init/status.json 2>/dev/null || :
@@ -27,7 +33,17 @@ cat /run/cloud-init/status.json 2>/dev/null || :
 `cloud-init status --wait` is not used: older versions (22.4) return as soon as any module has
 failed while later stages still run, and its Python start-up and polling slow a small guest down.
 The guest offers no event for this that an ordinary user can wait on, so a file is looked for.
+bash waits by itself, for input that never comes; a `sleep` each time takes 36 ms of an emulated
+processor, a quarter of what cloud-init has at ten a second.
 """
+
+WAIT_COMMAND = (
+    "sh",
+    "-c",
+    'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c "$0"',
+    WAIT_SCRIPT,
+)
+"""Runs the script, by bash where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
