@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pycloudlib import Qemu
 from pycloudlib.guest import ssh
+from pycloudlib.guest.commands import run
 from scripts.figures import describe, timed
 
 COMMANDS = 20
@@ -67,8 +68,8 @@ def measure(endpoint: ssh.Endpoint, directory: Path, mib: int, rounds: int) -> N
         for _ in range(rounds):
             for name, way in ways.items():
                 taken[name].append(timed(way))
-            commands += [timed(lambda: ssh.run(client, "true")) for _ in range(COMMANDS)]
-        ssh.run(client, f"rm {REMOTE}")
+            commands += [timed(lambda: run(client, "true")) for _ in range(COMMANDS)]
+        run(client, f"rm {REMOTE}")
     for name, values in taken.items():
         print(f"{name}: {describe(values)}", flush=True)
     print(f"command: {describe(commands)}", flush=True)

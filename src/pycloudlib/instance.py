@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.errors import PycloudlibError
-from pycloudlib.guest import ssh
+from pycloudlib.guest import commands, ssh
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.readiness import (
@@ -345,7 +345,7 @@ class BaseInstance(Readiness):
         """
         limit = command_limit(timeout)
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
-        out, err, status = ssh.run(
+        out, err, status = commands.run(
             self._client(),
             shlex.join(command),
             stdin=data,

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.cli.remotes import SerialConsole, SshTerminal, strip_telnet
-from pycloudlib.guest import streams
+from pycloudlib.guest import commands
 from tests.unit.sshserver import LocalInstance
 
 LIMIT = 20
@@ -165,7 +165,7 @@ def instance(tmp_path: Path) -> Iterator[LocalInstance]:
 
 def test_command_on_a_terminal_knows_its_size_and_has_a_status(instance: LocalInstance) -> None:
     with instance._ssh_connect() as client:
-        channel = streams.open_session(client)
+        channel = commands.open_session(client)
         remote = SshTerminal(channel, "test -t 0 && stty size; read x; stty size; exit 9", (90, 30))
         assert b"30 90" in read_all(remote, b"30 90")
         remote.resize(100, 40)
@@ -183,7 +183,7 @@ def test_command_on_a_terminal_knows_its_size_and_has_a_status(instance: LocalIn
 
 def test_shell_on_a_terminal_takes_what_is_typed(instance: LocalInstance) -> None:
     with instance._ssh_connect() as client:
-        remote = SshTerminal(streams.open_session(client), None, (80, 24))
+        remote = SshTerminal(commands.open_session(client), None, (80, 24))
         remote.send(b"echo $((6 * 7))\r")
         assert b"42" in read_all(remote, b"42")
         remote.send(b"exit 3\r")

@@ -22,7 +22,7 @@ from pycloudlib.cli.session import Session, command
 from pycloudlib.cli.values import MachineName
 from pycloudlib.cli.values import Place as PlaceType
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest import streams
+from pycloudlib.guest import commands
 from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu.instance import QemuInstance
 
@@ -71,15 +71,15 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
     with _connected(session, instance) as client:
         if on_terminal:
             remote = SshTerminal(
-                streams.open_session(client), command_line, terminal.terminal_size()
+                commands.open_session(client), command_line, terminal.terminal_size()
             )
             terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
             status = remote.wait()
         else:
             # What is typed is another program's, unless a shell is to read it.
             reads = command_line is None or not terminal.is_terminal(_STDIN)
-            status = streams.stream(
-                streams.open_session(client),
+            status = commands.stream(
+                commands.open_session(client),
                 command_line,
                 stdin=functools.partial(os.read, _STDIN) if reads else None,
                 stdout=functools.partial(_write, _STDOUT),

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from pycloudlib.cli import tarball
 from pycloudlib.errors import PycloudlibError
-from pycloudlib.guest import streams
+from pycloudlib.guest import commands
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu.instance import QemuInstance
 
@@ -152,7 +152,7 @@ class _Command:
         self._name = instance.name
         self._client = instance._ssh_connect()
         try:
-            self.channel = streams.open_session(self._client)
+            self.channel = commands.open_session(self._client)
             self.channel.exec_command(command)
         except BaseException:
             self._client.close()

@@ -1,4 +1,4 @@
-"""The SSH transport: connect with a pinned host key, execute, copy files.
+"""The SSH transport: connect with a pinned host key, copy files.
 
 Everything that can go wrong on the way to a connection leaves here as `paramiko.SSHException`, the
 error that clients catch.
@@ -10,14 +10,12 @@ import contextlib
 import logging
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.key import is_encrypted
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
@@ -31,11 +29,9 @@ logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 
 # From the banner on the server is there, but a busy guest in emulation may need long for its part
 # of the key exchange; giving up early would only make it begin anew.
-_HANDSHAKE_LIMIT = 60.0
-ON_WAIT_INTERVAL = 0.5
-"""Seconds between two looks at whether waiting for a command is of any use still."""
+ANSWER_LIMIT = 60.0
+"""Seconds that a server which is there may take for an answer."""
 _BANNER_START = b"SSH-"
-_CHUNK = 1 << 16
 # Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
 # to and from a guest that runs under KVM. The guest has no more work than before.
 _FIRST_CIPHER = "aes128-gcm@openssh.com"
@@ -98,9 +94,9 @@ def connect(
             allow_agent=_needs_agent(endpoint),
             sock=open_with_banner(endpoint.host, endpoint.port, banner_timeout),
             transport_factory=_open_transport,
-            timeout=_HANDSHAKE_LIMIT,
-            banner_timeout=_HANDSHAKE_LIMIT,
-            auth_timeout=_HANDSHAKE_LIMIT,
+            timeout=ANSWER_LIMIT,
+            banner_timeout=ANSWER_LIMIT,
+            auth_timeout=ANSWER_LIMIT,
         )
     except paramiko.BadHostKeyException as error:
         client.close()
@@ -177,121 +173,6 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
         raise
 
 
-def run(
-    client: paramiko.SSHClient,
-    command: str,
-    *,
-    stdin: bytes = b"",
-    get_pty: bool = False,
-    timeout: float | None = None,
-    on_wait: Callable[[], None] = lambda: None,
-) -> tuple[bytes, bytes, int]:
-    """Execute a command to its end, draining both outputs whatever their size.
-
-    Args:
-        client: A connected client.
-        command: The command line, as the login shell reads it.
-        stdin: What the command reads.
-        get_pty: Whether it gets a terminal.
-        timeout: Seconds it may take; no limit when None.
-        on_wait: Called every so often while it runs; what it raises ends the wait.
-
-    Returns:
-        Standard output, standard error, exit status (-1 when the connection ended first).
-
-    Raises:
-        paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: The command went on past `timeout`; it is hung up on.
-    """
-    import paramiko  # noqa: PLC0415 - heavy
-
-    transport = client.get_transport()
-    if transport is None:
-        raise paramiko.SSHException("the connection is closed")
-    deadline = None if timeout is None else Deadline.after(timeout)
-    with open_channel(transport, deadline) as channel:
-        with hung_up_on(channel, deadline):
-            if get_pty:
-                channel.get_pty()
-            channel.exec_command(command)
-        outputs = _Drain(channel.recv), _Drain(channel.recv_stderr)
-        feeder = threading.Thread(target=_feed, args=(channel, stdin), daemon=True)
-        feeder.start()
-        done = all(_has_ended(drain, deadline, on_wait) for drain in outputs)
-        if done:
-            done = channel.status_event.wait(None if deadline is None else deadline.remaining)
-        if not done:
-            raise PycloudlibTimeoutError(
-                f"The command did not end within {timeout:g} s and was hung up on: {command}"
-            )
-        return outputs[0].data(), outputs[1].data(), channel.exit_status
-
-
-def open_channel(transport: paramiko.Transport, deadline: Deadline | None) -> paramiko.Channel:
-    """Open a channel for a command.
-
-    Raises:
-        paramiko.SSHException: The connection is gone.
-    """
-    import paramiko  # noqa: PLC0415 - heavy
-
-    limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
-    try:
-        return transport.open_session(timeout=max(limit, 0.1))
-    except (OSError, EOFError) as error:
-        raise paramiko.SSHException(f"the connection is gone: {error}") from error
-
-
-@contextlib.contextmanager
-def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
-    """Close a channel whose requests are not answered in time: they know no limit of their own."""
-    limit = _HANDSHAKE_LIMIT if deadline is None else deadline.capped(_HANDSHAKE_LIMIT)
-    watchdog = threading.Timer(limit, channel.close)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.cancel()
-
-
-class _Drain(threading.Thread):
-    """Reads one output of a channel to its end."""
-
-    def __init__(self, receive: object) -> None:
-        super().__init__(daemon=True)
-        self._receive = receive
-        self._chunks: list[bytes] = []
-        self.start()
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while chunk := self._receive(_CHUNK):  # type: ignore[operator]
-                self._chunks.append(chunk)
-
-    def data(self) -> bytes:
-        return b"".join(self._chunks)
-
-
-def _has_ended(drain: _Drain, deadline: Deadline | None, on_wait: Callable[[], None]) -> bool:
-    """Wait until an output has ended; say whether it did in time."""
-    while True:
-        drain.join(ON_WAIT_INTERVAL if deadline is None else deadline.capped(ON_WAIT_INTERVAL))
-        if not drain.is_alive():
-            return True
-        if deadline is not None and deadline.expired:
-            return False
-        on_wait()
-
-
-def _feed(channel: paramiko.Channel, stdin: bytes) -> None:
-    # A command may end without reading its input; that is no error.
-    with contextlib.suppress(OSError, EOFError):
-        if stdin:
-            channel.sendall(stdin)
-        channel.shutdown_write()
-
-
 def push(
     client: paramiko.SSHClient,
     local_path: str | Path,
@@ -340,7 +221,7 @@ def _open_sftp(client: paramiko.SSHClient) -> paramiko.SFTPClient:
     channel = sftp.get_channel()
     if channel is not None:
         # For each answer, not for the whole copy.
-        channel.settimeout(_HANDSHAKE_LIMIT)
+        channel.settimeout(ANSWER_LIMIT)
     return sftp
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pycloudlib.guest.streams import open_session, stream
+from pycloudlib.guest.commands import open_session, stream
 from tests.unit.sshserver import LocalInstance
 
 
