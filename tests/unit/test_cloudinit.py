@@ -167,6 +167,16 @@ class FakeGuest:
     def write(self, name: str, text: str) -> None:
         (self.directory / "run" / name).write_text(text)
 
+    def end(self, **files: str) -> tuple[str, str]:
+        """Make sure that the script waits, write what it waits for, and give what it printed."""
+        self.add_cloud_init()
+        with self.wait() as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(timeout=0.7)
+            for name, text in files.items():
+                self.write(name, text)
+            return waiting.communicate(timeout=10)
+
     def wait(self) -> subprocess.Popen[str]:
         run = str(self.directory / "run")
         return subprocess.Popen(
@@ -190,24 +200,11 @@ def guest(request: pytest.FixtureRequest, tmp_path: Path) -> FakeGuest:
 
 
 def test_wait_ends_when_cloud_init_has_ended(guest: FakeGuest) -> None:
-    guest.add_cloud_init()
-    with guest.wait() as waiting:
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(timeout=0.7)
-        guest.write("status.json", "{}")
-        guest.write("result.json", "{}")
-        output, errors = waiting.communicate(timeout=10)
-    assert (output, errors) == ("finished\n{}", "")
+    assert guest.end(**{"status.json": "{}", "result.json": "{}"}) == ("finished\n{}", "")
 
 
 def test_waiting_starts_no_programs_where_there_is_bash(guest: FakeGuest) -> None:
-    guest.add_cloud_init()
-    with guest.wait() as waiting:
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(timeout=0.7)
-        guest.write("disabled", "")
-        output, errors = waiting.communicate(timeout=10)
-    assert (output, errors) == ("disabled\n", "")
+    assert guest.end(disabled="") == ("disabled\n", "")
     assert guest.slept == ("bash" not in guest.shells)
 
 

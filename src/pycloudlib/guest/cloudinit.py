@@ -10,16 +10,18 @@ from pycloudlib.documents import parse_json, shown
 WAIT_SCRIPT = """
 command -v cloud-init >/dev/null 2>&1 || { echo absent; exit 0; }
 if [ -n "${BASH_VERSION-}" ]; then
+  looks=50
   eval 'exec 9<> <(:)'
   pause() { read -rt 0.1 -u 9 || :; }
 else
+  looks=10
   pause() { sleep 0.5; }
 fi
 polls=0
 until [ -s /run/cloud-init/result.json ]; do
   [ -e /run/cloud-init/disabled ] && { echo disabled; exit 0; }
   polls=$((polls + 1))
-  if [ $((polls % 50)) = 0 ] && systemctl is-failed --quiet cloud-final.service; then
+  if [ $((polls % looks)) = 0 ] && systemctl is-failed --quiet cloud-final.service; then
     echo crashed; break
   fi
   pause
