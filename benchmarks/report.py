@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measurements import Results, Run
-from benchmarks.scenarios import BY_KEY, MANY, NAMES, ORIGINAL, OURS, SCENARIOS, Scenario
+from benchmarks.scenarios import (
+    BY_KEY,
+    MANY,
+    NAMES,
+    ORIGINAL,
+    OURS,
+    OWN_COURSES,
+    SCENARIOS,
+    Scenario,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +132,16 @@ def _rows(runs: Sequence[Run]) -> tuple[list[tuple[str, ...]], list[tuple[str, .
     for scenario in SCENARIOS:
         if scenario.key not in told:
             continue
+        base = BY_KEY.get(scenario.base, scenario)
         ours = gather(runs, OURS, scenario.key)
-        if scenario.course == "ours":
-            base = gather(runs, OURS, scenario.base)
-            compared = write_ratio(ratio(base, ours))
+        if base.course in OWN_COURSES:
+            own_base = gather(runs, OURS, scenario.base)
+            compared = write_ratio(ratio(own_base, ours))
             alone.append(
                 (scenario.title, write_figure(scenario, ours), compared, str(len(ours.values)))
             )
             continue
-        original = gather(runs, ORIGINAL, scenario.key)
+        original = gather(runs, ORIGINAL, base.key)
         counts = sorted({len(original.values), len(ours.values)})
         both.append(
             (

@@ -22,7 +22,8 @@ class Scenario:
         unit: Unit of its values: s, MB or MiB; less is better.
         course: The course that measures it.
         bytes: How much is transferred; its rate is told, too.
-        base: For what only this package does: the scenario that it is compared with.
+        base: For what only this package does: the scenario that it is compared with; it may be
+            the original's, too.
     """
 
     key: str
@@ -38,6 +39,7 @@ SCENARIOS = (
     Scenario("size", "installed size, with dependencies", "MB", "package"),
     Scenario("launch", "`launch()` until it returns", "s", "one"),
     Scenario("boot", "`launch()` and `wait()`, cold", "s", "one"),
+    Scenario("fast", "the same with `fast_boot=True`", "s", "fast", base="boot"),
     Scenario("execute-first", '`execute("true")`, the first', "s", "one"),
     Scenario("execute", '`execute("true")`, each following', "s", "one"),
     Scenario("output", "output of 10 MB", "s", "one", bytes=10_000_000),
@@ -56,19 +58,21 @@ SCENARIOS = (
     Scenario("many-qemu-memory", "memory of QEMU (Pss), each of {machines}", "MiB", "many"),
     Scenario("many-python-memory", "memory of Python, each of {machines}", "MiB", "many"),
     Scenario("ours-boot", "`launch()` and `wait()`, cold: the base", "s", "ours"),
-    Scenario("fast", "`launch(fast_boot=True)` and `wait()`", "s", "ours", base="ours-boot"),
     Scenario("warm", "`launch(warm=True)` and `wait()`", "s", "ours", base="ours-boot"),
     Scenario("copy", "a copy, until its first command is done", "s", "ours", base="ours-boot"),
     Scenario("copies", "{machines} copies at once, likewise", "s", "ours", base="ours-boot"),
     Scenario("rollback", "`rollback()`, until a command is done", "s", "ours", base="ours-boot"),
     Scenario("save", "`snapshot(memory=True)`", "s", "ours", base="ours-boot"),
     Scenario("save-first", "the first one, which starts a helper", "s", "ours", base="ours-boot"),
-    Scenario("fast-prepare", "once for an image: a fast boot's starting point", "s", "ours"),
+    Scenario("fast-prepare", "once for an image: a fast boot's starting point", "s", "fast"),
     Scenario("warm-prepare", "once: what a warm launch starts from", "s", "ours"),
     Scenario("copies-memory", "memory of QEMU (Pss), each of {machines} copies", "MiB", "ours"),
 )
 BY_KEY = {scenario.key: scenario for scenario in SCENARIOS}
 COURSES = tuple(dict.fromkeys(scenario.course for scenario in SCENARIOS))
+
+OWN_COURSES = ("fast", "ours")
+"""Courses of what only this package does."""
 
 LEAST_ROUNDS = {"many": 3, "ours": 3}
 """Courses that take long are run fewer times: once in so many rounds."""
@@ -103,6 +107,6 @@ def turns(rounds: int, wanted: tuple[str, ...]) -> list[tuple[int, str, str]]:
                 continue
             if (number - 1) % LEAST_ROUNDS.get(course, 1):
                 continue
-            sides = (OURS,) if course == "ours" else SIDES
+            sides = (OURS,) if course in OWN_COURSES else SIDES
             order += [(number, side, course) for side in (sides if number % 2 else sides[::-1])]
     return order

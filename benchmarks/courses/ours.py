@@ -49,8 +49,6 @@ class Course:
         if self.recorder.wants("rollback"):
             self.recorder.time("rollback", lambda: roll_back(source, image), TIMES)
         source.delete()
-        if self.recorder.wants("fast-prepare", "fast"):
-            self.measure_fast_boot()
         if self.recorder.wants("warm-prepare", "warm"):
             self.measure_warm_launch()
 
@@ -78,16 +76,6 @@ class Course:
         self.recorder.tell("copies-memory", memory / count)
         for copy in copies:
             copy.delete()
-
-    def measure_fast_boot(self) -> None:
-        """Boot fast: the first such launch of an image makes what the others start from."""
-        self.recorder.time(
-            "fast-prepare",
-            lambda: self.cloud.launch(
-                self.plan.image, self.plan.instance_type, fast_boot=True, launch_args=["-S"]
-            ).delete(),
-        )
-        self.recorder.time("fast", lambda: self.boot(fast_boot=True)).delete()
 
     def measure_warm_launch(self) -> None:
         """Launch what was launched before: the first such launch boots, waits and saves."""

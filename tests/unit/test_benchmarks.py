@@ -19,7 +19,7 @@ from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu
 from benchmarks.recorder import TimeUp, limit
 from benchmarks.report import Figure, gather, ratio, write_number, write_report
-from benchmarks.scenarios import BY_KEY, OURS, SCENARIOS, choose, turns
+from benchmarks.scenarios import BY_KEY, OURS, OWN_COURSES, SCENARIOS, choose, turns
 from benchmarks.wrapper import write_wrapper
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,15 +66,31 @@ def test_what_only_this_package_does_is_measured_on_it_alone() -> None:
     assert {side for _, side, _ in turns(4, ("copy",))} == {OURS}
 
 
-def test_every_scenario_is_compared_with_one_of_its_own_course() -> None:
+def test_what_is_compared_has_a_base_of_its_own_course_or_of_the_originals() -> None:
     for scenario in SCENARIOS:
-        assert not scenario.base or BY_KEY[scenario.base].course == scenario.course
+        if scenario.base:
+            course = BY_KEY[scenario.base].course
+            assert course == scenario.course or course not in OWN_COURSES
         assert "|" not in scenario.title
+
+
+def test_report_sets_a_fast_boot_beside_the_originals_cold_boot() -> None:
+    report = write_report(
+        results(
+            run("original", "boot", 120),
+            run("ours", "boot", 80),
+            run("ours", "fast", 40),
+            run("ours", "fast-prepare", 50),
+        )
+    )
+
+    assert row(report, BY_KEY["fast"].title)[1:4] == ["120 s", "40.0 s", "3.00"]
+    assert row(report, BY_KEY["fast-prepare"].title)[1:] == ["50.0 s", "", "1"]
 
 
 def test_scenarios_are_chosen_by_their_names_and_their_courses() -> None:
     assert choose(("package", "boot"), ("size",)) == ("import", "boot")
-    assert choose((), ("one", "many", "ours", "dead")) == ("import", "size")
+    assert choose((), ("one", "fast", "many", "ours", "dead")) == ("import", "size")
     assert len(choose((), ())) == len(SCENARIOS)
 
 
