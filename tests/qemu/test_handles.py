@@ -103,6 +103,27 @@ def test_delete_while_another_thread_starts_it_leaves_nothing(unstarted: QemuIns
     assert not unstarted.instance_dir.exists()
 
 
+def test_start_in_the_last_moment_of_a_delete_finds_no_machine(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are gone, the lock too; the directory is there still."""
+    remove = os.rmdir
+    came: list[Path] = []
+
+    def start_and_remove(path: Any, **options: Any) -> None:
+        if Path(path).name == unstarted.instance_dir.name and not came:
+            came.append(Path(path))
+            with pytest.raises(InstanceNotFoundError, match="is deleted"):
+                unstarted.machine.power_on()
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", start_and_remove)
+    assert unstarted.delete() == []
+    assert came
+    assert processes_of(unstarted.instance_dir) == []
+    assert not unstarted.instance_dir.exists()
+
+
 def test_what_another_handle_started_is_seen_and_deleted(
     cloud: Qemu, unstarted: QemuInstance
 ) -> None:

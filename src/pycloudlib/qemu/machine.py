@@ -313,7 +313,7 @@ class Machine:
         Raises:
             CloudError: The kernel did not end it; the directory stays.
         """
-        with contextlib.suppress(InstanceNotFoundError), self.rundir.power_lock():
+        with contextlib.suppress(InstanceNotFoundError), self.rundir.lock():
             self._kill_successor()
             self.kill()
             self.rundir.remove()

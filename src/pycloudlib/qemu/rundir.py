@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _SPEC_FILE = "machine.json"
 _LAST_PID = 2**31 - 1  # pid_t
+# How often a directory is removed to which somebody adds something at the same time.
+_REMOVALS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,24 +211,52 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def power_lock(self) -> Iterator[None]:
-        """Keep other threads and processes from switching on or deleting it at the same time.
+        """Keep other threads and processes from switching on or deleting the machine.
 
         Raises:
-            InstanceNotFoundError: The instance is deleted.
+            InstanceNotFoundError: The instance is deleted, or just being so.
+        """
+        with self.lock():
+            # Who deletes it removes the lock, too, while it is held; this may be another.
+            if not self._spec_file.exists():
+                raise self._deleted()
+            yield
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Do as `power_lock` does, for what is no machine (any more), too.
+
+        Raises:
+            InstanceNotFoundError: The directory does not exist.
         """
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(exclusive_lock(self.path / "power.lock"))
             except FileNotFoundError:
-                raise InstanceNotFoundError(
-                    f"{self.path.name} is deleted", resource_id=str(self.path)
-                ) from None
+                raise self._deleted() from None
             yield
 
     def remove(self) -> None:
-        """Remove the directory and all in it; one that is gone already is no error."""
+        """Remove the directory and all in it; one that is gone already is no error.
+
+        From the first moment on it is no machine, so whoever comes then for its lock lets it be.
+        """
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+            self._spec_file.unlink()
+        for tries_left in reversed(range(_REMOVALS)):
+            try:
+                shutil.rmtree(self.path)
+            except OSError as error:
+                if not self.path.exists() or self._spec_file.exists():
+                    return  # another removed it; it may be a new machine's by now
+                # Somebody came meanwhile, or removes it, too.
+                if not tries_left or error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+            else:
+                return
+
+    def _deleted(self) -> InstanceNotFoundError:
+        return InstanceNotFoundError(f"{self.path.name} is deleted", resource_id=str(self.path))
 
     @contextlib.contextmanager
     def _named(self, file: Path) -> Iterator[None]:
