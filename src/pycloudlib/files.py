@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,17 @@ def write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, flags, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Let `open()` make a file that only its owner can read, from its first byte on."""
+    return os.open(path, flags, 0o600)
+
+
+def copy_private(source: Path, target: Path) -> None:
+    """Copy a file; only its owner can read the copy, from its first byte on."""
+    with source.open("rb") as original, open(target, "wb", opener=private_opener) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:

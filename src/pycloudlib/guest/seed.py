@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pycloudlib.documents import shown
+from pycloudlib.files import private_opener
 from pycloudlib.guest import userdata
 
 VOLUME_UNIT = 4 << 20
@@ -137,8 +138,7 @@ def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
             rr_name=name,
             joliet_path=f"/{name}",
         )
-    with path.open("xb") as file:
-        path.chmod(0o600)
+    with open(path, "xb", opener=private_opener) as file:
         iso.write_fp(file)
         written = file.seek(0, io.SEEK_END)
         blocks = (length if length >= written else seed.volume_length) // _BLOCK

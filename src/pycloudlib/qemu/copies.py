@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError
-from pycloudlib.files import write_private
+from pycloudlib.files import copy_private, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
 from pycloudlib.key import generate_ed25519
@@ -65,7 +64,7 @@ def write_files(rundir: RunDirectory, request: CopyRequest) -> None:
     else:
         for source, target in ((saved.seed, rundir.seed), (saved.known_hosts, rundir.known_hosts)):
             if source.exists():
-                shutil.copy2(source, target)
+                copy_private(source, target)
     if identity is not None or not request.boots:
         write_private(rundir.fix_up, FixUp(identity, request.new_key).to_json())
     if saved.helper and not request.boots:
@@ -159,7 +158,7 @@ def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
     elif not rundir.fix_up.exists():
         write_private(rundir.fix_up, FixUp().to_json())
         if saved.known_hosts.exists():
-            shutil.copy2(saved.known_hosts, rundir.known_hosts)
+            copy_private(saved.known_hosts, rundir.known_hosts)
     if saved.helper:
         write_private(rundir.helper_mark, saved.login.username)
     else:
