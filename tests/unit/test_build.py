@@ -34,9 +34,13 @@ class FakeMaker:
     def __init__(self, before: Callable[[Workshop], None] = lambda _workshop: None) -> None:
         self.before = before
         self.calls = 0
+        self.serials: list[str] = []
 
-    def __call__(self, recipe: BuildRecipe, workshop: Workshop, steps: build.Steps) -> None:
+    def __call__(
+        self, recipe: BuildRecipe, serial: str, workshop: Workshop, steps: build.Steps
+    ) -> None:
         self.calls += 1
+        self.serials.append(serial)
         image = workshop.product / recipe.image_name
         image.write_bytes(b"image")
         self.before(workshop)
@@ -115,6 +119,7 @@ class TestCache:
 
         images = [provide(image_dir, make, refresh=True) for _ in range(12)]
 
+        assert [image.parent.name for image in images] == make.serials
         assert [image.parent.name for image in images[1:]] == [f"{TODAY}.{n}" for n in range(1, 12)]
         assert all(image.exists() for image in images)
         assert provide(image_dir, make) == images[-1]

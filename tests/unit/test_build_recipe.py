@@ -82,7 +82,12 @@ class TestGuestFiles:
     @pytest.fixture
     def files(self) -> dict[str, recipes.GuestFile]:
         recipe = BuildRecipe(default_user="tester")
-        return {file.path: file for file in recipes.list_guest_files(recipe)}
+        return {file.path: file for file in recipes.list_guest_files(recipe, "20240101.2")}
+
+    def test_they_say_which_build_they_are_of(self, files: dict[str, recipes.GuestFile]) -> None:
+        assert files["/etc/cloud/build.info"] == recipes.GuestFile(
+            "/etc/cloud/build.info", "build_name: server\nserial: 20240101.2\n"
+        )
 
     def test_cloud_init_looks_for_nocloud_only_and_makes_the_user(
         self, files: dict[str, recipes.GuestFile]

@@ -101,8 +101,9 @@ def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
 # -- the story ------------------------------------------------------------------------------------
 
 
-MakeImage = Callable[[BuildRecipe, Workshop, "Steps"], None]
-"""Makes the image of a recipe, its kernel and its initrd in the workshop's `product`."""
+MakeImage = Callable[[BuildRecipe, str, Workshop, "Steps"], None]
+"""Makes the image of a recipe and a serial, its kernel and its initrd in the workshop's `product`.
+"""
 
 
 def _provide_image(
@@ -125,15 +126,17 @@ def _provide_image(
         if now is not None and now != before:
             return now
         remove_stale_workshops(image_dir)
+        # Chosen before the build, which writes it into the image; the lock keeps it free.
+        today = datetime.datetime.now(datetime.timezone.utc).date()
+        serial = _choose_serial(image_dir / recipe.release, today)
         with open_workshop(image_dir) as workshop:
-            make(recipe, workshop, Steps(recipe, on_progress))
-            return _put_in_place(recipe, workshop, image_dir)
+            make(recipe, serial, workshop, Steps(recipe, on_progress))
+            return _put_in_place(recipe, serial, workshop, image_dir)
 
 
-def _put_in_place(recipe: BuildRecipe, workshop: Workshop, image_dir: Path) -> Path:
+def _put_in_place(recipe: BuildRecipe, serial: str, workshop: Workshop, image_dir: Path) -> Path:
     """Record the image and give it its final name, complete or not at all."""
     release_dir = image_dir / recipe.release
-    serial = _choose_serial(release_dir, datetime.datetime.now(datetime.timezone.utc).date())
     image = workshop.product / recipe.image_name
     record = store.ImageRecord(
         release=recipe.release,
@@ -217,7 +220,7 @@ class Steps:
         self._on_progress(dataclasses.replace(self._current, detail=detail))
 
 
-def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
+def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Steps) -> None:
     handover = workshop.handover
     image = workshop.product / recipe.image_name
     layout = diskimage.build_layout(recipe.disk_size_gib)
@@ -229,7 +232,7 @@ def _make_image(recipe: BuildRecipe, workshop: Workshop, steps: Steps) -> None:
     with steps.step("installing packages (mmdebstrap)") as name:
         rootfs.install_packages(name, recipe, system, handover, steps.tell)
     with steps.step("configuring the guest (sh)") as name:
-        rootfs.configure_guest(name, recipe, system, handover)
+        rootfs.configure_guest(name, recipe, serial, system, handover)
         handover.kernel.rename(store.kernel_path(image))
         handover.initrd.rename(store.initrd_path(image))
     with steps.step("partitioning the disk (sfdisk)") as name:

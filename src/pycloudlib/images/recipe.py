@@ -181,7 +181,8 @@ def _key(recipe: BuildRecipe) -> str:
         dataclasses.astuple(recipe),
         list_packages(recipe),
         list_apt_sources(recipe),
-        [dataclasses.astuple(file) for file in list_guest_files(recipe)],
+        # Of no build in particular: a newer build of the same recipe has the same key.
+        [dataclasses.astuple(file) for file in list_guest_files(recipe, serial="")],
         _UNWANTED_FILES,
         CONFIGURE_SCRIPT,
     )
@@ -216,11 +217,13 @@ def list_unwanted_files() -> tuple[str, ...]:
     return _UNWANTED_FILES
 
 
-def list_guest_files(recipe: BuildRecipe) -> tuple[GuestFile, ...]:
-    """Write the files of the image that no package brings."""
+def list_guest_files(recipe: BuildRecipe, serial: str) -> tuple[GuestFile, ...]:
+    """Write the files of the image that no package brings, for the build with this serial."""
     return (
         GuestFile("/etc/apt/sources.list", "\n".join(list_apt_sources(recipe)) + "\n"),
         GuestFile("/boot/grub/grub.cfg", _GRUB_CFG),
+        # Which build this is, where Ubuntu's images say it and programs look.
+        GuestFile("/etc/cloud/build.info", f"build_name: server\nserial: {serial}\n"),
         # Sorted after the packages' own files and before a user's 99-….cfg.
         GuestFile("/etc/cloud/cloud.cfg.d/91_pycloudlib.cfg", _cloud_cfg(recipe)),
         GuestFile("/etc/default/locale", "LANG=C.UTF-8\n"),

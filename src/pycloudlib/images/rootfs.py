@@ -152,9 +152,12 @@ def find_detail(line: str) -> str | None:
     return match["mmdebstrap"] or match["handled"]
 
 
-def configure_guest(step: str, recipe: BuildRecipe, rootfs: Path, handover: Handover) -> None:
+def configure_guest(
+    step: str, recipe: BuildRecipe, serial: str, rootfs: Path, handover: Handover
+) -> None:
     """Make a cloud image of an installed system; hand over its kernel and initrd."""
-    handover.offer(_GUEST_FILES).write_bytes(pack(list_guest_files(recipe), int(time.time())))
+    files = pack(list_guest_files(recipe, serial), int(time.time()))
+    handover.offer(_GUEST_FILES).write_bytes(files)
     handover.offer(_KERNEL)
     handover.offer(_INITRD)
     inner = handover.inner_path
