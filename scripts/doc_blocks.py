@@ -24,7 +24,7 @@ _TARGET = ROOT / "build" / "doc_blocks"
 # What a document may speak of without making it.
 _GIVEN = {
     "cloud": "Qemu",
-    "error": "PycloudlibError",
+    "error": "PycloudlibException",
     "image": "str",
     "instance": "QemuInstance",
     "machine": "QemuInstance",
@@ -44,7 +44,7 @@ _FIXTURES = {
 _IMPORTS = """\
 from pycloudlib import Qemu
 from pycloudlib.pytest_plugin import PrepareVm, VmFactory
-from pycloudlib.errors import PycloudlibError
+from pycloudlib.errors import PycloudlibException
 from pycloudlib.qemu.instance import QemuInstance
 """
 

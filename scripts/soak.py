@@ -24,7 +24,7 @@ import paramiko
 
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause
-from pycloudlib.errors import PycloudlibError
+from pycloudlib.errors import PycloudlibException
 from pycloudlib.qemu.instance import QemuInstance
 
 SHOWN_EVERY = 25
@@ -74,7 +74,7 @@ def use(machine: QemuInstance, *, kill: bool, moments: random.Random) -> bool:
     try:
         while machine.execute("echo here").ok:
             pass
-    except (PycloudlibError, paramiko.SSHException) as error:
+    except (PycloudlibException, paramiko.SSHException) as error:
         told = getattr(error, "diagnosis", None)
         if told is None or told.cause is not Cause.QEMU_KILLED:
             raise

@@ -1,8 +1,10 @@
 """Every error this package raises on purpose.
 
-One tree: whoever wants to catch them all catches `PycloudlibException`. Where Python users expect
-a built-in error (`ValueError` for a malformed value, `FileNotFoundError` for a missing file), that
-is what is raised instead.
+One tree: whoever wants to catch them all catches `PycloudlibException`. Its direct children are
+those that existing programs know: an `except PycloudlibError` of theirs catches no cloud's error
+and no time-out, as ever. An error that is new hangs below the nearest of them. Where Python users
+expect a built-in error (`ValueError` for a malformed value, `FileNotFoundError` for a missing
+file), that is what is raised instead.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ class ResourceType(enum.Enum):
     IMAGE = "image"
     INSTANCE = "instance"
     NETWORK = "network"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class PycloudlibException(Exception):  # noqa: N818 - the name is part of the contract with clients
@@ -50,60 +55,71 @@ class PycloudlibError(PycloudlibException):
     """Something this package was asked to do could not be done."""
 
 
-class ResourceNotFoundError(PycloudlibError):
+class ResourceNotFoundError(PycloudlibException):
     """An image, instance or network that was named does not exist.
 
     Args:
-        message: What was looked for and where; made from the other arguments when empty.
-        resource_type: The kind of resource; subclasses know theirs.
+        resource_type: The kind of resource.
         resource_id: The id that was asked for.
         resource_name: The name that was asked for.
-    """
+        message: What was looked for and where; made from the other arguments when empty.
+        **more: What else is known of it, for the message.
 
-    resource_type: ResourceType | None = None
+    Attributes:
+        more: What else is known of it.
+    """
 
     def __init__(
         self,
-        message: str = "",
+        resource_type: ResourceType | str,
+        resource_id: object = None,
+        resource_name: object = None,
         *,
-        resource_type: ResourceType | None = None,
-        resource_id: str | None = None,
-        resource_name: str | None = None,
+        message: str = "",
+        **more: object,
     ) -> None:
-        self.resource_type = resource_type or type(self).resource_type
+        self.resource_type = resource_type
         self.resource_id = resource_id
         self.resource_name = resource_name
+        self.more = more
         super().__init__(message or self._default_message())
 
     def _default_message(self) -> str:
-        kind = self.resource_type.value if self.resource_type else "resource"
-        wanted = [
-            f"{key} {value!r}"
-            for key, value in (("id", self.resource_id), ("name", self.resource_name))
-            if value is not None
-        ]
-        return f"Could not find {kind}" + (f" with {' and '.join(wanted)}" if wanted else "")
+        known = {"id": self.resource_id, "name": self.resource_name, **self.more}
+        wanted = [f"{key} {value!r}" for key, value in known.items() if value is not None]
+        return f"Could not find {self.resource_type}" + (
+            f" with {' and '.join(wanted)}" if wanted else ""
+        )
 
 
 class ImageNotFoundError(ResourceNotFoundError):
     """No image of that id or release."""
 
-    resource_type = ResourceType.IMAGE
+    def __init__(
+        self, resource_id: object = None, resource_name: object = None, **more: Any
+    ) -> None:
+        super().__init__(ResourceType.IMAGE, resource_id, resource_name, **more)
 
 
 class InstanceNotFoundError(ResourceNotFoundError):
     """No instance of that id."""
 
-    resource_type = ResourceType.INSTANCE
+    def __init__(
+        self, resource_id: object = None, resource_name: object = None, **more: Any
+    ) -> None:
+        super().__init__(ResourceType.INSTANCE, resource_id, resource_name, **more)
 
 
 class NetworkNotFoundError(ResourceNotFoundError):
     """No network of that name."""
 
-    resource_type = ResourceType.NETWORK
+    def __init__(
+        self, resource_id: object = None, resource_name: object = None, **more: Any
+    ) -> None:
+        super().__init__(ResourceType.NETWORK, resource_id, resource_name, **more)
 
 
-class CloudError(PycloudlibError):
+class CloudError(PycloudlibException):
     """The cloud, here QEMU and the host, refused or failed."""
 
 
@@ -124,11 +140,11 @@ class InstanceExistsError(CloudError):
         )
 
 
-class CloudSetupError(PycloudlibError):
+class CloudSetupError(PycloudlibException):
     """The cloud cannot be used as it is configured."""
 
 
-class PycloudlibTimeoutError(PycloudlibError):
+class PycloudlibTimeoutError(PycloudlibException):
     """Something that was waited for did not happen within its time."""
 
 
@@ -158,7 +174,7 @@ class KernelPanicError(CloudError):
         super().__init__(f"The kernel of {name} has panicked: {line}")
 
 
-class CleanupError(PycloudlibError):
+class CleanupError(PycloudlibException):
     """Some resources could not be cleaned up.
 
     Args:
@@ -167,15 +183,18 @@ class CleanupError(PycloudlibError):
 
     def __init__(self, exceptions: Sequence[Exception]) -> None:
         self.exceptions = list(exceptions)
+        super().__init__(self.exceptions)
+
+    def __str__(self) -> str:
         lines = "".join(f"\n- {type(error).__name__}: {error}" for error in self.exceptions)
-        super().__init__(f"{len(self.exceptions)} error(s) while cleaning up:{lines}")
+        return f"{len(self.exceptions)} error(s) while cleaning up:{lines}"
 
 
-class MissingPrerequisiteError(PycloudlibError):
+class MissingPrerequisiteError(PycloudlibException):
     """A program that has to be installed on the host is not there."""
 
 
-class InvalidTagNameError(PycloudlibError):
+class InvalidTagNameError(PycloudlibException):
     """A tag breaks the naming rules.
 
     Args:
@@ -189,8 +208,21 @@ class InvalidTagNameError(PycloudlibError):
         super().__init__(f"Invalid tag {tag!r}: {'; '.join(self.rules_failed)}")
 
 
-class UnsetSSHKeyError(PycloudlibError):
+class UnsetSSHKeyError(PycloudlibException):
     """An SSH key is needed and none is set."""
+
+    _MESSAGE = "No SSH key is set: configure public_key_path, or call use_key() on the cloud"
+
+    def __init__(self, message: str = _MESSAGE) -> None:
+        super().__init__(message)
+
+
+class InvalidKeyError(PycloudlibError, ValueError):
+    """A file of an SSH key is missing, cannot be read, or is no key."""
+
+
+class MissingKernelError(PycloudlibError, ValueError):
+    """A kernel command line was given, and no kernel is known to boot with it."""
 
 
 class ImageBuildError(PycloudlibError):

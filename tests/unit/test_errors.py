@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 
@@ -10,7 +11,9 @@ from pycloudlib.errors import (
     CloudSetupError,
     ImageNotFoundError,
     InstanceNotFoundError,
+    InvalidKeyError,
     InvalidTagNameError,
+    MissingKernelError,
     MissingPrerequisiteError,
     NetworkNotFoundError,
     PycloudlibError,
@@ -29,10 +32,12 @@ EVERY_KIND = [
     PycloudlibTimeoutError("broken"),
     MissingPrerequisiteError("broken"),
     UnsetSSHKeyError("broken"),
-    ResourceNotFoundError("broken"),
-    ImageNotFoundError("broken", resource_id="an-id"),
-    InstanceNotFoundError("broken"),
-    NetworkNotFoundError("broken"),
+    ResourceNotFoundError(ResourceType.NETWORK, "an-id", zone="z"),
+    ImageNotFoundError("an-id", message="broken"),
+    InstanceNotFoundError("an-id", "a-name"),
+    NetworkNotFoundError(resource_name="a-name"),
+    InvalidKeyError("broken"),
+    MissingKernelError("broken"),
     InvalidTagNameError("Tag", ["it is broken"]),
     CleanupError([ValueError("broken")]),
 ]
@@ -47,7 +52,7 @@ EVERY_KIND = [
     ],
 )
 def test_missing_resource_says_what_was_looked_for(
-    kind: type[ResourceNotFoundError], resource_type: ResourceType, word: str
+    kind: Callable[..., ResourceNotFoundError], resource_type: ResourceType, word: str
 ) -> None:
     error = kind(resource_id="the-id", resource_name="the-name")
 
@@ -57,8 +62,15 @@ def test_missing_resource_says_what_was_looked_for(
     assert "the-name" in str(error)
 
 
+def test_missing_resource_says_all_that_is_known_of_it() -> None:
+    error = ResourceNotFoundError(ResourceType.IMAGE, "an-id", image_type="Pro", zone=None)
+
+    assert str(error) == "Could not find image with id 'an-id' and image_type 'Pro'"
+    assert error.more == {"image_type": "Pro", "zone": None}
+
+
 def test_missing_resource_may_be_told_in_other_words() -> None:
-    error = ImageNotFoundError("no image for 'warty'", resource_id="warty")
+    error = ImageNotFoundError("warty", message="no image for 'warty'")
 
     assert str(error) == "no image for 'warty'"
     assert error.resource_id == "warty"
@@ -69,9 +81,14 @@ def test_cleanup_error_tells_every_error() -> None:
 
     error = CleanupError(errors)
 
+    assert error.args == (errors,)
     assert error.exceptions == errors
     assert "ValueError: first" in str(error)
     assert "OSError: second" in str(error)
+
+
+def test_unset_key_error_says_what_to_do_about_it() -> None:
+    assert "public_key_path" in str(UnsetSSHKeyError())
 
 
 def test_bad_tag_error_keeps_the_tag_and_the_rules() -> None:

@@ -140,6 +140,8 @@ INSTANCE_METHODS: Final[Mapping[str, Parameters]] = {
     "_wait_for_execute": {},
 }
 
+RESOURCE: Final[Parameters] = {"resource_id": None, "resource_name": None, "**": None}
+
 METHODS: Final[Mapping[type, Mapping[str, Parameters]]] = {
     BaseCloud: {**CLOUD_METHODS, "launch": {"image_id": REQUIRED, "**": None}},
     Qemu: {**CLOUD_METHODS, "launch": LAUNCH},
@@ -147,6 +149,12 @@ METHODS: Final[Mapping[type, Mapping[str, Parameters]]] = {
     QemuInstance: {**INSTANCE_METHODS, "__del__": {}},
     KeyPair: {"__init__": {"_": REQUIRED, "private_key_path": None, "name": None}},
     Result: {"__new__": {"_": REQUIRED, "_2": "", "return_code": 0}},
+    errors.CleanupError: {"__init__": {"_": REQUIRED}},
+    errors.InvalidTagNameError: {"__init__": {"tag": REQUIRED, "rules_failed": REQUIRED}},
+    errors.ResourceNotFoundError: {"__init__": {"resource_type": REQUIRED, **RESOURCE}},
+    errors.ImageNotFoundError: {"__init__": RESOURCE},
+    errors.InstanceNotFoundError: {"__init__": RESOURCE},
+    errors.NetworkNotFoundError: {"__init__": RESOURCE},
 }
 
 CLOUD_ATTRIBUTES: Final = ("tag", "config", "key_pair", "created_instances", "created_images")
@@ -185,6 +193,44 @@ IMAGE_TYPES: Final = {
     "PRO_FIPS": "Pro FIPS",
     "PRO_FIPS_UPDATES": "Pro FIPS Updates",
 }
+
+# How programs make errors, and the attributes that they read.
+FAILURES: Final = [ValueError("a"), OSError("b")]
+ERRORS_AS_MADE: Final[Mapping[errors.PycloudlibException, Mapping[str, Any]]] = {
+    errors.ResourceNotFoundError(errors.ResourceType.NETWORK, "x", region="r"): {
+        "resource_type": errors.ResourceType.NETWORK,
+        "resource_id": "x",
+        "resource_name": None,
+    },
+    errors.ImageNotFoundError("x", image_type="y"): {
+        "resource_type": errors.ResourceType.IMAGE,
+        "resource_id": "x",
+    },
+    errors.InstanceNotFoundError("x", "n"): {
+        "resource_type": errors.ResourceType.INSTANCE,
+        "resource_id": "x",
+        "resource_name": "n",
+    },
+    errors.NetworkNotFoundError(resource_name="n"): {
+        "resource_type": errors.ResourceType.NETWORK,
+        "resource_name": "n",
+    },
+    errors.CleanupError(FAILURES): {"args": (FAILURES,)},
+    errors.InvalidTagNameError("T", ["r"]): {"tag": "T", "rules_failed": ["r"]},
+    errors.UnsetSSHKeyError(): {},
+}
+
+# What was a PycloudlibError to programs, and is a ValueError to whoever hands in a bad value.
+ERRORS_OF_TWO_KINDS: Final = [
+    (errors.InvalidKeyError, (errors.PycloudlibError, ValueError)),
+    (errors.MissingKernelError, (errors.PycloudlibError, ValueError)),
+]
+
+NEW_ERRORS: Final = [
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, Exception) and name not in ERROR_PARENTS
+]
 
 # At most these: every further one would break a client's subclass.
 ABSTRACT_METHODS: Final[Mapping[type, frozenset[str]]] = {
@@ -293,10 +339,18 @@ def test_images_are_generic_unless_another_type_is_asked_for(method: str) -> Non
 
 @pytest.mark.parametrize("error", ERROR_PARENTS)
 def test_error_has_its_place_in_the_tree(error: str) -> None:
-    parent = ERROR_PARENTS[error]
+    """Its parent alone: another one above it would make programs catch it that did not."""
     found = getattr(errors, error)
 
-    assert issubclass(found, getattr(errors, parent, Exception)), f"{error} is no {parent}"
+    assert [base.__name__ for base in found.__bases__] == [ERROR_PARENTS[error]]
+
+
+@pytest.mark.parametrize("name", NEW_ERRORS)
+def test_new_error_is_below_one_that_programs_know(name: str) -> None:
+    error = getattr(errors, name)
+    known = {base.__name__ for base in error.__mro__} & ERROR_PARENTS.keys()
+
+    assert known - {"PycloudlibException"}, f"{name} hangs below the root alone"
 
 
 def test_every_error_of_the_package_is_below_the_root() -> None:
@@ -314,6 +368,20 @@ def test_every_error_of_the_package_is_below_the_root() -> None:
 def test_resource_types_are_an_enum() -> None:
     assert issubclass(errors.ResourceType, enum.Enum)
     assert {"IMAGE", "INSTANCE", "NETWORK"} <= set(errors.ResourceType.__members__)
+    assert all(str(member) == member.value for member in errors.ResourceType)
+
+
+@pytest.mark.parametrize("error", ERRORS_AS_MADE, ids=lambda error: type(error).__name__)
+def test_error_is_made_as_programs_make_it(error: errors.PycloudlibException) -> None:
+    assert {name: getattr(error, name) for name in ERRORS_AS_MADE[error]} == ERRORS_AS_MADE[error]
+    assert str(error)
+
+
+@pytest.mark.parametrize(("error", "kinds"), ERRORS_OF_TWO_KINDS)
+def test_error_is_caught_by_programs_of_both_kinds(
+    error: type[Exception], kinds: tuple[type[Exception], ...]
+) -> None:
+    assert all(issubclass(error, kind) for kind in kinds)
 
 
 def test_image_types_have_their_values() -> None:

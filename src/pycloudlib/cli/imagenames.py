@@ -118,8 +118,9 @@ def unknown_image(cloud: Qemu, text: str) -> ImageNotFoundError:
     near = nearest(text, _known(cloud))
     hint = f"did you mean {near!r}?" if near else "'pycloudlib images list' tells what is here"
     return ImageNotFoundError(
-        f"There is no image {text!r}: it is neither a release, nor a snapshot, nor a file; {hint}",
         resource_name=text,
+        message=f"There is no image {text!r}: it is neither a release, nor a snapshot, nor a file; "
+        f"{hint}",
     )
 
 

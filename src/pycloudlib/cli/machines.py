@@ -115,7 +115,7 @@ def find_machine(working_dir: Path, name: str) -> Found:
     names = [machine.full_name for machine in machines]
     others = [machine.full_name for machine in machines if machine.name == name]
     raise InstanceNotFoundError(
-        f"There is no machine {name!r}{_hint(name, names, others)}", resource_name=name
+        resource_name=name, message=f"There is no machine {name!r}{_hint(name, names, others)}"
     )
 
 

@@ -69,8 +69,8 @@ def rollback(session: Session, name: str, snapshot: str | None) -> None:
         latest = imagenames.find_saved_of(cloud.working_dir, instance.name)
         if latest is None:
             raise ImageNotFoundError(
-                f"{name} has no snapshot to go back to: 'pycloudlib snapshot --memory {name}' "
-                "makes one"
+                message=f"{name} has no snapshot to go back to: "
+                f"'pycloudlib snapshot --memory {name}' makes one"
             )
         image = str(latest)
     else:

@@ -125,9 +125,9 @@ def find_entry(
         url = shown_url(source.catalog_url(stream, minimal=minimal))
         variant = "minimal " if minimal else ""
         raise ImageNotFoundError(
-            f"No {stream.value} {variant}image of {release!r} in {url}; "
-            f"it has {_list_releases(entries)}",
             resource_name=release,
+            message=f"No {stream.value} {variant}image of {release!r} in {url}; "
+            f"it has {_list_releases(entries)}",
         )
     builds.sort(key=lambda entry: store.serial_order(entry.serial))
     if serial is None:
@@ -138,8 +138,8 @@ def find_entry(
     url = shown_url(source.catalog_url(stream, minimal=minimal))
     serials = ", ".join(entry.serial for entry in builds)
     raise ImageNotFoundError(
-        f"No build {serial} of {release!r} in {url}; it has {serials}",
         resource_name=release,
+        message=f"No build {serial} of {release!r} in {url}; it has {serials}",
     )
 
 

@@ -205,9 +205,9 @@ def _find_boot_files(
     targets = (store.kernel_path(image), store.initrd_path(image))
     if targets[0].name not in sums:
         raise ImageNotFoundError(
-            f"No kernel for {shown_url(entry.url)}: {shown_url(directory)}SHA256SUMS "
-            f"does not name {targets[0].name!r}",
             resource_name=entry.release,
+            message=f"No kernel for {shown_url(entry.url)}: {shown_url(directory)}SHA256SUMS "
+            f"does not name {targets[0].name!r}",
         )
     return [
         _File(directory + target.name, target, Digest(sums[target.name]))

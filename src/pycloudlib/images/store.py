@@ -195,7 +195,7 @@ def resolve(image_id: str, image_dir: Path) -> Path:
     path = locate(image_id, image_dir)
     if not is_file(path):
         message = f"No image {image_id!r}: {path} is not a file"
-        raise ImageNotFoundError(message, resource_id=image_id)
+        raise ImageNotFoundError(image_id, message=message)
     return path
 
 
@@ -222,8 +222,9 @@ def find_serial(image: Path) -> str:
     if is_serial(image.parent.name):
         return image.parent.name
     raise ImageNotFoundError(
-        f"Nothing tells the serial of {image}: it was not downloaded or built by this package",
-        resource_id=str(image),
+        str(image),
+        message=f"Nothing tells the serial of {image}: it was not downloaded or built by this "
+        "package",
     )
 
 

@@ -94,9 +94,9 @@ class Supply:
 
     def _offline_error(self, wanted: str) -> ImageNotFoundError:
         return ImageNotFoundError(
-            f"No {wanted} in {self.image_dir}, and the server is not asked (offline = true in "
-            f"[qemu]). There are: {self._list_others()}",
             resource_name=self.release,
+            message=f"No {wanted} in {self.image_dir}, and the server is not asked (offline = true "
+            f"in [qemu]). There are: {self._list_others()}",
         )
 
     def _adopt(self, image: Path, on_progress: ProgressCallback) -> str:

@@ -68,7 +68,7 @@ class GuestAccess(DiagnosedInstance):
             InstanceNotFoundError: It is.
         """
         if not self.machine.rundir.path.is_dir():
-            raise InstanceNotFoundError(f"{self.name} is deleted", resource_id=self.id)
+            raise InstanceNotFoundError(self.id, message=f"{self.name} is deleted")
 
     def wait_until_well(self) -> None:
         """Wait until the machine is ready, and cloud-init has ended without an error.

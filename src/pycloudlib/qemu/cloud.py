@@ -254,9 +254,9 @@ class Qemu(QemuReady):
         spec = rundir.read_spec()
         if instance_id != f"{rundir.disk}::{spec.ssh_port}::{spec.telnet_port}":
             raise InstanceNotFoundError(
-                f"{instance_id!r} is not the id of the instance in {rundir.path}; an id has the "
-                "form <path>::<ssh port>::<telnet port>",
-                resource_id=str(instance_id),
+                instance_id,
+                message=f"{instance_id!r} is not the id of the instance in {rundir.path}; an id "
+                "has the form <path>::<ssh port>::<telnet port>",
             )
         login = rundir.read_login()
         machine = Machine(rundir, spec, Path(self.qemu_binary))

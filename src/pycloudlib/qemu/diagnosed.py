@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pycloudlib.diagnosis import Diagnosis
-from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibError
+from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibException
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu import examination
@@ -148,7 +148,7 @@ def explain(error: Exception, diagnosis: Diagnosis) -> None:
 def _is_failure(error: Exception) -> bool:
     """Say whether the machine failed, not the caller's arguments."""
     # paramiko is heavy to load; whoever raises its errors has done so.
-    return isinstance(error, PycloudlibError) or type(error).__module__.startswith("paramiko")
+    return isinstance(error, PycloudlibException) or type(error).__module__.startswith("paramiko")
 
 
 def _lines(text: str) -> Sequence[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pycloudlib.errors import InstanceExistsError
+from pycloudlib.errors import InstanceExistsError, MissingKernelError
 from pycloudlib.files import expand_user, is_file, write_private
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.images import store
@@ -166,8 +166,8 @@ def find_kernel_boot(
         kernel_path: The caller's kernel, if any.
 
     Raises:
-        ValueError: A command line without a kernel to give it to, or one that no program can be
-            given.
+        MissingKernelError: A command line without a kernel to give it to.
+        ValueError: A command line that no program can be given.
         TypeError: One of them is neither a text nor a path.
         FileNotFoundError: The caller's kernel is not there.
     """
@@ -178,7 +178,7 @@ def find_kernel_boot(
     if not is_file(kernel):
         if kernel_path is not None:
             raise FileNotFoundError(f"kernel_path {str(kernel_path)!r} is not a file")
-        raise ValueError(
+        raise MissingKernelError(
             f"kernel_cmdline {kernel_cmdline!r} needs a kernel: give kernel_path, or use an image "
             f"that was downloaded or built by this package (there is no {kernel})"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.errors import CloudError, PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.errors import CloudError, PycloudlibException, PycloudlibTimeoutError
 from pycloudlib.images import store
 from pycloudlib.qemu import copies, firstboot
 from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
@@ -193,7 +193,7 @@ class QemuReady(QemuLive):
                 self._warm_cache.add(key, self.find_saved(image))
             finally:
                 self.delete_image(image)
-        except (PycloudlibError, OSError, paramiko.SSHException) as error:
+        except (PycloudlibException, OSError, paramiko.SSHException) as error:
             self._log.warning("%s is not kept for later launches: %s", instance.name, error)
         except BaseException:
             # Nobody has got it yet.

@@ -256,7 +256,7 @@ class RunDirectory:
                 return
 
     def _deleted(self) -> InstanceNotFoundError:
-        return InstanceNotFoundError(f"{self.path.name} is deleted", resource_id=str(self.path))
+        return InstanceNotFoundError(str(self.path), message=f"{self.path.name} is deleted")
 
     @contextlib.contextmanager
     def _named(self, file: Path) -> Iterator[None]:
@@ -265,8 +265,8 @@ class RunDirectory:
             yield
         except ValueError as error:
             raise InstanceNotFoundError(
-                f"No instance in {self.path}: {file.name} is damaged ({error})",
-                resource_id=str(self.path),
+                str(self.path),
+                message=f"No instance in {self.path}: {file.name} is damaged ({error})",
             ) from error
 
     def _read(self, file: Path) -> str:
@@ -276,7 +276,7 @@ class RunDirectory:
             missing = tells_of_no_file(error)
             problem = "is missing" if missing else f"cannot be read: {error.strerror}"
             raise InstanceNotFoundError(
-                f"No instance in {self.path}: {file.name} {problem}", resource_id=str(self.path)
+                str(self.path), message=f"No instance in {self.path}: {file.name} {problem}"
             ) from (None if missing else error)
 
 
