@@ -32,6 +32,13 @@ pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.NONE)]
 
 ROOT_START = 227328 * 512  # bytes; as in Ubuntu's images
 
+# A per-boot script of cloud-init's that keeps count.
+COUNT_BOOTS = """\
+cd /var/lib/cloud/scripts/per-boot
+printf '#!/bin/sh\\ncat /proc/sys/kernel/random/boot_id >>/var/tmp/boots\\n' >count
+chmod 755 count
+"""
+
 WHO = "hostname; cat /etc/machine-id /var/lib/cloud/data/instance-id /etc/ssh/ssh_host_*.pub"
 
 
@@ -46,6 +53,7 @@ def life(cloud: Qemu, saved: str) -> QemuInstance:
     """Give the machine whose life is told."""
     machine = cloud.launch(saved, user_data=USER_DATA, fresh_identity=True)
     machine.wait()
+    assert machine.execute(COUNT_BOOTS, use_sudo=True).ok
     machine.execute("echo kept >/var/tmp/mark; sync")
     return machine
 
@@ -161,7 +169,10 @@ def test_a_snapshot_has_what_was_on_the_disk_and_its_source_goes_on(
     What an image holds is read off it on this host: a boot of it takes a minute.
     """
     before = life.id
-    first = cloud.snapshot(life, clean=False)
+    first = cloud.snapshot(life)
+    assert life.machine.state is State.OFF
+    assert "cannot be cleaned without a boot" in caplog.text
+    boots = read_file(first, "/var/tmp/boots", tmp_path).split()
     assert cloud.image_serial(first) == cloud.image_serial(image)
     with (
         cloud.launch(first, "c1m512", launch_args=["-S"]) as user,
@@ -175,10 +186,14 @@ def test_a_snapshot_has_what_was_on_the_disk_and_its_source_goes_on(
     assert life.id == before
     machine_id = life.execute("cat /etc/machine-id")
     assert life.execute("cat /var/tmp/mark; hostname") == f"kept\n{life.name}"
+    assert life.execute("cat /var/tmp/boots").split() == [*boots, life.get_boot_id()]
     assert read_file(first, "/var/tmp/mark", tmp_path) == "kept"
     assert read_file(first, "/etc/machine-id", tmp_path) == machine_id
 
     life.execute("echo later >/var/tmp/mark; sync")
+    for forget in (life.clean, lambda: life.execute("rm -rf /run/cloud-init", use_sudo=True)):
+        forget()
+        life.wait()
     with caplog.at_level(logging.INFO):
         second = cloud.snapshot(life, clean=True)
     assert "ACPI" in caplog.text
@@ -202,10 +217,12 @@ def test_snapshots_of_snapshots_boot_as_machines_of_their_own(
 ) -> None:
     vm = cloud.launch(saved)
     vm.execute("echo kept >/var/tmp/mark; sync")
-    first = cloud.snapshot(vm, clean=clean)
-    copy = cloud.launch(first, "c1m512")
+    if not clean:
+        vm.shutdown()  # then it is saved as it is
+    first = cloud.snapshot(vm)
+    copy = cloud.launch(first, "c1m512", user_data="#!/bin/sh\necho ran >>/var/tmp/mark\n")
     copy.wait()
-    assert copy.execute("cat /var/tmp/mark; hostname") == f"kept\n{copy.name}"
+    assert copy.execute("cat /var/tmp/mark; hostname") == f"kept\nran\n{copy.name}"
     result = json.loads(copy.execute("cat /var/lib/cloud/data/result.json"))
     assert result["v1"]["errors"] == []
     machine_id = copy.execute("cat /etc/machine-id")

@@ -184,6 +184,65 @@ def test_a_powered_off_machine_says_how_it_is_started_again(unstarted: QemuInsta
     assert unstarted.machine.state is State.PAUSED
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_machine_that_is_off_is_saved_as_it_is_without_a_boot(
+    cloud: Qemu, unstarted: QemuInstance, clean: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    unstarted.shutdown()
+    console = unstarted.machine.rundir.console_log
+    before = (unstarted.machine.console_start, console.stat().st_size)
+    images = [cloud.snapshot(unstarted, clean=clean) for _ in range(2)]
+    assert unstarted.machine.pid is None
+    assert (unstarted.machine.console_start, console.stat().st_size) == before
+    assert ("cannot be cleaned without a boot" in caplog.text) == clean
+    with cloud.launch(images[1], launch_args=UNSTARTED) as copy:
+        copy.shutdown()
+        assert Path(cloud.snapshot(copy, clean=clean)).exists()
+    unstarted.start(wait=False)
+    assert unstarted.machine.state is State.PAUSED
+
+
+def test_a_machine_that_another_program_switched_off_is_saved_as_it_is(
+    cloud: Qemu, unstarted: QemuInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    unstarted.machine.kill()
+    again = cloud.get_instance(unstarted.id)
+    assert Path(cloud.snapshot(again)).exists()
+    assert again.machine.state is State.OFF
+    assert "cannot be cleaned without a boot" in caplog.text
+
+
+def test_a_machine_that_goes_off_before_it_is_cleaned_is_saved_as_it_is(
+    cloud: Qemu, unstarted: QemuInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(cloud.snapshot, unstarted)
+        unstarted.machine.execute("quit")
+        assert Path(made.result(60)).exists()
+    assert "cannot be cleaned without a boot" in caplog.text
+
+
+def test_a_machine_that_crashes_before_it_is_cleaned_is_not_saved(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    pid = unstarted.machine.pid
+    assert pid is not None
+    began = threading.Event()
+
+    def wait(*_: Any, **__: Any) -> None:
+        began.set()
+        QemuInstance.wait(unstarted)
+
+    unstarted.wait = wait  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(cloud.snapshot, unstarted)
+        assert began.wait(60)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(MachineEndedError, match="signal 9"):
+            made.result(60)
+    assert cloud.created_images == []
+
+
 def test_an_exported_snapshot_stands_alone(
     cloud: Qemu, tiny_image: Path, unstarted: QemuInstance, tmp_path: Path
 ) -> None:

@@ -161,6 +161,23 @@ class FakeGuest:
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
 
+    def set_systemd(self, last_stage: str, system: str) -> None:
+        """Let systemd say what the last stage's unit is, and the system."""
+        systemctl = self.directory / "bin" / "systemctl"
+        systemctl.write_text(
+            "#!/bin/sh\n"
+            f"case $1 in is-active) echo {last_stage};; is-system-running) echo {system};; esac\n"
+        )
+
+    def forget(self, cleaned: bool) -> None:
+        """Remove what cloud-init wrote: as its own `clean` does, or all of it."""
+        run = self.directory / "run"
+        if cleaned:
+            for name in ("result.json", "status.json"):
+                (run / name).symlink_to(self.directory / "removed" / name)
+        else:
+            run.rmdir()
+
     def add_cloud_init(self) -> None:
         (self.directory / "bin" / "cloud-init").symlink_to("/bin/true")
 
@@ -211,3 +228,61 @@ def test_waiting_starts_no_programs_where_there_is_bash(guest: FakeGuest) -> Non
 def test_guest_without_cloud_init_is_not_waited_for(guest: FakeGuest) -> None:
     with guest.wait() as waiting:
         assert waiting.communicate(timeout=10) == ("absent\n", "")
+
+
+@pytest.mark.parametrize("cleaned", [True, False], ids=["cloud-init clean", "rm -rf"])
+@pytest.mark.parametrize("system", ["running", "degraded", "starting"])
+def test_end_is_known_when_what_cloud_init_wrote_is_gone(
+    cleaned: bool, system: str, guest: FakeGuest
+) -> None:
+    guest.add_cloud_init()
+    guest.set_systemd("active", system)
+    guest.forget(cleaned)
+    with guest.wait() as waiting:
+        output, errors = waiting.communicate(timeout=10)
+    assert (output, errors) == ("finished\n", "")
+    assert parse_status(output).state == "finished"
+
+
+@pytest.mark.parametrize("cleaned", [True, False], ids=["cloud-init clean", "rm -rf"])
+def test_guest_that_was_cleaned_and_goes_down_is_not_taken_for_ready(
+    cleaned: bool, guest: FakeGuest
+) -> None:
+    guest.add_cloud_init()
+    guest.set_systemd("active", "stopping")
+    guest.forget(cleaned)
+    with guest.wait() as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=0.7)
+        waiting.kill()
+
+
+@pytest.mark.parametrize(
+    ("last_stage", "system", "printed"),
+    [
+        ("failed", "degraded", "crashed\n"),
+        ("inactive", "running", "disabled\n"),
+        ("inactive", "degraded", "disabled\n"),
+    ],
+)
+def test_last_stage_that_never_ends_is_not_waited_for(
+    last_stage: str, system: str, printed: str, guest: FakeGuest
+) -> None:
+    guest.add_cloud_init()
+    guest.set_systemd(last_stage, system)
+    guest.forget(cleaned=False)
+    with guest.wait() as waiting:
+        assert waiting.communicate(timeout=10) == (printed, "")
+
+
+@pytest.mark.parametrize("last_stage", ["inactive", "activating"])
+def test_boot_that_has_not_come_to_cloud_init_is_waited_for(
+    last_stage: str, guest: FakeGuest
+) -> None:
+    guest.add_cloud_init()
+    guest.set_systemd(last_stage, "starting")
+    guest.forget(cleaned=False)
+    with guest.wait() as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=0.7)
+        waiting.kill()

@@ -18,20 +18,33 @@ else
   pause() { sleep 0.5; }
 fi
 polls=0
+how=finished
 until [ -s /run/cloud-init/result.json ]; do
   [ -e /run/cloud-init/disabled ] && { echo disabled; exit 0; }
+  if [ $polls = 0 ]; then
+    [ -L /run/cloud-init/result.json ] || [ ! -d /run/cloud-init ]
+  else
+    [ $((polls % looks)) = 0 ]
+  fi && case $(systemctl is-active cloud-final.service) in
+    failed) how=crashed; break ;;
+    active) [ "$(systemctl is-system-running)" = stopping ] || break ;;
+    inactive)
+      case $(systemctl is-system-running) in running | degraded) echo disabled; exit 0 ;; esac ;;
+  esac
   polls=$((polls + 1))
-  if [ $((polls % looks)) = 0 ] && systemctl is-failed --quiet cloud-final.service; then
-    echo crashed; break
-  fi
   pause
 done
-[ -s /run/cloud-init/result.json ] && echo finished
+echo $how
 cat /run/cloud-init/status.json 2>/dev/null || :
 """
 """Shell script that ends when cloud-init has ended in *this* boot, and prints how.
 
 `result.json` is written when the last stage has ended; /run is empty at the start of each boot.
+`cloud-init clean` leaves of it a link that leads nowhere, and others may remove it altogether, so
+systemd is asked, too, what has become of the last stage in this boot: now and then, as that takes
+time, and at once when what cloud-init wrote is gone. While the guest goes down, that is no answer:
+the next boot is the one that is waited for.
+
 `cloud-init status --wait` is not used: older versions (22.4) return as soon as any module has
 failed while later stages still run, and its Python start-up and polling slow a small guest down.
 The guest offers no event for this that an ordinary user can wait on, so a file is looked for.

@@ -36,7 +36,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
 )
 from pycloudlib.qemu.live import check_new
-from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.ready import QemuReady
@@ -275,13 +275,17 @@ class Qemu(QemuReady):
         """Make an image of an instance: of its disk, or of the whole running machine.
 
         For an image of the disk, the instance is shut down and stays usable: `start()` goes on
-        with it. For one of the whole machine it stands still for milliseconds; machines launched
-        from the image go on from that moment, and nothing boots.
+        with it. One that is off is saved as it is, without a boot. For an image of the whole
+        machine it stands still for milliseconds; machines launched from the image go on from that
+        moment, and nothing boots.
 
         Args:
             instance: The instance.
-            clean: Whether machines of the image are to boot as for the first time; of no meaning
-                with `memory`, since nothing boots.
+            clean: Whether to `instance.clean()` first, so that machines of the image find nothing
+                of its boots. A machine that is off cannot be cleaned, which is logged: machines
+                of the image have its machine-id and its logs then; cloud-init does a first boot
+                in them all the same, as each has an instance-id of its own. Of no meaning with
+                `memory`, since nothing boots.
             memory: Whether to save the running machine, memory and all.
             path: Where a saved machine is kept beyond this cloud's end; a new file, beside which
                 a directory `<path>.live` is made.
@@ -308,9 +312,11 @@ class Qemu(QemuReady):
             return self._snapshot_disk(instance, clean=clean)
 
     def _snapshot_disk(self, instance: QemuInstance, *, clean: bool) -> str:
-        if clean:
-            instance.start()
-            instance.clean()
+        if clean and not self._clean_running(instance):
+            self._log.warning(
+                "%s is off and is saved as it is: it cannot be cleaned without a boot",
+                instance.name,
+            )
         instance.shutdown()
         base = layers.chain(instance.instance_path)[-1]
         image = layers.LayerStore(instance.instance_dir.parent).freeze(
@@ -320,6 +326,19 @@ class Qemu(QemuReady):
         self.created_images.append(str(image))
         self._log.info("Snapshot of %s: %s", instance.name, image)
         return str(image)
+
+    def _clean_running(self, instance: QemuInstance) -> bool:
+        """Clean an instance; False when it is off, or was told to go off and does so meanwhile."""
+        if instance.machine.state is State.OFF:
+            return False
+        try:
+            instance.wait()
+        except MachineEndedError as error:
+            if error.end is not None and error.end.exit_status:
+                raise
+            return False
+        instance.clean()
+        return True
 
     def clean(self) -> list[Exception]:
         """Delete every instance and image that this cloud made, and its directory.
