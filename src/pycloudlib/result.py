@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 
 class Result(str):
     """Standard output of a command as text, with the rest of the outcome as attributes.
@@ -20,6 +22,10 @@ class Result(str):
     stdout: str
     stderr: str
     return_code: int
+
+    if TYPE_CHECKING:
+        # A program's `keys = execute(...); keys += execute(...).stdout` has a text in the end.
+        def __iadd__(self, other: str) -> Any: ...
 
     def __new__(cls, stdout: str, stderr: str = "", return_code: int = 0) -> Result:
         """Make a result from both outputs and the exit status."""
@@ -45,6 +51,3 @@ class Result(str):
 
     def __bool__(self) -> bool:
         return self.ok
-
-    def __repr__(self) -> str:
-        return f"Result({self.stdout!r}, stderr={self.stderr!r}, return_code={self.return_code!r})"
