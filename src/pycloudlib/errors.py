@@ -144,6 +144,22 @@ class CloudSetupError(PycloudlibException):
     """The cloud cannot be used as it is configured."""
 
 
+class UnsupportedCloudError(CloudSetupError):
+    """A cloud that is not part of this package.
+
+    Args:
+        name: What was to be made: a cloud, an instance of one, or something else that is its own.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} is a placeholder: this pycloudlib launches QEMU machines on this host "
+            "(pycloudlib.Qemu), and has no other cloud. Those are in Canonical's package of the "
+            "same name, https://github.com/canonical/pycloudlib; install it in an environment of "
+            "its own: pip install git+https://github.com/canonical/pycloudlib"
+        )
+
+
 class PycloudlibTimeoutError(PycloudlibException):
     """Something that was waited for did not happen within its time."""
 

@@ -29,6 +29,7 @@ LAYERS: Final = {
     f"{PACKAGE}.qemu.instance": "facade",
     f"{PACKAGE}.qemu.live": "facade",
     f"{PACKAGE}.qemu.ready": "facade",
+    f"{PACKAGE}._otherclouds": "placeholders",
     f"{PACKAGE}.cloud": "base",
     f"{PACKAGE}.instance": "base",
     f"{PACKAGE}.readiness": "base",
@@ -39,13 +40,18 @@ PACKAGE_LAYERS: Final = {
     "qemu": "engine",
     "images": "images",
     "guest": "guest",
+    **dict.fromkeys(
+        ("azure", "ec2", "gce", "ibm", "ibm_classic", "lxd", "oci", "openstack", "vmware"),
+        "placeholders",
+    ),
 }
 
 ALLOWED: Final = {
-    "front": {"facade", "base", "vocabulary"},
+    "front": {"facade", "placeholders", "base", "vocabulary"},
     "program": {"program", "front", "facade", "engine", "images", "guest", "base", "vocabulary"},
     "facade": {"facade", "engine", "images", "guest", "base", "vocabulary"},
     "engine": {"engine", "images", "guest", "vocabulary"},
+    "placeholders": {"placeholders", "base", "vocabulary"},
     "base": {"base", "guest", "vocabulary"},
     "images": {"images", "vocabulary"},
     "guest": {"guest", "vocabulary"},
@@ -132,6 +138,19 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = loaded_by("import pycloudlib")
 
     assert not loaded.intersection(HEAVY)
+
+
+def test_placeholders_are_loaded_when_they_are_named() -> None:
+    """Each alone: a program that names one does not pay for the others."""
+    loaded = loaded_by("import pycloudlib") & MODULES.keys()
+    named = loaded_by("from pycloudlib import EC2") & MODULES.keys()
+
+    assert "placeholders" not in {layer_of(name) for name in loaded}
+    assert named - loaded == {
+        "pycloudlib._otherclouds",
+        "pycloudlib.ec2",
+        "pycloudlib.ec2.cloud",
+    }
 
 
 def test_importing_the_package_alone_makes_its_modules_reachable() -> None:

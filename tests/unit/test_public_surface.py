@@ -69,6 +69,49 @@ MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }
 
+# Names of other clouds, and what they are kinds of; each is a class of its own.
+PLACEHOLDERS: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
+    "pycloudlib": dict.fromkeys(
+        (
+            "Azure",
+            "EC2",
+            "GCE",
+            "IBM",
+            "IBMClassic",
+            "LXD",
+            "LXDContainer",
+            "LXDVirtualMachine",
+            "OCI",
+            "Openstack",
+            "VMWare",
+        ),
+        (BaseCloud,),
+    ),
+    "pycloudlib.azure.cloud": {"Azure": (BaseCloud,)},
+    "pycloudlib.azure.instance": {"AzureInstance": (BaseInstance,)},
+    "pycloudlib.azure.util": {"AzureParams": (), "AzureCreateParams": ()},
+    "pycloudlib.ec2.cloud": {"EC2": (BaseCloud,)},
+    "pycloudlib.ec2.instance": {"EC2Instance": (BaseInstance,)},
+    "pycloudlib.gce.cloud": {"GCE": (BaseCloud,)},
+    "pycloudlib.gce.instance": {"GceInstance": (BaseInstance,)},
+    "pycloudlib.ibm.cloud": {"IBM": (BaseCloud,)},
+    "pycloudlib.ibm.instance": {"IBMInstance": (BaseInstance,)},
+    "pycloudlib.ibm_classic.cloud": {"IBMClassic": (BaseCloud,)},
+    "pycloudlib.ibm_classic.instance": {"IBMClassicInstance": (BaseInstance,)},
+    "pycloudlib.lxd.cloud": dict.fromkeys(
+        ("LXD", "LXDContainer", "LXDVirtualMachine", "_BaseLXD"), (BaseCloud,)
+    ),
+    "pycloudlib.lxd.instance": dict.fromkeys(
+        ("LXDInstance", "LXDVirtualMachineInstance"), (BaseInstance,)
+    ),
+    "pycloudlib.oci.cloud": {"OCI": (BaseCloud,)},
+    "pycloudlib.oci.instance": {"OciInstance": (BaseInstance,)},
+    "pycloudlib.openstack.cloud": {"Openstack": (BaseCloud,)},
+    "pycloudlib.openstack.instance": {"OpenstackInstance": (BaseInstance,)},
+    "pycloudlib.vmware.cloud": {"VMWare": (BaseCloud,)},
+    "pycloudlib.vmware.instance": {"VMWareInstance": (BaseInstance,)},
+}
+
 REQUIRED: Final = inspect.Parameter.empty
 OPTIONAL: Final = object()  # has a default; which one is not said
 
@@ -404,6 +447,45 @@ def test_qemu_classes_are_kinds_of_the_base_classes() -> None:
     assert issubclass(QemuInstance, BaseInstance)
     assert not getattr(Qemu, "__abstractmethods__", None)
     assert not getattr(QemuInstance, "__abstractmethods__", None)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module in PLACEHOLDERS for name in PLACEHOLDERS[module]]
+)
+def test_another_clouds_name_is_a_placeholder(module: str, name: str) -> None:
+    placeholder = getattr(importlib.import_module(module), name)
+
+    assert placeholder.__name__ == name
+    assert all(issubclass(placeholder, kind) for kind in PLACEHOLDERS[module][name])
+    assert not issubclass(Qemu, placeholder)
+    assert not issubclass(QemuInstance, placeholder)
+    with pytest.raises(errors.PycloudlibException, match=f"{name} is a placeholder.*QEMU"):
+        placeholder("tag", anything=1)
+
+
+def test_placeholders_are_distinct() -> None:
+    placeholders = {
+        getattr(importlib.import_module(module), name)
+        for module, names in PLACEHOLDERS.items()
+        for name in names
+    }
+    names = {name for names in PLACEHOLDERS.values() for name in names}
+
+    assert len(placeholders) == len(names)
+
+
+def test_a_programs_subclass_of_a_placeholder_names_that() -> None:
+    class Own(pycloudlib.EC2):
+        def __init__(self, region: str) -> None:
+            super().__init__(tag="own", region=region)
+
+    with pytest.raises(errors.UnsupportedCloudError, match=r"^EC2 is a placeholder"):
+        Own("here")
+
+
+def test_a_name_that_no_cloud_has_is_missing() -> None:
+    with pytest.raises(AttributeError, match="'pycloudlib' has no attribute 'GCP'"):
+        pycloudlib.GCP  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_cloud_has_its_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Microsoft Azure: placeholders, see `pycloudlib._otherclouds`."""

@@ -1,0 +1,1 @@
+"""Amazon EC2: placeholders, see `pycloudlib._otherclouds`."""

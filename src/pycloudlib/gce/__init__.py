@@ -1,0 +1,1 @@
+"""Google Compute Engine: placeholders, see `pycloudlib._otherclouds`."""

@@ -1,0 +1,1 @@
+"""IBM Cloud: placeholders, see `pycloudlib._otherclouds`."""

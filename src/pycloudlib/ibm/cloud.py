@@ -1,0 +1,7 @@
+"""IBM Cloud, as a cloud."""
+
+from pycloudlib._otherclouds import OtherCloud
+
+
+class IBM(OtherCloud):
+    """IBM Cloud; a placeholder."""

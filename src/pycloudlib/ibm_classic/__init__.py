@@ -1,0 +1,1 @@
+"""IBM Cloud's classic infrastructure: placeholders, see `pycloudlib._otherclouds`."""

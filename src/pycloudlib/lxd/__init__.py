@@ -1,0 +1,1 @@
+"""LXD: placeholders, see `pycloudlib._otherclouds`."""

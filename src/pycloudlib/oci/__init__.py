@@ -1,0 +1,1 @@
+"""Oracle Cloud Infrastructure: placeholders, see `pycloudlib._otherclouds`."""

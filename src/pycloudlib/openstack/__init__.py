@@ -1,0 +1,1 @@
+"""OpenStack: placeholders, see `pycloudlib._otherclouds`."""

@@ -1,0 +1,1 @@
+"""VMware vSphere: placeholders, see `pycloudlib._otherclouds`."""
