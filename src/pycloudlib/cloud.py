@@ -18,7 +18,15 @@ from pycloudlib.documents import shown
 from pycloudlib.errors import InvalidTagNameError
 from pycloudlib.files import expand_user
 from pycloudlib.instance import BaseInstance
-from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519, is_usable
+from pycloudlib.key import (
+    KeyPair,
+    check_key_pair,
+    check_private_key,
+    check_public_key,
+    generate_ed25519,
+    is_usable,
+    login_name,
+)
 from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
 
 if TYPE_CHECKING:
@@ -50,10 +58,14 @@ class BaseCloud(ABC):
         tag: Names what this cloud makes: 1 to 63 characters of a-z, 0-9 and '-'.
         timestamp_suffix: Whether the time is appended to the tag.
         config_file: The configuration file, a path or an open text; see `parse_config`.
-        required_values: Configuration values without which the cloud cannot work.
+        required_values: What the program gives instead of the configuration, of what the cloud
+            cannot do without. With a None among it, this cloud's section has to be there.
 
     Raises:
         InvalidTagNameError: The tag breaks the rules; lists which.
+        KeyError: A required value is not given, and this cloud's section of the configuration is
+            missing.
+        InvalidKeyError: The configured SSH key is missing, or is no key.
         ValueError: The configuration cannot be read or has a wrong value.
     """
 
@@ -64,7 +76,6 @@ class BaseCloud(ABC):
         tag: str,
         timestamp_suffix: bool = True,
         config_file: ConfigFile | None = None,
-        *,
         required_values: Sequence[Any] | None = None,
     ) -> None:
         self._log = logging.getLogger(f"{__name__}.{type(self).__name__}")
@@ -72,16 +83,17 @@ class BaseCloud(ABC):
         self.created_images: list[str] = []
         if not isinstance(tag, str):
             raise TypeError(f"tag must be a text, not {tag!r}")
+        self._validate_tag(tag)
         self.tag = get_timestamped_tag(tag) if timestamp_suffix else tag
-        self._validate_tag(self.tag)
-        self._config_file: Config = parse_config(config_file)
-        self.config: dict[str, Any] = self._section(self._config_file)
-        if required_values is not None and any(value is None for value in required_values):
-            raise ValueError(
-                f"{self._config_file.source}: a required value of [{self._type}] is missing"
-            )
+        self._config_file = Config()
+        self.config: dict[str, Any] = {}
+        self._check_and_set_config(config_file, required_values)
         self._key_lock = threading.Lock()
-        self._key_pair = self._find_key_pair()
+        self._key_pair = self._get_ssh_keys(
+            public_key_path=self._configured_text("public_key_path"),
+            private_key_path=self._configured_text("private_key_path"),
+            name=self._key_name,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -181,11 +193,22 @@ class BaseCloud(ABC):
     ) -> None:
         """Log in with this key from now on: instances launched later get it.
 
+        Args:
+            public_key_path: The public key file.
+            private_key_path: The private key file, by default the public one's path without
+                `.pub`; it may be written later, before the first launch.
+            name: What the key is called; by default the login name of whoever runs this.
+
         Raises:
-            ValueError: One of the files cannot be read or is not a key.
+            InvalidKeyError: One of the files cannot be read, or is not a key. It is a
+                `PycloudlibError` and a `ValueError`.
         """
         key_pair = KeyPair(public_key_path, private_key_path, name)
-        check_key_pair(key_pair, "use_key()")
+        check_public_key(key_pair, "use_key()")
+        if os.path.lexists(str(key_pair.private_key_path)):
+            check_private_key(key_pair, "use_key()")
+        else:
+            self._log.info("The private key %s is not there yet", key_pair.private_key_path)
         self.key_pair = key_pair
 
     @staticmethod
@@ -193,6 +216,20 @@ class BaseCloud(ABC):
         failed = [rule for pattern, rule in _TAG_RULES if not re.fullmatch(pattern, tag, re.DOTALL)]
         if failed:
             raise InvalidTagNameError(tag, failed)
+
+    def _check_and_set_config(
+        self, config_file: ConfigFile | None, required_values: Sequence[Any] | None
+    ) -> None:
+        """Set `config`, this cloud's section of the configuration; subclasses may have their own.
+
+        Args:
+            config_file: What the constructor was given.
+            required_values: What the constructor was given.
+        """
+        self._config_file = parse_config(config_file)
+        if required_values is not None and any(value is None for value in required_values):
+            _ = self._config_file[self._type]  # a missing one is told of
+        self.config = self._section(self._config_file)
 
     def _section(self, config: Config) -> dict[str, Any]:
         section = config.get(self._type, {})
@@ -204,13 +241,25 @@ class BaseCloud(ABC):
 
     @property
     def _key_name(self) -> str:
-        return self._configured_text("key_name") or self.tag
+        return self._configured_text("key_name") or login_name()
 
-    def _find_key_pair(self) -> KeyPair | None:
-        """Choose among the keys there are: the configured one, then the user's own."""
-        name = self._key_name
-        public = self._configured_text("public_key_path")
-        private = self._configured_text("private_key_path")
+    def _get_ssh_keys(
+        self,
+        public_key_path: str | None = None,
+        private_key_path: str | None = None,
+        name: str | None = None,
+    ) -> KeyPair | None:
+        """Choose among the keys there are: the configured one, then the user's own.
+
+        Args:
+            public_key_path: The configured public key, if any.
+            private_key_path: The configured private key, if any.
+            name: What the key is called.
+
+        Returns:
+            The key; None if there is none, and one is made when it is first needed.
+        """
+        public, private = public_key_path, private_key_path
         named = "private_key_path" if public is None else "public_key_path"
         if private is not None and public is None:
             public = f"{private}.pub"

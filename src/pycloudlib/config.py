@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ ENVIRONMENT_VARIABLE = "PYCLOUDLIB_CONFIG"
 DEFAULT_LOCATIONS = (Path("~/.config/pycloudlib.toml"), Path("/etc/pycloudlib.toml"))
 
 
+_log = logging.getLogger(__name__)
+
+
 class Config(dict[str, Any]):
     """The sections of a configuration file.
 
@@ -35,20 +39,21 @@ class Config(dict[str, Any]):
         try:
             return super().__getitem__(key)
         except KeyError:
-            raise KeyError(f"{key!r} is not in {self.source}") from None
+            raise KeyError(f"{key!r} is not in pycloudlib.toml ({self.source})") from None
 
 
 def parse_config(config_file: ConfigFile | None = None) -> Config:
     """Read the first configuration file there is.
 
     Looked for in this order: `config_file`, `$PYCLOUDLIB_CONFIG`, `~/.config/pycloudlib.toml`,
-    `/etc/pycloudlib.toml`.
+    `/etc/pycloudlib.toml`. A variable that names a file that is not there is passed over, with a
+    warning.
 
     Returns:
         Its sections; none when there is no file.
 
     Raises:
-        ValueError: A file that was named does not exist or cannot be read, or is not TOML; the
+        ValueError: `config_file` does not exist, or a file cannot be read or is not TOML; the
             message names the file, where its name came from, and the line.
     """
     if isinstance(config_file, io.StringIO):
@@ -61,7 +66,10 @@ def parse_config(config_file: ConfigFile | None = None) -> Config:
         return _read(_expand(config_file), "config_file")
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
-        return _read(_expand(named), f"${ENVIRONMENT_VARIABLE}")
+        path, origin = _expand(named), f"${ENVIRONMENT_VARIABLE}"
+        if _is_there(path):
+            return _read(path, origin)
+        _log.warning("The configuration file %s (from %s) is not there", path, origin)
     for location in map(_expand, DEFAULT_LOCATIONS):
         if _is_there(location):
             return _read(location, "the default location")

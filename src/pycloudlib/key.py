@@ -7,7 +7,7 @@ import getpass
 import os
 from pathlib import Path
 
-from pycloudlib.errors import UnsetSSHKeyError
+from pycloudlib.errors import InvalidKeyError, UnsetSSHKeyError
 from pycloudlib.files import expand_user, write_private
 
 _OPENSSH_MAGIC = b"openssh-key-v1\0"
@@ -20,6 +20,11 @@ class KeyPair:
         public_key_path: The public key file; None for no key at all.
         private_key_path: The private key file; by default the public one's path without `.pub`.
         name: What the key is called; by default the login name of whoever runs this.
+
+    Attributes:
+        public_key_path: The public key file's path.
+        private_key_path: The private key file's path.
+        name: What the key is called.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class KeyPair:
             self.private_key_path = self.public_key_path.removesuffix(".pub")
         else:
             self.private_key_path = None
-        self.name = name or getpass.getuser()
+        self.name = name or login_name()
 
     def __repr__(self) -> str:
         return (
@@ -45,46 +50,86 @@ class KeyPair:
 
     @property
     def public_key_content(self) -> str:
+        """What is in the public key file, line end and all.
+
+        Raises:
+            UnsetSSHKeyError: No key is set.
+            OSError: The file cannot be read.
+        """
+        if self.public_key_path is None:
+            raise UnsetSSHKeyError
+        # All but its comment is ASCII, and that may be in any encoding.
+        return Path(self.public_key_path).read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def public_key_line(self) -> str:
         """The public key, one line without its line end.
 
         Raises:
             UnsetSSHKeyError: No key is set.
+            OSError: The file cannot be read.
         """
-        if self.public_key_path is None:
-            raise UnsetSSHKeyError(
-                "No SSH key is set: configure public_key_path, or call use_key() on the cloud"
-            )
-        return Path(self.public_key_path).read_text(encoding="utf-8").strip()
+        return self.public_key_content.strip()
+
+
+def login_name() -> str:
+    """Name whoever runs this; users without a name, as containers have them, by their number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        return str(os.getuid())
 
 
 def check_key_pair(key_pair: KeyPair, origin: str) -> None:
-    """Make sure that both files are there, readable, and a public key where one is expected.
+    """Make sure that both files are there, readable, and hold keys of their kind.
 
     Args:
         key_pair: The pair to look at.
         origin: Where its paths come from, for the error.
 
     Raises:
-        ValueError: Names the file, what is wrong with it, and `origin`.
+        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
+    """
+    check_public_key(key_pair, origin)
+    check_private_key(key_pair, origin)
+
+
+def check_public_key(key_pair: KeyPair, origin: str) -> None:
+    """Make sure that the public half is there, readable, and a public key.
+
+    Raises:
+        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
     """
     try:
-        content = key_pair.public_key_content
+        line = key_pair.public_key_line
     except (OSError, ValueError) as error:
-        raise ValueError(f"{origin}: cannot read {key_pair.public_key_path!r}: {error}") from error
-    if not _is_public_key(content):
-        raise ValueError(
+        raise InvalidKeyError(
+            f"{origin}: cannot read {key_pair.public_key_path!r}: {error}"
+        ) from error
+    if not _is_public_key(line):
+        raise InvalidKeyError(
             f"{origin}: {key_pair.public_key_path!r} is not an OpenSSH public key "
             "(one line: type, key, comment)"
         )
+
+
+def check_private_key(key_pair: KeyPair, origin: str) -> None:
+    """Make sure that the private half is there, readable, and a private key that can be used.
+
+    Raises:
+        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
+    """
     private = str(key_pair.private_key_path)
     try:
         secret = Path(private).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{origin}: cannot read the private key {private!r}: {error}") from error
+        raise InvalidKeyError(
+            f"{origin}: cannot read the private key {private!r}: {error}"
+        ) from error
     if "PRIVATE KEY" not in secret:
-        raise ValueError(f"{origin}: {private!r} is not a private key")
+        raise InvalidKeyError(f"{origin}: {private!r} is not a private key")
     if not is_usable(private):
-        raise ValueError(
+        raise InvalidKeyError(
             f"{origin}: the private key {private!r} is protected by a passphrase, and there is no "
             "SSH agent to ask"
         )

@@ -35,9 +35,18 @@ LTS_RELEASES = ["trusty", "xenial", "bionic", "focal", "jammy", "noble", "resolu
 _log = logging.getLogger(__name__)
 
 
+_TAG_LENGTH = 63
+_TO_THE_SECOND = len("-mmdd-HHMMSS")
+
+
 def get_timestamped_tag(tag: str) -> str:
-    """Append the time of day to a tag, so that each run has names of its own."""
-    return f"{tag}-{datetime.now():%m%d-%H%M%S%f}"
+    """Append the date and the time of day to a tag, so that each run has names of its own.
+
+    To the microsecond, of which long tags get as many digits as leave 63 characters in all, and
+    to the second in any case: a tag of up to 51 characters stays within the rule for tags.
+    """
+    suffix = f"-{datetime.now():%m%d-%H%M%S%f}"
+    return tag + suffix[: max(_TAG_LENGTH - len(tag), _TO_THE_SECOND)]
 
 
 def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:

@@ -19,10 +19,12 @@ from pycloudlib import Qemu
 from pycloudlib.errors import (
     CloudError,
     ImageNotFoundError,
+    InvalidKeyError,
     InvalidTagNameError,
     MissingPrerequisiteError,
     PycloudlibTimeoutError,
 )
+from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
@@ -186,6 +188,31 @@ def test_a_bad_instance_type_is_a_value_error(
 def test_an_unknown_image_is_an_image_not_found_error(cloud: Qemu, image_id: str) -> None:
     with pytest.raises(ImageNotFoundError):
         cloud.launch(image_id)
+
+
+def test_a_key_without_its_private_half_is_told_of_before_anything_starts(
+    cloud: Qemu, tiny_image: Path, tmp_path: Path
+) -> None:
+    private, public = generate_ed25519("later")
+    (tmp_path / "later.pub").write_text(public)
+    cloud.use_key(tmp_path / "later.pub")
+
+    with pytest.raises(InvalidKeyError, match=f"the private key '{tmp_path}/later'"):
+        cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    (tmp_path / "later").write_text(private)
+
+    assert cloud.launch(str(tiny_image), launch_args=UNSTARTED).key_pair is cloud.key_pair
+
+
+@pytest.mark.parametrize("length", [51, 63])
+def test_a_long_tag_is_no_hindrance(make_cloud: CloudMaker, tiny_image: Path, length: int) -> None:
+    cloud = make_cloud("x" * length, timestamp_suffix=True)
+
+    machine = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+
+    assert len(machine.name) <= 63
+    assert machine.machine.execute("query-status")["status"] == "prelaunch"
+    assert cloud.get_instance(machine.id).name == machine.name
 
 
 def test_launch_args_as_one_text_are_a_type_error(cloud: Qemu, tiny_image: Path) -> None:

@@ -549,3 +549,59 @@ def test_error_inside_the_block_is_not_hidden() -> None:
 
     seen = [caught.value, caught.value.__context__, caught.value.__cause__]
     assert any(isinstance(error, RuntimeError) for error in seen)
+
+
+WITH_SECTION = "[minimal]\nregion = 'here'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "required_values"),
+    [
+        ("", None),
+        ("", []),
+        ("", ["given", 5]),
+        (WITH_SECTION, None),
+        (WITH_SECTION, ["given"]),
+        (WITH_SECTION, [None]),
+        (WITH_SECTION, ["given", None]),
+    ],
+)
+def test_section_is_read_if_it_is_there(text: str, required_values: list[Any] | None) -> None:
+    cloud = Cloud(config_file=io.StringIO(text), required_values=required_values)
+
+    assert cloud.config == ({"region": "here"} if text else {})
+
+
+@pytest.mark.parametrize("required_values", [[None], ["given", None]])
+def test_section_has_to_be_there_for_what_is_not_given(required_values: list[Any]) -> None:
+    with pytest.raises(KeyError, match=r"'minimal' is not in pycloudlib\.toml"):
+        Cloud(config_file=io.StringIO(""), required_values=required_values)
+
+
+def test_required_values_may_be_given_by_position() -> None:
+    class Positional(Cloud):
+        def __init__(self) -> None:
+            BaseCloud.__init__(self, "tag", False, io.StringIO(WITH_SECTION), [None])
+
+    assert Positional().config == {"region": "here"}
+
+
+def test_a_subclass_may_have_its_own_way_to_its_configuration(tmp_path: Path) -> None:
+    private, public = generate_ed25519("mine")
+    (tmp_path / "mine").write_text(private)
+    (tmp_path / "mine.pub").write_text(public)
+
+    class Configured(Cloud):
+        def _check_and_set_config(self, config_file: object, required_values: object) -> None:
+            self.config = {"public_key_path": str(tmp_path / "mine.pub")}
+
+    cloud = Configured(required_values=[None])
+
+    assert cloud.key_pair.public_key_path == str(tmp_path / "mine.pub")
+
+
+def test_a_program_may_choose_the_key_in_the_clouds_stead(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = KeyPair("/keys/chosen.pub")
+    monkeypatch.setattr(BaseCloud, "_get_ssh_keys", lambda *_args, **_kwargs: chosen)
+
+    assert Cloud().key_pair is chosen

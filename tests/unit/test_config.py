@@ -91,21 +91,38 @@ def test_home_and_variables_in_the_files_name_are_expanded(
     assert key_name(parse_config()) == "file 1"
 
 
-@pytest.mark.parametrize("named_by", ["argument", "variable"])
-def test_named_file_that_does_not_exist_is_an_error(
-    named_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_given_file_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     missing = tmp_path / "missing.toml"
-    origin = "config_file"
-    if named_by == "variable":
-        monkeypatch.setenv("PYCLOUDLIB_CONFIG", str(missing))
-        origin = "PYCLOUDLIB_CONFIG"
 
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        parse_config(missing if named_by == "argument" else None)
+    with pytest.raises(ValueError, match="config_file") as caught:
+        parse_config(missing)
 
     assert str(missing) in str(caught.value)
-    assert origin in str(caught.value)
+
+
+def test_variable_that_names_no_file_is_passed_over(
+    tmp_path: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    missing = tmp_path / "missing.toml"
+    monkeypatch.setenv("PYCLOUDLIB_CONFIG", str(missing))
+    assert parse_config() == {}
+
+    write(home / ".config" / "pycloudlib.toml", marked(3))
+
+    assert key_name(parse_config()) == "file 3"
+    assert f"{missing} (from $PYCLOUDLIB_CONFIG) is not there" in caplog.text
+
+
+def test_variable_that_names_a_directory_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYCLOUDLIB_CONFIG", str(tmp_path))
+
+    with pytest.raises(ValueError, match=r"PYCLOUDLIB_CONFIG"):
+        parse_config()
 
 
 def test_directory_in_place_of_a_file_is_an_error(tmp_path: Path) -> None:
@@ -142,7 +159,7 @@ def test_config_file_of_a_wrong_type_is_named(wrong: object) -> None:
 
 
 def test_missing_key_is_named() -> None:
-    with pytest.raises(KeyError, match="no_such_section"):
+    with pytest.raises(KeyError, match=r"no_such_section.*pycloudlib\.toml"):
         parse_config(io.StringIO(""))["no_such_section"]
 
 

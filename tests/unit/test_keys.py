@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import getpass
 import io
 import os
 import stat
@@ -10,8 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from pycloudlib.errors import PycloudlibException, UnsetSSHKeyError
-from pycloudlib.key import KeyPair, generate_ed25519
+from pycloudlib.errors import InvalidKeyError, PycloudlibException, UnsetSSHKeyError
+from pycloudlib.key import KeyPair, check_key_pair, generate_ed25519
 from pycloudlib.qemu.cloud import Qemu
 
 MakeCloud = Callable[..., Qemu]
@@ -54,17 +55,36 @@ def test_private_half_may_be_elsewhere() -> None:
     assert pair.name == "work"
 
 
-def test_content_is_the_public_keys_line(tmp_path: Path) -> None:
+def test_content_is_the_public_key_file_as_it_is(tmp_path: Path) -> None:
     public = write_pair(tmp_path, "mine")
 
-    content = KeyPair(public).public_key_content
-
-    assert content == public.read_text().strip()
+    assert KeyPair(public).public_key_content == public.read_text()
+    assert KeyPair(public).public_key_line == public.read_text().rstrip("\n")
 
 
 def test_content_without_a_key_says_that_none_is_set() -> None:
-    with pytest.raises(UnsetSSHKeyError):
+    with pytest.raises(UnsetSSHKeyError, match="No SSH key is set"):
         _ = KeyPair(None).public_key_content
+
+
+def test_a_key_is_called_as_its_user_is(make_cloud: MakeCloud, tmp_path: Path) -> None:
+    cloud = make_cloud()
+
+    assert KeyPair("/keys/mine.pub").name == getpass.getuser()
+    assert cloud.key_pair.name == getpass.getuser()
+
+    cloud.use_key(write_pair(tmp_path, "work"))
+
+    assert cloud.key_pair.name == getpass.getuser()
+    assert cloud.list_keys() == [getpass.getuser()]
+
+
+def test_a_key_of_a_user_without_a_name_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_123)
+
+    assert KeyPair("/keys/mine.pub").name == "4000123"
 
 
 def test_rsa_key_of_the_user_comes_first(make_cloud: MakeCloud, home: Path) -> None:
@@ -135,7 +155,7 @@ def test_configured_private_key_is_used(written: str, make_cloud: MakeCloud, hom
 def test_configured_key_that_does_not_exist_is_an_error(
     make_cloud: MakeCloud, tmp_path: Path
 ) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match="public_key_path") as caught:
+    with pytest.raises(InvalidKeyError, match="public_key_path") as caught:
         make_cloud(f"[qemu]\npublic_key_path = '{tmp_path}/missing.pub'\n")
 
     assert f"{tmp_path}/missing.pub" in str(caught.value)
@@ -189,12 +209,12 @@ def test_used_key_may_be_below_home(make_cloud: MakeCloud, home: Path) -> None:
 
     cloud.use_key("~/work.pub")
 
-    assert cloud.key_pair.public_key_content == public.read_text().strip()
+    assert cloud.key_pair.public_key_content == public.read_text()
     assert Path(str(cloud.key_pair.private_key_path)).expanduser() == public.with_suffix("")
 
 
 @pytest.mark.parametrize(
-    "problem", ["no public", "no private", "public is private", "private is public", "no key"]
+    "problem", ["no public", "public is private", "private is public", "no key"]
 )
 def test_key_that_cannot_work_is_refused_and_the_old_one_stays(
     problem: str, make_cloud: MakeCloud, tmp_path: Path
@@ -206,8 +226,6 @@ def test_key_that_cannot_work_is_refused_and_the_old_one_stays(
     old = cloud.key_pair
     if problem == "no public":
         public.unlink()
-    elif problem == "no private":
-        private.unlink()
     elif problem == "public is private":
         public = private
     elif problem == "private is public":
@@ -215,10 +233,26 @@ def test_key_that_cannot_work_is_refused_and_the_old_one_stays(
     else:
         public.write_text("not a key at all\n")
 
-    with pytest.raises((ValueError, FileNotFoundError, PycloudlibException), match="work"):
+    with pytest.raises(InvalidKeyError, match="work"):
         cloud.use_key(public, private)
 
     assert cloud.key_pair is old
+
+
+def test_private_half_may_be_written_after_the_key_is_chosen(
+    make_cloud: MakeCloud, tmp_path: Path
+) -> None:
+    public = write_pair(tmp_path, "work")
+    private = public.with_suffix("").rename(tmp_path / "later")
+    cloud = make_cloud()
+
+    cloud.use_key(public)
+
+    assert cloud.key_pair.private_key_path == str(public.with_suffix(""))
+    with pytest.raises(InvalidKeyError, match="cannot read the private key"):
+        check_key_pair(cloud.key_pair, "here")
+    private.rename(public.with_suffix(""))
+    check_key_pair(cloud.key_pair, "here")
 
 
 def test_key_of_a_wrong_type_is_refused(make_cloud: MakeCloud) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def make_cloud(tag: str, *, timestamp_suffix: bool = False) -> Qemu:
 @pytest.mark.parametrize("tag", ["a", "0", "a-b", "a--b", "my-tests-24-04", "x" * 63])
 def test_good_tag_is_kept(tag: str) -> None:
     assert make_cloud(tag).tag == tag
+
+
+@pytest.mark.parametrize("length", [1, 45, 46, 48, 51])
+def test_tag_with_the_time_keeps_to_the_rule(length: int) -> None:
+    tag = make_cloud("x" * length, timestamp_suffix=True).tag
+
+    assert re.fullmatch(r"x+-\d{4}-\d{6,12}", tag)
+    assert make_cloud(tag).tag == tag
+
+
+@pytest.mark.parametrize("length", [52, 63])
+def test_the_given_tag_is_what_is_checked(length: int) -> None:
+    tag = make_cloud("x" * length, timestamp_suffix=True).tag
+
+    assert re.fullmatch(rf"x{{{length}}}-\d{{4}}-\d{{6}}", tag)
+    with pytest.raises(InvalidTagNameError) as caught:
+        make_cloud("X" * length, timestamp_suffix=True)
+    assert caught.value.tag == "X" * length
+    assert len(caught.value.rules_failed) == 1
 
 
 def test_time_is_appended_unless_it_is_not_wanted() -> None:

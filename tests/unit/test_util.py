@@ -46,7 +46,7 @@ def test_long_term_releases_are_known_and_of_april_of_even_years() -> None:
 
 
 def test_timestamped_tag_stays_a_good_tag() -> None:
-    assert re.fullmatch(r"mine-[0-9-]+[0-9]", get_timestamped_tag("mine"))
+    assert re.fullmatch(r"mine-\d{4}-\d{12}", get_timestamped_tag("mine"))
 
 
 @pytest.mark.parametrize("user_data", [None, "", "#cloud-config\n", "#cloud-config\n{}\n"])
