@@ -154,6 +154,14 @@ class BaseCloud(ABC):
     def image_serial(self, image_id: str) -> str:
         """Give the build serial of an image."""
 
+    def get_image_id_from_name(self, name: str) -> str:
+        """Give the id of the image that has a name.
+
+        Raises:
+            NotImplementedError: This cloud finds no images by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} finds no images by name")
+
     @abstractmethod
     def get_instance(self, instance_id: str, username: str | None = None, **kwargs: Any) -> Any:
         """Find an instance again by its id."""

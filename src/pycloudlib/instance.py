@@ -20,6 +20,7 @@ from pycloudlib.readiness import (
     DEFAULT_READY_MINUTES,
     Readiness,
     command_limit,
+    current_deadline,
     keeping,
     ready_limit,
 )
@@ -49,6 +50,7 @@ class BaseInstance(Readiness):
         self.username = username or "ubuntu"
         self.port = "22"
         self.banner_timeout = _BANNER_LIMIT
+        self._ready_minutes: float | None = None
         self._ssh_client: paramiko.SSHClient | None = None
         self._ssh_lock = threading.Lock()
         self._ssh_pid = os.getpid()
@@ -81,6 +83,29 @@ class BaseInstance(Readiness):
     @abstractmethod
     def ip(self) -> str:
         """The address by which it is reached."""
+
+    @property
+    def private_ip(self) -> str:
+        """The address that it has inside its cloud.
+
+        Raises:
+            NotImplementedError: This cloud tells none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} tells no private address")
+
+    @property
+    def ready_timeout(self) -> float:
+        """Minutes that a wait for readiness may take in all; what the call itself says counts.
+
+        Raises:
+            ValueError: On setting: it is not a positive number.
+        """
+        return self._ready_minutes or self._default_ready_minutes
+
+    @ready_timeout.setter
+    def ready_timeout(self, minutes: float | None) -> None:
+        ready_limit(minutes)
+        self._ready_minutes = minutes
 
     @property
     def _default_ready_minutes(self) -> float:
@@ -117,14 +142,15 @@ class BaseInstance(Readiness):
         A failure of cloud-init does not raise; it is logged in cloud-init's own words.
 
         Args:
-            ready_timeout: Minutes it may take in all; 20 by default.
+            ready_timeout: Minutes it may take in all; by default, what `ready_timeout` of the
+                instance says.
             **kwargs: Handed to `_wait_for_instance_start`.
 
         Raises:
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
             ValueError: `ready_timeout` is not a positive number.
         """
-        with keeping(ready_limit(ready_timeout, self._default_ready_minutes)):
+        with keeping(ready_limit(ready_timeout, self.ready_timeout)):
             self._wait_for_instance_start(**kwargs)
             self._wait_for_execute()
             self._wait_for_cloudinit()
@@ -138,7 +164,7 @@ class BaseInstance(Readiness):
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with keeping(ready_limit(None, self._default_ready_minutes)):
+        with keeping(ready_limit(None, self.ready_timeout)):
             self._wait_for_execute(old_boot_id=old_boot_id)
             self._wait_for_cloudinit()
 
@@ -174,6 +200,14 @@ class BaseInstance(Readiness):
             NotImplementedError: This cloud cannot.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot remove network interfaces")
+
+    def get_status(self) -> str:
+        """Say in one word what the machine does, such as `running`.
+
+        Raises:
+            NotImplementedError: This cloud does not tell.
+        """
+        raise NotImplementedError(f"{type(self).__name__} tells no status")
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console.
@@ -218,6 +252,10 @@ class BaseInstance(Readiness):
             self._log.debug("Ignored by execute(): %s", kwargs)
         if description:
             self._log.info("%s: %s", self.name, description)
+        # What a wait asks the guest, over and over, is nothing that the program has executed.
+        level = logging.INFO if current_deadline() is None else logging.DEBUG
+        shown = command if isinstance(command, str) else shlex.join(command)
+        self._log.log(level, "executing: %s", shown)
         self._log.debug("Executing in %s: %s", self.name, argv)
         # Overrides of _ssh() in older programs know `stdin` alone: the rest only when asked for.
         options: dict[str, Any] = {"get_pty": True} if get_pty else {}

@@ -79,6 +79,11 @@ class Readiness(ABC):
     def name(self) -> str:
         """What the instance is called."""
 
+    @property
+    @abstractmethod
+    def ready_timeout(self) -> float:
+        """Minutes that a wait for readiness may take in all."""
+
     @abstractmethod
     def get_boot_id(self) -> str:
         """Give the id of the current boot."""
@@ -140,7 +145,8 @@ class Readiness(ABC):
                 endpoint = self._endpoint()
                 limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
                 ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
-            boot_id = self.get_boot_id()
+            with keeping(deadline):
+                boot_id = self.get_boot_id()
         except paramiko.PasswordRequiredException:
             raise  # no later attempt would go better
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
@@ -212,4 +218,4 @@ class Readiness(ABC):
     def _deadline(self, timeout: float | None) -> Deadline:
         if timeout is not None:
             return Deadline.after(timeout)
-        return _ready_deadline.get() or Deadline.after(DEFAULT_READY_MINUTES * 60)
+        return _ready_deadline.get() or ready_limit(None, self.ready_timeout)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import logging
-from collections.abc import Sequence
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Container, Mapping, MutableMapping, Sequence
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from pycloudlib.documents import parse_yaml
-from pycloudlib.errors import CleanupError
+from pycloudlib.errors import CleanupError, ToolError
+from pycloudlib.result import Result
 
 UBUNTU_RELEASE_VERSION_MAP = {
     "resolute": "26.04",
@@ -100,3 +108,126 @@ def log_exception_list(exceptions: Sequence[BaseException]) -> None:
     """Log errors that were collected while cleaning up; nothing when there are none."""
     for error in exceptions:
         _log.error("%s: %s", type(error).__name__, error, exc_info=error)
+
+
+def subp(
+    args: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    data: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    shell: bool = False,
+    rcs: Container[int] = (0,),
+    shortcircuit_stdin: bool = True,
+) -> Result:
+    """Run a program of this host to its end.
+
+    Args:
+        args: The program and its arguments; one text or path is the program alone.
+        data: What it reads on standard input.
+        env: Its whole environment; by default that of this process.
+        shell: Whether `args`, a text, is for a shell.
+        rcs: The exit statuses that are no error.
+        shortcircuit_stdin: Whether it reads nothing where no `data` is given; otherwise it reads
+            what this process would.
+
+    Returns:
+        Its output, its error output, and its exit status.
+
+    Raises:
+        FileNotFoundError: There is no such program.
+        ToolError: It ended with another exit status.
+    """
+    if data is None:
+        standard_input: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL if shortcircuit_stdin else None
+        }
+    else:
+        standard_input = {"input": data.encode() if isinstance(data, str) else data}
+    done = subprocess.run(
+        args, env=env, shell=shell, capture_output=True, check=False, **standard_input
+    )
+    out, err = (
+        output.decode("utf-8", errors="replace").rstrip() for output in (done.stdout, done.stderr)
+    )
+    if done.returncode not in rcs:
+        argv = [os.fspath(args)] if isinstance(args, (str, os.PathLike)) else args
+        raise ToolError("a program", [str(word) for word in argv], done.returncode, err or out)
+    return Result(out, err, done.returncode)
+
+
+def shell_quote(cmd: str | Sequence[str]) -> str:
+    """Quote a word, or each word of a command, so that a shell takes it as it is."""
+    return shlex.quote(cmd) if isinstance(cmd, str) else shlex.join(cmd)
+
+
+def shell_safe(cmd: Sequence[str]) -> str:
+    """Quote each word of a command, also those that need it not: `'ls' '-l'`."""
+    return " ".join("'" + word.replace("'", "'\\''") + "'" for word in cmd)
+
+
+def shell_pack(cmd: str | Sequence[str]) -> str:
+    """Pack a command into a text that any `sh` unpacks and becomes.
+
+    There is nothing in the text that a further shell on its way would take for its own, if it is
+    handed on as one word.
+
+    Args:
+        cmd: The program and its arguments; one text is the program alone.
+    """
+    words = [cmd] if isinstance(cmd, str) else cmd
+    packed = base64.b64encode(f"exec {shell_safe(words)}".encode()).decode()
+    return f'eval "$(echo {packed} | base64 -d)"'
+
+
+def chmod(path: str | os.PathLike[str], mode: int) -> None:
+    """Set the permission bits of a file."""
+    Path(path).chmod(mode)
+
+
+def touch(path: str | os.PathLike[str], mode: int | None = None) -> None:
+    """Make an empty file, or give one that is there the time of now.
+
+    Args:
+        path: The file.
+        mode: Its permission bits; by default, they stay as they are.
+    """
+    Path(path).touch()
+    if mode is not None:
+        chmod(path, mode)
+
+
+def rmfile(path: str | os.PathLike[str]) -> None:
+    """Remove a file; one that is not there is no error."""
+    Path(path).unlink(missing_ok=True)
+
+
+def mkdtemp(prefix: str = "pycloudlib") -> str:
+    """Make a temporary directory that only this user can read, and name it."""
+    return tempfile.mkdtemp(prefix=prefix)
+
+
+def is_writable_dir(path: str | os.PathLike[str]) -> bool:
+    """Whether files can be made in a directory; it is made if it is missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return True
+    except OSError:
+        return False
+
+
+def update_nested(
+    mapping: MutableMapping[str, Any], update: Mapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Put values into a mapping, and into the mappings inside it, and return it.
+
+    Args:
+        mapping: What is changed.
+        update: The values; a mapping goes into the one of its name, anything else takes its place.
+    """
+    for key, value in update.items():
+        inner = mapping.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, MutableMapping):
+            update_nested(inner, value)
+        else:
+            mapping[key] = value
+    return mapping

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -401,3 +402,20 @@ def test_another_handle_finds_out_that_a_machine_stands_still(
     assert seen() is State.RUNNING
     unstarted.machine.kill()
     assert seen() is State.OFF
+
+
+def test_status_is_told_in_one_word(cloud: Qemu, running: QemuInstance, tiny_image: Path) -> None:
+    stopped = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+
+    assert (running.get_status(), stopped.get_status()) == ("running", "paused")
+    stopped.machine.kill()
+    assert stopped.get_status() == "off"
+    assert stopped.delete() == []
+    with pytest.raises(InstanceNotFoundError, match="is deleted"):
+        stopped.get_status()
+
+
+def test_private_address_is_the_one_that_qemu_leads_ssh_to(unstarted: QemuInstance) -> None:
+    told = unstarted.machine.execute("human-monitor-command", {"command-line": "info usernet"})
+
+    assert re.search(rf"HOST_FORWARD.* {re.escape(unstarted.private_ip)} +22\b", str(told))

@@ -605,3 +605,56 @@ def test_a_program_may_choose_the_key_in_the_clouds_stead(monkeypatch: pytest.Mo
     monkeypatch.setattr(BaseCloud, "_get_ssh_keys", lambda *_args, **_kwargs: chosen)
 
     assert Cloud().key_pair is chosen
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [("echo 'a b'", "echo 'a b'"), (["echo", "a b"], "echo 'a b'"), (("true",), "true")],
+)
+def test_what_is_executed_is_logged(
+    command: Sequence[str], shown: str, instance: Instance, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        instance.execute(command, description="for a reason")
+
+    messages = [
+        record.getMessage() for record in caplog.records if record.name[:10] == "pycloudlib"
+    ]
+    assert messages == [f"{instance.name}: for a reason", f"executing: {shown}"]
+
+
+def test_what_a_wait_asks_is_not_logged_as_executed(
+    instance: Instance, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), pytest.raises(PycloudlibTimeoutError):
+        instance._wait_for_execute(old_boot_id=instance.get_boot_id(), timeout=1)
+
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum(message.startswith("executing: ") for message in messages) == 1
+
+
+def test_a_wait_takes_as_long_as_its_instance_says(instance: Instance) -> None:
+    assert instance.ready_timeout == 20
+    instance.ready_timeout = 0.001
+    same = instance.get_boot_id()
+
+    with pytest.raises(PycloudlibTimeoutError, match=r"within 0 s"):
+        instance.wait_for_restart(same)
+    with pytest.raises(PycloudlibTimeoutError, match=r"within 0 s"):
+        instance._wait_for_execute(old_boot_id=same)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, "5", True])
+def test_a_time_that_cannot_be_waited_is_refused(minutes: Any, instance: Instance) -> None:
+    with pytest.raises(ValueError, match=f"ready_timeout is {minutes!r}"):
+        instance.ready_timeout = minutes
+    assert instance.ready_timeout == 20
+
+
+def test_what_a_cloud_cannot_tell_says_so(instance: Instance) -> None:
+    with pytest.raises(NotImplementedError, match="Instance tells no private address"):
+        _ = instance.private_ip
+    with pytest.raises(NotImplementedError, match="Instance tells no status"):
+        instance.get_status()
+    with pytest.raises(NotImplementedError, match="Cloud finds no images by name"):
+        Cloud().get_image_id_from_name("noble")

@@ -63,9 +63,6 @@ MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "pycloudlib.util": (
         "LTS_RELEASES",
         "UBUNTU_RELEASE_VERSION_MAP",
-        "add_key_to_cloud_config",
-        "get_timestamped_tag",
-        "log_exception_list",
     ),
 }
 
@@ -143,6 +140,7 @@ CLOUD_METHODS: Final[Mapping[str, Parameters]] = {
     "daily_image": {"release": REQUIRED, "**": None},
     "delete_image": {"image_id": REQUIRED},
     "get_instance": {"instance_id": REQUIRED, "username": None},
+    "get_image_id_from_name": {"name": REQUIRED},
     "image_serial": {"image_id": REQUIRED},
     "list_keys": {},
     "released_image": {"release": REQUIRED, "**": None},
@@ -165,6 +163,7 @@ INSTANCE_METHODS: Final[Mapping[str, Parameters]] = {
         "get_pty": False,
     },
     "get_boot_id": {},
+    "get_status": {},
     "install": {"_": REQUIRED},
     "pull_file": {"remote_path": REQUIRED, "local_path": REQUIRED},
     "push_file": {"local_path": REQUIRED, "remote_path": REQUIRED},
@@ -185,12 +184,50 @@ INSTANCE_METHODS: Final[Mapping[str, Parameters]] = {
 
 RESOURCE: Final[Parameters] = {"resource_id": None, "resource_name": None, "**": None}
 
+FUNCTIONS: Final[Mapping[str, Mapping[str, Parameters]]] = {
+    "pycloudlib.config": {"parse_config": {"config_file": None}},
+    "pycloudlib.util": {
+        "add_key_to_cloud_config": {"public_key": REQUIRED, "user_data": REQUIRED},
+        "chmod": {"path": REQUIRED, "mode": REQUIRED},
+        "get_timestamped_tag": {"tag": REQUIRED},
+        "is_writable_dir": {"path": REQUIRED},
+        "log_exception_list": {"_": REQUIRED},
+        "mkdtemp": {"prefix": OPTIONAL},
+        "rmfile": {"path": REQUIRED},
+        "shell_pack": {"cmd": REQUIRED},
+        "shell_quote": {"cmd": REQUIRED},
+        "shell_safe": {"cmd": REQUIRED},
+        "subp": {
+            "args": REQUIRED,
+            "data": None,
+            "env": None,
+            "shell": False,
+            "rcs": (0,),
+            "shortcircuit_stdin": True,
+        },
+        "touch": {"path": REQUIRED, "mode": None},
+        "update_nested": {"mapping": REQUIRED, "update": REQUIRED},
+    },
+}
+
+# Parts that programs override or patch, beside those below.
+CLOUD_HOOKS: Final[Mapping[str, Parameters]] = {
+    "_check_and_set_config": {"config_file": REQUIRED, "required_values": REQUIRED},
+    "_get_ssh_keys": {"public_key_path": None, "private_key_path": None, "name": None},
+    "_validate_tag": {"tag": REQUIRED},
+}
+
 METHODS: Final[Mapping[type, Mapping[str, Parameters]]] = {
-    BaseCloud: {**CLOUD_METHODS, "launch": {"image_id": REQUIRED, "**": None}},
+    BaseCloud: {
+        **CLOUD_METHODS,
+        **CLOUD_HOOKS,
+        "__init__": {**CLOUD_METHODS["__init__"], "required_values": None},
+        "launch": {"image_id": REQUIRED, "**": None},
+    },
     Qemu: {**CLOUD_METHODS, "launch": LAUNCH},
     BaseInstance: INSTANCE_METHODS,
     QemuInstance: {**INSTANCE_METHODS, "__del__": {}},
-    KeyPair: {"__init__": {"_": REQUIRED, "private_key_path": None, "name": None}},
+    KeyPair: {"__init__": {"public_key_path": REQUIRED, "private_key_path": None, "name": None}},
     Result: {"__new__": {"_": REQUIRED, "_2": "", "return_code": 0}},
     errors.CleanupError: {"__init__": {"_": REQUIRED}},
     errors.InvalidTagNameError: {"__init__": {"tag": REQUIRED, "rules_failed": REQUIRED}},
@@ -203,7 +240,8 @@ METHODS: Final[Mapping[type, Mapping[str, Parameters]]] = {
 CLOUD_ATTRIBUTES: Final = ("tag", "config", "key_pair", "created_instances", "created_images")
 QEMU_ATTRIBUTES: Final = ("image_dir", "working_dir", "parent_dir", "qemu_binary")
 RESULT_ATTRIBUTES: Final = ("stdout", "stderr", "return_code", "ok", "failed")
-INSTANCE_PROPERTIES: Final = ("id", "name", "ip")
+INSTANCE_PROPERTIES: Final = ("id", "name", "ip", "private_ip", "ready_timeout")
+KEY_PAIR_ATTRIBUTES: Final = ("name", "public_key_path", "private_key_path")
 INSTANCE_ATTRIBUTES: Final = (
     "port",
     "telnet_port",
@@ -306,9 +344,9 @@ ABSTRACT_METHODS: Final[Mapping[type, frozenset[str]]] = {
 }
 
 
-def signature_problems(function: Any, expected: Parameters) -> list[str]:
-    """Compare a method with what clients rely on; what it has beyond that must be optional."""
-    given = list(inspect.signature(function).parameters.values())[1:]  # without self or cls
+def signature_problems(function: Any, expected: Parameters, *, bound: int = 0) -> list[str]:
+    """Compare a function with what clients rely on; what it has beyond that must be optional."""
+    given = list(inspect.signature(function).parameters.values())[bound:]
     by_name = {parameter.name: parameter for parameter in given}
     positional = [p for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]
     problems = []
@@ -369,9 +407,20 @@ def test_method_takes_the_parameters_that_clients_give(owner: type, method: str)
     function = inspect.getattr_static(owner, method, None)
     assert function is not None, f"{owner.__name__} lacks {method}()"
 
-    problems = signature_problems(getattr(function, "__func__", function), METHODS[owner][method])
+    bound = 0 if isinstance(function, staticmethod) and method != "__new__" else 1
+    function = getattr(function, "__func__", function)
+    problems = signature_problems(function, METHODS[owner][method], bound=bound)
 
     assert not problems, f"{owner.__name__}.{method}(): {'; '.join(problems)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module in FUNCTIONS for name in FUNCTIONS[module]]
+)
+def test_function_takes_the_parameters_that_clients_give(module: str, name: str) -> None:
+    function = getattr(importlib.import_module(module), name)
+
+    assert not signature_problems(function, FUNCTIONS[module][name])
 
 
 @pytest.mark.parametrize("method", ["released_image", "daily_image"])
@@ -501,6 +550,11 @@ def test_cloud_has_its_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert cloud.created_instances == []
         assert cloud.created_images == []
         assert Path(cloud.parent_dir) == Path(cloud.working_dir) / f"pycl-qemu-{cloud.tag}"
+
+
+def test_key_pair_has_its_attributes() -> None:
+    assert not missing_from(KeyPair("/keys/mine.pub"), KEY_PAIR_ATTRIBUTES)
+    assert isinstance(KeyPair.public_key_content, property)
 
 
 def test_result_has_its_attributes() -> None:

@@ -305,3 +305,19 @@ def test_certain_build_is_found_in_the_catalog(server: ImageServer) -> None:
     assert find_entry(server.source, Stream.DAILY, "noble", serial=OLD).serial == OLD
     with pytest.raises(ImageNotFoundError, match=f"No build 20200101 .*{OLD}, {NEW}"):
         find_entry(server.source, Stream.DAILY, "noble", serial="20200101")
+
+
+def test_image_is_found_by_its_name(cloud: Qemu, server: ImageServer, tmp_path: Path) -> None:
+    for serial in (OLD, NEW):
+        server.add_image(Stream.DAILY, "noble", serial)
+        newest = cloud.daily_image("noble")
+    cloud.created_images += [str(tmp_path / name) for name in ("web-1.img", "web-2.img")]
+
+    assert serial_of(newest) == NEW
+    assert cloud.get_image_id_from_name("noble-server-cloudimg-amd64.img") == newest
+    assert cloud.get_image_id_from_name("noble-server-cloudimg-amd64") == newest
+    assert cloud.get_image_id_from_name("web-1") == str(tmp_path / "web-1.img")
+    with pytest.raises(ImageNotFoundError, match="No image is called 'noble'") as caught:
+        cloud.get_image_id_from_name("noble")
+    assert caught.value.resource_name == "noble"
+    cloud.created_images.clear()

@@ -1,17 +1,34 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from pycloudlib.errors import ToolError
 from pycloudlib.util import (
     LTS_RELEASES,
     UBUNTU_RELEASE_VERSION_MAP,
     add_key_to_cloud_config,
+    chmod,
     get_timestamped_tag,
+    is_writable_dir,
     log_exception_list,
+    mkdtemp,
+    rmfile,
+    shell_pack,
+    shell_quote,
+    shell_safe,
+    subp,
+    touch,
+    update_nested,
 )
 
 KEY = "ssh-ed25519 AAAAC3Nza user@host"
@@ -111,3 +128,111 @@ def test_no_errors_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
         log_exception_list([])
 
     assert not caplog.records
+
+
+class TestSubp:
+    def test_all_that_a_program_says_is_returned(self) -> None:
+        result = subp(["sh", "-c", "echo out; echo err >&2; exit 3"], rcs=[0, 3])
+
+        assert (result, result.stderr, result.return_code) == ("out", "err", 3)
+        assert result.failed
+
+    @pytest.mark.parametrize("data", ["tëxt", "tëxt".encode()])
+    def test_data_is_what_it_reads(self, data: str | bytes) -> None:
+        assert subp(["cat"], data) == "tëxt"
+
+    def test_it_reads_nothing_without_data(self) -> None:
+        assert subp(Path("/bin/cat")) == ""
+
+    def test_it_reads_what_its_parent_does_when_asked_for(self) -> None:
+        program = "from pycloudlib.util import subp; print(subp('cat', shortcircuit_stdin=False))"
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=b"from above", capture_output=True, check=True
+        )
+
+        assert done.stdout == b"from above\n"
+
+    def test_its_environment_may_be_another(self) -> None:
+        result = subp("echo $ONE $TWO", env={"TWO": "2"}, shell=True)
+
+        assert result == "2"
+
+    def test_another_exit_status_is_an_error_that_says_why(self) -> None:
+        with pytest.raises(ToolError, match=r"exit status 3.*\n.*broken") as caught:
+            subp(["sh", "-c", "echo broken >&2; exit 3"])
+
+        assert caught.value.exit_status == 3
+
+    def test_a_missing_program_is_named(self) -> None:
+        with pytest.raises(FileNotFoundError, match="no-such-program"):
+            subp(["no-such-program"])
+
+
+WORDS = ["printf", "%s|", "a b", "it's", "$HOME", '"', "", "new\nline", "tëxt", "\\", "`id`"]
+
+
+@pytest.mark.parametrize("write", [shell_quote, shell_safe, shell_pack])
+def test_a_shell_takes_a_written_command_as_it_is(write: Any) -> None:
+    assert subp(write(WORDS), shell=True) == "|".join(WORDS[2:]) + "|"
+
+
+def test_a_packed_command_passes_through_another_shell_as_one_word() -> None:
+    text = f"sh -c {shell_quote(shell_pack(WORDS))}"
+
+    assert subp(f"sh -c {shell_quote(text)}", shell=True) == "|".join(WORDS[2:]) + "|"
+
+
+def test_words_are_quoted() -> None:
+    assert shell_quote("a b") == "'a b'"
+    assert shell_quote(("ls", "-l", "a b")) == "ls -l 'a b'"
+    assert shell_safe(["ls", "it's"]) == "'ls' 'it'\\''s'"
+
+
+def test_a_packed_text_is_a_program_without_arguments() -> None:
+    assert subp(shell_pack("/bin/pwd"), shell=True) == str(Path.cwd())
+
+
+def test_files_are_made_changed_and_removed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+
+    touch(file, 0o600)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.write_text("kept")
+    touch(str(file))
+    assert file.read_text() == "kept"
+    chmod(str(file), 0o640)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    rmfile(str(file))
+    rmfile(str(file))
+    assert not file.exists()
+
+
+def test_temporary_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    directory = Path(mkdtemp("mine-"))
+
+    assert directory.parent == tmp_path
+    assert directory.name.startswith("mine-")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert Path(mkdtemp()).name.startswith("pycloudlib")
+
+
+def test_writable_directory_is_told_from_others(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    assert is_writable_dir(tmp_path)
+    assert is_writable_dir(str(tmp_path / "new" / "one"))
+    assert not is_writable_dir(file)
+    assert not is_writable_dir("/proc")
+    assert os.listdir(tmp_path / "new" / "one") == []  # noqa: PTH208 - all that is in it
+
+
+def test_values_are_put_into_nested_mappings() -> None:
+    mapping = {"a": {"b": 1, "c": {"d": 2}}, "e": 5}
+
+    changed = update_nested(mapping, {"a": {"c": {"f": 3}, "g": [4]}, "e": {"h": 6}})
+
+    assert changed is mapping
+    assert mapping == {"a": {"b": 1, "c": {"d": 2, "f": 3}, "g": [4]}, "e": {"h": 6}}

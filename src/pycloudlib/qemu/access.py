@@ -39,6 +39,8 @@ _BANNER_LIMIT = 30.0
 _BANNER_PAUSE = 0.05
 _SYNC_LIMIT = 60.0
 _SHOWN_COMMAND = 100
+# The first that is leased in QEMU's user-mode network (qemu(1), -netdev user, dhcpstart).
+_GUEST_ADDRESS = "10.0.2.15"
 
 
 class GuestAccess(DiagnosedInstance):
@@ -60,6 +62,14 @@ class GuestAccess(DiagnosedInstance):
     def ip(self) -> str:
         """The address of its ports: this host's loopback."""
         return LOOPBACK
+
+    @property
+    def private_ip(self) -> str:
+        """The address that QEMU's DHCP server gives its first network card.
+
+        A `network_config` of the caller's may give it another one.
+        """
+        return _GUEST_ADDRESS
 
     def check_exists(self) -> None:
         """Raise when the instance is deleted.

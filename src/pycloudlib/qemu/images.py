@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from pycloudlib.cloud import BaseCloud, ImageType
-from pycloudlib.errors import ImageInUseError
+from pycloudlib.errors import ImageInUseError, ImageNotFoundError
 from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.images import store
 from pycloudlib.images.store import StoredImage
@@ -247,6 +247,26 @@ class QemuImages(BaseCloud):
                 self._log.warning("%s could not be deleted: %s", image, error)
         store.remove_cut_off(self.image_dir)
         return deleted
+
+    def get_image_id_from_name(self, name: str) -> str:
+        """Give the id of the image that has a name.
+
+        Args:
+            name: The file name of a snapshot that this cloud made, or of an image in `image_dir`,
+                of which the newest build is meant; without its suffix, too.
+
+        Raises:
+            ImageNotFoundError: There is none.
+        """
+        stored = [image.image_id for image in self.images()]
+        for image_id in (*reversed(self.created_images), *stored):
+            if name in (Path(image_id).name, Path(image_id).stem):
+                return image_id
+        raise ImageNotFoundError(
+            resource_name=name,
+            message=f"No image is called {name!r}, of those that this cloud made and of those in "
+            f"{self.image_dir}",
+        )
 
     def image_serial(self, image_id: str) -> str:
         """Give the build serial of an image.

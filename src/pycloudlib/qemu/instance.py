@@ -138,10 +138,20 @@ class QemuInstance(GuestAccess):
         return _READY_MINUTES[self.machine.spec.accelerator]
 
     def _tell_limit(self, given: float | None) -> str:
-        if given is not None:
-            return f"{given * 60:.0f} s (ready_timeout)"
+        minutes = self._ready_minutes if given is None else given
+        if minutes is not None:
+            return f"{minutes * 60:.0f} s (ready_timeout)"
         how = self.machine.spec.accelerator.value
         return f"{self._default_ready_minutes * 60:.0f} s (the default with {how}; ready_timeout)"
+
+    def get_status(self) -> str:
+        """Say in one word what the machine does: `off`, `starting`, `paused` or `running`.
+
+        Raises:
+            InstanceNotFoundError: It is deleted.
+        """
+        self.check_exists()
+        return self.machine.state.value
 
     def console_log(self) -> str:
         """Give what the machine wrote to its serial console over all its boots."""
