@@ -91,6 +91,72 @@ def read_console_tail(console_log: Path, start: int) -> bytes:
         return log.read()
 
 
+# The firmware's first line, or that of a kernel that another one started (kexec).
+_FIRMWARE_STARTS = re.compile(rb"SeaBIOS \(version |BdsDxe: loading ")
+_BOOT_STARTS = re.compile(_FIRMWARE_STARTS.pattern + rb"|\[ {1,8}0\.0{6}\] Linux version ")
+_LONGEST_START = 64
+_CHUNK = 1 << 20
+
+
+class BootFinder:
+    """Finds where on a console the present boot begins, when the guest has rebooted by itself, too.
+
+    Safe to use from several threads: at worst, bytes are looked at twice.
+
+    Args:
+        console_log: The file; it may not exist yet.
+    """
+
+    def __init__(self, console_log: Path) -> None:
+        self._console_log = console_log
+        self._scan = _Scan(0, 0, 0, has_kernel=False)
+
+    def find(self, run_start: int) -> int:
+        """Return the offset of the present boot in bytes; each byte of the log is read once.
+
+        Args:
+            run_start: Where the machine's present run begins, from power-on.
+        """
+        scan = self._scan
+        if scan.run_start != run_start:
+            scan = _Scan(run_start, run_start, run_start, has_kernel=False)
+        try:
+            with self._console_log.open("rb") as log:
+                while True:
+                    log.seek(scan.position)
+                    chunk = log.read(_CHUNK)
+                    scan = scan.go_on(chunk)
+                    if len(chunk) < _CHUNK:
+                        break
+        except FileNotFoundError:
+            pass
+        self._scan = scan
+        return scan.boot_start
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """How far a log was looked through for beginnings of boots, and what was found."""
+
+    run_start: int
+    position: int
+    boot_start: int
+    has_kernel: bool
+
+    def go_on(self, chunk: bytes) -> _Scan:
+        """Look through the bytes that follow; a start that may be cut off is left for later."""
+        boot_start, has_kernel, end = self.boot_start, self.has_kernel, 0
+        for match in _BOOT_STARTS.finditer(chunk):
+            end = match.end()
+            is_kernel = _FIRMWARE_STARTS.match(match[0]) is None
+            # The first kernel after the firmware belongs to the same boot.
+            if not is_kernel or has_kernel:
+                boot_start = self.position + match.start()
+            has_kernel = is_kernel
+        position = self.position + max(end, len(chunk) - _LONGEST_START)
+        return _Scan(self.run_start, position, boot_start, has_kernel)
+
+
 @dataclass(frozen=True, slots=True)
 class PhaseStart:
     """When a phase was first seen.
@@ -193,7 +259,20 @@ class BootWatch:
             found = find_sign([*self._lines, clean_line(self._partial)], final=True)
             self._dead_end = None if found is None else (found[0].cause, found[1])
 
+    def _begins_anew(self, line: bytes) -> bool:
+        """Whether a line begins another boot than the one that was followed so far."""
+        match = _BOOT_STARTS.search(line)
+        if match is None or self.phase is None:
+            return False
+        begun = Phase.FIRMWARE if _FIRMWARE_STARTS.match(match[0]) else Phase.KERNEL
+        return _ORDER[self.phase] > _ORDER[begun]
+
     def _note(self, line: bytes) -> None:
+        if self._begins_anew(line):
+            # The guest has rebooted by itself: nothing of the boot before counts.
+            self._timeline.clear()
+            self._lines.clear()
+            self._dead_end = None
         text = clean_line(line)
         self._last_line = text or self._last_line
         phase = find_phase(line)

@@ -397,7 +397,7 @@ class QemuInstance(GuestAccess):
         """Follow the console while waiting: it may decide the outcome, and tells the phases."""
         machine = self.machine
         boots = (self._reboot, (machine.console_start, machine.powered_on))
-        console_start, begun = max(boots, key=itemgetter(1))
+        console_start, begun = max(boots, key=itemgetter(0))
 
         def report(phase: Phase | None, line: str) -> None:
             if on_progress is not None:

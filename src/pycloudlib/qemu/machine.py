@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError, KernelPanicError
+from pycloudlib.guest.bootphases import BootFinder
 from pycloudlib.guest.panics import PanicWatch
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.memory import choose_memory
@@ -109,6 +110,7 @@ class Machine:
         self._starting = False
         self._powered_on = time.monotonic()
         self._panics = PanicWatch(rundir.console_log)
+        self._boots = BootFinder(rundir.console_log)
         self._owner_pid = os.getpid()
 
     @property
@@ -136,8 +138,8 @@ class Machine:
 
     @property
     def console_start(self) -> int:
-        """Where in the console log its present run begins, in bytes, whoever started it."""
-        return self.rundir.read_console_start()
+        """Where in the console log its present boot begins, in bytes, whoever started it."""
+        return self._boots.find(self.rundir.read_console_start())
 
     @property
     def pid(self) -> int | None:

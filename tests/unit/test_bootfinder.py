@@ -1,0 +1,88 @@
+"""Where the present boot begins on a console, when the guest has rebooted by itself, too."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pycloudlib.guest.bootphases import BootFinder, BootWatch, Phase
+
+FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
+KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"
+BOOT = FIRMWARE + b"GRUB loading.\r\n" + KERNEL + b"Welcome to Debian!\r\n"
+DONE = b"Cloud-init v. 22.4.2 finished at Mon\r\nvm login: "
+
+
+@pytest.mark.parametrize(
+    ("before", "present"),
+    [
+        (b"", BOOT + DONE),
+        (BOOT + DONE, BOOT),
+        (BOOT + DONE + BOOT, BOOT + DONE),
+        (BOOT + DONE, KERNEL + DONE),
+        (BOOT + KERNEL, KERNEL),
+        (b"", KERNEL + DONE),
+        (KERNEL + DONE, KERNEL),
+        (KERNEL + DONE, FIRMWARE),
+    ],
+    ids=[
+        "one", "second", "third", "kexec", "kexec twice", "silent firmware",
+        "silent firmware and kexec", "just begun",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("run_start", [0, 1000])
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+def test_present_boot_is_found_however_the_console_grows(
+    before: bytes, present: bytes, run_start: int, step: int, tmp_path: Path
+) -> None:
+    log = tmp_path / "console.log"
+    finder = BootFinder(log)
+    assert finder.find(run_start) == run_start
+    content = b"x" * run_start + before + present
+    for end in range(run_start, len(content) + step, step):
+        log.write_bytes(content[:end])
+        found = finder.find(run_start)
+    # The escape codes before the firmware's first line belong to nobody.
+    first = present.removeprefix(b"\x1bc\x1b[2J")
+    expected = len(content) - len(first)
+    if not before and present.startswith(KERNEL):
+        expected = run_start
+    assert found == expected
+
+
+def test_boots_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
+    log = tmp_path / "console.log"
+    log.write_bytes(BOOT + DONE + BOOT)
+    finder = BootFinder(log)
+    start = len(BOOT + DONE + BOOT)
+    assert finder.find(start) == start
+    assert finder.find(0) == len(BOOT + DONE) + BOOT.index(b"SeaBIOS")
+
+
+def test_long_console_is_looked_through(tmp_path: Path) -> None:
+    log = tmp_path / "console.log"
+    before = BOOT + b"y" * ((1 << 20) - len(BOOT) - 10)
+    log.write_bytes(before + BOOT + b"z" * (3 << 20))
+    assert BootFinder(log).find(0) == len(before) + BOOT.index(b"SeaBIOS")
+
+
+def test_watch_begins_anew_with_a_boot_of_the_guests_own(tmp_path: Path) -> None:
+    """Nothing of the boot before counts: not its end, not what it died of."""
+    log = tmp_path / "console.log"
+    log.write_bytes(BOOT + DONE)
+    with BootWatch(log, 0, time.monotonic()) as watch:
+        pass
+    assert watch.phase is Phase.CLOUD_INIT_DONE
+    panic = (
+        b"[    1.0] Kernel panic - not syncing: VFS\r\n---[ end Kernel panic - not syncing ]---\r\n"
+    )
+    log.write_bytes(BOOT + DONE + BOOT + panic + BOOT)
+    with BootWatch(log, 0, time.monotonic()) as watch:
+        pass
+    assert watch.phase is Phase.SYSTEMD
+    assert watch.dead_end is None
+    assert [start.phase for start in watch.timeline] == [
+        Phase.FIRMWARE, Phase.BOOT_LOADER, Phase.KERNEL, Phase.SYSTEMD,
+    ]  # fmt: skip
