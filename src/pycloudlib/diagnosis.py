@@ -72,7 +72,10 @@ _HINTS = {
         "a file system of /etc/fstab is missing or damaged, or root= is; the lines above it on the "
         "console tell which unit failed"
     ),
-    Cause.HOST_KEY: "did somebody in the guest make new host keys? Delete and launch it anew",
+    Cause.HOST_KEY: (
+        "another program may answer on the machine's port, or its QEMU runs where its process "
+        "cannot be looked at (another user, another container)"
+    ),
     Cause.KEY_REFUSED: (
         "is the user right (username=)? User-data with a 'users' list takes the key away from the "
         "default user; did somebody change authorized_keys?"

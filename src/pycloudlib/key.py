@@ -6,10 +6,17 @@ import base64
 import getpass
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pycloudlib.errors import InvalidKeyError, UnsetSSHKeyError
 from pycloudlib.files import expand_user, write_private
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    _PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+_RSA_BITS = 3072  # ssh-keygen(1), since OpenSSH 8.0
 _OPENSSH_MAGIC = b"openssh-key-v1\0"
 
 
@@ -194,14 +201,30 @@ def generate_ed25519(comment: str) -> tuple[str, str]:
     Returns:
         The private key in OpenSSH's format and the public key's line.
     """
-    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415 - heavy
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - heavy
-        Ed25519PrivateKey,
-    )
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415 - heavy
 
-    key = Ed25519PrivateKey.generate()
+    return _write_key(ed25519.Ed25519PrivateKey.generate(), comment)
+
+
+def generate_ecdsa(comment: str) -> tuple[str, str]:
+    """Make an ECDSA key on the curve that `ssh-keygen` takes; returns what the one above does."""
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - heavy
+
+    return _write_key(ec.generate_private_key(ec.SECP256R1()), comment)
+
+
+def generate_rsa(comment: str) -> tuple[str, str]:
+    """Make an RSA key of the length that `ssh-keygen` takes, in up to a second."""
+    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - heavy
+
+    return _write_key(rsa.generate_private_key(65537, _RSA_BITS), comment)
+
+
+def _write_key(key: _PrivateKey, comment: str) -> tuple[str, str]:
+    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415 - heavy
+
     private = key.private_bytes(
         form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()
     ).decode()
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
-    return private, f"{public.decode()} {comment}"
+    return private, f"{public.decode()} {comment}".rstrip()

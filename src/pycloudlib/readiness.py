@@ -100,10 +100,6 @@ class Readiness(ABC):
     def _forget_client(self) -> None:
         """Close the connection that is kept."""
 
-    def _is_told(self) -> bool:
-        """Say whether the machine has said all that it will say of its host keys."""
-        return False
-
     def _check_alive(self) -> None:  # noqa: B027 - optional to override
         """Raise when the machine can never be reached any more; clouds that can tell override."""
 
@@ -151,12 +147,10 @@ class Readiness(ABC):
             raise  # no later attempt would go better
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
-            if isinstance(error.__cause__, paramiko.BadHostKeyException) and self._is_told():
-                raise PycloudlibTimeoutError(
-                    f"{error}. Its cloud-init has finished; that key is neither in the user-data "
-                    "nor among those that were printed on the console (with emit_keys_to_console "
-                    "off, none is)"
-                ) from error
+            if isinstance(error.__cause__, ssh.HostKeyRefusedError):
+                # Somebody else answers: because the machine is gone, or for good.
+                self._check_alive()
+                raise PycloudlibTimeoutError(str(error)) from error
             return str(error) or type(error).__name__
         if not boot_id:
             return "the boot id could not be read"

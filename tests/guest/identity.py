@@ -6,11 +6,14 @@ import time
 
 from pycloudlib.qemu.instance import QemuInstance
 
+KEYS = ("ed25519 key", "ECDSA key", "RSA key")
 WHO = {
     "host name": "hostname",
     "machine-id": "cat /etc/machine-id",
     "instance-id": "cat /var/lib/cloud/data/instance-id",
-    "host key": "cat /etc/ssh/ssh_host_ed25519_key.pub",
+    "ed25519 key": "cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub",
+    "ECDSA key": "cut -d' ' -f1,2 /etc/ssh/ssh_host_ecdsa_key.pub",
+    "RSA key": "cut -d' ' -f1,2 /etc/ssh/ssh_host_rsa_key.pub",
     "random bytes": "head -c 32 /dev/urandom | base64",
     "random UUID": "cat /proc/sys/kernel/random/uuid",
 }

@@ -112,6 +112,7 @@ def make_multipart() -> str:
     """Make a MIME document of a cloud-config and a script, a large one."""
     document = MIMEMultipart()
     config = "#cloud-config\nwrite_files: [{path: /var/tmp/config, content: multi}]\n"
+    config += "ssh_genkeytypes: [ecdsa]\n"
     document.attach(MIMEText(config, "cloud-config"))
     script = "#!/bin/sh\necho $(cat /var/tmp/config)part >/var/tmp/proof\nexit\n"
     script += f"{'#' * 63}\n" * (LARGE // 64)

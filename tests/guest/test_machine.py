@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import paramiko
@@ -52,11 +57,20 @@ def test_meta_data_of_the_caller_is_honoured(vm: QemuInstance) -> None:
 
 def test_vendor_data_of_the_caller_takes_effect_beside_ours(vm: QemuInstance) -> None:
     assert vm.execute("cat /var/tmp/vendor") == "vendor"
-    public = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub", use_sudo=True)
-    assert vm.machine.rundir.known_hosts.read_text().strip() == public
-    assert vm.execute("ls /etc/ssh/ssh_host_*_key.pub").split() == [
-        "/etc/ssh/ssh_host_ed25519_key.pub"
-    ], "no other host keys are generated"
+
+
+def test_the_host_keys_are_of_the_usual_types_and_pinned(vm: QemuInstance) -> None:
+    made = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_*_key.pub").splitlines()
+    assert sorted(vm.machine.rundir.known_hosts.read_text().splitlines()) == sorted(made)
+    assert {line.split()[0] for line in made} == {
+        "ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa",
+    }  # fmt: skip
+    modes = vm.execute("stat -c '%a %U %n' /etc/ssh/ssh_host_*").splitlines()
+    assert {mode.rpartition(".")[2] == "pub" for mode in modes} == {True, False}
+    for mode in modes:
+        assert mode.startswith("644 root" if mode.endswith(".pub") else "600 root"), mode
+    said = vm.execute("journalctl -b --no-pager -t cloud-init", use_sudo=True)
+    assert "Generating public/private" not in said, "they are not made in the guest"
 
 
 def test_the_boot_has_a_timeline(vm: QemuInstance) -> None:
@@ -140,26 +154,74 @@ def test_a_missing_file_is_named_and_what_was_there_stays(vm: QemuInstance, tmp_
         vm.push_file(str(kept), "/nowhere/x")
 
 
-def test_an_unexpected_host_key_is_refused(vm: QemuInstance) -> None:
+def test_a_host_key_that_the_machine_does_not_show_itself_is_refused(vm: QemuInstance) -> None:
+    """Another program hands its port on to the machine's, and so could read all that is said."""
     known_hosts = vm.machine.rundir.known_hosts
-    hidden = (vm.machine.rundir.console_log, vm.machine.rundir.seed)
+    right, port = known_hosts.read_text(), vm.port
+    other = " ".join(generate_ed25519("somebody else")[1].split()[:2])
+    with forwarding(int(port)) as false_port:
+        for pinned in (other + "\n", ""):
+            known_hosts.write_text(pinned)
+            try:
+                vm.port = str(false_port)
+                vm._forget_client()
+                with pytest.raises(paramiko.SSHException, match="host key") as caught:
+                    vm.execute("true")
+                assert caught.value.diagnosis.cause is Cause.HOST_KEY  # type: ignore[attr-defined]
+                assert known_hosts.read_text() == pinned
+            finally:
+                vm.port = port
+                known_hosts.write_text(right)
+    vm._ssh_connect().close()
+
+
+def test_a_host_key_that_the_machine_shows_itself_is_pinned(vm: QemuInstance) -> None:
+    known_hosts = vm.machine.rundir.known_hosts
     right = known_hosts.read_text()
     other = " ".join(generate_ed25519("somebody else")[1].split()[:2])
+    shown = right.splitlines()[0]
     try:
-        known_hosts.write_text(other + "\n")
-        # The machine's key is on the console and in its seed: they are not asked this time.
-        for file in hidden:
-            file.rename(file.with_suffix(".hidden"))
-        vm._forget_client()
-        with pytest.raises(paramiko.SSHException, match="host key changed") as caught:
-            vm.execute("true")
-        assert caught.value.diagnosis.cause is Cause.HOST_KEY  # type: ignore[attr-defined]
-        assert known_hosts.read_text() == other + "\n"
+        for pinned in (other + "\n", ""):
+            known_hosts.write_text(pinned)
+            vm._ssh_connect().close()
+            assert known_hosts.read_text().splitlines() == [shown]
     finally:
-        for file in hidden:
-            file.with_suffix(".hidden").rename(file)
         known_hosts.write_text(right)
-    vm._ssh_connect().close()
+
+
+@contextlib.contextmanager
+def forwarding(port: int) -> Iterator[int]:
+    """Forward connections to a port, one after the other; give the port that leads there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    theirs, _ = listener.accept()
+                except OSError:
+                    return
+                with theirs, socket.create_connection(("127.0.0.1", port)) as ours:
+                    ends = {theirs: ours, ours: theirs}
+                    open_ends = set(ends)
+                    while open_ends:
+                        for end in select.select(open_ends, (), ())[0]:
+                            try:
+                                data = end.recv(1 << 16)
+                            except OSError:
+                                data = b""
+                            if not data:
+                                open_ends.clear()
+                                break
+                            ends[end].sendall(data)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_a_key_that_the_guest_does_not_know_is_refused(vm: QemuInstance, tmp_path: Path) -> None:

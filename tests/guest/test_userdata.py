@@ -57,6 +57,19 @@ def test_a_host_key_in_user_data_wins_and_is_pinned(
     assert vm.machine.rundir.known_hosts.read_text().splitlines() == [shown]
 
 
+@pytest.mark.uses(Kind.MULTIPART)
+def test_user_data_decides_of_which_types_the_guest_makes_its_host_keys(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    vm = guests[Kind.MULTIPART].result().machine
+    assert vm.execute("ls /etc/ssh/ssh_host_*").splitlines() == [
+        "/etc/ssh/ssh_host_ecdsa_key",
+        "/etc/ssh/ssh_host_ecdsa_key.pub",
+    ]
+    made = vm.execute("cut -d' ' -f1,2 /etc/ssh/ssh_host_ecdsa_key.pub")
+    assert vm.machine.rundir.known_hosts.read_text().splitlines() == [made]
+
+
 @pytest.mark.uses(Kind.SCRIPT, Kind.NONE)
 def test_a_failure_of_cloud_init_is_logged_and_success_is_not(
     guests: dict[Kind, Future[Guest]],

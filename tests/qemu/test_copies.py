@@ -25,6 +25,7 @@ from pycloudlib.guest.seed import read_iso
 from pycloudlib.qemu import copies, savedmachine
 from pycloudlib.qemu.copies import CopyRequest
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launch import Host
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError
 from pycloudlib.qemu.rundir import RunDirectory
@@ -425,12 +426,12 @@ def test_fork_that_fails_leaves_no_copy(
     lock = threading.Lock()
     calls = [0]
 
-    def fail_once(rundir: RunDirectory, request: CopyRequest) -> None:
+    def fail_once(host: Host, rundir: RunDirectory, request: CopyRequest) -> None:
         with lock:
             number, calls[0] = calls[0], calls[0] + 1
         if number == failing:
             raise CloudError("no more")
-        write(rundir, request)
+        write(host, rundir, request)
 
     monkeypatch.setattr(copies, "write_files", fail_once)
     with pytest.raises(CloudError, match="no more"):

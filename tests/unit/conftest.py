@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import download
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.launch import Host
@@ -59,7 +60,9 @@ def host(tmp_path: Path) -> Host:
     """Give a host whose QEMU can be changed."""
     binary = tmp_path / "qemu"
     binary.write_text("binary")
-    return Host(binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"))
+    return Host(
+        binary, Accelerator.TCG, PortRegistry(tmp_path / "ports"), HostKeyPool(tmp_path / "keys")
+    )
 
 
 @pytest.fixture(autouse=True)

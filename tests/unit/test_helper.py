@@ -23,8 +23,10 @@ from pycloudlib.guest.helper import (
     NewKey,
     measure_clock,
 )
+from pycloudlib.guest.hostkeys import HostKey
 
-IDENTITY = Identity("second", "0" * 32, "iid-second", ("private\n", "ssh-ed25519 AAAA root@second"))
+HOST_KEY = HostKey("ed25519", "private\n", "ssh-ed25519 AAAA root@second")
+IDENTITY = Identity("second", "0" * 32, "iid-second", (HOST_KEY,))
 NEW_KEY = NewKey("ubuntu", "ssh-ed25519 old", "ssh-ed25519 new")
 
 Script = Callable[["Peer"], None]
@@ -110,10 +112,13 @@ def test_fix_up_is_read_as_it_was_written(
 
 def test_request_holds_what_the_helper_takes() -> None:
     request = json.loads(json.dumps(FixUp(IDENTITY, NEW_KEY).request()))
-    assert request["identity"]["host_key"] == {
-        "private": "private\n",
-        "public": "ssh-ed25519 AAAA root@second",
-    }
+    assert request["identity"]["host_keys"] == [
+        {
+            "type": "ed25519",
+            "private": "private\n",
+            "public": "ssh-ed25519 AAAA root@second",
+        }
+    ]
     assert request["identity"]["hostname"] == "second"
     assert request["authorize"] == {
         "user": "ubuntu",

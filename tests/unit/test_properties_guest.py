@@ -24,6 +24,7 @@ from pycloudlib.guest import userdata
 from pycloudlib.guest.bootphases import BootWatch, Phase, clean_line, find_phase
 from pycloudlib.guest.cloudinit import parse_status
 from pycloudlib.guest.helper import HelperConnection, HelperError
+from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.guest.network import parse_address
 from pycloudlib.guest.runconfig import build_script
 from pycloudlib.guest.seed import Seed, build_seed, read_iso, rename, write_iso
@@ -34,7 +35,7 @@ from tests.unit.hostile import PLAIN, STRANGE, TOO_DEEP, damaged, damaged_json, 
 
 ANY = st.text(st.characters(exclude_categories=()), max_size=60)
 DEEP_YAML = "[" * 1000
-HOST_KEY = ("private", "ssh-ed25519 AAAA")
+HOST_KEYS = [HostKey("ed25519", "private", "ssh-ed25519 AAAA")]
 
 MIME = MIMEMultipart()
 for _content in (b"#!/bin/sh\n", gzip.compress(b"#cloud-config\n")):
@@ -114,7 +115,7 @@ def test_meta_data_is_a_mapping_or_refused(meta_data: Any, vendor_data: Any) -> 
             instance_id="iid",
             hostname="vm",
             public_key="ssh-ed25519 AAAA",
-            host_key=HOST_KEY,
+            host_keys=HOST_KEYS,
             meta_data=meta_data,
             vendor_data=vendor_data,
         )
@@ -201,7 +202,7 @@ def test_what_is_no_seed_is_told_of(content: bytes | None, tmp_path: Path) -> No
 @example(b"5")
 def test_copy_of_a_damaged_seed_is_told_of(meta_data: bytes) -> None:
     try:
-        rename(Seed(b"", meta_data), instance_id="i", hostname="h", host_key=HOST_KEY)
+        rename(Seed(b"", meta_data), instance_id="i", hostname="h", host_keys=HOST_KEYS)
     except ValueError as error:
         assert "meta_data" in str(error)
 

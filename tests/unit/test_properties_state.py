@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pycloudlib import Qemu
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
+from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.qemu import accelerator, layers, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator, Trial, kvm_problem
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
@@ -72,7 +73,10 @@ SAVED = {
     "state_mark": "0 0",
 }
 SAVED_TEXT = json.dumps(SAVED).encode()
-FIX_UP = FixUp(Identity("vm", "0" * 32, "iid", ("private", "public")), NewKey("u", "old", "new"))
+FIX_UP = FixUp(
+    Identity("vm", "0" * 32, "iid", (HostKey("rsa", "private", "public"),)),
+    NewKey("u", "old", "new"),
+)
 
 
 @pytest.fixture

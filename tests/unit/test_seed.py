@@ -12,14 +12,19 @@ from email.mime.text import MIMEText
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pycdlib
 import pytest
 import yaml
 
-from pycloudlib.guest.seed import Seed, build_seed, write_iso
+from pycloudlib.guest.hostkeys import HostKey
+from pycloudlib.guest.seed import Seed, build_seed, supplies_host_keys, write_iso
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA user@host"
-HOST_KEY = ("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n-----END\n", "ssh-ed25519 BBBB root@vm")
+HOST_KEYS = tuple(
+    HostKey(kind, f"-----BEGIN {kind}-----\nabc\n-----END\n", f"ssh-{kind} BBBB root@vm")
+    for kind in ("ed25519", "ecdsa", "rsa")
+)
 
 
 def make_seed(**given: Any) -> Seed:
@@ -27,7 +32,7 @@ def make_seed(**given: Any) -> Seed:
         "instance_id": "iid-1",
         "hostname": "vm-1",
         "public_key": KEY,
-        "host_key": HOST_KEY,
+        "host_keys": HOST_KEYS,
     }
     return build_seed(**{**fixed, **given})
 
@@ -81,12 +86,28 @@ def find_kind(kind: str, payload: bytes) -> str:
     return next((k for start, k in BEGINNINGS.items() if payload.startswith(start)), kind)
 
 
-def merge_as_cloud_init(blob: bytes) -> dict[str, Any]:
+def render_as_cloud_init(template: bytes, **facts: Any) -> bytes:
+    """Render a template (cloudinit/templater.py) of the guest's facts."""
+    first, _, text = template.decode().partition("\n")
+    assert first == "## template: jinja"
+    environment = jinja2.Environment(
+        undefined=jinja2.DebugUndefined, trim_blocks=True, autoescape=False
+    )
+    return environment.from_string(text).render(**facts).encode()
+
+
+IMAGE: dict[str, Any] = {"merged_system_cfg": {"datasource_list": ["NoCloud"]}}
+FACTS = IMAGE | {"v1": {"region": "here"}}
+
+
+def merge_as_cloud_init(blob: bytes, facts: Mapping[str, Any] = IMAGE) -> dict[str, Any]:
     """Merge the cloud-configs: by default a later part's key replaces an earlier one's."""
     merged: dict[str, Any] = {}
     for kind, payload in read_as_cloud_init(blob):
-        if kind == "text/cloud-config":
-            merged.update(yaml.safe_load(payload))
+        is_template = kind == "text/jinja2"
+        content = render_as_cloud_init(payload, **facts) if is_template else payload
+        if content.startswith(b"#cloud-config") and kind in ("text/jinja2", "text/cloud-config"):
+            merged.update(yaml.safe_load(content))
     return merged
 
 
@@ -183,14 +204,58 @@ def test_callers_keys_of_no_known_shape_are_not_dropped_in_silence(given: object
         make_seed(meta_data={"public-keys": given})
 
 
-def test_host_key_comes_by_vendor_data() -> None:
+SUPPLIED = {f"{key.type}_private": key.private for key in HOST_KEYS} | {
+    f"{key.type}_public": key.public for key in HOST_KEYS
+}
+
+
+def test_host_keys_come_by_vendor_data() -> None:
     vendor_data = make_seed().vendor_data
 
     assert vendor_data is not None
-    assert merge_as_cloud_init(vendor_data)["ssh_keys"] == {
-        "ed25519_private": HOST_KEY[0],
-        "ed25519_public": HOST_KEY[1],
-    }
+    assert merge_as_cloud_init(vendor_data) == {"ssh_keys": SUPPLIED}
+
+
+def test_cloud_init_before_23_3_derives_the_public_keys() -> None:
+    """Some of these would let nobody read one that is supplied."""
+    vendor_data = make_seed().vendor_data
+
+    assert vendor_data is not None
+    config = merge_as_cloud_init(vendor_data, {"merged_cfg": IMAGE["merged_system_cfg"]})
+    private = {name: key for name, key in SUPPLIED.items() if name.endswith("_private")}
+    assert config == {"ssh_keys": private}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"merged_system_cfg": {"ssh_genkeytypes": ["ed25519"]}},
+        {"merged_system_cfg": {"ssh_deletekeys": False}},
+        {"merged_system_cfg": {"ssh_keys": {"rsa_private": "theirs"}}},
+        {"merged_cfg": {"ssh_deletekeys": True}},
+        {},
+    ],
+    ids=["types", "kept keys", "keys", "before 23.3", "nothing known of the image"],
+)
+def test_image_that_says_anything_of_host_keys_has_them_made_by_the_guest(
+    facts: Mapping[str, Any],
+) -> None:
+    vendor_data = make_seed().vendor_data
+
+    assert vendor_data is not None
+    assert merge_as_cloud_init(vendor_data, facts) == {}
+
+
+def test_without_host_keys_there_is_no_vendor_data() -> None:
+    assert make_seed(host_keys=()).vendor_data is None
+    assert make_seed(host_keys=(), vendor_data="#!/bin/sh\n").vendor_data == b"#!/bin/sh\n"
+
+
+def test_seed_says_whether_it_supplies_host_keys() -> None:
+    script = b"#!/bin/sh\n"
+    for given in (None, script):
+        assert supplies_host_keys(make_seed(vendor_data=given))
+        assert not supplies_host_keys(make_seed(host_keys=(), vendor_data=given))
 
 
 VENDOR_DATA: Mapping[str, tuple[Any, list[tuple[str, bytes]]]] = {
@@ -241,7 +306,7 @@ def test_callers_vendor_data_takes_effect_beside_the_host_key(kind: str) -> None
     parts = list(read_as_cloud_init(vendor_data))
     missing = [part for part in expected if part not in parts]
     assert not missing, f"cloud-init would see only {parts}"
-    assert merge_as_cloud_init(vendor_data).get("ssh_keys"), "the host key is lost"
+    assert merge_as_cloud_init(vendor_data, FACTS).get("ssh_keys"), "the host keys are lost"
 
 
 def test_callers_vendor_data_may_be_a_mapping() -> None:
@@ -251,13 +316,6 @@ def test_callers_vendor_data_may_be_a_mapping() -> None:
     merged = merge_as_cloud_init(vendor_data)
     assert merged["runcmd"] == ["echo"]
     assert merged["ssh_keys"]
-
-
-def test_callers_own_host_keys_win() -> None:
-    vendor_data = make_seed(vendor_data={"ssh_keys": {"rsa_private": "theirs"}}).vendor_data
-
-    assert vendor_data is not None
-    assert merge_as_cloud_init(vendor_data)["ssh_keys"] == {"rsa_private": "theirs"}
 
 
 @pytest.mark.parametrize("empty", [None, "", b""])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pycloudlib.guest.hostkeypool import HostKeyPool
+from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.guest.seed import (
     VOLUME_UNIT,
     Document,
@@ -15,12 +18,12 @@ from pycloudlib.guest.seed import (
     rename,
     write_iso,
 )
-from pycloudlib.key import generate_ed25519
 from tests.unit.test_seed import merge_as_cloud_init
 
-FIRST_KEY = ("-----BEGIN first-----\n", "ssh-ed25519 AAAAfirst root@first")
-SECOND_KEY = ("-----BEGIN second-----\n", "ssh-ed25519 AAAAsecond root@second")
-THIRD_KEY = ("-----BEGIN third-----\n", "ssh-ed25519 AAAAthird root@third")
+FIRST_KEY, SECOND_KEY, THIRD_KEY = (
+    HostKey("ed25519", f"-----BEGIN {name}-----\n", f"ssh-ed25519 AAAA{name} root@{name}")
+    for name in ("first", "second", "third")
+)
 
 
 def make_seed(
@@ -28,13 +31,13 @@ def make_seed(
     meta_data: Document = None,
     vendor_data: Document = None,
     network_config: Document = None,
-    host_key: tuple[str, str] = FIRST_KEY,
+    host_keys: Sequence[HostKey] = (FIRST_KEY,),
 ) -> Seed:
     return build_seed(
         instance_id="iid-first",
         hostname="first",
         public_key="ssh-ed25519 AAAA me",
-        host_key=host_key,
+        host_keys=host_keys,
         user_data=user_data,
         meta_data=meta_data,
         vendor_data=vendor_data,
@@ -43,7 +46,7 @@ def make_seed(
 
 
 def make_second(seed: Seed) -> Seed:
-    return rename(seed, instance_id="iid-second", hostname="second", host_key=SECOND_KEY)
+    return rename(seed, instance_id="iid-second", hostname="second", host_keys=[SECOND_KEY])
 
 
 def vendor_config(seed: Seed) -> dict[str, Any]:
@@ -126,8 +129,8 @@ def test_copy_of_a_machine_with_a_name_of_the_callers_has_its_own() -> None:
 )
 def test_new_host_key_wins(vendor_data: Document) -> None:
     config = vendor_config(make_second(make_seed(vendor_data=vendor_data)))
-    assert config["ssh_keys"]["ed25519_private"] == SECOND_KEY[0]
-    assert config["ssh_keys"]["ed25519_public"] == SECOND_KEY[1]
+    assert config["ssh_keys"]["ed25519_private"] == SECOND_KEY.private
+    assert config["ssh_keys"]["ed25519_public"] == SECOND_KEY.public
 
 
 def test_vendor_data_of_the_caller_stays_in_effect() -> None:
@@ -137,16 +140,19 @@ def test_vendor_data_of_the_caller_stays_in_effect() -> None:
 
 def test_copy_of_a_copy_is_somebody_else_again() -> None:
     second = make_second(make_seed(vendor_data={"timezone": "UTC"}))
-    third = rename(second, instance_id="iid-third", hostname="third", host_key=THIRD_KEY)
+    third = rename(second, instance_id="iid-third", hostname="third", host_keys=[THIRD_KEY])
     config = vendor_config(third)
-    assert config["ssh_keys"]["ed25519_private"] == THIRD_KEY[0]
+    assert config["ssh_keys"]["ed25519_private"] == THIRD_KEY.private
     assert config["timezone"] == "UTC"
     assert yaml.safe_load(third.meta_data)["instance-id"] == "iid-third"
 
 
-def test_machine_without_vendor_data_gets_a_host_key() -> None:
-    renamed = make_second(Seed(b"", b"instance-id: a\n"))
-    assert vendor_config(renamed)["ssh_keys"]["ed25519_public"] == SECOND_KEY[1]
+@pytest.mark.parametrize("vendor_data", [None, "#!/bin/sh\n"])
+def test_copy_of_a_machine_that_makes_its_host_keys_makes_its_own(
+    vendor_data: str | None,
+) -> None:
+    first = make_seed(vendor_data=vendor_data, host_keys=())
+    assert make_second(first).vendor_data == first.vendor_data
 
 
 def size_of(seed: Seed, path: Path, length: int = 0) -> int:
@@ -163,11 +169,12 @@ def test_copys_volume_is_as_long_as_the_first(size: int, tmp_path: Path) -> None
 
 
 def test_copys_volume_is_as_long_even_where_the_first_is_nearly_full(tmp_path: Path) -> None:
-    host_key = generate_ed25519(comment="root@first")
+    pool = HostKeyPool(tmp_path / "keys")
+    host_keys = pool.take("root@first")
     vendor_data = {"final_message": "x" * 1500}
 
     def first_of(size: int) -> Seed:
-        return make_seed(b"#" * size, vendor_data=vendor_data, host_key=host_key)
+        return make_seed(b"#" * size, vendor_data=vendor_data, host_keys=host_keys)
 
     def fits(size: int) -> bool:
         volume = tmp_path / f"{size}.iso"
@@ -178,7 +185,7 @@ def test_copys_volume_is_as_long_even_where_the_first_is_nearly_full(tmp_path: P
         first_of(largest),
         instance_id="iid-second",
         hostname="second",
-        host_key=generate_ed25519(comment="root@second"),
+        host_keys=pool.take("root@second"),
     )
     assert size_of(second, tmp_path / "2.iso", length=VOLUME_UNIT) == VOLUME_UNIT
     assert read_iso(tmp_path / "2.iso") == second

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
+from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.guest.seed import (
     ROOT_DIRECTORY_SECTOR,
     VOLUME_UNIT,
@@ -94,7 +94,7 @@ def test_boothook_comes_last_and_the_rest_takes_effect(vendor_data: object) -> N
             instance_id="iid",
             hostname="vm",
             public_key="ssh-ed25519 AAAA me",
-            host_key=("private", "public"),
+            host_keys=[HostKey("ed25519", "private", "ssh-ed25519 public")],
             vendor_data=vendor_data,  # type: ignore[arg-type]
             boothook=boothook,
         )
@@ -104,5 +104,5 @@ def test_boothook_comes_last_and_the_rest_takes_effect(vendor_data: object) -> N
     *others, last = read_as_cloud_init(make(HOOK))
     assert last == ("text/cloud-boothook", HOOK)
     assert others == list(read_as_cloud_init(make(None)))
-    assert merge_as_cloud_init(make(HOOK))["ssh_keys"]
-    assert yaml.safe_load(others[0][1])["ssh_keys"]["ed25519_public"] == "public"
+    config = merge_as_cloud_init(make(HOOK))
+    assert config["ssh_keys"]["ed25519_public"] == "ssh-ed25519 public"

@@ -23,6 +23,7 @@ from typing import Any
 from pycloudlib.deadline import Deadline
 from pycloudlib.documents import decode, parse_json, shown
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.guest.hostkeys import HostKey
 
 LARGEST_STDIN = 1 << 20
 """Bytes of input beyond which a command is better given to SSH."""
@@ -70,13 +71,13 @@ class Identity:
         hostname: Its name.
         machine_id: 32 hexadecimal digits (machine-id(5)).
         instance_id: For cloud-init.
-        host_key: Its ed25519 SSH host key: private key in OpenSSH's format, and public line.
+        host_keys: Its SSH host keys; the copy gets those of the types that the saved machine has.
     """
 
     hostname: str
     machine_id: str
     instance_id: str
-    host_key: tuple[str, str]
+    host_keys: tuple[HostKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +129,7 @@ class FixUp:
         if self.new_key is not None:
             fields["authorize"] = dataclasses.asdict(self.new_key)
         if self.identity is not None:
-            private, public = self.identity.host_key
             fields["identity"] = dataclasses.asdict(self.identity)
-            fields["identity"]["host_key"] = {"private": private, "public": public}
         return fields
 
 

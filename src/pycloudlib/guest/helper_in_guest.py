@@ -302,7 +302,7 @@ def take_identity(identity: Request) -> None:
         "/var/lib/dbus/machine-id"
     ):
         rewrite("/var/lib/dbus/machine-id", identity["machine_id"] + "\n")
-    take_host_key(identity["host_key"])
+    take_host_keys(identity["host_keys"])
     take_hostname(identity["hostname"])
     take_instance_id(identity["instance_id"])
 
@@ -341,17 +341,19 @@ def take_instance_id(instance_id: str) -> None:
                 rewrite(path, file.read().replace(old, instance_id))
 
 
-def take_host_key(host_key: Dict[str, str]) -> None:
-    """Replace the SSH host keys by one, and let the server take notice."""
+def take_host_keys(host_keys: "List[Dict[str, str]]") -> None:
+    """Replace the SSH host keys by others of the same types, and let the server take notice."""
     directory = "/etc/ssh"
     if not os.path.isdir(directory):
         return
-    for name in os.listdir(directory):
-        if re.match(r"ssh_host_.*_key(\.pub)?$", name):
-            os.unlink(directory + "/" + name)
-    base = directory + "/ssh_host_ed25519_key"
-    rewrite(base, host_key["private"], 0o600)
-    rewrite(base + ".pub", host_key["public"] + "\n", 0o644)
+    had = [name for name in os.listdir(directory) if re.match(r"ssh_host_.*_key(\.pub)?$", name)]
+    for name in had:
+        os.unlink(directory + "/" + name)
+    bases = {"ssh_host_{}_key".format(key["type"]): key for key in host_keys}
+    # One that has none of these types gets all: without a key it could not be reached.
+    for name in [name for name in bases if name in had] or bases:
+        rewrite(directory + "/" + name, bases[name]["private"], 0o600)
+        rewrite(directory + "/" + name + ".pub", bases[name]["public"] + "\n", 0o644)
     # A server that is started for each connection has no pid file, and reads the key then.
     with contextlib.suppress(OSError, ValueError), open("/run/sshd.pid") as file:
         os.kill(int(file.read()), signal.SIGHUP)

@@ -11,7 +11,7 @@ import email.mime.multipart
 import email.mime.nonmultipart
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from pycloudlib.documents import shown
 from pycloudlib.files import private_opener
 from pycloudlib.guest import userdata
+from pycloudlib.guest.hostkeys import HostKey
 
 VOLUME_UNIT = 4 << 20
 """Bytes. A machine that goes on from where another was saved gets a seed of its own, on a disk
@@ -37,6 +38,23 @@ _SPACE_SIZE = 80
 _RECORDING_TIME = 156 + 18  # in the root directory's record
 _TIMES = 813  # four of them, each of 17 bytes
 _NO_TIME = b"2000010100000000\0"
+
+# `ssh_keys` makes cloud-init (cc_ssh) pass over all that is configured of host keys. User-data and
+# vendor-data are known here; what the image itself configures is known to the guest, whose
+# cloud-init renders this: `merged_system_cfg` is that configuration, `merged_cfg` its name before
+# 23.3. Where neither is known, the guest makes its keys itself.
+_HOST_KEYS_BEGIN = b"""\
+## template: jinja
+#cloud-config
+{% set image = merged_system_cfg | default(merged_cfg | default({"ssh_keys": none})) %}
+{% if "ssh_keys" in image or "ssh_genkeytypes" in image or "ssh_deletekeys" in image %}
+{}
+{% else %}
+"""
+# Before 23.1, cloud-init lets nobody but root read a public key that is supplied. One that is not
+# is derived from the private key, as for everybody to read.
+_PUBLIC_BEGIN = b"{% if merged_system_cfg is defined %}\n"
+_HOST_KEYS_END = b"{% endif %}\n{% endif %}\n"
 
 Document = str | bytes | Mapping[str, Any] | None
 """A document for cloud-init as callers give it; a mapping is written as YAML."""
@@ -74,7 +92,7 @@ def build_seed(
     instance_id: str,
     hostname: str,
     public_key: str,
-    host_key: tuple[str, str],
+    host_keys: Sequence[HostKey] = (),
     user_data: str | bytes | None = None,
     meta_data: Document = None,
     vendor_data: Document = None,
@@ -84,14 +102,13 @@ def build_seed(
     """Put a machine's seed together.
 
     The user-data stays as it is given, whatever its kind: the SSH key comes by the meta-data, and
-    the host key by the vendor-data, which user-data overrides.
+    host keys by the vendor-data, unless the image's own configuration says anything of them.
 
     Args:
         instance_id: For cloud-init; the caller's meta-data may name another.
         hostname: The same.
         public_key: The line that the default user's `authorized_keys` gets.
-        host_key: The machine's ed25519 host key: the private key in OpenSSH's format, and the
-            public line.
+        host_keys: The machine's; none if it makes them itself.
         user_data: The caller's, if any.
         meta_data: The caller's, if any; a YAML or JSON mapping.
         vendor_data: The caller's, if any, of any kind; takes effect beside ours.
@@ -105,11 +122,11 @@ def build_seed(
     if user_data is not None and not isinstance(user_data, (str, bytes)):
         raise TypeError(f"user_data must be str or bytes, not {type(user_data).__name__}")
     defaults = {"instance-id": instance_id, "local-hostname": hostname}
-    network = _document("network_config", network_config)
+    network = encode_document("network_config", network_config)
     return Seed(
-        user_data=_document("user_data", user_data) or b"",
+        user_data=encode_document("user_data", user_data) or b"",
         meta_data=_merge_meta_data(defaults, public_key, meta_data),
-        vendor_data=_merge_vendor_data(_host_key_config(host_key), vendor_data, boothook),
+        vendor_data=_merge_vendor_data(_host_key_config(host_keys), vendor_data, boothook),
         network_config=network,
     )
 
@@ -194,19 +211,36 @@ def read_iso(path: Path) -> Seed:
         raise ValueError(f"{path} is not a NoCloud volume that was made here: {error}") from error
 
 
-def rename(seed: Seed, *, instance_id: str, hostname: str, host_key: tuple[str, str]) -> Seed:
-    """Give the seed of a copy of a machine: the same but for who it is for."""
+def rename(seed: Seed, *, instance_id: str, hostname: str, host_keys: Sequence[HostKey]) -> Seed:
+    """Return the seed of a copy of a machine: the same but for its identity.
+
+    The host keys replace those that were supplied to the machine; one that made its own will do so
+    again.
+    """
     meta_data = parse_mapping("meta_data", seed.meta_data)
     meta_data.update({"instance-id": instance_id, "local-hostname": hostname})
+    config = _host_key_config(host_keys) if supplies_host_keys(seed) else None
     return Seed(
         seed.user_data,
         _yaml(meta_data, "meta_data"),
-        _merge_vendor_data(seed.vendor_data, _host_key_config(host_key)),
+        _merge_vendor_data(seed.vendor_data, config),
         seed.network_config,
     )
 
 
-def _document(name: str, document: Document) -> bytes | None:
+def supplies_host_keys(seed: Seed) -> bool:
+    """Whether a seed that was made here supplies host keys."""
+    parts = userdata.split(seed.vendor_data or b"", "vendor-data")
+    return any(part.startswith(_HOST_KEYS_BEGIN) for part in parts)
+
+
+def encode_document(name: str, document: Document) -> bytes | None:
+    """Return a document as cloud-init gets it.
+
+    Raises:
+        TypeError: It is of a wrong type.
+        ValueError: It cannot be written as UTF-8.
+    """
     if document is None or isinstance(document, bytes):
         return document
     if isinstance(document, str):
@@ -246,7 +280,7 @@ def parse_mapping(name: str, given: Document) -> dict[str, Any]:
     """
     if isinstance(given, Mapping):
         return dict(given)
-    parsed = userdata.load_yaml(_document(name, given) or b"", name) or {}
+    parsed = userdata.load_yaml(encode_document(name, given) or b"", name) or {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a YAML mapping, not {type(parsed).__name__}")
     return parsed
@@ -274,13 +308,24 @@ def _public_keys(given: object) -> list[str]:
     return keys
 
 
-def _host_key_config(host_key: tuple[str, str]) -> bytes:
-    private, public = host_key
-    config = {"ssh_keys": {"ed25519_private": private, "ed25519_public": public}}
-    return b"#cloud-config\n" + _yaml(config, "the host key")
+def _host_key_config(host_keys: Sequence[HostKey]) -> bytes | None:
+    """Write the part of the vendor-data that supplies host keys; None for none."""
+    if not host_keys:
+        return None
+    private = {f"{key.type}_private": key.private for key in host_keys}
+    public = {f"{key.type}_public": key.public for key in host_keys}
+    return b"".join(
+        (
+            _HOST_KEYS_BEGIN,
+            _yaml({"ssh_keys": private}, "the host keys"),
+            _PUBLIC_BEGIN,
+            _yaml({"ssh_keys": public}, "the host keys").partition(b"\n")[2],
+            _HOST_KEYS_END,
+        )
+    )
 
 
-def _merge_vendor_data(*documents: Document) -> bytes:
+def _merge_vendor_data(*documents: Document) -> bytes | None:
     """Let all of them take effect: as the parts of one MIME document, or alone.
 
     Where two set the same key, the later part's value replaces the earlier one's: the caller's
@@ -289,6 +334,8 @@ def _merge_vendor_data(*documents: Document) -> bytes:
     given = [document for document in map(_vendor_document, documents) if document]
     if len(given) == 1:
         return given[0]
+    if not given:
+        return None
     parts = email.mime.multipart.MIMEMultipart()
     for part in given:
         parts.attach(_mime_part(part))
@@ -298,7 +345,7 @@ def _merge_vendor_data(*documents: Document) -> bytes:
 def _vendor_document(document: Document) -> bytes | None:
     if isinstance(document, Mapping):
         return b"#cloud-config\n" + _yaml(document, "vendor_data")
-    return _document("vendor_data", document)
+    return encode_document("vendor_data", document)
 
 
 def _mime_part(document: bytes) -> email.message.Message:

@@ -43,8 +43,17 @@ class HostKeys(Protocol):
     def pinned(self) -> Sequence[str]:
         """Give the host keys that are known to be the machine's, as `type base64` lines."""
 
-    def accepts(self, key_line: str) -> bool:
-        """Decide on a host key that is not among the pinned ones."""
+    def accepts(self, key_line: str, connection: socket.socket) -> bool:
+        """Decide on a host key that is not among the pinned ones.
+
+        Args:
+            key_line: The key, as `type base64`.
+            connection: The connection on which it was shown.
+        """
+
+
+class HostKeyRefusedError(Exception):
+    """The host key is not the machine's; the cause of the `paramiko.SSHException` that says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +80,21 @@ def connect(
         banner_timeout: Seconds until the server has to have shown itself.
 
     Raises:
-        paramiko.SSHException: No connection; says with what and why.
+        paramiko.SSHException: No connection; says with what and why. Its cause is a
+            `HostKeyRefusedError` if it is the host key.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
     client = paramiko.SSHClient()
     client.set_log_channel(_TRANSPORT_LOG)
-    client.set_missing_host_key_policy(_policy(host_keys))
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
     for line in host_keys.pinned() if host_keys else ():
         entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
         if entry is not None and entry.key is not None:
             client.get_host_keys().add(name, entry.key.get_name(), entry.key)
     try:
+        connection = open_with_banner(endpoint.host, endpoint.port, banner_timeout)
+        client.set_missing_host_key_policy(_policy(host_keys, connection))
         client.connect(
             endpoint.host,
             endpoint.port,
@@ -92,20 +103,24 @@ def connect(
             look_for_keys=False,
             # An agent is asked only for a key that cannot be read without one.
             allow_agent=_needs_agent(endpoint),
-            sock=open_with_banner(endpoint.host, endpoint.port, banner_timeout),
+            sock=connection,
             transport_factory=_open_transport,
             timeout=ANSWER_LIMIT,
             banner_timeout=ANSWER_LIMIT,
             auth_timeout=ANSWER_LIMIT,
         )
     except paramiko.BadHostKeyException as error:
+        accepted = host_keys is not None and host_keys.accepts(_line(error.key), connection)
         client.close()
-        if host_keys is not None and host_keys.accepts(_line(error.key)):
+        if accepted:
             return connect(endpoint, host_keys, banner_timeout=banner_timeout)
         raise paramiko.SSHException(
-            f"{endpoint}: host key changed: the machine showed {_line(error.key)}, "
-            f"but {_line(error.expected_key)} was expected"
-        ) from error
+            f"{endpoint}: host key changed: {_line(error.key)} was shown, and not by the machine, "
+            f"whose key is {_line(error.expected_key)}"
+        ) from HostKeyRefusedError(str(error))
+    except HostKeyRefusedError as error:
+        client.close()
+        raise paramiko.SSHException(f"{endpoint}: {error}") from error
     except paramiko.AuthenticationException as error:
         client.close()
         raise type(error)(
@@ -236,15 +251,17 @@ def _naming(remote_path: str) -> Iterator[None]:
         raise type(error)(error.errno, error.strerror or str(error), remote_path) from error
 
 
-def _policy(host_keys: HostKeys | None) -> paramiko.MissingHostKeyPolicy:
+def _policy(host_keys: HostKeys | None, connection: socket.socket) -> paramiko.MissingHostKeyPolicy:
     import paramiko  # noqa: PLC0415 - heavy
 
     class Policy(paramiko.MissingHostKeyPolicy):
         def missing_host_key(
             self, _client: paramiko.SSHClient, hostname: str, key: paramiko.PKey
         ) -> None:
-            if host_keys is not None and not host_keys.accepts(_line(key)):
-                raise paramiko.SSHException(f"host key of {hostname} is unknown: {_line(key)}")
+            if host_keys is not None and not host_keys.accepts(_line(key), connection):
+                raise HostKeyRefusedError(
+                    f"unknown host key: {_line(key)} was shown, and not by the machine"
+                )
 
     return Policy()
 

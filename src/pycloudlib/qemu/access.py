@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,10 +20,11 @@ from pycloudlib.errors import (
 )
 from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, ssh
-from pycloudlib.guest.bootphases import BootWatch, Phase, find_phase
+from pycloudlib.guest.bootphases import BootWatch
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
 from pycloudlib.key import KeyPair
+from pycloudlib.qemu import peer
 from pycloudlib.qemu.diagnosed import DiagnosedInstance
 from pycloudlib.qemu.helperlink import HelperLink
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
@@ -290,16 +292,14 @@ class GuestAccess(DiagnosedInstance):
         elif self._watch.dead_end is not None:
             raise BootFailedError(self.name, *self._watch.dead_end)
 
-    def _is_told(self) -> bool:
-        log = self.machine.rundir.console_log
-        if not log.exists():
-            return False
-        lines = log.read_bytes()[self.machine.console_start :].splitlines()
-        return any(find_phase(line) is Phase.CLOUD_INIT_DONE for line in lines)
-
     def _host_keys(self) -> ssh.HostKeys:
+        return MachineHostKeys(self.machine.rundir.known_hosts, self._ends_in_machine)
+
+    def _ends_in_machine(self, connection: socket.socket) -> bool:
+        """Whether QEMU has the other end of a connection: it hands that on to the guest's sshd."""
         rundir = self.machine.rundir
-        return MachineHostKeys(rundir.known_hosts, rundir.console_log, rundir.seed)
+        processes = (rundir.find_process(), rundir.find_successor())
+        return any(process and peer.ends_in(connection, process) for process in processes)
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():

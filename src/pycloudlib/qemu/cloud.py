@@ -18,6 +18,7 @@ import platformdirs
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
 from pycloudlib.guest import seed as nocloud
+from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair, check_key_pair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
@@ -231,7 +232,7 @@ class Qemu(QemuReady):
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key = self._key_for(rundir)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
-            beginning.write_files(rundir)
+            beginning.write_files(self._host, rundir)
             machine = start_machine(
                 self._host,
                 rundir,
@@ -242,6 +243,7 @@ class Qemu(QemuReady):
             instance = self._make_instance(machine, key, user)
             self.created_instances.append(instance)
             stack.pop_all()
+        self._host.host_keys.fill()
         self._tell_launched(instance, f"from {request.image.path}")
         return instance
 
@@ -372,7 +374,8 @@ class Qemu(QemuReady):
         binary = Path(self.qemu_binary)
         cache_dir = platformdirs.user_cache_path(APPLICATION)
         choice = choose_accelerator(self.settings.accelerator, binary, cache_dir)
-        return Host(binary, choice.accelerator, self._ports)
+        host_keys = HostKeyPool(platformdirs.user_state_path(APPLICATION) / "host-keys")
+        return Host(binary, choice.accelerator, self._ports, host_keys)
 
     @property
     def _ports(self) -> PortRegistry:

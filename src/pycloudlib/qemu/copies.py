@@ -15,12 +15,13 @@ from pathlib import Path
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError
 from pycloudlib.files import copy_private, write_private
+from pycloudlib.guest import hostkeys
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
-from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.handover import feed, receive, wait_for_state
+from pycloudlib.qemu.launch import Host
 from pycloudlib.qemu.machine import Machine, uninterrupted
 from pycloudlib.qemu.memory import Memory
 from pycloudlib.qemu.ports import PortLease
@@ -53,14 +54,14 @@ class CopyRequest:
     boots: bool = False
 
 
-def write_files(rundir: RunDirectory, request: CopyRequest) -> None:
+def write_files(host: Host, rundir: RunDirectory, request: CopyRequest) -> None:
     """Make the copy's disk and seed, and note what is to be put right in it."""
     saved = request.saved
     disk.create_overlay(disk.read_layer(saved.image), rundir.disk, unopened=True)
-    identity = _make_identity(request.name) if request.fresh_identity else None
+    identity = _make_identity(host, request.name) if request.fresh_identity else None
     if identity is not None:
         _write_renamed_seed(rundir, saved, identity)
-        write_private(rundir.known_hosts, " ".join(identity.host_key[1].split()[:2]) + "\n")
+        hostkeys.pin(rundir.known_hosts, identity.host_keys)
     else:
         for source, target in ((saved.seed, rundir.seed), (saved.known_hosts, rundir.known_hosts)):
             if source.exists():
@@ -181,9 +182,9 @@ def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
             )
 
 
-def _make_identity(name: str) -> Identity:
-    host_key = generate_ed25519(comment=f"root@{name}")
-    return Identity(name, secrets.token_hex(16), f"iid-{uuid.uuid4()}", host_key)
+def _make_identity(host: Host, name: str) -> Identity:
+    host_keys = host.host_keys.take(f"root@{name}")
+    return Identity(name, secrets.token_hex(16), f"iid-{uuid.uuid4()}", host_keys)
 
 
 def _write_renamed_seed(rundir: RunDirectory, saved: SavedMachine, identity: Identity) -> None:
@@ -194,6 +195,6 @@ def _write_renamed_seed(rundir: RunDirectory, saved: SavedMachine, identity: Ide
         nocloud.read_iso(saved.seed),
         instance_id=identity.instance_id,
         hostname=identity.hostname,
-        host_key=identity.host_key,
+        host_keys=identity.host_keys,
     )
     nocloud.write_iso(seed, rundir.seed, length=saved.seed.stat().st_size)

@@ -244,7 +244,7 @@ class FirstBoot:
     request: LaunchRequest
     start: SavedMachine
 
-    def write_files(self, rundir: RunDirectory) -> None:
+    def write_files(self, host: Host, rundir: RunDirectory) -> None:
         """Make its disk and its seed."""
         start = self.start
         assert start.rtc_lag is not None
@@ -252,6 +252,7 @@ class FirstBoot:
         program = correction.program(saved_at=start.saved_at, rtc_lag=start.rtc_lag)
         write_private(rundir.first_boot, program)
         supply_seed(
+            host,
             rundir,
             self.request,
             boothook=correction.boothook(program),

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 from pycloudlib.errors import InstanceExistsError, MissingKernelError
-from pycloudlib.files import expand_user, is_file, write_private
+from pycloudlib.files import expand_user, is_file
+from pycloudlib.guest import hostkeys
 from pycloudlib.guest import seed as nocloud
+from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import store
-from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.machine import Machine
@@ -46,6 +47,15 @@ class SeedRequest:
     meta_data: nocloud.Document = None
     vendor_data: nocloud.Document = None
     network_config: nocloud.Document = None
+
+    @property
+    def decides_host_keys(self) -> bool:
+        """Whether the caller's data says anything of SSH host keys, or may."""
+        documents = {"user_data": self.user_data, "vendor_data": self.vendor_data}
+        return any(
+            hostkeys.are_decided_by(nocloud.encode_document(name, document) or b"", name)
+            for name, document in documents.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +112,13 @@ class Host:
         binary: The QEMU binary.
         accelerator: How guest instructions are executed.
         ports: The ports that are leased to machines.
+        host_keys: SSH host keys for machines, made ahead.
     """
 
     binary: Path
     accelerator: Accelerator
     ports: PortRegistry
+    host_keys: HostKeyPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +257,7 @@ class Beginning(Protocol):
     def request(self) -> LaunchRequest:
         """The machine."""
 
-    def write_files(self, rundir: RunDirectory) -> None:
+    def write_files(self, host: Host, rundir: RunDirectory) -> None:
         """Make its disk and its seed."""
 
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
@@ -265,11 +277,11 @@ class PowerOn:
 
     request: LaunchRequest
 
-    def write_files(self, rundir: RunDirectory) -> None:
+    def write_files(self, host: Host, rundir: RunDirectory) -> None:
         """Make its disk and its seed."""
         disk.create_overlay(self.request.image, rundir.disk, size=self.request.disk_size)
         if self.request.seed is not None:
-            supply_seed(rundir, self.request)
+            supply_seed(host, rundir, self.request)
 
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
         """Say what machine it is."""
@@ -281,28 +293,32 @@ class PowerOn:
 
 
 def supply_seed(
+    host: Host,
     rundir: RunDirectory,
     request: LaunchRequest,
     *,
     boothook: bytes | None = None,
     length: int = 0,
 ) -> None:
-    """Make the machine's seed, with a host key that is pinned.
+    """Make the machine's seed, with host keys that are pinned, unless the caller says of some.
 
     Args:
+        host: What the machine runs on.
         rundir: The machine's directory.
         request: The machine.
         boothook: What cloud-init is to run first; see `guest.seed.build_seed`.
         length: Bytes that the volume is to have; see `guest.seed.write_iso`.
     """
-    host_key = generate_ed25519(comment=f"root@{request.name}")
-    nocloud.write_iso(make_seed(request, host_key, boothook), rundir.seed, length)
-    write_private(rundir.known_hosts, " ".join(host_key[1].split()[:2]) + "\n")
+    assert request.seed is not None
+    keys = () if request.seed.decides_host_keys else host.host_keys.take(f"root@{request.name}")
+    nocloud.write_iso(make_seed(request, keys, boothook), rundir.seed, length)
+    if keys:
+        hostkeys.pin(rundir.known_hosts, keys)
 
 
 def make_seed(
     request: LaunchRequest,
-    host_key: tuple[str, str] = ("", ""),
+    host_keys: Sequence[hostkeys.HostKey] = (),
     boothook: bytes | None = None,
 ) -> nocloud.Seed:
     """Put the seed of a machine that has one together; errors are those of `build_seed`."""
@@ -310,7 +326,7 @@ def make_seed(
     return nocloud.build_seed(
         instance_id=f"iid-{uuid.uuid4()}",
         hostname=request.name,
-        host_key=host_key,
+        host_keys=host_keys,
         public_key=request.seed.public_key,
         user_data=request.seed.user_data,
         meta_data=request.seed.meta_data,

@@ -212,7 +212,7 @@ class QemuLive(QemuImages):
             key, new_key = self._key_of_copy(rundir, request)
             request = dataclasses.replace(request, new_key=new_key)
             rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
-            copies.write_files(rundir, request)
+            copies.write_files(self._host, rundir, request)
             machine = start_machine(
                 self._host,
                 rundir,
@@ -224,6 +224,7 @@ class QemuLive(QemuImages):
             instance.put_right_soon()
             self.created_instances.append(instance)
             stack.pop_all()
+        self._host.host_keys.fill()
         self._tell_launched(instance, f"as a copy of {saved.image}")
         return instance
 
