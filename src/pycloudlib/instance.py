@@ -67,7 +67,10 @@ class BaseInstance(Readiness):
         raise_cleanup_errors(self.delete(), exc)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.id})"
+        # A program's subclass may have a method in the property's place, whose own representation
+        # has this one in it.
+        identity: object = self.id
+        return f"{type(self).__name__}({identity() if callable(identity) else identity})"
 
     @property
     @abstractmethod

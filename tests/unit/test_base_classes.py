@@ -658,3 +658,12 @@ def test_what_a_cloud_cannot_tell_says_so(instance: Instance) -> None:
         instance.get_status()
     with pytest.raises(NotImplementedError, match="Cloud finds no images by name"):
         Cloud().get_image_id_from_name("noble")
+
+
+def test_an_instance_whose_id_is_a_method_is_shown() -> None:
+    class Own(Instance):
+        def id(self) -> str:  # type: ignore[override]
+            return "own-1"
+
+    assert repr(Own()) == "Own(own-1)"
+    assert repr(Instance()) == "Instance(minimal-1)"
