@@ -26,7 +26,7 @@ def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
         target: The file.
         synced: Whether it has to survive a crash of the host.
     """
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target, "tmp")
     try:
         yield temporary
         if synced:
@@ -35,6 +35,13 @@ def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(target: Path, suffix: str) -> Path:
+    """Choose a hidden name beside a file; it is not too long, however long the file's name is."""
+    # The limit is in bytes, of which a character may have four.
+    start = target.name.encode("utf-8", "surrogateescape")[:80].decode("utf-8", "ignore")
+    return target.with_name(f".{start}.{secrets.token_hex(4)}.{suffix}")
 
 
 def write_private(path: Path, text: str) -> None:
@@ -87,6 +94,15 @@ def is_directory(path: Path) -> bool:
         if not tells_of_no_file(error):
             raise
         return False
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; that there is none of its name, or that none can have it, is no error."""
+    try:
+        path.unlink()
+    except OSError as error:
+        if not tells_of_no_file(error):
+            raise
 
 
 def create_private_directory(path: Path) -> Path:

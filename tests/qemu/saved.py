@@ -50,7 +50,12 @@ def qemus(directory: Path) -> list[int]:
         except OSError:
             continue
         pid = int(process.name)
-        if f"{directory}/".encode() in command and b"-accel" in command and alive(pid):
+        # A comma is written twice in QEMU's options.
+        if (
+            f"{directory}/".replace(",", ",,").encode() in command
+            and b"-accel" in command
+            and alive(pid)
+        ):
             found.append(pid)
     return found
 

@@ -11,6 +11,7 @@ from pycloudlib import Qemu
 from pycloudlib.cli.machines import nearest
 from pycloudlib.cli.session import TAG
 from pycloudlib.errors import ImageNotFoundError
+from pycloudlib.files import expand_user, is_file
 from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
 from pycloudlib.progress import ProgressCallback
@@ -64,8 +65,8 @@ def find_here(cloud: Qemu, text: str) -> str | None:
         if text == short_name(Path(stored.image_id), cloud.image_dir):
             return stored.image_id
     is_path = "/" in text or Path(text).suffix in (".img", ".qcow2", ".raw")
-    here = Path(text).expanduser()
-    if is_path and here.is_file():
+    here = expand_user(text)
+    if is_path and is_file(here):
         return str(here.absolute())
     if is_path:
         return str(store.resolve(text, cloud.image_dir))

@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +21,7 @@ from pycloudlib.cli.session import Session, command
 from pycloudlib.cli.values import MachineName
 from pycloudlib.cli.values import Place as PlaceType
 from pycloudlib.diagnosis import Cause
+from pycloudlib.files import expand_user
 from pycloudlib.guest import commands
 from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu.instance import QemuInstance
@@ -149,6 +149,6 @@ def copy(session: Session, source: str, target: str) -> None:
         showing_progress(session.progress, _log) as show,
     ):
         if here.machine:
-            transfer.pull(instance, here.path, Path(there.path).expanduser(), show)
+            transfer.pull(instance, here.path, expand_user(there.path), show)
         else:
-            transfer.push(instance, Path(here.path).expanduser(), there.path, show)
+            transfer.push(instance, expand_user(here.path), there.path, show)

@@ -21,8 +21,8 @@ from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import MachineSpec
 
-# What stands beside the directories of machines: see layers.py, and the keys of a cloud.
-_NO_MACHINES = re.compile(r"layers|snapshots|keys-[0-9a-f]{8}|\..*")
+# What stands beside the directories of machines: see layers.py; and the keys of a cloud, hidden.
+_NO_MACHINES = re.compile(r"layers|snapshots|\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,7 @@ class Found:
     @property
     def id(self) -> str:
         """Its id, by which `Qemu.get_instance` finds it; empty of one that cannot be used."""
-        if self.spec is None:
-            return ""
-        return f"{self.rundir.disk}::{self.spec.ssh_port}::{self.spec.telnet_port}"
+        return "" if self.spec is None else self.rundir.instance_id(self.spec)
 
     @property
     def pid(self) -> int | None:

@@ -22,6 +22,7 @@ from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.files import (
     expand_user,
     is_file,
+    remove_file,
     replace_atomically,
     tells_of_no_file,
     write_private,
@@ -156,7 +157,7 @@ def inherit(image: Path, base: Path, source: str) -> None:
     The digest stays empty: it would take as long as reading the whole disk.
     """
     for name in (kernel_path, initrd_path):
-        if name(base).is_file():
+        if is_file(name(base)):
             name(image).symlink_to(name(base))
     known = find_record(base)
     record = ImageRecord(
@@ -244,7 +245,7 @@ def delete(image: Path, image_dir: Path) -> None:
         image_dir: Where images are stored; directories elsewhere are not ours to remove.
     """
     for path in (image, kernel_path(image), initrd_path(image), record_path(image)):
-        path.unlink(missing_ok=True)
+        remove_file(path)
     if image.parent.is_relative_to(image_dir) and image.parent != image_dir:
         with contextlib.suppress(OSError):  # something else is in it
             image.parent.rmdir()

@@ -46,7 +46,8 @@ from pycloudlib.qemu.settings import APPLICATION, parse_orphans
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, check_name, make_name
 from pycloudlib.tools import find_tool
 
-_KEYS = "keys"
+# No machine can be called so.
+_KEYS = ".keys"
 
 
 class Qemu(QemuReady):
@@ -255,9 +256,9 @@ class Qemu(QemuReady):
         Raises:
             InstanceNotFoundError: It does not exist (any more), or this is not an instance's id.
         """
-        rundir = RunDirectory(Path(str(instance_id).partition("::")[0]).parent)
+        rundir = RunDirectory.of_id(str(instance_id))
         spec = rundir.read_spec()
-        if instance_id != f"{rundir.disk}::{spec.ssh_port}::{spec.telnet_port}":
+        if instance_id != rundir.instance_id(spec):
             raise InstanceNotFoundError(
                 instance_id,
                 message=f"{instance_id!r} is not the id of the instance in {rundir.path}; an id "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from pycloudlib.documents import decode, parse_json, shown
 from pycloudlib.errors import ToolError
+from pycloudlib.files import temporary_name
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.tools import run_tool, run_tool_streaming
 
@@ -30,6 +30,8 @@ _GIB = 1 << 30
 _LARGEST_GIB = 64 * 1024
 MINIMUM_DISK_SIZE = 10 * _GIB
 """Bytes that a machine's disk has at least where nothing else is asked for."""
+LONGEST_BACKING_NAME = 1023
+"""Bytes that the path of an image may have that disks are built on (docs/interop/qcow2.txt)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,11 @@ def create_overlay(
         path: The new disk.
         unopened: Whether the image is not looked at, as a running QEMU may still write to it.
         size: Its length in bytes, not less than the image's; None for the usual one.
+
+    Raises:
+        ValueError: The image's path is too long for a disk that is built on it.
     """
+    _check_backing_name(base.path)
     size = max(base.virtual_size, MINIMUM_DISK_SIZE if size is None else size)
     # fmt: off
     argv: list[str | Path] = [
@@ -258,6 +264,7 @@ def _truncated(path: Path, expected: int) -> ValueError:
 
 def rebase(overlay: Path, base: Path) -> None:
     """Build a disk directly on the lowest file of its chain, taking in what lies between."""
+    _check_backing_name(base)
     base_format = "qcow2" if _is_qcow2(base) else "raw"
     # fmt: off
     argv: list[str | Path] = [
@@ -289,7 +296,7 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         source,
     ]
     # fmt: on
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target, "tmp")
     try:
         _create_private(temporary)
         run_tool_streaming(
@@ -299,6 +306,16 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         os.link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_backing_name(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if length > LONGEST_BACKING_NAME:
+        raise ValueError(
+            f"No disk can be built on {path}: its path has {length} bytes, and a qcow2 disk names "
+            f"what it is built on by at most {LONGEST_BACKING_NAME}. Let image_dir and working_dir "
+            "in [qemu] name shorter ones"
+        )
 
 
 def _create_private(path: Path) -> None:

@@ -84,7 +84,7 @@ class QemuInstance(GuestAccess):
     @property
     def id(self) -> str:
         """`<instance_path>::<ssh_port>::<telnet_port>`, readable after the end, too."""
-        return f"{self.instance_path}::{self.port}::{self.telnet_port}"
+        return self.machine.rundir.instance_id(self.machine.spec)
 
     @property
     def boot_timeline(self) -> tuple[PhaseStart, ...]:

@@ -222,7 +222,7 @@ def _find_initrd(kernel: Path) -> Path | None:
     """Find what stands beside a kernel under the names that distributions give it."""
     for name in ("initrd", "initrd.img"):
         initrd = kernel.with_name(kernel.name.replace("vmlinuz", name))
-        if initrd.name != kernel.name and initrd.is_file():
+        if initrd.name != kernel.name and is_file(initrd):
             return initrd.absolute()
     return None
 

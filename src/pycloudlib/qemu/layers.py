@@ -29,7 +29,6 @@ MAXIMUM_DEPTH = 16
 """Layers that a disk is built on before they are merged into one; see `performance.md`."""
 
 _QCOW2_HEADER = struct.Struct(">4sIQI")
-_LONGEST_NAME = 1023  # of a backing file, in bytes (docs/interop/qcow2.txt)
 _LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
 _CLOUD_PREFIX = "pycl-qemu-"
 _SNAPSHOTS = "snapshots"
@@ -196,7 +195,7 @@ def read_backing_file(image: Path) -> Path | None:
             if len(header) < _QCOW2_HEADER.size or not header.startswith(disk.QCOW_MAGIC):
                 return None
             _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
-            if offset == 0 or not 0 < length <= _LONGEST_NAME:
+            if offset == 0 or not 0 < length <= disk.LONGEST_BACKING_NAME:
                 return None
             # Not by seek(): a damaged header's offset may be none that there can be.
             name = os.pread(file.fileno(), length, min(offset, _LAST_OFFSET))

@@ -23,6 +23,7 @@ from pycloudlib.qemu.spec import MachineSpec
 _log = logging.getLogger(__name__)
 
 _SPEC_FILE = "machine.json"
+_ID_SEPARATOR = "::"
 _LAST_PID = 2**31 - 1  # pid_t
 # How often a directory is removed to which somebody adds something at the same time.
 _REMOVALS = 100
@@ -55,6 +56,16 @@ class RunDirectory:
     def list_in(cls, parent: Path) -> list[RunDirectory]:
         """List the directories of instances in a cloud's directory."""
         return [cls(file.parent) for file in sorted(parent.glob(f"*/{_SPEC_FILE}"))]
+
+    @classmethod
+    def of_id(cls, instance_id: str) -> RunDirectory:
+        """Name the directory of the instance that has an id; it need not exist."""
+        # From the right: the path may hold the separator, the ports cannot.
+        return cls(Path(instance_id.rsplit(_ID_SEPARATOR, 2)[0]).parent)
+
+    def instance_id(self, spec: MachineSpec) -> str:
+        """Give the id of the instance: `<path of its disk>::<ssh port>::<telnet port>`."""
+        return _ID_SEPARATOR.join((str(self.disk), str(spec.ssh_port), str(spec.telnet_port)))
 
     @property
     def created(self) -> float:
