@@ -22,6 +22,7 @@ from pycloudlib.errors import (
     ResourceNotFoundError,
     ResourceType,
     UnsetSSHKeyError,
+    UnsupportedCloudError,
 )
 
 EVERY_KIND = [
@@ -36,6 +37,7 @@ EVERY_KIND = [
     ImageNotFoundError("an-id", message="broken"),
     InstanceNotFoundError("an-id", "a-name"),
     NetworkNotFoundError(resource_name="a-name"),
+    UnsupportedCloudError("EC2"),
     InvalidKeyError("broken"),
     MissingKernelError("broken"),
     InvalidTagNameError("Tag", ["it is broken"]),

@@ -59,8 +59,8 @@ class VmFactory(Protocol):
 
         Raises:
             ImageNotFoundError: There is no such image.
-            PycloudlibError: It could not be launched, or did not get ready; as `Qemu.launch` and
-                `QemuInstance.wait`.
+            PycloudlibException: It could not be launched, or did not get ready; as `Qemu.launch`
+                and `QemuInstance.wait`.
         """
 
 
@@ -84,7 +84,8 @@ class PrepareVm(Protocol):
 
         Raises:
             ImageNotFoundError: There is no such image.
-            PycloudlibError: It could not be launched, or did not get ready, or could not be saved.
+            PycloudlibException: It could not be launched, or did not get ready, or could not be
+                saved.
         """
 
 

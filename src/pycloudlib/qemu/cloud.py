@@ -147,6 +147,8 @@ class Qemu(QemuReady):
             ImageNotFoundError: There is no such image.
             InstanceExistsError: This cloud has an instance of that name.
             ValueError: One of the arguments is malformed, or the image is damaged or unsafe.
+            InvalidKeyError: A file of the cloud's SSH key is missing, or is no key.
+            MissingKernelError: There is no kernel for `kernel_cmdline`.
             TypeError: One of the arguments is of a wrong type.
             FileNotFoundError: There is no file at `kernel_path`.
             CloudSetupError: KVM is asked for in the configuration and does not work.
