@@ -229,6 +229,7 @@ class BaseInstance(Readiness):
         use_sudo: bool = False,
         get_pty: bool = False,
         timeout: float | None = None,
+        no_log: bool = False,
         **kwargs: Any,
     ) -> Result:
         """Execute a command in the guest, as the login user.
@@ -240,6 +241,7 @@ class BaseInstance(Readiness):
             use_sudo: Whether to run it as root.
             get_pty: Whether to give it a terminal.
             timeout: Seconds it may take; no limit by default.
+            no_log: Whether the command, which may have secrets in it, is left out of the log.
             **kwargs: Accepted for older programs and logged.
 
         Returns:
@@ -255,11 +257,11 @@ class BaseInstance(Readiness):
             self._log.debug("Ignored by execute(): %s", kwargs)
         if description:
             self._log.info("%s: %s", self.name, description)
-        # What a wait asks the guest, over and over, is nothing that the program has executed.
-        level = logging.INFO if current_deadline() is None else logging.DEBUG
-        shown = command if isinstance(command, str) else shlex.join(command)
-        self._log.log(level, "executing: %s", shown)
-        self._log.debug("Executing in %s: %s", self.name, argv)
+        if not no_log:
+            # What a wait asks the guest, over and over, is nothing that the program has executed.
+            level = logging.INFO if current_deadline() is None else logging.DEBUG
+            shown = command if isinstance(command, str) else shlex.join(command)
+            self._log.log(level, "executing: %s", shown)
         # Overrides of _ssh() in older programs know `stdin` alone: the rest only when asked for.
         options: dict[str, Any] = {"get_pty": True} if get_pty else {}
         if timeout is not None:

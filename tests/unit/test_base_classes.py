@@ -623,6 +623,15 @@ def test_what_is_executed_is_logged(
     assert messages == [f"{instance.name}: for a reason", f"executing: {shown}"]
 
 
+def test_what_is_not_to_be_logged_is_not(
+    instance: Instance, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        assert instance.execute("echo secret", no_log=True) == "secret"
+
+    assert not [record for record in caplog.records if "secret" in record.getMessage()]
+
+
 def test_what_a_wait_asks_is_not_logged_as_executed(
     instance: Instance, caplog: pytest.LogCaptureFixture
 ) -> None:
