@@ -104,7 +104,9 @@ def _json() -> str:
         "meaning. `list`, `info`, `images list` and `doctor` print a list of objects, `launch` one",
         "such as those of `info`; `prune` and `images prune` a list of texts; `diagnose` an object",
         "with the fields of `pycloudlib.diagnosis.Diagnosis`, whose `cause` is the name of one of",
-        "`pycloudlib.diagnosis.Cause`, and with `hint`: what to try.\n",
+        "`pycloudlib.diagnosis.Cause`, and with `hint`: what to try.\n\n"
+        "A path that is not UTF-8 has an escape for each byte that is not, `\\udcf6` for the byte\n"
+        "f6: Python's `os.fsencode` makes the path of it again.\n",
     ]
     titles = {
         MachineFacts: "A machine (`list`, `info`, `launch`)",

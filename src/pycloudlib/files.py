@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pycloudlib.errors import CloudSetupError
+from pycloudlib.rawtext import to_bytes
 
 
 @contextlib.contextmanager
@@ -48,8 +49,8 @@ def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, from its first byte on; never through a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(to_bytes(text))
 
 
 def private_opener(path: str, flags: int) -> int:

@@ -16,6 +16,7 @@ from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest import commands, ssh
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.rawtext import to_bytes
 from pycloudlib.readiness import (
     DEFAULT_READY_MINUTES,
     Readiness,
@@ -387,7 +388,7 @@ class BaseInstance(Readiness):
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
         limit = command_limit(timeout)
-        data = stdin.encode() if isinstance(stdin, str) else stdin or b""
+        data = to_bytes(stdin) if isinstance(stdin, str) else stdin or b""
         out, err, status = commands.run(
             self._client(),
             shlex.join(command),

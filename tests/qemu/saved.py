@@ -46,16 +46,12 @@ def qemus(directory: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_bytes()
+            # A comma in a path is written twice in QEMU's options.
+            command = (process / "cmdline").read_bytes().replace(b",,", b",")
         except OSError:
             continue
         pid = int(process.name)
-        # A comma is written twice in QEMU's options.
-        if (
-            f"{directory}/".replace(",", ",,").encode() in command
-            and b"-accel" in command
-            and alive(pid)
-        ):
+        if os.fsencode(directory) + b"/" in command and b"-accel" in command and alive(pid):
             found.append(pid)
     return found
 

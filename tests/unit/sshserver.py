@@ -70,7 +70,7 @@ class _Server(paramiko.ServerInterface):
         return self._start(channel, ["sh"])
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        return self._start(channel, [*_SHELL, command.decode()])
+        return self._start(channel, [*_SHELL, os.fsdecode(command)])
 
     def _start(self, channel: paramiko.Channel, argv: list[str]) -> bool:
         run = self._run_on_terminal if channel.chanid in self._ptys else self._run

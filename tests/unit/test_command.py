@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -107,14 +106,18 @@ def test_machine_that_stops_at_its_seed_has_the_same_devices() -> None:
     binary, ordinary = "/usr/bin/qemu-system-x86_64", build()
     stopping = build_command(binary, SPEC, CHANNELS, Features(), Origin(stops_at=112))
     (seed,) = values_of(stopping, "-blockdev")
-    assert json.loads(seed) == {
+    assert properties_of(seed) == {
         "driver": "blkdebug",
         "node-name": "seed",
-        "read-only": True,
-        "image": {"driver": "file", "filename": "/run/vm/seed.iso", "read-only": True},
-        "inject-error": [
-            {"event": "none", "iotype": "read", "sector": 112, "once": True, "errno": 5}
-        ],
+        "read-only": "on",
+        "image.driver": "file",
+        "image.read-only": "on",
+        "image.filename": "/run/vm/seed.iso",
+        "inject-error.0.event": "none",
+        "inject-error.0.iotype": "read",
+        "inject-error.0.sector": "112",
+        "inject-error.0.once": "on",
+        "inject-error.0.errno": "5",
     }
 
     def devices(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,10 @@ class Outputs:
         )
 
 
+PATH = b"/gr\xf6\xdfe"
+"""A path that is no UTF-8."""
+
+
 @pytest.fixture
 def outputs() -> Outputs:
     return Outputs()
@@ -57,6 +62,11 @@ def test_outputs_and_status_are_the_command_s(client: paramiko.SSHClient, output
 def test_input_is_read_to_its_end(client: paramiko.SSHClient, outputs: Outputs) -> None:
     assert outputs.run(client, "cat; echo end", b"a\0b\xff") == 0
     assert outputs.out.getvalue() == b"a\0b\xffend\n"
+
+
+def test_command_may_name_what_is_no_text(client: paramiko.SSHClient, outputs: Outputs) -> None:
+    assert outputs.run(client, f"printf %s {os.fsdecode(PATH)}") == 0
+    assert outputs.out.getvalue() == PATH
 
 
 def test_command_without_input_reads_nothing(client: paramiko.SSHClient, outputs: Outputs) -> None:

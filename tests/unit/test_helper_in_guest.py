@@ -147,6 +147,13 @@ def test_command_that_a_signal_ended_has_no_exit_status_as_over_ssh() -> None:
 
 
 @needs_root
+def test_command_may_be_given_what_is_no_text() -> None:
+    assert outcome(ask(exec_request("printf", "%s", "gr\udcf6\udcdfe"))) == (b"gr\xf6\xdfe", b"", 0)
+    _, err, status = outcome(ask(exec_request("/no/gr\udcf6\udcdfe")))
+    assert status == 127
+    assert b"gr\xf6\xdfe" in err
+
+
 def test_command_is_in_its_users_home() -> None:
     home = pwd.getpwnam(ME).pw_dir
     out, _, _ = outcome(ask(exec_request("sh", "-c", "pwd -P; id -u")))
@@ -266,6 +273,7 @@ def authorized_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir(parents=True)
     entry = pwd.struct_passwd(("login", "x", 1000, 1000, "", str(directory.parent), "/bin/sh"))
     monkeypatch.setattr(pwd, "getpwnam", {"login": entry}.__getitem__)
+    monkeypatch.setattr(helper_in_guest, "KNOWN_USERS", {})
     exists = os.path.exists
     monkeypatch.setattr(
         os.path, "exists", lambda path: not str(path).startswith("/root/") and exists(path)
@@ -282,6 +290,12 @@ def test_key_is_let_in_in_place_of_another(authorized_keys: Path) -> None:
     helper_in_guest.authorize(KEYS)
     assert authorized_keys.read_text() == "ssh-rsa AAAA other\nopt ssh-ed25519 AAAAnew me@here\n"
     assert stat.S_IMODE(authorized_keys.stat().st_mode) == 0o600
+
+
+def test_key_is_let_in_beside_comments_that_are_no_text(authorized_keys: Path) -> None:
+    authorized_keys.write_bytes(b"ssh-rsa AAAA Ren\xe9\nssh-ed25519 AAAAold Ren\xe9\n")
+    helper_in_guest.authorize(KEYS)
+    assert authorized_keys.read_bytes() == b"ssh-rsa AAAA Ren\xe9\nssh-ed25519 AAAAnew Ren\xe9\n"
 
 
 def test_keys_stay_where_the_old_one_was_not_let_in(authorized_keys: Path) -> None:

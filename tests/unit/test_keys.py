@@ -62,6 +62,14 @@ def test_content_is_the_public_key_file_as_it_is(tmp_path: Path) -> None:
     assert KeyPair(public).public_key_line == public.read_text().rstrip("\n")
 
 
+def test_comment_of_a_key_may_be_in_any_encoding(tmp_path: Path) -> None:
+    public = write_pair(tmp_path, "mine")
+    key = " ".join(public.read_text().split()[:2])
+    public.write_bytes(f"{key} René\n".encode("latin-1"))
+
+    assert KeyPair(public).public_key_content.strip() == f"{key} Ren\ufffd"
+
+
 def test_content_without_a_key_says_that_none_is_set() -> None:
     with pytest.raises(UnsetSSHKeyError, match="No SSH key is set"):
         _ = KeyPair(None).public_key_content

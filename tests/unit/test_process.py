@@ -105,6 +105,17 @@ def test_name_of_a_process_may_be_anything(name: str, tmp_path: Path) -> None:
     assert found.start_time > 0
 
 
+def test_name_of_a_process_may_be_cut_within_a_character(tmp_path: Path) -> None:
+    script = tmp_path / "тестирование.py"
+    script.write_text("#!/bin/sh\nread line\n")
+    script.chmod(0o700)
+    with subprocess.Popen([str(script)], stdin=subprocess.PIPE) as process:
+        name = Path(f"/proc/{process.pid}/comm").read_bytes()
+        assert name.rstrip(b"\n") == script.name.encode()[:15]
+        assert identify(process.pid).alive
+        process.kill()
+
+
 def test_own_process_started_before_its_child(sleeper: subprocess.Popen[bytes]) -> None:
     assert identify(os.getpid()).start_time <= identify(sleeper.pid).start_time
 

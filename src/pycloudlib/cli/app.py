@@ -18,7 +18,7 @@ from pycloudlib.cli import (
 )
 from pycloudlib.cli.failures import exit_code_of, tell
 from pycloudlib.cli.machines import nearest
-from pycloudlib.cli.output import colour_choice
+from pycloudlib.cli.output import colour_choice, show_any_text
 from pycloudlib.cli.session import Session, told_options
 from pycloudlib.cli.terminal import ending_by_exception
 
@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What is given after the program's name; by default this process's own.
     """
     session = Session()
+    show_any_text()
     try:
         with ending_by_exception():
             code = application.main(

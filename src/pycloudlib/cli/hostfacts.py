@@ -24,6 +24,7 @@ from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, tr
 from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
 from pycloudlib.qemu.settings import APPLICATION, QemuSettings
+from pycloudlib.rawtext import from_bytes, read_kernel_file
 from pycloudlib.tools import PACKAGES, find_tool
 
 _SERVER_LIMIT = 10.0
@@ -114,7 +115,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
             name: (str(getattr(settings, name)), _free(getattr(settings, name)))
             for name in ("image_dir", "working_dir")
         },
-        free_memory=parse_available(Path("/proc/meminfo").read_text()),
+        free_memory=parse_available(read_kernel_file("/proc/meminfo")),
         free_ports=_count_free_ports(),
         server=server if wanted else "",
         server_problem=_ask_server(settings, server) if wanted else "",
@@ -148,9 +149,9 @@ def _find(program: str) -> str:
 def _ask_version(qemu: str) -> tuple[int, ...]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
-            [qemu, "--version"], capture_output=True, text=True, check=True, timeout=_VERSION_LIMIT
+            [qemu, "--version"], capture_output=True, check=True, timeout=_VERSION_LIMIT
         )
-        return parse_version(done.stdout)
+        return parse_version(from_bytes(done.stdout))
     return ()
 
 

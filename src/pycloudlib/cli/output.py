@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import datetime
 import enum
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pycloudlib import rawtext
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (60 * 2, 60, "minutes"))
@@ -27,9 +32,28 @@ def colour_choice() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None
 
 
+def show_any_text() -> None:
+    """Let standard output and error show what their encoding cannot write, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            # ASCII is what a process has that was told nothing; click, too, writes UTF-8 then.
+            unset = _codec(stream.encoding) == "ascii"
+            stream.reconfigure(encoding="utf-8" if unset else None, errors=rawtext.SHOWN)
+
+
+def _codec(encoding: str | None) -> str:
+    return codecs.lookup(encoding or "ascii").name
+
+
 def print_json(value: Any) -> None:
-    """Print a value, or a list of them, as JSON."""
-    click.echo(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+    r"""Print a value, or a list of them, as JSON.
+
+    A path that is no text comes with the escapes by which Python's `os.fsencode` finds it again
+    (`\udcd1` for the byte d1). An output in another encoding than UTF-8 gets ASCII alone.
+    """
+    ascii_alone = _codec(getattr(sys.stdout, "encoding", None)) != "utf-8"
+    document = json.dumps(value, default=_plain, indent=2, ensure_ascii=ascii_alone)
+    click.echo(rawtext.as_json_escapes(document))
 
 
 def _plain(value: object) -> Any:
@@ -49,7 +73,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay rows out in columns as wide as what is in them."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[rawtext.shown_on_one_line(str(cell)) for cell in row] for row in rows]
     heads = [column.upper() for column in columns]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = [_lay_out(heads, widths, lambda text, _plain: click.style(text, bold=True))]

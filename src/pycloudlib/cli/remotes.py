@@ -7,6 +7,8 @@ import re
 import socket
 from typing import TYPE_CHECKING
 
+from pycloudlib.rawtext import to_bytes
+
 if TYPE_CHECKING:
     import paramiko
 
@@ -34,7 +36,7 @@ class SshTerminal:
         if command is None:
             channel.invoke_shell()
         else:
-            channel.exec_command(command)
+            channel.exec_command(to_bytes(command))
 
     def fileno(self) -> int:
         """Give what becomes readable when there is something to receive."""

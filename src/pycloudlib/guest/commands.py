@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.ssh import ANSWER_LIMIT
+from pycloudlib.rawtext import to_bytes
 
 if TYPE_CHECKING:
     import paramiko
@@ -121,7 +122,7 @@ def stream(
             if command is None:
                 channel.invoke_shell()
             else:
-                channel.exec_command(command)
+                channel.exec_command(to_bytes(command))
         pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
         threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
         if _have_ended(pumps, deadline, on_wait) and channel.status_event.wait(

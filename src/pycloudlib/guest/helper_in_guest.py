@@ -26,7 +26,7 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, TextIO, Tuple, Union
 
 DIRECTORY = "/run/pycloudlib"
 PORT_NAME = "org.pycloudlib.helper.0"
@@ -36,6 +36,16 @@ RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 CLOUD = "/var/lib/cloud"
 KNOWN_USERS = {}  # type: Dict[str, Any]
+
+
+def to_bytes(text: str) -> bytes:
+    """Give the bytes of a text; those that are no text came as surrogates."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def open_text(path: str) -> TextIO:
+    """Open a file that others write, too: what is no text in it is kept."""
+    return open(path, encoding="utf-8", errors="surrogateescape")
 
 
 class HungUp(Exception):
@@ -159,7 +169,7 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
     try:
         with acting_as(user, groups):
             child = subprocess.Popen(
-                [word.encode() for word in request["argv"]],
+                [to_bytes(word) for word in request["argv"]],
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -169,7 +179,7 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
             )
     except OSError as error:
         # As a shell would say it.
-        words = "{}: {}\n".format(request["argv"][0], error).encode()
+        words = to_bytes("{}: {}\n".format(request["argv"][0], error))
         answer(port, request, {"err": len(words)}, words)
         answer(port, request, {"exit": 127})
         return
@@ -289,7 +299,7 @@ def authorize(keys: Dict[str, str]) -> None:
     for path in (home + "/.ssh/authorized_keys", "/root/.ssh/authorized_keys"):
         if not os.path.exists(path):
             continue
-        with open(path) as file:
+        with open_text(path) as file:
             text = file.read()
         if keys["old"] in text:
             rewrite(path, text.replace(keys["old"], keys["new"]))
@@ -312,7 +322,7 @@ def take_hostname(hostname: str) -> None:
     with open("/proc/sys/kernel/hostname", "w") as file:
         file.write(hostname)
     rewrite("/etc/hostname", hostname + "\n")
-    with open("/etc/hosts") as file:
+    with open_text("/etc/hosts") as file:
         hosts = file.read()
     pattern = r"(?<![\w.-])" + re.escape(old) + r"(?![\w-])"
     rewrite("/etc/hosts", re.sub(pattern, hostname, hosts))
@@ -337,7 +347,7 @@ def take_instance_id(instance_id: str) -> None:
     for name in (".instance-id", "instance-data.json", "instance-data-sensitive.json"):
         path = "/run/cloud-init/" + name
         if os.path.exists(path):
-            with open(path) as file:
+            with open_text(path) as file:
                 rewrite(path, file.read().replace(old, instance_id))
 
 
@@ -372,8 +382,8 @@ def rewrite(path: str, text: str, mode: Optional[int] = None) -> None:
     # In a directory of the user's, nothing that the user has put there is followed.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(temporary, flags, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(to_bytes(text))
         os.fchmod(file.fileno(), 0o644 if mode is None else mode)
         os.fchown(file.fileno(), *owner)
     os.rename(temporary, path)

@@ -68,7 +68,7 @@ def make_scratch(directory: Path) -> Path:
         scratch.mkdir()
         return scratch
     scratch = find_scratch_base() / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
-    (directory / _SCRATCH_NOTE).write_text(str(scratch))
+    (directory / _SCRATCH_NOTE).write_bytes(os.fsencode(scratch))
     confinement.run_confined("making a directory", ("mkdir", "--mode=0700", scratch))
     return scratch
 
@@ -84,7 +84,7 @@ def remove_stale_workshops(image_dir: Path) -> None:
 
 def _remove_workshop(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        scratch = Path((directory / _SCRATCH_NOTE).read_text())
+        scratch = Path(os.fsdecode((directory / _SCRATCH_NOTE).read_bytes()))
         if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
             remove_tree("removing temporary files (rm)", scratch)
     shutil.rmtree(directory)

@@ -24,6 +24,7 @@ from pathlib import Path
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.files import replace_atomically
+from pycloudlib.rawtext import read_kernel_file
 
 _log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> l
 def _fingerprint(qemu_binary: Path) -> str:
     """Tell apart boots of the host, builds of QEMU, CPU models, and what the trial is."""
     build = qemu_binary.stat()
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    boot_id = read_kernel_file("/proc/sys/kernel/random/boot_id")[:8]
     facts = [str(qemu_binary), build.st_size, build.st_mtime_ns, build.st_ino]
     facts += [Accelerator.KVM.cpu_model, BOOT_SECTOR.hex(), _CPU_LIMIT_SECONDS]
     return f"{boot_id}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -29,6 +29,7 @@ from pycloudlib.qemu.diagnosed import DiagnosedInstance
 from pycloudlib.qemu.helperlink import HelperLink
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import LOOPBACK
+from pycloudlib.rawtext import to_bytes
 from pycloudlib.readiness import command_limit
 from pycloudlib.result import Result
 
@@ -185,7 +186,7 @@ class GuestAccess(DiagnosedInstance):
 
         program = self.machine.rundir.first_boot
         try:
-            text = program.read_text()
+            text = program.read_text(encoding="utf-8")
         except FileNotFoundError:
             return
         try:
@@ -213,7 +214,7 @@ class GuestAccess(DiagnosedInstance):
         """Run what a copy was given as user-data; a failure is told as one of cloud-init is."""
         script = self.machine.rundir.first_run
         try:
-            text = script.read_text()
+            text = script.read_text(encoding="utf-8")
             script.unlink()
         except FileNotFoundError:
             return
@@ -318,7 +319,7 @@ class GuestAccess(DiagnosedInstance):
         with self.explaining(waiting_for), self._naming_end():
             # Nobody answers on a connection that is kept then, for as long as it is waited.
             self.machine.check_kernel()
-            data = stdin.encode() if isinstance(stdin, str) else stdin or b""
+            data = to_bytes(stdin) if isinstance(stdin, str) else stdin or b""
             limit = command_limit(timeout)
             result = None if get_pty else self._by_helper(command, data, limit)
             if result is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pycloudlib.files import create_private_directory, write_private
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.qmp import QmpError
+from pycloudlib.qemu.rundir import short_path
 from pycloudlib.qemu.running import MachineEndedError
 
 _SCREEN_LIMIT = 10.0
@@ -64,8 +65,9 @@ def _take_picture(machine: Machine, target: Path) -> None:
         return
     target.touch(mode=0o600)
     try:
-        # PNG is known from QEMU 7.1 on.
-        arguments = {"filename": str(target), "format": "png"}
-        machine.execute("screendump", arguments, timeout=_SCREEN_LIMIT)
+        with short_path(target) as name:
+            # PNG is known from QEMU 7.1 on.
+            arguments = {"filename": name, "format": "png"}
+            machine.execute("screendump", arguments, timeout=_SCREEN_LIMIT)
     except (QmpError, MachineEndedError):
         target.unlink()

@@ -17,6 +17,7 @@ from pycloudlib.qemu.hotplug import list_plugged
 from pycloudlib.qemu.machine import Machine, State, uninterrupted
 from pycloudlib.qemu.memory import SHARED, Memory, find_shared_memory, keep
 from pycloudlib.qemu.ownership import owner_file
+from pycloudlib.qemu.qmp import QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 
@@ -91,13 +92,34 @@ def _merge_layers(machine: Machine) -> None:
     qemu = machine.qemu()
     job = f"merge-{time.monotonic_ns()}"
     with qemu.session() as session:
-        session.execute("block-stream", {"job-id": job, "device": "root", "base": str(lowest)})
+        session.execute(
+            "block-stream", {"job-id": job, "device": "root", "base-node": _name_lowest(session)}
+        )
         event = qemu.wait_for_event(
             lambda event: event.name == "BLOCK_JOB_COMPLETED" and event.data["device"] == job,
             deadline,
         )
     if "error" in event.data:
         raise CloudError(f"{machine.spec.name}: merging its layers failed: {event.data['error']}")
+
+
+def _name_lowest(session: QmpSession) -> str:
+    """Give QEMU's name of the lowest file of a machine's disk.
+
+    Not the file's own: that is a path, which need not be text, and QMP takes nothing else.
+    """
+    (root,) = (block for block in session.execute("query-block") if block["device"] == "root")
+    image = root["inserted"]["image"]
+    while "backing-image" in image:
+        image = image["backing-image"]
+    # In both answers QEMU shows the path alike.
+    nodes = session.execute("query-named-block-nodes", {"flat": True})
+    names = [
+        node["node-name"]
+        for node in nodes
+        if node["file"] == image["filename"] and node["drv"] != "file"
+    ]
+    return str(names[0])
 
 
 def _open_shared_memory(machine: Machine) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,16 +191,14 @@ def _seed(seed: Path | None, stops_at: int | None) -> list[str]:
         # fmt: on
     # The read fails and is kept (`rerror=stop`), to be done again when the machine goes on: then
     # it is read of whatever volume is there.
-    error = {"event": "none", "iotype": "read", "sector": stops_at, "once": True, "errno": 5}
-    failing = {
-        "driver": "blkdebug",
-        "node-name": SEED_NODE,
-        "read-only": True,
-        "image": {"driver": "file", "filename": str(seed), "read-only": True},
-        "inject-error": [error],
-    }
-    device = f"virtio-blk-pci,drive={SEED_NODE},rerror=stop"
-    return ["-blockdev", json.dumps(failing), "-device", device]
+    # Not as JSON, which has no words for a path that is no text.
+    failing = (
+        f"driver=blkdebug,node-name={SEED_NODE},read-only=on,"
+        f"image.driver=file,image.read-only=on,image.filename={escape(seed)},"
+        f"inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector={stops_at},"
+        "inject-error.0.once=on,inject-error.0.errno=5"
+    )
+    return ["-blockdev", failing, "-device", f"virtio-blk-pci,drive={SEED_NODE},rerror=stop"]
 
 
 def _kernel(spec: MachineSpec) -> list[str]:

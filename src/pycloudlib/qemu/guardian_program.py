@@ -18,8 +18,9 @@ PAUSE = 0.05
 
 def is_program(pid: int, start_time: str) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19] == start_time
+        # The name in it is bytes of anybody's choice.
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19] == start_time.encode()
     except OSError:
         return False
 

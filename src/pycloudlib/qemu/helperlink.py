@@ -23,6 +23,7 @@ from pycloudlib.guest.helper import (
 )
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.qemu.rundir import short_path
+from pycloudlib.rawtext import to_bytes
 from pycloudlib.result import Result
 
 _log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class HelperLink:
 
     def _serves(self, user: str) -> bool:
         try:
-            return self._machine.rundir.helper_mark.read_bytes() == user.encode(errors="replace")
+            return self._machine.rundir.helper_mark.read_bytes() == to_bytes(user)
         except (FileNotFoundError, IsADirectoryError):
             return False
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.rawtext import read_kernel_file
 
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _NAME = "pycloudlib-guest-memory"
@@ -59,7 +60,7 @@ def choose_memory(accelerator: Accelerator) -> Memory:
 def _shared_memory_has_huge_pages() -> bool:
     """Tell by the chosen word: "always within_size advise [never] deny force" (admin-guide/mm)."""
     with contextlib.suppress(OSError):
-        chosen = _HUGE_SHARED.read_text().partition("[")[2].partition("]")[0]
+        chosen = read_kernel_file(_HUGE_SHARED).partition("[")[2].partition("]")[0]
         return chosen in ("always", "within_size", "advise", "force")
     return False
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError
+from pycloudlib.rawtext import read_kernel_file
 
 _OUTPUT_LIMIT = 16 * 1024
 
@@ -32,7 +33,7 @@ class ProcessIdentity:
     def find(cls, pid: int) -> ProcessIdentity | None:
         """Identify a process that runs now; None when there is none, or only its remains."""
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            stat = read_kernel_file(f"/proc/{pid}/stat")
         except (FileNotFoundError, ProcessLookupError):
             return None
         # The second field, the name in parentheses, may hold anything; the rest has no ')'.
@@ -150,7 +151,7 @@ class QemuProcess:
         except ProcessLookupError:
             return None
         # Looked at only now: the pidfd holds on to whatever process has the pid at this moment.
-        if not (identity.alive and str(disk) in _command_line(identity.pid)):
+        if not (identity.alive and os.fsencode(disk) in _command_line(identity.pid)):
             os.close(pidfd)
             return None
         return cls(identity, pidfd, log, 0, None)
@@ -195,12 +196,12 @@ class QemuProcess:
             os.close(self._pidfd)
 
 
-def _command_line(pid: int) -> str:
+def _command_line(pid: int) -> bytes:
     try:
         # As in QEMU's options, where a comma in a path is written twice.
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace(",,", ",")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b",,", b",")
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return b""
 
 
 def _signal_name(number: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
 import math
 import os
@@ -206,6 +207,7 @@ class QmpSession:
             QmpError: QEMU refused it, is gone, or did not answer in time.
         """
         _log.debug("QMP %s %s", command, arguments or {})
+        _check_is_text(command, arguments)
         with _translated(f"QEMU did not carry out {command}"):
             return self._thread.run(
                 self._client.execute(command, dict(arguments) if arguments else None), timeout
@@ -249,6 +251,20 @@ class QmpSession:
         finally:
             self._events.cancel()
             self._thread.sessions.discard(self)
+
+
+def _check_is_text(command: str, arguments: Mapping[str, Any] | None) -> None:
+    """Refuse what QEMU cannot read, for which it would break the session off.
+
+    Raises:
+        QmpError: A text among the arguments is none.
+    """
+    try:
+        json.dumps(arguments, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise QmpError(
+            f"{command} cannot be said in QMP: {shown(arguments)} is not text"
+        ) from error
 
 
 @contextlib.contextmanager

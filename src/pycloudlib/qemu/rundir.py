@@ -333,10 +333,17 @@ class StagedSocket:
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield a name for a file that fits a unix socket's address, however long its path is."""
+    """Yield another name for a file, for a moment: short and plain, whatever its path is.
+
+    Such a name fits a unix socket's address, and can be said in QMP, whose JSON has no words for a
+    path that is no text. It is good for other processes of this user, too.
+
+    Args:
+        path: The file, whose own name has to be plain.
+    """
     descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{descriptor}/{path.name}"
+        yield f"/proc/{os.getpid()}/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
 

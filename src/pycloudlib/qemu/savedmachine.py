@@ -33,6 +33,7 @@ from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.memory import keep
 from pycloudlib.qemu.rundir import LoginFacts
 from pycloudlib.qemu.spec import MachineSpec
+from pycloudlib.rawtext import read_kernel_file
 
 _log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def host_fingerprint(binary: Path, accelerator: Accelerator) -> str:
     """Tell apart what a saved state depends on: the QEMU build, the accelerator, the processor."""
     build = binary.stat()
     facts = [str(binary.resolve()), build.st_size, build.st_mtime_ns, accelerator.value]
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in read_kernel_file("/proc/cpuinfo").splitlines():
         if line.startswith(("model name", "flags")):
             facts.append(line)
         if not line:  # the first processor stands for all
