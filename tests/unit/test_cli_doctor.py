@@ -176,11 +176,22 @@ def test_another_package_on_the_path_is_found(tmp_path: Path) -> None:
     assert find_other_packages(own, path) == (str(other),)
 
 
+def test_placeholders_of_other_clouds_are_no_other_package() -> None:
+    own = Path(pycloudlib.__file__).parent
+
+    assert find_other_packages(own, [str(own.parent)]) == ()
+
+
 def test_another_package_that_was_installed_over_this_one_is_found(tmp_path: Path) -> None:
     own = tmp_path / "pycloudlib"
     (own / "ec2").mkdir(parents=True)
     (own / "__init__.py").touch()
 
+    assert find_other_packages(own, [str(tmp_path)]) == (str(own / "ec2"),)
+    for name in ("__init__", "cloud"):
+        (own / "ec2" / f"{name}.py").write_text("from pycloudlib._otherclouds import OtherCloud\n")
+    assert find_other_packages(own, [str(tmp_path)]) == ()
+    (own / "ec2" / "more.py").touch()
     assert find_other_packages(own, [str(tmp_path)]) == (str(own / "ec2"),)
 
 

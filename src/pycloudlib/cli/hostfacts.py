@@ -30,8 +30,10 @@ from pycloudlib.tools import PACKAGES, find_tool
 _SERVER_LIMIT = 10.0
 _VERSION_LIMIT = 10.0
 _LAUNCHES, _DOWNLOADS = ("qemu-img",), ("gpgv",)
-# Directories of clouds that this package does not have.
-_FOREIGN = ("azure", "ec2", "gce", "ibm", "lxd", "oci", "openstack")
+# Clouds of which this package has placeholders, and others more.
+_OTHER_CLOUDS = ("azure", "ec2", "gce", "ibm", "ibm_classic", "lxd", "oci", "openstack", "vmware")
+# What each module of a placeholder names.
+_PLACEHOLDER = b"pycloudlib._otherclouds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,13 @@ def _find_leftovers(working_dir: Path) -> tuple[str, ...]:
     return tuple(machine.full_name for machine, owner in owners if owner and owner.is_over)
 
 
+def _is_anothers(directory: Path) -> bool:
+    """Say whether there is more of a cloud than its placeholder."""
+    modules = [*directory.glob("*.py")]
+    real = any(_PLACEHOLDER not in module.read_bytes() for module in modules)
+    return directory.is_dir() and (real or not modules)
+
+
 def find_other_packages(own: Path, search_path: list[str]) -> tuple[str, ...]:
     """Find packages of this name besides this one: elsewhere, or mixed into it.
 
@@ -228,7 +237,7 @@ def find_other_packages(own: Path, search_path: list[str]) -> tuple[str, ...]:
         own: The directory of this one.
         search_path: Where Python looks for packages.
     """
-    found = {str(own / name) for name in _FOREIGN if (own / name).is_dir()}
+    found = {str(own / name) for name in _OTHER_CLOUDS if _is_anothers(own / name)}
     for entry in search_path:
         other = Path(entry or ".", "pycloudlib").absolute()
         if (other / "__init__.py").is_file() and not other.samefile(own):
