@@ -270,6 +270,7 @@ class BootWatch:
     def _note(self, line: bytes) -> None:
         if self._begins_anew(line):
             # The guest has rebooted by itself: nothing of the boot before counts.
+            self._powered_on = time.monotonic()
             self._timeline.clear()
             self._lines.clear()
             self._dead_end = None

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.rawtext import read_kernel_file
 
 _log = logging.getLogger(__name__)
 
 # proc_net_tcp(5): the thread's own network namespace is the one its sockets are in.
-_CONNECTIONS = Path("/proc/thread-self/net/tcp")
+_CONNECTIONS = "/proc/thread-self/net/tcp"
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 
 
@@ -43,7 +44,7 @@ def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
 def _find_inode(local: tuple[str, int], remote: tuple[str, int]) -> int | None:
     """Find the socket that has these addresses in the kernel's table of connections."""
     wanted = f"{_hex(local)} {_hex(remote)}".split()
-    for line in _CONNECTIONS.read_text().splitlines()[1:]:
+    for line in read_kernel_file(_CONNECTIONS).splitlines()[1:]:
         fields = line.split()
         if fields[1:3] == wanted:
             return int(fields[9]) or None  # 0: nobody has accepted it yet
