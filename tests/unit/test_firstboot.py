@@ -35,6 +35,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "MACHINE_ID",
         "TRANSIENT_MACHINE_ID",
         "DBUS_MACHINE_ID",
+        "CLOUD_INIT_LOG",
     ):
         path = f"{tmp_path}{getattr(firstboot_in_guest, name)}"
         monkeypatch.setattr(firstboot_in_guest, name, path)
@@ -365,3 +366,56 @@ def test_second_run_changes_nothing(guest: ModuleType, monkeypatch: pytest.Monke
     guest.take_machine_id()
     guest.take_machine_id()
     assert len(restarted) == 1
+
+
+LOGGED = """\
+2023-11-13 08:00:00,000 - util.py[DEBUG]: logged when the image was made
+2023-11-14 23:59:58,900 - util.py[DEBUG]: Cloud-init v. 22.4.2 running 'init-local' at Tue
+2023-11-14 23:59:59,999 - handlers.py[DEBUG]: start: init-local/check-cache
+Traceback (most recent call last):
+2023-11-15 00:00:01,005 - util.py[WARNING]: \N{SNOWMAN} no time stamp, but 2023-11-15 00:00:01,005
+2023-1
+"""
+MOVED = """\
+2023-11-13 08:00:00,000 - util.py[DEBUG]: logged when the image was made
+2024-02-29 00:10:03,400 - util.py[DEBUG]: Cloud-init v. 22.4.2 running 'init-local' at Tue
+2024-02-29 00:10:04,499 - handlers.py[DEBUG]: start: init-local/check-cache
+Traceback (most recent call last):
+2024-02-29 00:10:05,505 - util.py[WARNING]: \N{SNOWMAN} no time stamp, but 2023-11-15 00:00:01,005
+2023-1
+"""
+
+
+def test_what_cloud_init_has_logged_moves_with_the_clock(
+    guest: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(guest.CLOUD_INIT_LOG)
+    log.write_text(LOGGED)
+    monkeypatch.setattr(time, "monotonic", lambda: 30.0)
+    with log.open("ab") as writer:
+        # From 15 November 2023, 0:00:02 UTC, on.
+        guest.move_log(1_700_006_402.0, 1_700_006_402.0 + 106 * 86400 + 604.5)
+        writer.write(b"2024-02-29 00:10:07,000 - util.py[DEBUG]: goes on at its end\n")
+    assert log.read_text().startswith(MOVED)
+    assert log.read_text().count("\n") == MOVED.count("\n") + 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 951782399.999, 951782400.0, 1_700_000_000.123, 4e9])
+def test_time_of_the_log_is_read_as_it_is_written(seconds: float, guest: ModuleType) -> None:
+    assert guest.parse_time(guest.format_time(seconds)) == pytest.approx(seconds, abs=1e-6)
+
+
+def test_clock_that_is_set_takes_the_log_with_it(
+    guest: ModuleType,
+    ticking: None,
+    clocks: list[float],
+    ioctls: list[tuple[int, Any]],
+) -> None:
+    # It was stopped for an hour.
+    guest.FACTS["rtc_lag"] = "3600.25"
+    log = Path(guest.CLOUD_INIT_LOG)
+    log.write_bytes(guest.format_time(time.time()) + b" - util.py[DEBUG]: x\n")
+    guest.main()
+    assert Path(guest.RESULT).read_text() == ""
+    assert clocks[0] == pytest.approx(3600, abs=60)
+    assert guest.parse_time(log.read_bytes()[:23]) == pytest.approx(time.time() + 3600, abs=60)

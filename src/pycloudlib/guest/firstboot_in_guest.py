@@ -30,6 +30,7 @@ TRANSIENT_MACHINE_ID = "/run/machine-id"
 DBUS_MACHINE_ID = "/var/lib/dbus/machine-id"
 JOURNALS = ("/run/log/journal/", "/var/log/journal/")
 RTC = "/sys/class/rtc/rtc0/since_epoch"
+CLOUD_INIT_LOG = "/var/log/cloud-init.log"
 RANDOM_SEED = "/var/lib/systemd/random-seed"
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
 RNDADDENTROPY = 0x40085203
@@ -80,7 +81,10 @@ def stir_random_numbers() -> None:
 
 
 def set_clock() -> None:
-    """Set the clock by the real-time clock, which tells whole seconds: at the moment it ticks."""
+    """Set the clock by the real-time clock, which tells whole seconds: at the moment it ticks.
+
+    What cloud-init has logged by then moves with it.
+    """
     begun = time.monotonic()
     first = latest = read(RTC)
     while latest == first:
@@ -90,7 +94,50 @@ def set_clock() -> None:
         before = time.monotonic()
         latest = read(RTC)
     elapsed = (time.monotonic() - before) / 2
-    time.clock_settime(time.CLOCK_REALTIME, int(latest) + float(FACTS["rtc_lag"]) + elapsed)
+    old, now = time.time(), int(latest) + float(FACTS["rtc_lag"]) + elapsed
+    time.clock_settime(time.CLOCK_REALTIME, now)
+    if os.path.exists(CLOUD_INIT_LOG):
+        move_log(old, now)
+
+
+def move_log(old: float, now: float) -> None:
+    """Move the times of what cloud-init has logged in this boot, from an old clock to a new one.
+
+    Else the time that the machine was stopped would be part of a stage, which its own tools tell
+    how long it took (`cloud-init analyze`). Nothing else changes, not even the file's length:
+    whoever writes to it goes on at its end.
+    """
+    begun = old - time.monotonic() - 1
+    with open(CLOUD_INIT_LOG, "r+b") as file:
+        lines = file.read().split(b"\n")
+        for number, line in enumerate(lines):
+            # 2026-11-30 03:18:47,055 - util.py[DEBUG]: what there is to say
+            at = parse_time(line[:23])
+            if begun <= at <= old:
+                lines[number] = format_time(at + now - old) + line[23:]
+        file.seek(0)
+        file.write(b"\n".join(lines))
+
+
+def parse_time(text: bytes) -> float:
+    """Read a time of cloud-init's log, which is in UTC; 0 where there is none."""
+    try:
+        year, month, day = int(text[:4]), int(text[5:7]), int(text[8:10])
+        hours, minutes, millis = int(text[11:13]), int(text[14:16]), int(text[17:19] + text[20:])
+    except ValueError:
+        return 0
+    # A year that begins with March ends with its leap day.
+    if month < 3:
+        year, month = year - 1, month + 12
+    days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * month - 457) // 5 + day
+    return (days - 719469) * 86400 + hours * 3600 + minutes * 60 + millis / 1000
+
+
+def format_time(seconds: float) -> bytes:
+    """Write a time as cloud-init's log has it."""
+    millis = round(seconds * 1000)
+    text = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(millis // 1000))
+    return "{},{:03}".format(text, millis % 1000).encode()
 
 
 def take_machine_id() -> None:
