@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.deadline import Deadline
@@ -25,6 +27,9 @@ DEFAULT_READY_MINUTES = 20.0
 # reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
 _ATTEMPT_LIMIT = 2.0
 _ATTEMPT_PAUSE = 0.2
+# An SSH server that is not there at cloud-init's end may come yet, for so many seconds in which
+# nothing happens that can be seen.
+_SERVER_GRACE = 120.0
 
 # The hooks that clients override take no deadline of ours, so it is handed to them this way.
 _ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
@@ -68,6 +73,22 @@ def command_limit(timeout: float | None) -> float | None:
     return deadline.remaining if timeout is None and deadline is not None else timeout
 
 
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """Why commands cannot be executed yet.
+
+    Attributes:
+        text: What was in the way.
+        lasts: Seconds after which it will not go away by itself, once cloud-init has ended and
+            nothing else happens.
+        error: What tells it.
+    """
+
+    text: str
+    lasts: float = math.inf
+    error: Exception | None = None
+
+
 class Readiness(ABC):
     """The hooks of waiting, which clients of an instance override and call."""
 
@@ -103,6 +124,19 @@ class Readiness(ABC):
     def _check_alive(self) -> None:  # noqa: B027 - optional to override
         """Raise when the machine can never be reached any more; clouds that can tell override."""
 
+    def _has_settled(self) -> object:
+        """Say whether cloud-init has ended in the guest's present boot, as far as can be seen.
+
+        Returns:
+            Something that stays the same as long as nothing happens in the guest; None when
+            cloud-init has not ended, or that cannot be seen.
+        """
+        return None
+
+    def _explain_refusal(self) -> str:
+        """Say who can log in, after cloud-init's end, and what to do about it."""
+        return "does username= name a user who has the key?"
+
     def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
         """Wait until the machine is powered on; clouds where that takes time override this."""
 
@@ -118,12 +152,24 @@ class Readiness(ABC):
         deadline = self._deadline(timeout)
         self._log.info("Waiting for SSH on %s, for at most %.0f s", self.name, deadline.limit)
         last_seen = "nothing was tried"
+        settled: object = None
+        since: float | None = None
         while not deadline.expired:
             self._check_alive()
-            problem = self._try_execute(old_boot_id, deadline)
-            if problem is None:
+            obstacle = self._try_execute(old_boot_id, deadline)
+            if obstacle is None:
                 return
-            last_seen = problem
+            last_seen = obstacle.text
+            latest = None if math.isinf(obstacle.lasts) else self._has_settled()
+            if latest is None:
+                since = None
+            elif since is None or (obstacle.lasts and latest != settled):
+                settled, since = latest, time.monotonic()
+            elif time.monotonic() - since >= obstacle.lasts:
+                raise PycloudlibTimeoutError(
+                    f"{self.name} cannot be used, and that will not change, since its cloud-init "
+                    f"has ended: {obstacle.text}; {self._explain_refusal()}"
+                ) from obstacle.error
             time.sleep(deadline.capped(_ATTEMPT_PAUSE))
         self._check_alive()
         raise PycloudlibTimeoutError(
@@ -131,7 +177,7 @@ class Readiness(ABC):
             f"last seen: {last_seen}"
         )
 
-    def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> str | None:
+    def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> _Obstacle | None:
         """Try once; give what was in the way, or None when commands run."""
         import paramiko  # noqa: PLC0415 - heavy
 
@@ -151,13 +197,21 @@ class Readiness(ABC):
                 # Somebody else answers: because the machine is gone, or for good.
                 self._check_alive()
                 raise PycloudlibTimeoutError(str(error)) from error
-            return str(error) or type(error).__name__
-        if not boot_id:
-            return "the boot id could not be read"
+            lasts = math.inf
+            if ssh.is_refusal(error):
+                lasts = 0.0
+            elif isinstance(error, ConnectionError):
+                lasts = _SERVER_GRACE
+            return _Obstacle(str(error) or type(error).__name__, lasts, error)
+        if not boot_id or " " in boot_id:
+            # A login shell that runs nothing, or a key that only says whom to log in as.
+            told = f"; it said {boot_id!r}" if boot_id else ""
+            self._forget_client()
+            return _Obstacle(f"commands do not run, the boot id could not be read{told}", 0.0)
         if boot_id == old_boot_id:
             # The old boot goes down soon, and the connection with it.
             self._forget_client()
-            return "the machine has not rebooted yet"
+            return _Obstacle("the machine has not rebooted yet")
         return None
 
     def _wait_for_cloudinit(self, *, raise_on_failure: bool = False) -> None:

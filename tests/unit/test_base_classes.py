@@ -289,6 +289,51 @@ def test_refused_key_is_an_ssh_error(instance: Instance, tmp_path: Path) -> None
         instance.execute("true")
 
 
+@pytest.fixture
+def strange_key(instance: Instance, tmp_path: Path) -> None:
+    """Let the machine be logged in to with a key that it does not know."""
+    private, public = generate_ed25519(comment="stranger")
+    (tmp_path / "other").write_text(private)
+    (tmp_path / "other.pub").write_text(public)
+    instance.key_pair = KeyPair(tmp_path / "other.pub", name="other")
+
+
+@pytest.mark.parametrize(
+    ("said", "final"),
+    [
+        ("Your account has expired;\nplease contact your administrator", True),
+        ("System is going down. Unprivileged users are not permitted to log in anymore.", False),
+    ],
+)
+def test_what_the_server_says_to_a_refused_user_is_told(
+    said: str,
+    final: bool,
+    instance: Instance,
+    strange_key: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Guest, "get_banner", lambda _: (said, "en-US"))
+
+    with pytest.raises(paramiko.AuthenticationException) as caught:
+        instance.execute("true")
+
+    assert f"refused: Authentication failed.; the server says: {' '.join(said.split())}" in str(
+        caught.value
+    )
+    assert ssh.is_refusal(caught.value) is final
+
+
+def test_server_that_takes_passwords_alone_refuses_the_key(
+    instance: Instance, strange_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guest, "get_allowed_auths", lambda _self, _user: "password")
+
+    with pytest.raises(paramiko.AuthenticationException, match="refused: Bad auth") as caught:
+        instance.execute("true")
+
+    assert ssh.is_refusal(caught.value)
+
+
 def test_machine_that_never_answers_is_a_timeout(
     instance: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,16 @@ class BootWatch:
         return self._dead_end
 
     @property
+    def lines(self) -> tuple[str, ...]:
+        """The latest lines, as text."""
+        return tuple(self._lines)
+
+    @property
+    def position(self) -> int:
+        """How much there is on the console: as long as that stays, nothing was printed."""
+        return self._position
+
+    @property
     def last_line(self) -> str:
         """The latest line with anything in it."""
         return self._last_line

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,12 @@ _BANNER_START = b"SSH-"
 # Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
 # to and from a guest that runs under KVM. The guest has no more work than before.
 _FIRST_CIPHER = "aes128-gcm@openssh.com"
+_SERVER_SAYS = "; the server says: "
+_LONGEST_BANNER = 300
+# While it boots and before it goes down, systemd lets only root in (systemd-user-sessions.service).
+_NO_LOGIN_NOW = re.compile(r"pam_nologin|not permitted to log in")
+# paramiko's words of a connection that ended before the server's answer.
+_CUT_OFF = re.compile(r"transport shut down|saw EOF|timeout", re.IGNORECASE)
 
 
 class HostKeys(Protocol):
@@ -122,10 +129,12 @@ def connect(
         client.close()
         raise paramiko.SSHException(f"{endpoint}: {error}") from error
     except paramiko.AuthenticationException as error:
+        said = _find_banner(client)
         client.close()
-        raise type(error)(
-            f"{endpoint}: key {endpoint.private_key_path} refused: {error}"
-        ) from error
+        # Those of its kind are not all made of a text.
+        locked = isinstance(error, paramiko.PasswordRequiredException)
+        kind = paramiko.PasswordRequiredException if locked else paramiko.AuthenticationException
+        raise kind(f"{endpoint}: key {endpoint.private_key_path} refused: {error}{said}") from error
     except (OSError, EOFError, paramiko.SSHException) as error:
         client.close()
         raise paramiko.SSHException(f"{endpoint}: {error or type(error).__name__}") from error
@@ -133,6 +142,24 @@ def connect(
         client.close()
         raise
     return client
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether an error of `connect` is the server's word that the key does not do."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    text = str(error)
+    if not isinstance(error, paramiko.AuthenticationException) or _NO_LOGIN_NOW.search(text):
+        return False
+    return _SERVER_SAYS in text or not _CUT_OFF.search(text)
+
+
+def _find_banner(client: paramiko.SSHClient) -> str:
+    """Give what the server said for people: why an account may not be used, for one thing."""
+    transport = client.get_transport()
+    banner = None if transport is None else transport.get_banner()
+    text = " ".join((banner or b"").decode(errors="replace").split())
+    return f"{_SERVER_SAYS}{text[:_LONGEST_BANNER]}" if text else ""
 
 
 def _open_transport(sock: Any, /, **options: Any) -> paramiko.Transport:

@@ -20,9 +20,11 @@ from pycloudlib.errors import (
 )
 from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, ssh
-from pycloudlib.guest.bootphases import BootWatch
+from pycloudlib.guest.bootphases import BootWatch, Phase
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
+from pycloudlib.guest.logins import tell_logins
+from pycloudlib.guest.seed import read_iso
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu import peer
 from pycloudlib.qemu.diagnosed import DiagnosedInstance
@@ -292,6 +294,18 @@ class GuestAccess(DiagnosedInstance):
             self.machine.check_kernel()
         elif self._watch.dead_end is not None:
             raise BootFailedError(self.name, *self._watch.dead_end)
+
+    def _has_settled(self) -> object:
+        watch = self._watch
+        return watch.position if watch and watch.phase is Phase.CLOUD_INIT_DONE else None
+
+    def _explain_refusal(self) -> str:
+        try:
+            user_data = read_iso(self.machine.rundir.seed).user_data
+        except (OSError, ValueError) as error:
+            self._log.debug("The seed of %s tells of no users: %s", self.name, error)
+            user_data = b""
+        return tell_logins(user_data, self._watch.lines if self._watch else (), self.username)
 
     def _host_keys(self) -> ssh.HostKeys:
         return MachineHostKeys(self.machine.rundir.known_hosts, self._ends_in_machine)

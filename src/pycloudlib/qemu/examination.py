@@ -206,8 +206,9 @@ def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Caus
         (Cause.NO_SSH_SERVER, "closed before SSH's banner"),
         (Cause.NO_SSH_SERVER, "Connection reset"),
     ):
-        if word in text and (cause is not Cause.KEY_REFUSED or "key " in text):
-            return cause, text.splitlines()[0]
+        lines = [line for line in text.splitlines() if word in line]
+        if lines and (cause is not Cause.KEY_REFUSED or "key " in text):
+            return cause, min(lines, key=len)
     if "no SSH banner" in text and (facts.copied or facts.phase.startswith("cloud-init")):
         return Cause.NO_NETWORK, "connections to the guest are not answered"
     return None
