@@ -145,7 +145,7 @@ def test_without_user_data_there_is_an_empty_file() -> None:
     assert make_seed().files["user-data"] == b""
 
 
-@pytest.mark.parametrize("user_data", [None, *USER_DATA.values()])
+@pytest.mark.parametrize("user_data", [None, *USER_DATA.values()], ids=["none", *USER_DATA])
 def test_key_comes_by_meta_data_whatever_the_user_data(user_data: bytes | None) -> None:
     assert meta_data_of(make_seed(user_data=user_data))["public-keys"] == [KEY]
 
