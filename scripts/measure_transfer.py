@@ -10,6 +10,7 @@ guest under KVM, and shows what this side can do at best.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import tempfile
@@ -18,8 +19,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.guest import ssh
+from pycloudlib.guest import filecopy, ssh
 from pycloudlib.guest.commands import run
+from pycloudlib.guest.sessions import Connections
 from scripts.figures import describe, timed
 
 COMMANDS = 20
@@ -55,21 +57,22 @@ def measure(endpoint: ssh.Endpoint, directory: Path, mib: int, rounds: int) -> N
     there, back = str(directory / "there"), str(directory / "back")
     Path(there).write_bytes(os.urandom(mib << 20))
     remote = f"{endpoint.username}@{endpoint.host}:{REMOTE}"
-    with closing(ssh.connect(endpoint, None, banner_timeout=30)) as client:
+    connect = functools.partial(ssh.connect, endpoint, None, banner_timeout=30)
+    with closing(Connections(connect)) as connections:
         ways: dict[str, Callable[[], object]] = {
             "push, scp": lambda: scp(endpoint, there, remote),
-            "push, ours": lambda: ssh.push(client, there, REMOTE),
+            "push, ours": lambda: filecopy.push(connections, there, REMOTE),
             "pull, scp": lambda: scp(endpoint, remote, back),
-            "pull, ours": lambda: ssh.pull(client, REMOTE, back),
-            "connect": lambda: ssh.connect(endpoint, None, banner_timeout=30).close(),
+            "pull, ours": lambda: filecopy.pull(connections, REMOTE, back),
+            "connect": lambda: connect().close(),
         }
         taken: dict[str, list[float]] = {name: [] for name in ways}
         commands = []
         for _ in range(rounds):
             for name, way in ways.items():
                 taken[name].append(timed(way))
-            commands += [timed(lambda: run(client, "true")) for _ in range(COMMANDS)]
-        run(client, f"rm {REMOTE}")
+            commands += [timed(lambda: run(connections, "true")) for _ in range(COMMANDS)]
+        run(connections, f"rm {REMOTE}")
     for name, values in taken.items():
         print(f"{name}: {describe(values)}", flush=True)
     print(f"command: {describe(commands)}", flush=True)

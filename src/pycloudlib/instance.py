@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
-import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib.errors import PycloudlibError
-from pycloudlib.guest import commands, ssh
+from pycloudlib.guest import commands, filecopy, ssh
+from pycloudlib.guest.sessions import Connections
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.rawtext import to_bytes
@@ -52,9 +52,15 @@ class BaseInstance(Readiness):
         self.port = "22"
         self.banner_timeout = _BANNER_LIMIT
         self._ready_minutes: float | None = None
-        self._ssh_client: paramiko.SSHClient | None = None
-        self._ssh_lock = threading.Lock()
-        self._ssh_pid = os.getpid()
+        # They do not hold on to the instance, whose end closes them.
+        weak = weakref.ref(self)
+
+        def connect() -> paramiko.SSHClient:
+            instance = weak()
+            assert instance is not None
+            return instance._ssh_connect()
+
+        self._connections = Connections(connect)
 
     def __enter__(self) -> Self:
         return self
@@ -304,7 +310,7 @@ class BaseInstance(Readiness):
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
-        ssh.push(self._client(), local_path, str(remote_path), on_progress)
+        filecopy.push(self._connections, local_path, remote_path, on_progress)
 
     def pull_file(
         self,
@@ -325,7 +331,7 @@ class BaseInstance(Readiness):
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
-        ssh.pull(self._client(), str(remote_path), local_path, on_progress)
+        filecopy.pull(self._connections, remote_path, local_path, on_progress)
 
     def update(self) -> Result:
         """Refresh the package lists and upgrade all packages."""
@@ -390,7 +396,7 @@ class BaseInstance(Readiness):
         limit = command_limit(timeout)
         data = to_bytes(stdin) if isinstance(stdin, str) else stdin or b""
         out, err, status = commands.run(
-            self._client(),
+            self._connections,
             shlex.join(command),
             stdin=data,
             get_pty=get_pty,
@@ -415,26 +421,12 @@ class BaseInstance(Readiness):
     def _endpoint(self) -> ssh.Endpoint:
         return ssh.Endpoint(self.ip, int(self.port), self.username, self.key_pair.private_key_path)
 
-    def _client(self) -> paramiko.SSHClient:
-        """Give the connection that is kept; a lost one is made anew."""
-        if self._ssh_pid != os.getpid():
-            # A forked child has no part in its parent's connection, nor in the lock's state.
-            self._ssh_pid, self._ssh_lock, self._ssh_client = os.getpid(), threading.Lock(), None
-        with self._ssh_lock:
-            if self._ssh_client is not None:
-                transport = self._ssh_client.get_transport()
-                if transport is not None and transport.is_active():
-                    return self._ssh_client
-                self._ssh_client.close()
-            self._ssh_client = self._ssh_connect()
-            return self._ssh_client
+    def _is_connected(self) -> bool:
+        return self._connections.any_open
 
     def _forget_client(self) -> None:
-        """Close the connection that is kept; the next use makes a new one."""
-        with self._ssh_lock:
-            if self._ssh_client is not None:
-                self._ssh_client.close()
-                self._ssh_client = None
+        """Close the connections; the next use makes a new one."""
+        self._connections.close()
 
 
 def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:

@@ -10,15 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibError, PycloudlibTimeoutError
 from pycloudlib.guest import cloudinit, ssh
 from pycloudlib.result import Result
-
-if TYPE_CHECKING:
-    import paramiko
 
 DEFAULT_READY_MINUTES = 20.0
 """Minutes that a machine may take until it is ready: a cold boot in emulation on a busy host."""
@@ -93,7 +90,6 @@ class Readiness(ABC):
     """The hooks of waiting, which clients of an instance override and call."""
 
     _log: logging.Logger
-    _ssh_client: paramiko.SSHClient | None
 
     @property
     @abstractmethod
@@ -118,8 +114,12 @@ class Readiness(ABC):
         """Say where and as whom to log in."""
 
     @abstractmethod
+    def _is_connected(self) -> bool:
+        """Say whether there is a connection, which may be lost."""
+
+    @abstractmethod
     def _forget_client(self) -> None:
-        """Close the connection that is kept."""
+        """Close the connections that are kept."""
 
     def _check_alive(self) -> None:  # noqa: B027 - optional to override
         """Raise when the machine can never be reached any more; clouds that can tell override."""
@@ -182,7 +182,7 @@ class Readiness(ABC):
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
-            if self._ssh_client is None:
+            if not self._is_connected():
                 # A cheap look first: a whole connection is worth its time only with a banner.
                 endpoint = self._endpoint()
                 limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import pty
-import shutil
 import socket
 import struct
 import subprocess
@@ -17,22 +16,97 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
-from paramiko.common import AUTH_SUCCESSFUL, OPEN_SUCCEEDED
+from paramiko.common import AUTH_SUCCESSFUL, OPEN_FAILED_CONNECT_FAILED, OPEN_SUCCEEDED
+from paramiko.sftp import SFTP_OK
 
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
-from pycloudlib.progress import ProgressCallback, ignore_progress
 
 _HOST_KEY = paramiko.ECDSAKey.generate()
 _SHELL = ("sh", "-c")
 
 
-class _Server(paramiko.ServerInterface):
-    """Accepts everybody, and runs what is asked for."""
+class _Files(paramiko.SFTPServerInterface):
+    """Files of this host; a relative path begins at the directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, server: paramiko.ServerInterface, directory: Path) -> None:
+        super().__init__(server)
+        self._directory = directory
+
+    def _on(self, path: str, look: Any) -> Any:
+        try:
+            # Not by `/`, which would drop a slash at the end.
+            return look(path if path.startswith("/") else f"{self._directory}/{path}")
+        except OSError as error:
+            return paramiko.SFTPServer.convert_errno(error.errno or 0)
+
+    def canonicalize(self, path: str) -> str:
+        return path
+
+    def stat(self, path: str) -> Any:
+        return self._on(path, lambda file: paramiko.SFTPAttributes.from_stat(Path(file).stat()))
+
+    def lstat(self, path: str) -> Any:
+        return self._on(path, lambda file: paramiko.SFTPAttributes.from_stat(os.lstat(file)))
+
+    def open(self, path: str, flags: int, attr: Any) -> Any:
+        return self._on(path, lambda file: _File(os.open(file, flags, 0o666), flags))
+
+
+class _File(paramiko.SFTPHandle):
+    """A file that is open; written without a buffer, so that no error comes late."""
+
+    def __init__(self, descriptor: int, flags: int) -> None:
+        super().__init__(flags)
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def stat(self) -> Any:
+        return paramiko.SFTPAttributes.from_stat(os.fstat(self._descriptor))
+
+    def read(self, offset: int, length: int) -> Any:
+        try:
+            with contextlib.suppress(OSError):  # not of a FIFO
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, length)
+        except OSError as error:
+            return paramiko.SFTPServer.convert_errno(error.errno or 0)
+
+    def write(self, offset: int, data: Any) -> Any:
+        try:
+            with contextlib.suppress(OSError):
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+            os.write(self._descriptor, data)
+        except OSError as error:
+            return paramiko.SFTPServer.convert_errno(error.errno or 0)
+        return SFTP_OK
+
+
+class FileServer(paramiko.SFTPServer):
+    """Hangs up when it is done, as sshd's does."""
+
+    def finish_subsystem(self) -> None:
+        super().finish_subsystem()
+        assert self.sock is not None
+        self.sock.close()
+
+
+class _Server(paramiko.ServerInterface):
+    """Accepts everybody, and runs what is asked for.
+
+    Args:
+        directory: Where commands run.
+        most: How many sessions a connection may have; those of commands that run on count, too.
+        sizes: Takes the sizes of terminals.
+    """
+
+    def __init__(self, directory: Path, most: int, sizes: list[tuple[int, int]]) -> None:
         self.directory = directory
-        self.sizes: list[tuple[int, int]] = []
+        self.sizes = sizes
+        self._most = most
+        self._sessions: set[int] = set()
         self._ptys: dict[int, int] = {}
 
     def check_auth_password(self, username: str, password: str) -> int:
@@ -42,7 +116,15 @@ class _Server(paramiko.ServerInterface):
         return "password"
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
+        if len(self._sessions) >= self._most:
+            return OPEN_FAILED_CONNECT_FAILED
+        self._sessions.add(chanid)
         return OPEN_SUCCEEDED
+
+    def check_channel_subsystem_request(self, channel: paramiko.Channel, name: str) -> bool:
+        # Its place is free with its channel, as nothing is left of it that runs.
+        self._sessions.discard(channel.chanid)
+        return super().check_channel_subsystem_request(channel, name)
 
     def check_channel_pty_request(
         self,
@@ -85,6 +167,7 @@ class _Server(paramiko.ServerInterface):
             stderr=subprocess.PIPE,
             cwd=self.directory,
             bufsize=0,
+            start_new_session=True,
         )
         assert process.stdin is not None
 
@@ -140,6 +223,7 @@ class _Server(paramiko.ServerInterface):
         self._finish(channel, process.wait())
 
     def _finish(self, channel: paramiko.Channel, status: int) -> None:
+        self._sessions.discard(channel.chanid)
         with contextlib.suppress(OSError, EOFError):
             if status >= 0:
                 channel.send_exit_status(status)
@@ -147,13 +231,23 @@ class _Server(paramiko.ServerInterface):
 
 
 class LocalInstance(BaseInstance):
-    """A machine that is this host: commands run below a directory."""
+    """A machine that is this host: commands run below a directory.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: The directory.
+        most_sessions: How many sessions a connection may have.
+
+    Attributes:
+        transports: The server's side of all connections.
+        sizes: The sizes that terminals were given.
+    """
+
+    def __init__(self, directory: Path, most_sessions: int = 10) -> None:
         super().__init__(KeyPair(None), "me")
         self.directory = directory
-        self.server = _Server(directory)
-        self._transports: list[paramiko.Transport] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.transports: list[paramiko.Transport] = []
+        self._most_sessions = most_sessions
 
     @property
     def id(self) -> str:
@@ -171,8 +265,10 @@ class LocalInstance(BaseInstance):
         ours, theirs = socket.socketpair()
         transport = paramiko.Transport(theirs)
         transport.add_server_key(_HOST_KEY)
-        transport.start_server(event=threading.Event(), server=self.server)
-        self._transports.append(transport)
+        transport.set_subsystem_handler("sftp", FileServer, _Files, self.directory)
+        server = _Server(self.directory, self._most_sessions, self.sizes)
+        transport.start_server(event=threading.Event(), server=server)
+        self.transports.append(transport)
         client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
         client.connect(
@@ -182,30 +278,12 @@ class LocalInstance(BaseInstance):
 
     def close(self) -> None:
         self._forget_client()
-        for transport in self._transports:
+        for transport in self.transports:
             transport.close()
 
     @contextlib.contextmanager
     def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
         yield
-
-    def push_file(
-        self,
-        local_path: str | Path,
-        remote_path: str,
-        *,
-        on_progress: ProgressCallback = ignore_progress,
-    ) -> None:
-        (self.directory / remote_path).write_bytes(Path(local_path).read_bytes())
-
-    def pull_file(
-        self,
-        remote_path: str | Path,
-        local_path: str | Path,
-        *,
-        on_progress: ProgressCallback = ignore_progress,
-    ) -> None:
-        shutil.copyfile(self.directory / remote_path, local_path)
 
     def delete(self, wait: bool = True) -> list[Exception]:
         return []

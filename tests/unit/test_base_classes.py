@@ -195,7 +195,8 @@ def test_small_requests_are_not_held_back(instance: Instance, guest_port: int) -
 
 
 def test_connection_uses_the_cipher_that_is_quickest(instance: Instance) -> None:
-    transport = instance._client().get_transport()
+    with instance._connections.session() as session:
+        transport = session.channel.get_transport()
 
     assert transport is not None
     assert transport.local_cipher == "aes128-gcm@openssh.com"

@@ -170,7 +170,7 @@ def test_command_on_a_terminal_knows_its_size_and_has_a_status(instance: LocalIn
         assert b"30 90" in read_all(remote, b"30 90")
         remote.resize(100, 40)
         deadline = time.monotonic() + LIMIT
-        while instance.server.sizes[-1] != (100, 40):
+        while instance.sizes[-1] != (100, 40):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         remote.send(b"\r")

@@ -8,7 +8,13 @@ import paramiko
 import pytest
 
 from pycloudlib.diagnosis import Cause, Diagnosis
-from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibTimeoutError
+from pycloudlib.errors import (
+    CleanupError,
+    CloudError,
+    CloudSetupError,
+    PycloudlibError,
+    PycloudlibTimeoutError,
+)
 from pycloudlib.qemu.diagnosed import explain, explaining_launch
 from pycloudlib.qemu.examination import Facts, diagnose, diagnose_launch, with_guest_words
 from pycloudlib.qemu.machine import State
@@ -155,3 +161,25 @@ def test_error_of_another_library_is_explained_too() -> None:
     explain(error, Diagnosis(Cause.NO_NETWORK))
     assert str(error).startswith("no banner\n  Cause: the guest has no network")
     assert error.diagnosis.cause is Cause.NO_NETWORK  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (paramiko.ChannelException(2, "Connect failed"), (2,)),
+        (CleanupError([OSError("stuck")]), None),
+        (PycloudlibError("it failed", 5), (5,)),
+        (PycloudlibError(), ()),
+        (PycloudlibError(7), (7,)),
+    ],
+)
+def test_diagnosis_leaves_what_is_no_text_in_an_error_alone(
+    error: Exception, kept: tuple[object, ...] | None
+) -> None:
+    before = tuple(value for value in error.args if not isinstance(value, str))
+    explain(error, Diagnosis(Cause.NO_NETWORK))
+    assert tuple(value for value in error.args if not isinstance(value, str)) == before
+    assert kept is None or before == kept
+    assert error.diagnosis.cause is Cause.NO_NETWORK  # type: ignore[attr-defined]
+    texts = [value for value in error.args if isinstance(value, str)]
+    assert not texts or Cause.NO_NETWORK.value in texts[0]

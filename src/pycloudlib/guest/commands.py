@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import secrets
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -16,6 +18,8 @@ from pycloudlib.rawtext import to_bytes
 if TYPE_CHECKING:
     import paramiko
 
+    from pycloudlib.guest.sessions import Connections, Session
+
 Source = Callable[[int], bytes]
 """Gives the next bytes, as many as asked for at most; none at the end."""
 Sink = Callable[[bytes], object]
@@ -24,27 +28,87 @@ Sink = Callable[[bytes], object]
 _CHUNK = 1 << 16
 # Seconds between two looks at whether waiting for a command is of any use still.
 _ON_WAIT_INTERVAL = 0.5
+# RFC 4254, 5.1: what sshd says when a connection has all the sessions that it may have.
+_CONNECT_FAILED = 2
+# Seconds that a guest may take to end a command, and to tell of it.
+_END_LIMIT = 15.0
+_END_TOLD_LIMIT = 2.0
+
+# Tells as which process a command runs, in a line of its own, and becomes the command.
+_ANNOUNCE = 'echo "$1 $$" && shift && exec "$@"'
+# Ends all processes of a command, whose pid is given: they are hung up on, and killed if they live
+# on. They are those of its session (setsid(2)), where that is its own or its login shell's and not
+# one of the SSH server's. Other users' are ended, too, if this user may become root: `sudo` is one.
+_END = """
+pid=$0
+read -r line </proc/$pid/stat && set -- ${line##*) } || set -- - - - $pid
+session=$4
+[ $session = $pid ] || [ $session = $2 ] || session=none
+left() {
+  for stat in /proc/[0-9]*/stat; do
+    read -r line <$stat && set -- ${line%% *} ${line##*) } || continue
+    if [ $2 != Z ] && { [ $5 = $session ] || [ $1 = $pid ]; }; then echo $1; fi
+  done
+}
+end() { kill -s $1 $processes || sudo -n kill -s $1 $processes; }
+for signal in HUP KILL; do
+  for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    processes=$(left)
+    [ "$processes" ] || exit 0
+    [ $try != 1 ] || { end $signal; end CONT; }
+    sleep 0.1
+  done
+done
+exit 1
+"""
 
 
 def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -> paramiko.Channel:
     """Open a channel for a command or a shell.
 
     Raises:
+        paramiko.ChannelException: The server takes no further one on this connection.
         paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: It was not open in time.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
     transport = client.get_transport()
     if transport is None:
         raise paramiko.SSHException("the connection is closed")
+    with _lost_on_the_way(deadline):
+        try:
+            return transport.open_session(timeout=max(_limit(ANSWER_LIMIT, deadline), 0.1))
+        except paramiko.ChannelException:
+            raise
+        except paramiko.SSHException as error:
+            # Where several are refused at once, paramiko has the reason for one of them.
+            if not transport.is_active() or "Unable to open" not in str(error):
+                raise
+            raise paramiko.ChannelException(_CONNECT_FAILED, str(error)) from error
+
+
+@contextlib.contextmanager
+def _lost_on_the_way(deadline: Deadline | None) -> Iterator[None]:
+    """Let what fails before a command has begun be an error of SSH, or that its time is over."""
+    import paramiko  # noqa: PLC0415 - heavy
+
     try:
-        return transport.open_session(timeout=max(_limit(ANSWER_LIMIT, deadline), 0.1))
-    except (OSError, EOFError) as error:
+        yield
+    except paramiko.ChannelException:
+        raise  # the server's own word
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        if deadline is not None and deadline.expired:
+            raise PycloudlibTimeoutError(
+                f"The command did not begin within {deadline.limit:g} s"
+            ) from error
+        if isinstance(error, paramiko.SSHException):
+            raise
         raise paramiko.SSHException(f"the connection is gone: {error}") from error
 
 
 def run(
-    client: paramiko.SSHClient,
+    connections: Connections,
     command: str,
     *,
     stdin: bytes = b"",
@@ -55,8 +119,8 @@ def run(
     """Execute a command to its end, keeping both outputs whatever their size.
 
     Args:
-        client: A connected client.
-        command: The command line, as the login shell reads it.
+        connections: Those to the machine.
+        command: The command line, as the login shell reads it: one program with its arguments.
         stdin: What the command reads.
         get_pty: Whether it gets a terminal.
         timeout: Seconds it may take; no limit when None.
@@ -67,22 +131,102 @@ def run(
 
     Raises:
         paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: The command went on past `timeout`; it is hung up on.
+        PycloudlibTimeoutError: The command went on past `timeout`; it is ended.
     """
     deadline = None if timeout is None else Deadline.after(timeout)
     out: list[bytes] = []
     err: list[bytes] = []
-    status = stream(
-        open_session(client, deadline),
-        command,
-        stdin=io.BytesIO(stdin).read,
-        stdout=out.append,
-        stderr=err.append,
-        get_pty=get_pty,
-        deadline=deadline,
-        on_wait=on_wait,
-    )
+    announced = None if deadline is None else Announcement(out.append)
+    with connections.session(deadline) as session:
+        try:
+            status = stream(
+                session.channel,
+                command if announced is None else announced.ask_for(command),
+                stdin=io.BytesIO(stdin).read,
+                stdout=out.append if announced is None else announced.take,
+                stderr=err.append,
+                get_pty=get_pty,
+                deadline=deadline,
+                on_wait=on_wait,
+            )
+        except PycloudlibTimeoutError:
+            # What was not announced has not begun, and will not: nobody reads the announcement.
+            if announced is not None and announced.pid:
+                _end(connections, session, announced.pid)
+            raise PycloudlibTimeoutError(
+                f"The command did not end within {timeout:g} s and was hung up on: {command}"
+            ) from None
+    if announced is not None:
+        announced.finish()
     return b"".join(out), b"".join(err), status
+
+
+def _end(connections: Connections, session: Session, pid: int) -> None:
+    """End a command whose time is over; its place on the connection is free again if that works."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    with contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
+        deadline = Deadline.after(_END_LIMIT)
+        with connections.session(deadline) as another:
+            stream(
+                another.channel,
+                shlex.join(["sh", "-c", _END, str(pid)]),
+                stdout=len,
+                stderr=len,
+                deadline=deadline,
+            )
+    session.wait_for_end(_END_TOLD_LIMIT)
+
+
+class Announcement:
+    """The line in which a command says as which process it runs, taken out of its output.
+
+    What the command is and sees is the same as without it.
+
+    Args:
+        sink: Takes the rest of the output.
+
+    Attributes:
+        pid: The process; None until it has been told.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.pid: int | None = None
+        self._sink = sink
+        self._mark = secrets.token_hex(8)
+        self._held = b""
+
+    def ask_for(self, command: str) -> str:
+        """Write a command line so that the command announces itself."""
+        return f"{shlex.join(['sh', '-c', _ANNOUNCE, 'sh', self._mark])} {command}"
+
+    def take(self, chunk: bytes) -> None:
+        """Take output as it comes."""
+        if self.pid is not None:
+            self._sink(chunk)
+            return
+        self._held += chunk
+        # A shell's start-up files may have printed something before.
+        start = self._held.find(self._mark.encode())
+        if start < 0:
+            self._let_go(max(0, len(self._held) - len(self._mark)))
+            return
+        self._let_go(start)
+        line, ended, rest = self._held.partition(b"\n")
+        if ended:
+            pid = line[len(self._mark) :].strip()
+            self.pid = int(pid) if pid.isdigit() else 0
+            self._held = rest
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand on what is held still."""
+        self._let_go(len(self._held))
+
+    def _let_go(self, count: int) -> None:
+        done, self._held = self._held[:count], self._held[count:]
+        if done:
+            self._sink(done)
 
 
 def stream(
@@ -99,7 +243,7 @@ def stream(
     """Run a command to its end, handing on its outputs as they come.
 
     Args:
-        channel: What `open_session` gave; it is closed.
+        channel: What `open_session` gave; whoever opened it closes it.
         command: The command line, as the login shell reads it; None for the login shell itself.
         stdin: What the command reads; nothing by default.
         stdout: Takes its output.
@@ -113,26 +257,23 @@ def stream(
 
     Raises:
         paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: The command went on past its deadline; it is hung up on.
+        PycloudlibTimeoutError: The command goes on past its deadline, or did not begin in time.
     """
-    with channel:
-        with _hung_up_on(channel, deadline):
-            if get_pty:
-                channel.get_pty()
-            if command is None:
-                channel.invoke_shell()
-            else:
-                channel.exec_command(to_bytes(command))
-        pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
-        threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
-        if _have_ended(pumps, deadline, on_wait) and channel.status_event.wait(
-            None if deadline is None else deadline.remaining
-        ):
-            return channel.exit_status
-        limit = 0.0 if deadline is None else deadline.limit
-        raise PycloudlibTimeoutError(
-            f"The command did not end within {limit:g} s and was hung up on: {command}"
-        )
+    with _lost_on_the_way(deadline), hung_up_on(channel, deadline):
+        if get_pty:
+            channel.get_pty()
+        if command is None:
+            channel.invoke_shell()
+        else:
+            channel.exec_command(to_bytes(command))
+    pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
+    threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
+    if _have_ended(pumps, deadline, on_wait) and channel.status_event.wait(
+        None if deadline is None else deadline.remaining
+    ):
+        return channel.exit_status
+    limit = 0.0 if deadline is None else deadline.limit
+    raise PycloudlibTimeoutError(f"The command did not end within {limit:g} s: {command}")
 
 
 class _Pump(threading.Thread):
@@ -165,7 +306,7 @@ def _limit(seconds: float, deadline: Deadline | None) -> float:
 
 
 @contextlib.contextmanager
-def _hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
     """Close a channel whose requests are not answered in time: they know no limit of their own."""
     watchdog = threading.Timer(_limit(ANSWER_LIMIT, deadline), channel.close)
     watchdog.daemon = True

@@ -1,4 +1,4 @@
-"""The SSH transport: connect with a pinned host key, copy files.
+"""The SSH transport: connect with a pinned host key.
 
 Everything that can go wrong on the way to a connection leaves here as `paramiko.SSHException`, the
 error that clients catch.
@@ -6,19 +6,16 @@ error that clients catch.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.key import is_encrypted
-from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     import paramiko
@@ -213,69 +210,6 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
     except BaseException:
         sock.close()
         raise
-
-
-def push(
-    client: paramiko.SSHClient,
-    local_path: str | Path,
-    remote_path: str,
-    on_progress: ProgressCallback = ignore_progress,
-) -> None:
-    """Copy a local file to the guest.
-
-    Raises:
-        FileNotFoundError: The local file, or the remote directory, is not there.
-    """
-    source = Path(local_path)
-    with source.open("rb"), _open_sftp(client) as sftp, _naming(remote_path):
-        sftp.put(str(source), remote_path, _telling(on_progress, source.name))
-
-
-def pull(
-    client: paramiko.SSHClient,
-    remote_path: str,
-    local_path: str | Path,
-    on_progress: ProgressCallback = ignore_progress,
-) -> None:
-    """Copy a file from the guest; an existing local file is replaced only once all is here.
-
-    Raises:
-        FileNotFoundError: The remote file, or the local directory, is not there.
-    """
-    target = Path(local_path)
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(4)}.part")
-    try:
-        with _open_sftp(client) as sftp:
-            with _naming(remote_path):
-                sftp.stat(remote_path)
-            sftp.get(remote_path, str(temporary), _telling(on_progress, target.name))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _telling(on_progress: ProgressCallback, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(Progress("copying", name, done, total, "B"))
-
-
-def _open_sftp(client: paramiko.SSHClient) -> paramiko.SFTPClient:
-    sftp = client.open_sftp()
-    channel = sftp.get_channel()
-    if channel is not None:
-        # For each answer, not for the whole copy.
-        channel.settimeout(ANSWER_LIMIT)
-    return sftp
-
-
-@contextlib.contextmanager
-def _naming(remote_path: str) -> Iterator[None]:
-    """Put the file's name into SFTP's errors, which come without one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise type(error)(error.errno, error.strerror or str(error), remote_path) from error
 
 
 def _policy(host_keys: HostKeys | None, connection: socket.socket) -> paramiko.MissingHostKeyPolicy:

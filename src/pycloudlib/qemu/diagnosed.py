@@ -114,7 +114,7 @@ class DiagnosedInstance(BaseInstance):
 
     def _can_be_asked(self) -> bool:
         """Say whether commands can be run without a connection that has to be made first."""
-        return self._ssh_client is not None
+        return self._is_connected()
 
     def _keep_artifacts(self, error: Exception) -> None:
         if self.artifacts_dir is None:
@@ -141,8 +141,15 @@ def explaining_launch() -> Iterator[None]:
 def explain(error: Exception, diagnosis: Diagnosis) -> None:
     """Put a diagnosis into an error and its text."""
     error.diagnosis = diagnosis  # type: ignore[attr-defined]
-    text = str(error.args[0]) if error.args else ""
-    error.args = (f"{text}\n{diagnosis.tell(beside=text)}", *error.args[1:])
+    # Of several arguments the text is one; the others are numbers, keys, errors of their own.
+    texts = [place for place, value in enumerate(error.args) if isinstance(value, str)]
+    if not error.args:
+        error.args = (f"\n{diagnosis}",)
+    elif texts:
+        arguments = list(error.args)
+        text = arguments[texts[0]]
+        arguments[texts[0]] = f"{text}\n{diagnosis.tell(beside=text)}"
+        error.args = tuple(arguments)
 
 
 def _is_failure(error: Exception) -> bool:

@@ -344,10 +344,10 @@ class QemuInstance(GuestAccess):
         return errors
 
     def __del__(self) -> None:
-        """Close the connection; the machine lives on. Harmless at any time, and twice."""
-        client = getattr(self, "_ssh_client", None)
-        if client is not None:
-            client.close()
+        """Close the connections; the machine lives on. Harmless at any time, and twice."""
+        connections = getattr(self, "_connections", None)
+        if connections is not None:
+            connections.close()
 
     def restart(self, wait: bool = True, **kwargs: Any) -> None:
         """Reboot the machine: the same disk, cleanly if the guest can be asked to.
