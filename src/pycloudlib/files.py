@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import secrets
 import shutil
@@ -43,6 +44,74 @@ def temporary_name(target: Path, suffix: str) -> Path:
     # The limit is in bytes, of which a character may have four.
     start = target.name.encode("utf-8", "surrogateescape")[:80].decode("utf-8", "ignore")
     return target.with_name(f".{start}.{secrets.token_hex(4)}.{suffix}")
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[io.FileIO]:
+    """Open a file, without a buffer, for what is copied to it; as `cp` would leave it.
+
+    A regular file is replaced when all is written, and a new name appears then: half a file is
+    never seen, and what was there before stays on any error. Everything else stays what it is and
+    is written into: a device, a FIFO, a file that has other names or another owner. Links are
+    followed.
+
+    Raises:
+        FileNotFoundError: The directory is not there, or a link leads nowhere.
+        OSError: It is a directory, or must not be written to.
+    """
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        if target.is_symlink():
+            raise FileNotFoundError(
+                errno.ENOENT, "a link that leads nowhere", str(target)
+            ) from None
+        found = None
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if found is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    with contextlib.ExitStack() as stack:
+        temporary = _create_beside(target, found)
+        if temporary is None:
+            with target.open("wb", buffering=0) as file:
+                yield file
+            return
+        stack.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("wb", buffering=0) as file:
+            yield file
+        try:
+            temporary.replace(os.path.realpath(target))
+        except OSError as error:
+            # The name of a mount stays where it is.
+            if error.errno != errno.EBUSY:
+                raise
+            with temporary.open("rb") as written, target.open("wb") as file:
+                shutil.copyfileobj(written, file)
+
+
+def _create_beside(target: Path, found: os.stat_result | None) -> Path | None:
+    """Create what may replace a file, like it; None if only the file itself can be written to."""
+    place = Path(os.path.realpath(target))
+    if found is not None:
+        replaceable = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        # A link below /proc may lead to a file that has no name any more.
+        if not replaceable or not _is_file(found, place):
+            return None
+    temporary = temporary_name(place, "part")
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        if found is None:
+            raise type(error)(error.errno, error.strerror, str(target)) from error
+        return None
+    if found is not None:
+        made = temporary.stat()
+        if (made.st_uid, made.st_gid) != (found.st_uid, found.st_gid):
+            temporary.unlink()
+            return None
+        temporary.chmod(found.st_mode & 0o777)
+    return temporary
 
 
 def write_private(path: Path, text: str) -> None:
@@ -178,7 +247,11 @@ def trying_lock(path: Path) -> Iterator[bool]:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    return _is_file(os.fstat(descriptor), path)
+
+
+def _is_file(facts: os.stat_result, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(facts, path.stat())
     except FileNotFoundError:
         return False
