@@ -7,11 +7,11 @@ import enum
 import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
-from email.mime.multipart import MIMEMultipart
-from email.mime.text import MIMEText
 from typing import Any
 
 from pycloudlib.key import generate_ed25519
+from tests.unit import userdataforms
+from tests.unit.userdataforms import IN_ORDER, PARTS, RECORD, mime, text
 
 
 @enum.unique
@@ -109,16 +109,15 @@ ARCHIVE = (
 
 
 def make_multipart() -> str:
-    """Make a MIME document of a cloud-config and a script, a large one."""
-    document = MIMEMultipart()
-    config = "#cloud-config\nwrite_files: [{path: /var/tmp/config, content: multi}]\n"
-    config += "ssh_genkeytypes: [ecdsa]\n"
-    document.attach(MIMEText(config, "cloud-config"))
-    script = "#!/bin/sh\necho $(cat /var/tmp/config)part >/var/tmp/proof\nexit\n"
-    script += f"{'#' * 63}\n" * (LARGE // 64)
-    document.attach(MIMEText(script, "x-shellscript"))
-    return document.as_string()
+    """Make a MIME document of parts of all kinds, among them a large one."""
+    config = "#cloud-config\nssh_genkeytypes: [ecdsa]\n"
+    large = userdataforms.script("part-012") + f"{'#' * 63}\n" * (LARGE // 64)
+    return mime(*PARTS, text(config, "cloud-config"), text(large, "x-shellscript")).decode()
 
+
+# With `IID` for the instance's id.
+SHOW_RECORD = f"sed s/$(cat /var/lib/cloud/data/instance-id)/IID/ {RECORD}"
+_IN_ORDER = "\n".join(IN_ORDER).replace("part-010", "part-010\npart-012")
 
 _CAT = "cat /var/tmp/proof"
 
@@ -143,7 +142,7 @@ SEEDS = {
     Kind.CLOUD_CONFIG: _CLOUD_CONFIG,
     Kind.FAST: dataclasses.replace(_CLOUD_CONFIG, fast_boot=True),
     Kind.SCRIPT: TestSeed(SCRIPT, (_CAT, "script"), network_config=NETWORK),
-    Kind.MULTIPART: TestSeed(make_multipart(), (_CAT, "multipart")),
+    Kind.MULTIPART: TestSeed(make_multipart(), (SHOW_RECORD, _IN_ORDER)),
     Kind.ARCHIVE: TestSeed(ARCHIVE, (_CAT, "archive")),
     Kind.JINJA: TestSeed(JINJA, (f"{_CAT} | sed s/$(hostname)/HOSTNAME/", "jinja HOSTNAME")),
     Kind.GZIP: TestSeed(

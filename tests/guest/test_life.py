@@ -25,8 +25,9 @@ from pycloudlib.images.source import Stream
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from tests.guest.conftest import Guest
-from tests.guest.seeds import Kind
+from tests.guest.seeds import SHOW_RECORD, Kind
 from tests.unit.imageserver import new_signing_key, running_image_server
+from tests.unit.userdataforms import HOOK, mime, text
 
 pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.NONE)]
 
@@ -51,7 +52,8 @@ def cloud() -> Iterator[Qemu]:
 @pytest.fixture(scope="module")
 def life(cloud: Qemu, saved: str) -> QemuInstance:
     """Give the machine whose life is told."""
-    machine = cloud.launch(saved, user_data=USER_DATA, fresh_identity=True)
+    user_data = mime(text(USER_DATA, "cloud-config"), text(HOOK, "cloud-boothook"))
+    machine = cloud.launch(saved, user_data=user_data, fresh_identity=True)
     machine.wait()
     assert machine.execute(COUNT_BOOTS, use_sudo=True).ok
     machine.execute("echo kept >/var/tmp/mark; sync")
@@ -147,6 +149,7 @@ def test_restart_is_another_boot_of_the_same_machine(life: QemuInstance) -> None
     assert life.console_log().count("Linux version") == 1
     assert who.splitlines()[0] == life.name
     assert life.execute(WHO, use_sudo=True) == who, "it stays who it became as a copy"
+    assert life.execute(SHOW_RECORD) == "hook IID\nhook IID", "a boothook is run in each boot"
 
 
 def test_a_guest_that_powers_itself_off_is_seen_as_stopped(life: QemuInstance) -> None:
@@ -220,9 +223,9 @@ def test_snapshots_of_snapshots_boot_as_machines_of_their_own(
     if not clean:
         vm.shutdown()  # then it is saved as it is
     first = cloud.snapshot(vm)
-    copy = cloud.launch(first, "c1m512", user_data="#!/bin/sh\necho ran >>/var/tmp/mark\n")
+    copy = cloud.launch(first, "c1m512", user_data="#!/bin/sh\necho ran >/var/tmp/ran\n")
     copy.wait()
-    assert copy.execute("cat /var/tmp/mark; hostname") == f"kept\nran\n{copy.name}"
+    assert copy.execute("cat /var/tmp/mark /var/tmp/ran; hostname") == f"kept\nran\n{copy.name}"
     result = json.loads(copy.execute("cat /var/lib/cloud/data/result.json"))
     assert result["v1"]["errors"] == []
     machine_id = copy.execute("cat /etc/machine-id")

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.files import write_private
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import ProcessIdentity
 from tests.guest.identity import KEYS, WHO, clock_error, who_is
+from tests.guest.seeds import SHOW_RECORD
+from tests.unit.userdataforms import EVERYTHING, IN_ORDER, RECORD
 
 pytestmark = pytest.mark.guest
 
@@ -172,6 +175,45 @@ def test_user_data_of_a_copy_is_run_in_it(
     assert "failed" not in caplog.text
     with pytest.raises(ValueError, match="growpart"):
         cloud.launch(saved, user_data="#cloud-config\ngrowpart: {mode: auto}\n")
+
+
+ASKING = f"""\
+#!/bin/bash
+{{ echo $0; pwd; umask; id -u; readlink /proc/self/fd/0; env | cut -d= -f1 | sort; }} >{RECORD}
+echo to stdout; echo to stderr >&2
+"""
+
+
+@pytest.mark.parametrize("fresh_identity", [True, False])
+def test_user_data_of_many_parts_is_taken_as_in_a_boot(
+    fresh_identity: bool, cloud: Qemu, saved: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A boot with the same document is among the tests of user-data."""
+    vm = cloud.launch(saved, user_data=EVERYTHING, fresh_identity=fresh_identity)
+    vm.wait()
+    assert vm.execute(SHOW_RECORD).split("\n") == [*IN_ORDER]
+    assert "failed" not in caplog.text
+
+
+def test_script_of_a_copy_has_what_it_has_in_a_boot(cloud: Qemu, saved: str) -> None:
+    vm = cloud.launch(saved, user_data=ASKING.replace("\n", "\r\n"))
+    vm.wait()
+    assert vm.execute(f"cat {RECORD}").split("\n") == [
+        "/var/lib/cloud/instance/scripts/part-001",
+        "/",
+        "0022",
+        "0",
+        "/dev/null",
+        *["LANG", "PATH", "PWD", "SHLVL", "TERM", "_"],
+    ]
+    log = vm.execute("tail -n 2 /var/log/cloud-init-output.log", use_sudo=True)
+    assert log == "to stdout\nto stderr"
+
+
+def test_user_data_that_does_not_end_is_not_waited_for(cloud: Qemu, saved: str) -> None:
+    vm = cloud.launch(saved, user_data="#!/bin/sh\nexec sleep 1000\n")
+    with pytest.raises(PycloudlibTimeoutError, match=r"user-data of .* did not end"):
+        vm.wait(ready_timeout=0.5)
 
 
 def test_commands_run_without_a_network_and_by_ssh_without_a_helper(

@@ -256,6 +256,27 @@ def test_user_data_is_kept_for_the_first_wait(cloud: Qemu, image: str) -> None:
     assert "base64" in (copy.instance_dir / "first-run").read_text()
 
 
+@pytest.mark.parametrize("fresh_identity", [False, True])
+def test_later_boots_find_the_user_data_of_a_copy_on_its_seed(
+    cloud: Qemu, running: QemuInstance, image: str, fresh_identity: bool
+) -> None:
+    user_data = "#!/bin/sh\r\necho grüße\r\n"
+    copy = cloud.launch(image, user_data=user_data, fresh_identity=fresh_identity)
+    ours, theirs = (read_iso(i.instance_dir / "seed.iso") for i in (copy, running))
+    assert ours.user_data == user_data.encode()
+    assert (ours.meta_data == theirs.meta_data) is not fresh_identity
+    sizes = {(i.instance_dir / "seed.iso").stat().st_size for i in (copy, running)}
+    assert len(sizes) == 1
+    assert runs(copy)
+
+
+@pytest.mark.parametrize("user_data", ["", " \n", b"", "#cloud-config\n"])
+def test_user_data_of_nothing_asks_for_nothing(
+    cloud: Qemu, image: str, user_data: str | bytes
+) -> None:
+    assert not (cloud.launch(image, user_data=user_data).instance_dir / "first-run").exists()
+
+
 # What cannot go on here boots from its disk.
 
 
@@ -369,6 +390,18 @@ def test_one_that_boots_can_be_somebody_of_its_own(
     )
     assert ours["instance-id"] != theirs["instance-id"]
     assert ours["local-hostname"] == instance.name
+
+
+@pytest.mark.parametrize("fresh_identity", [False, True])
+def test_user_data_of_one_that_boots_is_taken_once(
+    cloud: Qemu, saved: SavedMachine, image: str, fresh_identity: bool
+) -> None:
+    """By cloud-init, if the boot is a first one to it; otherwise as in a copy that goes on."""
+    touch_state(saved)
+    instance = cloud.launch(image, user_data="#!/bin/sh\n", fresh_identity=fresh_identity)
+    by_cloud_init = read_iso(instance.instance_dir / "seed.iso").user_data == b"#!/bin/sh\n"
+    assert by_cloud_init == fresh_identity
+    assert (instance.instance_dir / "first-run").exists() != by_cloud_init
 
 
 def test_key_to_log_in_goes_with_a_copy_that_is_kept(

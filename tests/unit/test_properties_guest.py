@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import os
 import shutil
 import socket
+import subprocess
 from email.mime.application import MIMEApplication
 from email.mime.multipart import MIMEMultipart
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_user_data_for_a_running_machine_is_a_script_or_refused(user_data: str |
     except ValueError as error:
         assert "user_data" in str(error)
     else:
-        assert base64.b64decode(script.partition("\necho ")[2].split()[0])
+        subprocess.run(["sh", "-n"], input=script.encode(), check=True)
 
 
 YAML = (

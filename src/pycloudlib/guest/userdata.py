@@ -10,11 +10,64 @@ import gzip
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from pycloudlib.documents import parse_yaml
+from pycloudlib.documents import parse_yaml, shown
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE = b"#cloud-config-archive"
+
+# What a document is by how it begins, in any case (cloudinit/handlers/__init__.py); of several that
+# fit, the longest one counts.
+_BEGINNINGS = {
+    "#include-once": "text/x-include-once-url",
+    "#include": "text/x-include-url",
+    "#!": "text/x-shellscript",
+    "#cloud-config-archive": "text/cloud-config-archive",
+    "#cloud-config-jsonp": "text/cloud-config-jsonp",
+    "#cloud-config": "text/cloud-config",
+    "#part-handler": "text/part-handler",
+    "#cloud-boothook": "text/cloud-boothook",
+    "## template: jinja": "text/jinja2",
+    "text/x-shellscript-per-boot": "text/x-shellscript-per-boot",
+    "text/x-shellscript-per-instance": "text/x-shellscript-per-instance",
+    "text/x-shellscript-per-once": "text/x-shellscript-per-once",
+}
+UNKNOWN = "text/x-not-multipart"
+"""What a document is that begins as none that cloud-init knows."""
+# Of parts that say to be one of these, the beginning counts.
+_LOOKED_INTO = ("text/plain", UNKNOWN, "text/x-shellscript")
+_COMPRESSED = tuple(
+    f"application/{name}"
+    for name in (
+        "gzip",
+        "gzip-compressed",
+        "gzipped",
+        "x-compress",
+        "x-compressed",
+        "x-gunzip",
+        "x-gzip",
+        "x-gzip-compressed",
+    )
+)
+_KIND_OF_ARCHIVES = "text/cloud-config-archive"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A document of user-data, as cloud-init comes to see it.
+
+    Attributes:
+        kind: Its MIME type, which decides what becomes of it.
+        name: The file name under which it is kept, as given, or `part-001` and so on.
+        content: The document.
+        merging: How it says that it is to be merged with those before, if it does so in a header.
+    """
+
+    kind: str
+    name: str
+    content: bytes
+    merging: str = ""
 
 
 def decompress(document: bytes, name: str) -> bytes:
@@ -38,6 +91,95 @@ def decompress(document: bytes, name: str) -> bytes:
 def is_mime(document: bytes) -> bool:
     """Tell a MIME document by what cloud-init looks for (cloudinit/user_data.py)."""
     return b"mime-version:" in document[:4096].lower()
+
+
+def parts(document: bytes, name: str) -> list[Part]:
+    """Take user-data apart as cloud-init does (cloudinit/user_data.py).
+
+    Args:
+        document: The user-data.
+        name: What it is called in an error.
+
+    Raises:
+        ValueError: It is damaged, so that cloud-init would make nothing of it.
+    """
+    document = decompress(document, name)
+    found: list[Part] = []
+    if not is_mime(document):
+        _add(found, Part(UNKNOWN, "", document), name)
+        return found
+    try:
+        message = email.message_from_string(document.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is a MIME document that is not UTF-8: {error}") from error
+    for part in _walk(message, name):
+        _add(found, part, name)
+    return found
+
+
+def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
+    """Read the parts of a MIME document, and the parts of parts; their names may be missing."""
+    try:
+        for part in message.walk():
+            if part.get_content_maintype() == "multipart":
+                continue
+            content = part.get_payload(decode=True)
+            if not isinstance(content, bytes):
+                raise ValueError(f"{name} has a part that is a message of its own")
+            merging = part.get("Merge-Type") or part.get("X-Merge-Type") or ""
+            filename = part.get_filename() or ""
+            yield Part(part.get_content_type(), filename, content, str(merging))
+    except RecursionError:
+        raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
+    except (LookupError, TypeError, UnicodeError) as error:
+        raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
+
+
+def _add(found: list[Part], part: Part, name: str) -> None:
+    """Add a part, or what an archive consists of, once it is known what it is."""
+    kind, content = part.kind, part.content
+    if kind in _COMPRESSED:
+        if not content.startswith(_GZIP_MAGIC):
+            raise ValueError(f"{name} has a part of type {kind} that is not compressed by gzip")
+        kind, content = "text/plain", decompress(content, name)
+    if kind in _LOOKED_INTO:
+        kind = _find_kind(content) or kind
+    if kind == _KIND_OF_ARCHIVES:
+        for entry in _entries(content, name):
+            found.append(_named(entry, found))
+    else:
+        found.append(_named(Part(kind, part.name, content, part.merging), found))
+
+
+def _named(part: Part, before: list[Part]) -> Part:
+    name = part.name or f"part-{len(before) + 1:03d}"
+    return Part(part.kind, name, part.content, part.merging)
+
+
+def _find_kind(content: bytes) -> str | None:
+    text = content.decode(errors="surrogateescape").lower().lstrip()
+    fitting = [beginning for beginning in _BEGINNINGS if text.startswith(beginning)]
+    return _BEGINNINGS[max(fitting, key=len)] if fitting else None
+
+
+def _entries(archive: bytes, name: str) -> Iterator[Part]:
+    entries = load_yaml(archive, name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
+    for entry in entries:
+        fields = {"content": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, dict):
+            continue  # as cloud-init does
+        content = fields.get("content", "")
+        if not isinstance(content, (str, bytes)):
+            raise ValueError(f"{name} is an archive with content {shown(content)}, expected a text")
+        data = content.encode() if isinstance(content, str) else content
+        otherwise = "text/cloud-config" if isinstance(content, str) else "application/octet-stream"
+        kind = fields.get("type") or _find_kind(data) or otherwise
+        if not isinstance(kind, str) or kind.count("/") == 0:
+            raise ValueError(f"{name} is an archive with type {shown(kind)}, expected a MIME type")
+        merging = fields.get("Merge-Type") or fields.get("X-Merge-Type") or ""
+        yield Part(kind.lower(), str(fields.get("filename") or ""), data, str(merging))
 
 
 def split(document: bytes, name: str) -> Iterator[bytes]:

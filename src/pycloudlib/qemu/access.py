@@ -19,7 +19,7 @@ from pycloudlib.errors import (
     PycloudlibTimeoutError,
 )
 from pycloudlib.files import exclusive_lock
-from pycloudlib.guest import firstboot, helper, ssh
+from pycloudlib.guest import firstboot, helper, runconfig, ssh
 from pycloudlib.guest.bootphases import BootWatch, Phase
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
@@ -220,13 +220,20 @@ class GuestAccess(DiagnosedInstance):
             script.unlink()
         except FileNotFoundError:
             return
-        result = self.execute(
-            "exec sh -s",
-            stdin=text,
-            use_sudo=True,
-            description="running the user-data",
-        )
-        if result.failed:
+        try:
+            result = self.execute(
+                "exec sh -s", stdin=text, use_sudo=True, description="running the user-data"
+            )
+        except PycloudlibTimeoutError as error:
+            raise PycloudlibTimeoutError(
+                f"The user-data of {self.name} did not end in time; its output is in "
+                f"{runconfig.OUTPUT_LOG} there"
+            ) from error
+        if result.return_code < 0:
+            self._log.info("The connection to %s ended while its user-data ran", self.name)
+            self._wait_for_execute()
+            self._wait_for_cloudinit()
+        elif result.failed:
             self._log.warning(
                 "The user-data failed on %s with exit status %d: %s",
                 self.name,

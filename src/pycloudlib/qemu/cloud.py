@@ -119,7 +119,8 @@ class Qemu(QemuReady):
         Args:
             image_id: The image: an absolute path, or one below `image_dir`.
             instance_type: `c<cpus>m<MiB of memory>`.
-            user_data: For cloud-init, of any kind; reaches the guest byte for byte.
+            user_data: For cloud-init, of any kind; reaches the guest byte for byte. In a copy of
+                a saved machine, which does not boot, `wait()` does what a boot would do with it.
             meta_data: For cloud-init: a YAML mapping; what is missing in it is added.
             vendor_data: For cloud-init; takes effect beside the machine's own.
             network_config: For cloud-init.

@@ -42,7 +42,9 @@ class CopyRequest:
         saved: The machine to go on from.
         fresh_identity: Whether it is to be somebody of its own.
         new_key: The SSH key to let in, if another one than the saved machine's.
-        first_run: A script to run in it once.
+        user_data: What cloud-init is to find on the seed in later boots, if something else than
+            what the saved machine was given.
+        first_run: A script that does now what a first boot would do with that; may be empty.
         boots: Whether it boots from the saved disk, as the saved machine cannot go on here.
     """
 
@@ -50,7 +52,8 @@ class CopyRequest:
     saved: SavedMachine
     fresh_identity: bool = False
     new_key: NewKey | None = None
-    first_run: str | None = None
+    user_data: bytes | None = None
+    first_run: str = ""
     boots: bool = False
 
 
@@ -59,18 +62,20 @@ def write_files(host: Host, rundir: RunDirectory, request: CopyRequest) -> None:
     saved = request.saved
     disk.create_overlay(disk.read_layer(saved.image), rundir.disk, unopened=True)
     identity = _make_identity(host, request.name) if request.fresh_identity else None
+    # Another instance-id on the seed makes a boot a first one, which does by itself what is to be
+    # done with user-data; otherwise that is done after the boot, and not in it, too.
+    booted = request.boots and identity is not None
+    user_data = request.user_data if booted or not request.boots else None
+    _write_seed(rundir, saved, identity, user_data)
     if identity is not None:
-        _write_renamed_seed(rundir, saved, identity)
         hostkeys.pin(rundir.known_hosts, identity.host_keys)
-    else:
-        for source, target in ((saved.seed, rundir.seed), (saved.known_hosts, rundir.known_hosts)):
-            if source.exists():
-                copy_private(source, target)
+    elif saved.known_hosts.exists():
+        copy_private(saved.known_hosts, rundir.known_hosts)
     if identity is not None or not request.boots:
         write_private(rundir.fix_up, FixUp(identity, request.new_key).to_json())
     if saved.helper and not request.boots:
         write_private(rundir.helper_mark, saved.login.username)
-    if request.first_run is not None:
+    if request.first_run and not booted:
         write_private(rundir.first_run, request.first_run)
 
 
@@ -187,14 +192,23 @@ def _make_identity(host: Host, name: str) -> Identity:
     return Identity(name, secrets.token_hex(16), f"iid-{uuid.uuid4()}", host_keys)
 
 
-def _write_renamed_seed(rundir: RunDirectory, saved: SavedMachine, identity: Identity) -> None:
-    """Let later boots find on the seed who the machine is by then."""
+def _write_seed(
+    rundir: RunDirectory, saved: SavedMachine, identity: Identity | None, user_data: bytes | None
+) -> None:
+    """Let later boots find on the seed who the machine is by then, and its own user-data."""
     if not saved.seed.exists():
         return
-    seed = nocloud.rename(
-        nocloud.read_iso(saved.seed),
-        instance_id=identity.instance_id,
-        hostname=identity.hostname,
-        host_keys=identity.host_keys,
-    )
+    if identity is None and user_data is None:
+        copy_private(saved.seed, rundir.seed)
+        return
+    seed = nocloud.read_iso(saved.seed)
+    if identity is not None:
+        seed = nocloud.rename(
+            seed,
+            instance_id=identity.instance_id,
+            hostname=identity.hostname,
+            host_keys=identity.host_keys,
+        )
+    if user_data is not None:
+        seed = dataclasses.replace(seed, user_data=user_data)
     nocloud.write_iso(seed, rundir.seed, length=saved.seed.stat().st_size)

@@ -23,7 +23,7 @@ from pycloudlib.qemu.layers import LayerStore
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
-from pycloudlib.readiness import ready_limit
+from pycloudlib.readiness import keeping, ready_limit
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
@@ -114,10 +114,12 @@ class QemuInstance(GuestAccess):
             HostDiskFullError: The host has no room for the machine's disk.
             PycloudlibTimeoutError: The machine could not be reached in time.
         """
-        ready_limit(ready_timeout)  # what is wrong with it is told before anything is done
-        with self._watching_boot(on_progress, self._tell_limit(ready_timeout)):
+        # What is wrong with it is told before anything is done.
+        deadline = ready_limit(ready_timeout, self._default_ready_minutes)
+        limit = self._tell_limit(ready_timeout)
+        with self._watching_boot(on_progress, limit), keeping(deadline):
             super().wait(ready_timeout, **kwargs)
-        self._run_first()
+            self._run_first()
 
     def wait_for_restart(self, old_boot_id: str) -> None:
         """Wait until the machine has booted anew and cloud-init has finished.

@@ -169,9 +169,14 @@ class QemuLive(QemuImages):
                 f"{saved.image} is a saved machine, which cannot be changed by "
                 f"{', '.join(changes)}: launch it without, or the image that it was made from"
             )
-        first_run = None if options.user_data is None else runconfig.build_script(options.user_data)
+        user_data = options.user_data
+        first_run = "" if user_data is None else runconfig.build_script(user_data)
         request = copies.CopyRequest(
-            options.name_with(self.tag), saved, fresh_identity, first_run=first_run
+            options.name_with(self.tag),
+            saved,
+            fresh_identity,
+            user_data=user_data.encode() if isinstance(user_data, str) else user_data,
+            first_run=first_run,
         )
         copy = self._try_copy(request, options.username)
         if copy is not None:
