@@ -23,10 +23,13 @@ class Cause(enum.Enum):
     KERNEL_PANIC = "kernel panic"
     GUEST_MEMORY = "the guest is out of memory"
     GUEST_DISK = "the guest's disk is full"
+    HALTED = "the guest has halted"
+    REBOOTS = "the guest boots again and again"
     EMERGENCY_SHELL = "emergency shell"
     HOST_KEY = "the SSH host key is not the machine's"
     KEY_REFUSED = "the SSH key is refused"
     CLOUD_INIT = "cloud-init failed"
+    CLOUD_INIT_WARNING = "cloud-init warned"
     NO_NETWORK = "the guest has no network"
     NO_SSH_SERVER = "no SSH server answers in the guest"
     STILL_BOOTING = "the guest is still booting"
@@ -72,6 +75,14 @@ _HINTS = {
         "a file system of /etc/fstab is missing or damaged, or root= is; the lines above it on the "
         "console tell which unit failed"
     ),
+    Cause.HALTED: (
+        "user-data may have asked for it (power_state), or somebody in the guest; shutdown() "
+        "switches it off"
+    ),
+    Cause.REBOOTS: (
+        "what has it reboot in each of its boots? User-data that is run in each (bootcmd), a "
+        "watchdog, a kernel that panics with panic= set: the console tells"
+    ),
     Cause.HOST_KEY: (
         "another program may answer on the machine's port, or its QEMU runs where its process "
         "cannot be looked at (another user, another container)"
@@ -81,6 +92,10 @@ _HINTS = {
         "default user; did somebody change authorized_keys?"
     ),
     Cause.CLOUD_INIT: "its words are above; /var/log/cloud-init.log in the guest tells more",
+    Cause.CLOUD_INIT_WARNING: (
+        "cloud-init may have left out what it warned of; `sudo cloud-init schema --system` in the "
+        "guest tells what is wrong with user-data"
+    ),
     Cause.NO_NETWORK: (
         "does network_config match the interface? The console's port is open still: telnet there"
     ),
@@ -108,6 +123,8 @@ class Diagnosis:
         stderr: What QEMU said.
         events: The latest QMP events, oldest first.
         phase: How far the boot got; empty before the first sign of life.
+        boots: How often the guest has booted since it was switched on.
+        warnings: What cloud-init warned of, as far as the guest or the console tells.
         console: The latest lines on the serial console.
         guest: What the guest says, where it can be asked: cloud-init of itself, a full disk.
         failed_units: The systemd units that failed, where it can be asked.
@@ -126,9 +143,17 @@ class Diagnosis:
     console: tuple[str, ...] = ()
     guest: tuple[str, ...] = ()
     failed_units: tuple[str, ...] = ()
+    boots: int = 1
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.tell()
+
+    def _tell_boot(self) -> str:
+        told = f"got as far as: {self.phase}" if self.phase else ""
+        if self.boots > 1:
+            told += f"{', ' if told else ''}in its boot number {self.boots} since power-on"
+        return told
 
     def tell(self, *, beside: str = "") -> str:
         """Give it as text, a line for each fact.
@@ -145,9 +170,10 @@ class Diagnosis:
             ("Machine", self.state),
             ("QEMU said", self.stderr),
             ("QMP events", ", ".join(self.events)),
-            ("Boot", self.phase and f"got as far as: {self.phase}"),
+            ("Boot", self._tell_boot()),
             ("Guest", "; ".join(self.guest)),
             ("Failed units", ", ".join(self.failed_units)),
+            ("Cloud-init warned", "; ".join(text.partition("\n")[0] for text in self.warnings)),
         ]
         text = "\n".join(
             f"  {name}: {value}" for name, value in lines if value and value not in beside

@@ -401,7 +401,7 @@ class BaseInstance(Readiness):
             stdin=data,
             get_pty=get_pty,
             timeout=limit,
-            on_wait=self._check_alive,
+            on_wait=self._lookout(),
         )
         return Result(_text(out), _text(err), status)
 

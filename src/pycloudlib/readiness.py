@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +137,18 @@ class Readiness(ABC):
         """Say who can log in, after cloud-init's end, and what to do about it."""
         return "does username= name a user who has the key?"
 
+    def _was_followed(self) -> bool:
+        """Say whether the guest's present boot was followed to its end before, by whomever."""
+        return False
+
+    def _seen_warnings(self) -> Sequence[str]:
+        """Give what cloud-init was seen to warn of while it was waited for."""
+        return ()
+
+    def _lookout(self) -> Callable[[], None]:
+        """Give what is called every so often while a command runs: it raises to end the wait."""
+        return self._check_alive
+
     def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
         """Wait until the machine is powered on; clouds where that takes time override this."""
 
@@ -221,23 +233,31 @@ class Readiness(ABC):
             raise_on_failure: Whether a failure of cloud-init raises instead.
         """
         self._log.info("Waiting for cloud-init on %s", self.name)
-        with keeping(self._deadline(None)) as deadline:
-            output = self._follow_cloudinit(deadline)
-        try:
-            status = cloudinit.parse_status(output)
-        except ValueError as error:
-            self._log.warning("cloud-init's status on %s cannot be read: %s", self.name, error)
-        else:
-            self._cloudinit_ended(status, raise_on_failure)
+        status = self._follow_cloudinit()
+        if status is None:
+            return
+        if status.failed:
+            words = f"cloud-init failed on {self.name}: {status.failure}"
+            self._log.warning("%s", words)
+            if raise_on_failure:
+                raise PycloudlibError(words)
+        for warning in cloudinit.merge_warnings(status.warnings, self._seen_warnings()):
+            self._log.warning("cloud-init on %s: %s", self.name, warning)
 
-    def _follow_cloudinit(self, deadline: Deadline) -> str:
-        """Give what the waiting script prints at cloud-init's end, over lost connections."""
+    def _follow_cloudinit(self) -> cloudinit.CloudInitStatus | None:
+        """Give how cloud-init ended, over lost connections and boots; None if that is not read."""
+        with keeping(self._deadline(None)) as deadline:
+            return self._ask_cloudinit(deadline)
+
+    def _ask_cloudinit(self, deadline: Deadline) -> cloudinit.CloudInitStatus | None:
         import paramiko  # noqa: PLC0415 - heavy
 
         while True:
             self._check_alive()
             try:
-                result = self._ssh(list(cloudinit.WAIT_COMMAND))
+                followed = self._was_followed()
+                command = cloudinit.BRIEF_WAIT_COMMAND if followed else cloudinit.WAIT_COMMAND
+                result = self._ssh(list(command))
             except paramiko.SSHException as error:
                 problem = str(error)
             except PycloudlibTimeoutError as error:
@@ -247,21 +267,52 @@ class Readiness(ABC):
             else:
                 # The guest may reboot under the script: then there is no exit status.
                 if result.ok:
-                    return result.stdout
-                problem = f"exit status {result.return_code}: {result.stderr}"
+                    status = self._read_status(result.stdout)
+                    if status is None or not self._goes_down(status.shutdown, deadline):
+                        return status
+                    problem = self._follow_shutdown(deadline)
+                else:
+                    problem = f"exit status {result.return_code}: {result.stderr}"
             self._check_alive()
             self._log.debug("Asking for cloud-init's status again: %s", problem)
             self._forget_client()
+            time.sleep(deadline.capped(_ATTEMPT_PAUSE))
             self._wait_for_execute()
 
-    def _cloudinit_ended(self, status: cloudinit.CloudInitStatus, raise_on_failure: bool) -> None:
-        if status.failed:
-            words = "; ".join(status.errors) or status.state
-            self._log.warning("cloud-init failed on %s: %s", self.name, words)
-            if raise_on_failure:
-                raise PycloudlibError(f"cloud-init failed on {self.name}: {words}")
-        for warning in status.recoverable_errors:
-            self._log.warning("cloud-init on %s: %s", self.name, warning)
+    def _read_status(self, output: str) -> cloudinit.CloudInitStatus | None:
+        try:
+            return cloudinit.parse_status(output)
+        except ValueError as error:
+            self._log.warning("cloud-init's status on %s cannot be read: %s", self.name, error)
+            return None
+
+    def _goes_down(self, shutdown: cloudinit.Shutdown | None, deadline: Deadline) -> bool:
+        """Say whether the guest is not ready yet, since it goes down, or boots again soon."""
+        if shutdown is None:
+            return False
+        if shutdown.under_way:
+            self._log.info("%s goes down by itself (%s); waiting", self.name, shutdown.mode)
+            return True
+        told = f"{self.name} is announced to go down ({shutdown.mode}) in {shutdown.seconds:.0f} s"
+        if shutdown.boots_again and shutdown.seconds < deadline.remaining:
+            self._log.info("%s; waiting for that", told)
+            return True
+        self._log.warning("%s; until then it is ready", told)
+        return False
+
+    def _follow_shutdown(self, deadline: Deadline) -> str:
+        """Wait until a guest that goes down is gone, or does not go down any more; say which."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            result = self._ssh(list(cloudinit.GOING_DOWN_COMMAND))
+        except paramiko.SSHException as error:
+            return str(error)
+        except PycloudlibTimeoutError as error:
+            raise PycloudlibTimeoutError(
+                f"{self.name} did not go down within {deadline.limit:.0f} s"
+            ) from error
+        return "it goes down no more" if result.ok else "it is gone"
 
     def _deadline(self, timeout: float | None) -> Deadline:
         if timeout is not None:

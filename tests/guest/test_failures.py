@@ -11,9 +11,9 @@ import yaml
 
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
-from pycloudlib.errors import BootFailedError, KernelPanicError
+from pycloudlib.errors import BootFailedError, KernelPanicError, PycloudlibTimeoutError
 from pycloudlib.qemu.instance import QemuInstance
-from tests.guest.conftest import Guest
+from tests.guest.conftest import Guest, build, collecting_warnings
 from tests.guest.seeds import Kind
 
 pytestmark = pytest.mark.guest
@@ -166,3 +166,35 @@ def test_guest_that_user_data_powers_off(cloud: Qemu, image: str) -> None:
     with pytest.raises(Exception, match="powered itself off") as caught:
         vm.wait()
     assert diagnosis_of(caught.value).cause is Cause.POWERED_OFF
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_key_that_user_data_takes_away(release: str, cloud: Qemu) -> None:
+    user_data = "#cloud-config\nusers: [{name: bob}]\n"
+    vm = cloud.launch(build(release), "c1m512", user_data=user_data, fast_boot=True)
+    with pytest.raises(PycloudlibTimeoutError, match="users are bob, without 'default'") as caught:
+        vm.wait()
+    told = diagnosis_of(caught.value)
+    assert told.cause is Cause.KEY_REFUSED
+    assert told.phase == "cloud-init done"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_guest_that_user_data_has_boot_again(release: str, cloud: Qemu) -> None:
+    config = {
+        "power_state": {"mode": "reboot"},
+        "users": ["default", {"name": "bob", "sudo": False}],  # of which cloud-init warns
+    }
+    user_data = "#cloud-config\n" + yaml.safe_dump(config)
+    vm = cloud.launch(build(release), "c1m512", user_data=user_data, fast_boot=True)
+    with collecting_warnings(vm.name) as warnings:
+        vm.wait()
+    assert vm.execute("grep -c \"running 'init-local'\" /var/log/cloud-init.log") == "2"
+    assert vm.diagnose().boots == 2
+    assert any("deprecated" in warning.lower() for warning in warnings), warnings
+    assert len(warnings) == len(set(warnings))
+    told = vm.diagnose()
+    assert told.cause is Cause.CLOUD_INIT_WARNING
+    assert any("sudo" in warning for warning in told.warnings)

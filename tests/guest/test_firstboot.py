@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 import yaml
@@ -67,6 +69,22 @@ def test_network_config_is_honoured(guests: dict[Kind, Future[Guest]]) -> None:
     vm = guests[Kind.SCRIPT].result().machine
     assert f"{NETWORK_NAME}:" in vm.execute("cat /etc/netplan/*.yaml", use_sudo=True)
     assert "via 10.0.2.2" in vm.execute("ip route show default")
+
+
+@pytest.mark.uses(Kind.FAST)
+def test_log_of_cloud_init_has_the_right_times_from_its_first_line_on(
+    guests: dict[Kind, Future[Guest]],
+) -> None:
+    vm = guests[Kind.FAST].result().machine
+    logged, uptime = vm.execute(
+        "head -n 1 /var/log/cloud-init.log; cat /proc/uptime", use_sudo=True
+    ).splitlines()
+    now = time.time()
+    found = re.match(r"(\S+ \S+),\d+ - .* Up ([\d.]+) seconds", logged)
+    assert found is not None, logged
+    written = datetime.strptime(f"{found[1]} +0000", "%Y-%m-%d %H:%M:%S %z").timestamp()
+    # The guest has not counted the time for which it was stopped.
+    assert written == pytest.approx(now - (float(uptime.split()[0]) - float(found[2])), abs=15)
 
 
 @pytest.mark.uses(Kind.FAST)

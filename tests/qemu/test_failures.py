@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import paramiko
@@ -18,11 +19,13 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import BootFailedError, CloudSetupError, PycloudlibTimeoutError
+from pycloudlib.instance import BaseInstance
 from pycloudlib.qemu import running
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from pycloudlib.qemu.running import HostDiskFullError
 from pycloudlib.qemu.start import LaunchError
+from pycloudlib.result import Result
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, becomes, hurry, mode
 
@@ -107,6 +110,47 @@ def test_disk_without_a_boot_loader(cloud: Qemu, tmp_path: Path) -> None:
     assert told.waited < 60
     assert told.phase == "firmware"
     assert "No bootable device." in told.console
+
+
+def test_guest_that_boots_again_and_again(cloud: Qemu, tmp_path: Path) -> None:
+    # By the keyboard controller: it resets the processor.
+    image = write_boot_sector(tmp_path / "again.img", "b0fe e664 ebfd")
+    vm = hurry(cloud.launch(str(image), SMALL))
+    assert becomes(lambda: vm.diagnose().boots >= 4)
+    with pytest.raises(PycloudlibTimeoutError) as caught:
+        vm.wait(ready_timeout=0.02)
+    told = diagnosis_of(caught.value)
+    assert told.cause is Cause.REBOOTS
+    assert told.boots >= 4
+    assert f"in its boot number {told.boots} since power-on" in str(caught.value)
+
+
+@pytest.mark.parametrize("by", ["event", "console"])
+def test_command_in_a_guest_that_boots_anew_is_not_waited_for(
+    by: str, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was connected to it stays open, and nobody answers."""
+    if by == "console":
+        # Who has not started QEMU hears of no events.
+        monkeypatch.setattr(type(running.machine), "last_reset", 0.0)
+
+    def boot_anew(vm: QemuInstance, command: Sequence[str], *_more: object) -> Result:
+        look = vm._lookout()
+        look()
+        vm.machine.execute("system_reset")
+
+        def ends() -> bool:
+            look()
+            return False
+
+        becomes(ends)
+        return Result("it went on")
+
+    monkeypatch.setattr(BaseInstance, "_ssh", boot_anew)
+    assert becomes(lambda: "Booting from Hard Disk" in running.console_log())
+    with running._watching_boot(None, "") if by == "console" else contextlib.nullcontext():
+        result = running.execute("sleep 1000")
+    assert (result.stdout, result.return_code) == ("", -1)
 
 
 def test_machine_that_stands_still(unstarted: QemuInstance) -> None:

@@ -52,6 +52,35 @@ def test_present_boot_is_found_however_the_console_grows(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("console", "boots"),
+    [
+        (b"", 1),
+        (b"\r\n" * 100, 1),
+        (BOOT + DONE, 1),
+        (KERNEL + DONE, 1),
+        ((BOOT + DONE) * 3, 3),
+        (BOOT + KERNEL + FIRMWARE, 3),
+        # One that went on from a saved machine.
+        (DONE, 1),
+        (b"\r\n" * 100 + DONE + (BOOT + DONE) * 2, 3),
+        (b"x" * 100 + FIRMWARE, 2),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+def test_boots_are_counted(console: bytes, boots: int, step: int, tmp_path: Path) -> None:
+    log = tmp_path / "console.log"
+    finder = BootFinder(log)
+    assert finder.count(0) == 1
+    before = BOOT + DONE
+    for end in range(0, len(console) + step, step):
+        log.write_bytes(before + console[:end])
+        count = finder.count(len(before))
+    assert count == boots
+    if console.startswith(BOOT):
+        assert finder.count(0) == boots + 1
+
+
 def test_boots_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_bytes(BOOT + DONE + BOOT)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pycloudlib.diagnosis import Cause
 from pycloudlib.guest.bootphases import BootWatch, Phase, clean_line, find_phase
 
 FIRMWARE = (
@@ -211,3 +212,47 @@ def test_growing_log_is_followed(tmp_path: Path) -> None:
 
     assert phases_of(watch) == [Phase.FIRMWARE, Phase.KERNEL, Phase.SYSTEMD]
     assert (Phase.SYSTEMD, "Welcome to Ubuntu! ☃") in reports
+
+
+WARNED = (
+    b"[   46.5] cloud-init[353]: 2026-11-30 03:19:01,327 - __init__.py[WARNING]: Unhandled\r\n"
+    b"[   46.6] cloud-init[353]: 2026-11-30 03:19:01,328 - __init__.py[WARNING]: Unhandled\r\n"
+)
+
+
+def test_boot_that_follows_another_begins_anew(tmp_path: Path) -> None:
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + b"vm login: " + FIRMWARE + KERNEL)
+
+    assert phases_of(watch) == [Phase.FIRMWARE, Phase.KERNEL]
+
+
+def test_kernel_that_another_has_started_begins_a_boot(tmp_path: Path) -> None:
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + KERNEL)
+
+    assert phases_of(watch) == [Phase.KERNEL]
+
+
+def test_what_cloud_init_warns_of_is_kept_over_boots(tmp_path: Path) -> None:
+    later = WARNED.replace(b"Unhandled", b"of the second boot")
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + WARNED + WHOLE_BOOT + later)
+
+    assert watch.warnings == ("WARNING: Unhandled", "WARNING: of the second boot")
+
+
+def test_dead_end_of_a_later_boot_is_seen(tmp_path: Path) -> None:
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + FIRMWARE + b"No bootable device.\r\n")
+
+    assert watch.dead_end == (Cause.NO_BOOTABLE_DISK, "No bootable device.")
+
+
+def test_guest_that_has_halted_is_seen_after_its_boot(tmp_path: Path) -> None:
+    halted = b"[  130.2] reboot: System halted\r\n"
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + halted)
+
+    assert watch.dead_end == (Cause.HALTED, "[  130.2] reboot: System halted")
+
+
+def test_what_is_printed_after_the_boot_ends_nothing(tmp_path: Path) -> None:
+    watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + b"You are in emergency mode.\r\n")
+
+    assert watch.dead_end is None

@@ -29,6 +29,7 @@ PANIC = (
             "[    3.2] ---[ end Kernel panic - not syncing: System is deadlocked on memory ]---",
             Cause.GUEST_MEMORY,
         ),
+        ("[  130.2] reboot: System halted", Cause.HALTED),
         ("(initramfs) ", Cause.EMERGENCY_SHELL),
         (
             'You are in emergency mode. After logging in, type "journalctl -xb"',

@@ -33,8 +33,10 @@ def facts(
     events: tuple[Event, ...] = (),
     console: tuple[str, ...] = (),
     phase: str = "",
+    boots: int = 1,
+    warnings: tuple[str, ...] = (),
 ) -> Facts:
-    return Facts(state, status, end, events, console, phase)
+    return Facts(state, status, end, events, console, phase, boots=boots, warnings=warnings)
 
 
 def off(exit_status: int | None, stderr: str = "", *events: Event) -> Facts:
@@ -58,6 +60,12 @@ def off(exit_status: int | None, stderr: str = "", *events: Event) -> Facts:
         (facts(State.PAUSED, "prelaunch"), Cause.STANDS_STILL),
         (facts(console=("SeaBIOS", "No bootable device.")), Cause.NO_BOOTABLE_DISK),
         (facts(phase="kernel"), Cause.STILL_BOOTING),
+        (facts(phase="kernel", boots=2), Cause.STILL_BOOTING),
+        (facts(phase="kernel", boots=4), Cause.REBOOTS),
+        (facts(phase="cloud-init done", boots=9), Cause.REBOOTS),
+        (facts(phase="kernel", warnings=("WARNING: x",)), Cause.STILL_BOOTING),
+        (facts(phase="cloud-init done", warnings=("WARNING: x",)), Cause.CLOUD_INIT_WARNING),
+        (facts(console=("[  130.2] reboot: System halted",)), Cause.HALTED),
         (facts(phase="cloud-init done"), Cause.UNKNOWN),
     ],
 )
@@ -135,6 +143,27 @@ def test_words_of_the_guest_are_the_cause_where_there_is_none() -> None:
     assert with_guest_words(Diagnosis(Cause.HOST_DISK), words, ()).cause is Cause.HOST_DISK
     full = with_guest_words(Diagnosis(Cause.UNKNOWN), ("disk of / is full",), ())
     assert full.cause is Cause.GUEST_DISK
+
+
+def test_warnings_of_cloud_init_are_told_and_are_the_cause_where_there_is_none() -> None:
+    seen = diagnose(facts(phase="cloud-init done", warnings=("WARNING: a", "WARNING: b")))
+    assert (seen.cause, seen.evidence) == (Cause.CLOUD_INIT_WARNING, "WARNING: a")
+    told = with_guest_words(seen, ("init ended",), (), ("WARNING: b\nand more", "WARNING: c"))
+    assert told.warnings == ("WARNING: b\nand more", "WARNING: c", "WARNING: a")
+    assert (told.cause, told.evidence) == (Cause.CLOUD_INIT_WARNING, "WARNING: b")
+    assert "Cloud-init warned: WARNING: b; WARNING: c; WARNING: a" in str(told)
+    failed = with_guest_words(seen, ("init failed: x",), (), ())
+    assert failed.cause is Cause.CLOUD_INIT
+    booting = with_guest_words(Diagnosis(Cause.STILL_BOOTING), (), (), ("WARNING: a",))
+    assert booting.cause is Cause.STILL_BOOTING
+    assert booting.warnings == ("WARNING: a",)
+
+
+def test_boots_are_told_when_there_were_several() -> None:
+    told = str(diagnose(facts(phase="kernel", boots=7)))
+    assert "Cause: the guest boots again and again (7 boots since it was switched on)" in told
+    assert "Boot: got as far as: kernel, in its boot number 7 since power-on" in told
+    assert "boot number" not in str(diagnose(facts(phase="kernel")))
 
 
 def test_it_is_told_in_lines() -> None:

@@ -1,8 +1,10 @@
-"""Waiting until a machine is ready: what passes, and what decides that it never will be."""
+"""Waiting until a machine is ready, over refusals, shutdowns and boots of the guest's own."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +16,14 @@ import pytest
 from pycloudlib import readiness
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest import ssh
-from pycloudlib.guest.cloudinit import WAIT_COMMAND
+from pycloudlib.guest.cloudinit import BRIEF_WAIT_COMMAND, GOING_DOWN_COMMAND, WAIT_COMMAND
 from pycloudlib.result import Result
 from tests.unit.test_base_classes import Instance
 
 BOOT_ID = "boot id"
 WAIT = "wait"
+BRIEF_WAIT = "brief wait"
+GOING_DOWN = "going down"
 FINISHED = 'finished\n{"v1": {"datasource": "x"}}'
 LIMIT = 0.5
 """Minutes: no wait that ends by itself takes so long."""
@@ -42,6 +46,7 @@ class Scripted(Instance):
     Attributes:
         asked: What it was asked.
         settled: What it says of whether cloud-init has ended.
+        seen: What it says that was seen to be warned of.
     """
 
     def __init__(self, **answers: Sequence[Callable[[], Result] | str]) -> None:
@@ -49,16 +54,24 @@ class Scripted(Instance):
         defaults: dict[str, list[Callable[[], Result] | str]] = {
             BOOT_ID: ["boot-1"],
             WAIT: [FINISHED],
+            BRIEF_WAIT: [FINISHED],
+            GOING_DOWN: [raising(paramiko.SSHException("the connection ended"))],
         }
         given = {name.replace("_", " "): list(answer) for name, answer in answers.items()}
         self.answers = defaults | given
         self.asked: list[str] = []
         self.settled: Callable[[], object] = lambda: None
+        self.seen: list[str] = []
 
     def _ssh(  # type: ignore[override]
         self, command: Sequence[str], stdin: Any = None, **kwargs: Any
     ) -> Result:
-        kind = WAIT if tuple(command) == WAIT_COMMAND else BOOT_ID
+        kinds = {
+            WAIT_COMMAND: WAIT,
+            BRIEF_WAIT_COMMAND: BRIEF_WAIT,
+            GOING_DOWN_COMMAND: GOING_DOWN,
+        }
+        kind = kinds.get(tuple(command), BOOT_ID)
         self.asked.append(kind)
         answers = self.answers[kind]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -66,6 +79,9 @@ class Scripted(Instance):
 
     def _has_settled(self) -> object:
         return self.settled()
+
+    def _seen_warnings(self) -> Sequence[str]:
+        return self.seen
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +105,10 @@ def banner(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     thread.join(10)
+
+
+def going_down(mode: str, seconds: int = 0) -> str:
+    return f"{FINISHED}\n== shutdown\n{mode} {seconds}\n"
 
 
 @pytest.mark.parametrize(
@@ -169,3 +189,87 @@ def test_server_that_is_not_there_is_waited_for_as_long_as_something_happens(
     machine.settled = lambda: 5
     with pytest.raises(PycloudlibTimeoutError, match=r"will not change.*closed before SSH"):
         machine.wait(LIMIT)
+
+
+@pytest.mark.parametrize("mode", ["reboot", "kexec", "soft-reboot", "shutdown"])
+def test_reboot_under_way_is_followed(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    machine = Scripted(wait=[going_down(mode), FINISHED])
+    with caplog.at_level(logging.INFO):
+        machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, WAIT, GOING_DOWN, BOOT_ID, WAIT]
+    assert f"goes down by itself ({mode})" in caplog.text
+
+
+def test_reboot_that_is_announced_is_followed_within_the_limit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = Scripted(wait=[going_down("reboot", 10), FINISHED])
+    machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, WAIT, GOING_DOWN, BOOT_ID, WAIT]
+
+    machine = Scripted(wait=[going_down("reboot", 3600), FINISHED])
+    with caplog.at_level(logging.WARNING):
+        machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, WAIT]
+    assert "announced to go down (reboot) in 3600 s" in caplog.text
+
+
+def test_reboot_that_is_called_off_is_waited_for_no_more() -> None:
+    machine = Scripted(wait=[going_down("reboot", 10), FINISHED], going_down=[""])
+    machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, WAIT, GOING_DOWN, BOOT_ID, WAIT]
+
+
+def test_power_off_that_is_announced_leaves_the_machine_ready(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = Scripted(wait=[going_down("poweroff", 10)])
+    with caplog.at_level(logging.WARNING):
+        machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, WAIT]
+    assert "announced to go down (poweroff) in 10 s" in caplog.text
+
+
+def test_power_off_under_way_ends_the_wait_with_what_happened() -> None:
+    class Off(Scripted):
+        def _check_alive(self) -> None:
+            if GOING_DOWN in self.asked:
+                raise PycloudlibTimeoutError("it has powered itself off")
+
+    machine = Off(wait=[going_down("poweroff")])
+    with pytest.raises(PycloudlibTimeoutError, match="powered itself off"):
+        machine.wait(LIMIT)
+
+
+def test_guest_that_never_goes_down_is_told() -> None:
+    machine = Scripted(
+        wait=[going_down("reboot")], going_down=[raising(PycloudlibTimeoutError("too long"))]
+    )
+    with pytest.raises(PycloudlibTimeoutError, match="minimal did not go down within 30 s"):
+        machine.wait(LIMIT)
+
+
+def test_boot_that_was_followed_before_is_asked_about_briefly() -> None:
+    class Copy(Scripted):
+        def _was_followed(self) -> bool:
+            return True
+
+    machine = Copy()
+    machine.wait(LIMIT)
+    assert machine.asked == [BOOT_ID, BRIEF_WAIT]
+
+
+def test_warnings_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    stage = {"recoverable_errors": {"WARNING": ["of the status"]}}
+    status = json.dumps({"v1": {"init": stage, "modules-final": stage}})
+    log = "2026-11-30 03:20:49,289 - util.py[WARNING]: of the log\nand more\n"
+    both = "2026-11-30 03:20:49,289 - util.py[WARNING]: of the status\n"
+    machine = Scripted(wait=[f"finished\n{status}\n== log\n{log}{both}"])
+    machine.seen = ["WARNING: of the console", "WARNING: of the log", "WARNING: of the status"]
+    with caplog.at_level(logging.WARNING):
+        machine.wait(LIMIT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cloud-init on minimal: WARNING: of the status",
+        "cloud-init on minimal: WARNING: of the log\nand more",
+        "cloud-init on minimal: WARNING: of the console",
+    ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.diagnosis import Cause
+from pycloudlib.guest.cloudinit import find_console_warning
 from pycloudlib.guest.deadends import find_sign
 
 _log = logging.getLogger(__name__)
@@ -133,6 +134,17 @@ class BootFinder:
         self._scan = scan
         return scan.boot_start
 
+    def count(self, run_start: int) -> int:
+        """Return how often the guest has booted in the machine's present run.
+
+        Args:
+            run_start: Where that begins, from power-on.
+        """
+        self.find(run_start)
+        scan = self._scan
+        # One that goes on from a saved machine has begun its first boot there.
+        return max(scan.boots + scan.begun_elsewhere, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
@@ -142,19 +154,26 @@ class _Scan:
     position: int
     boot_start: int
     has_kernel: bool
+    boots: int = 0
+    begun_elsewhere: bool = False
 
     def go_on(self, chunk: bytes) -> _Scan:
         """Look through the bytes that follow; a start that may be cut off is left for later."""
-        boot_start, has_kernel, end = self.boot_start, self.has_kernel, 0
+        boot_start, has_kernel, boots, end = self.boot_start, self.has_kernel, self.boots, 0
+        begun_elsewhere = self.begun_elsewhere
         for match in _BOOT_STARTS.finditer(chunk):
-            end = match.end()
             is_kernel = _FIRMWARE_STARTS.match(match[0]) is None
             # The first kernel after the firmware belongs to the same boot.
             if not is_kernel or has_kernel:
                 boot_start = self.position + match.start()
-            has_kernel = is_kernel
-        position = self.position + max(end, len(chunk) - _LONGEST_START)
-        return _Scan(self.run_start, position, boot_start, has_kernel)
+            if not is_kernel or has_kernel or not boots:
+                begun_elsewhere |= not boots and bool(clean_line(chunk[end : match.start()]))
+                boots += 1
+            has_kernel, end = is_kernel, match.end()
+        seen = max(end, len(chunk) - _LONGEST_START)
+        begun_elsewhere |= not boots and bool(clean_line(chunk[end:seen]))
+        position = self.position + seen
+        return _Scan(self.run_start, position, boot_start, has_kernel, boots, begun_elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +191,8 @@ class PhaseStart:
 
 class BootWatch:
     """Follows a console log and notes when each phase begins.
+
+    Where a boot follows another, its phases begin anew.
 
     A context manager: a thread follows the log inside its block.
 
@@ -198,10 +219,14 @@ class BootWatch:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._dead_end: tuple[Cause, str] | None = None
         self._timeline: list[PhaseStart] = []
+        # By their text, in order; of all boots that are followed.
+        self._warnings: dict[str, None] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="boot-watch", daemon=True)
 
     def __enter__(self) -> BootWatch:
+        # What is there already may be asked about at once.
+        self._look()
         self._thread.start()
         return self
 
@@ -212,7 +237,7 @@ class BootWatch:
 
     @property
     def timeline(self) -> tuple[PhaseStart, ...]:
-        """The phases that were seen, in the order of their beginning."""
+        """The phases that were seen in the latest boot, in the order of their beginning."""
         return tuple(self._timeline)
 
     @property
@@ -224,6 +249,11 @@ class BootWatch:
     def dead_end(self) -> tuple[Cause, str] | None:
         """Why the boot goes no further by itself, and the line that tells; None while it may."""
         return self._dead_end
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What cloud-init warned of, as "WARNING: the first line of what is wrong"."""
+        return tuple(self._warnings)
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -261,12 +291,18 @@ class BootWatch:
         *lines, rest = (self._partial + new).split(b"\n")
         self._partial = rest[-_LONGEST_LINE:]
         for line in lines:
+            text = clean_line(line[:_LONGEST_LINE])
             self._note(line[:_LONGEST_LINE])
-            self._lines.append(clean_line(line[:_LONGEST_LINE]))
+            if (warning := find_console_warning(text)) is not None:
+                self._warnings.setdefault(warning)
+            self._lines.append(text)
         # GRUB and prompts leave their line open.
         self._note(self._partial)
-        if new and self.phase is not Phase.CLOUD_INIT_DONE:
-            found = find_sign([*self._lines, clean_line(self._partial)], final=True)
+        if new:
+            # What user-data prints from then on is its own affair.
+            done = self.phase is Phase.CLOUD_INIT_DONE
+            console = [*self._lines, clean_line(self._partial)]
+            found = find_sign(console, final=True, kernels=done)
             self._dead_end = None if found is None else (found[0].cause, found[1])
 
     def _begins_anew(self, line: bytes) -> bool:
@@ -279,7 +315,8 @@ class BootWatch:
 
     def _note(self, line: bytes) -> None:
         if self._begins_anew(line):
-            # The guest has rebooted by itself: nothing of the boot before counts.
+            # The guest has rebooted by itself: nothing of the boot before counts, but what was
+            # warned of in it.
             self._powered_on = time.monotonic()
             self._timeline.clear()
             self._lines.clear()

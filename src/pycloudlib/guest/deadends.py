@@ -25,6 +25,11 @@ class Sign:
     final: bool = True
     prompt: bool = False
 
+    @property
+    def kernels(self) -> bool:
+        """Whether it is the kernel's own word, which may come at any time."""
+        return self.pattern.pattern.startswith(_KERNEL)
+
 
 def _sign(cause: Cause, pattern: str, *, final: bool = True, prompt: bool = False) -> Sign:
     return Sign(cause, re.compile(pattern), final, prompt)
@@ -40,6 +45,8 @@ SIGNS = (
     _sign(Cause.BOOT_LOADER_PROMPT, r"^grub( rescue)?> *$", prompt=True),
     _sign(Cause.GUEST_MEMORY, _PANIC + r" .*(?i:out of memory|deadlocked on)"),
     _sign(Cause.KERNEL_PANIC, _PANIC),
+    # kernel/reboot.c: it is not switched off, and does nothing more.
+    _sign(Cause.HALTED, _KERNEL + r"reboot: System halted"),
     # initramfs-tools (scripts/functions, panic()).
     _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *$", prompt=True),
     # systemd (units/emergency.service.in, rescue.service.in), and util-linux's sulogin.
@@ -56,16 +63,19 @@ SIGNS = (
 _BEGINNING = re.compile(r"SeaBIOS|^\[ *0\.000000\] Linux version ")
 
 
-def find_sign(lines: Sequence[str], *, final: bool = False) -> tuple[Sign, str] | None:
+def find_sign(
+    lines: Sequence[str], *, final: bool = False, kernels: bool = False
+) -> tuple[Sign, str] | None:
     """Find what the latest boot on a console tells; what ends the boot before all else.
 
     Args:
         lines: The console's lines, without control sequences; the last one may be unfinished.
         final: Whether to look only for what ends it.
+        kernels: Whether to look only for what the kernel itself says.
     """
     boot = list(_latest_boot(lines))
     for sign in SIGNS:
-        if final and not sign.final:
+        if (final and not sign.final) or (kernels and not sign.kernels):
             continue
         for line in boot[-1:] if sign.prompt else boot:
             if sign.pattern.search(line):

@@ -7,7 +7,7 @@ import json
 import shlex
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pycloudlib.deadline import Deadline
@@ -16,6 +16,7 @@ from pycloudlib.errors import (
     CloudError,
     InstanceNotFoundError,
     KernelPanicError,
+    PycloudlibError,
     PycloudlibTimeoutError,
 )
 from pycloudlib.files import exclusive_lock
@@ -46,6 +47,10 @@ _SYNC_LIMIT = 60.0
 _SHOWN_COMMAND = 100
 # The first that is leased in QEMU's user-mode network (qemu(1), -netdev user, dhcpstart).
 _GUEST_ADDRESS = "10.0.2.15"
+
+
+class _GuestRebootedError(Exception):
+    """The guest has begun to boot anew, and its end of the connection is no more."""
 
 
 class GuestAccess(DiagnosedInstance):
@@ -93,7 +98,9 @@ class GuestAccess(DiagnosedInstance):
             PycloudlibError: cloud-init failed; in its own words.
         """
         self.wait()
-        self._wait_for_cloudinit(raise_on_failure=True)
+        status = self._follow_cloudinit()
+        if status is not None and status.failed:
+            raise PycloudlibError(f"cloud-init failed on {self.name}: {status.failure}")
 
     def start_helper(self) -> bool:
         """Start the helper in the guest, unless it runs already; say whether it runs.
@@ -306,6 +313,13 @@ class GuestAccess(DiagnosedInstance):
         watch = self._watch
         return watch.position if watch and watch.phase is Phase.CLOUD_INIT_DONE else None
 
+    def _was_followed(self) -> bool:
+        # The helper came with what was saved, or will be: a machine that was ready.
+        return self._helper.expected
+
+    def _seen_warnings(self) -> Sequence[str]:
+        return self._watch.warnings if self._watch else ()
+
     def _explain_refusal(self) -> str:
         try:
             user_data = read_iso(self.machine.rundir.seed).user_data
@@ -313,6 +327,20 @@ class GuestAccess(DiagnosedInstance):
             self._log.debug("The seed of %s tells of no users: %s", self.name, error)
             user_data = b""
         return tell_logins(user_data, self._watch.lines if self._watch else (), self.username)
+
+    def _lookout(self) -> Callable[[], None]:
+        """Give what ends the wait for a command when nobody will answer: its guest boots anew."""
+        machine = self.machine
+        # Others may type on the console. Who waits for a boot connects anew, which does no harm.
+        believed = self._watch is not None
+        last_reset, boots = machine.last_reset, machine.boots if believed else 0
+
+        def look() -> None:
+            self._check_alive()
+            if machine.last_reset > last_reset or (believed and machine.boots > boots):
+                raise _GuestRebootedError
+
+        return look
 
     def _host_keys(self) -> ssh.HostKeys:
         return MachineHostKeys(self.machine.rundir.known_hosts, self._ends_in_machine)
@@ -344,7 +372,11 @@ class GuestAccess(DiagnosedInstance):
             limit = command_limit(timeout)
             result = None if get_pty else self._by_helper(command, data, limit)
             if result is None:
-                result = super()._ssh(command, stdin, get_pty, timeout)
+                try:
+                    result = super()._ssh(command, stdin, get_pty, timeout)
+                except _GuestRebootedError:
+                    self._forget_guest()
+                    result = Result("", "", -1)
             # The connection ended before the command did: because the guest closed it, which
             # the caller may have wanted, or because the machine is gone.
             if result.return_code < 0 and self.machine.wait_for_end(Deadline.after(_END_GRACE)):

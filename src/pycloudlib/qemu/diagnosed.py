@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pycloudlib.diagnosis import Diagnosis
 from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibException
+from pycloudlib.guest import cloudinit
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu import examination
@@ -20,24 +21,12 @@ from pycloudlib.qemu.machine import Machine, State
 
 # Seconds that the guest may take to tell of itself when something has failed already.
 _ASK_LIMIT = 10.0
-_ASK = """\
+_ASK = f"""\
 systemctl --failed --no-legend --plain | cut -d' ' -f1
 echo --
-df -P / | awk 'NR == 2 && $4 < 1024 { print "disk of / is full:", $4, "KiB free" }'
-python3 - <<'END'
-import json
-try:
-    with open("/run/cloud-init/status.json") as file:
-        stages = json.load(file)["v1"]
-except OSError:
-    stages = {}
-for name, stage in stages.items():
-    if isinstance(stage, dict) and stage.get("start"):
-        print(name, "ended" if stage.get("finished") else "runs")
-        for error in stage.get("errors", ()):
-            print(name, "failed:", error)
-END
-"""
+df -P / | awk 'NR == 2 && $4 < 1024 {{ print "disk of / is full:", $4, "KiB free" }}'
+echo --
+{cloudinit.REPORT_SCRIPT}"""
 
 _inside: ContextVar[bool] = ContextVar("inside a call that explains its failure", default=False)
 
@@ -109,8 +98,19 @@ class DiagnosedInstance(BaseInstance):
         except Exception as error:  # noqa: BLE001 - it is another error that is told of
             self._log.debug("%s cannot be asked: %s", self.name, error)
             return diagnosis
-        units, _, words = told.stdout.partition("--")
-        return examination.with_guest_words(diagnosis, _lines(words), _lines(units))
+        units, _, rest = told.stdout.partition("--\n")
+        words, _, report = rest.partition("--\n")
+        try:
+            status = cloudinit.parse_status(report)
+        except ValueError as error:
+            self._log.debug("cloud-init's status on %s cannot be read: %s", self.name, error)
+            status = cloudinit.CloudInitStatus("")
+        return examination.with_guest_words(
+            diagnosis,
+            [*_lines(words), *cloudinit.tell_stages(status)],
+            _lines(units),
+            status.warnings,
+        )
 
     def _can_be_asked(self) -> bool:
         """Say whether commands can be run without a connection that has to be made first."""

@@ -10,7 +10,13 @@ from typing import Any
 
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.guest.bootphases import Phase, clean_line, find_phase, read_console_tail
+from pycloudlib.guest.bootphases import (
+    Phase,
+    clean_line,
+    find_phase,
+    read_console_tail,
+)
+from pycloudlib.guest.cloudinit import find_console_warning, merge_warnings
 from pycloudlib.guest.deadends import find_sign
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.process import ProcessEnd
@@ -21,6 +27,8 @@ from pycloudlib.qemu.start import LaunchError
 _CONSOLE_LINES = 12
 _EVENTS = 8
 _QMP_LIMIT = 2.0
+# A machine that is waited for boots twice if user-data has it boot again.
+_MANY_BOOTS = 4
 
 # QEMU's and the system's own words, in what QEMU said last; the first that is found counts.
 _QEMU_WORDS = (
@@ -42,6 +50,8 @@ class Facts:
         console: The lines on the console of this power cycle.
         phase: How far the boot got.
         copied: Whether it is a copy, of a machine that had booted.
+        boots: How often the guest has booted in this power cycle.
+        warnings: What cloud-init warned of on the console.
     """
 
     state: State
@@ -51,6 +61,8 @@ class Facts:
     console: tuple[str, ...]
     phase: str
     copied: bool = False
+    boots: int = 1
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def collect(cls, machine: Machine) -> Facts:
@@ -72,6 +84,8 @@ class Facts:
             tuple(map(clean_line, raw)),
             phases[-1].value if phases else "",
             machine.rundir.fix_up.exists() or machine.rundir.fixed_up.exists(),
+            machine.boots,
+            merge_warnings(filter(None, map(find_console_warning, map(clean_line, raw)))),
         )
 
 
@@ -97,6 +111,8 @@ def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
         stderr="" if end is None else end.stderr,
         events=tuple(_tell_event(event) for event in facts.events[-_EVENTS:]),
         phase=facts.phase,
+        boots=facts.boots,
+        warnings=facts.warnings,
         console=tuple(line for line in facts.console if line)[-_CONSOLE_LINES:],
     )
 
@@ -115,22 +131,30 @@ def diagnose_launch(error: BaseException) -> Diagnosis | None:
 
 
 def with_guest_words(
-    diagnosis: Diagnosis, words: Sequence[str], failed_units: Sequence[str]
+    diagnosis: Diagnosis,
+    words: Sequence[str],
+    failed_units: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> Diagnosis:
     """Add what the guest itself says, and let it be the cause where nothing else is known."""
     cause, evidence = diagnosis.cause, diagnosis.evidence
-    if cause in (Cause.UNKNOWN, Cause.STILL_BOOTING):
+    warnings = merge_warnings(warnings, diagnosis.warnings)
+    if cause in (Cause.UNKNOWN, Cause.STILL_BOOTING, Cause.CLOUD_INIT_WARNING):
         for mark, told in ((" is full", Cause.GUEST_DISK), (" failed: ", Cause.CLOUD_INIT)):
             lines = [line for line in words if mark in line]
             if lines:
                 cause, evidence = told, lines[0]
                 break
+        else:
+            if cause is not Cause.STILL_BOOTING and warnings:
+                cause, evidence = Cause.CLOUD_INIT_WARNING, _first_line(warnings)
     return dataclasses.replace(
         diagnosis,
         cause=cause,
         evidence=evidence,
         guest=tuple(words),
         failed_units=tuple(failed_units),
+        warnings=tuple(warnings),
     )
 
 
@@ -140,8 +164,17 @@ def _find_cause(facts: Facts, error: BaseException | None) -> tuple[Cause, str]:
         found = finder(facts, error)
         if found is not None:
             return found
-    booting = facts.phase != Phase.CLOUD_INIT_DONE.value and not facts.copied
-    return (Cause.STILL_BOOTING if booting else Cause.UNKNOWN), ""
+    if facts.boots >= _MANY_BOOTS:
+        return Cause.REBOOTS, f"{facts.boots} boots since it was switched on"
+    if facts.phase != Phase.CLOUD_INIT_DONE.value and not facts.copied:
+        return Cause.STILL_BOOTING, ""
+    if facts.warnings:
+        return Cause.CLOUD_INIT_WARNING, _first_line(facts.warnings)
+    return Cause.UNKNOWN, ""
+
+
+def _first_line(texts: Sequence[str]) -> str:
+    return texts[0].partition("\n")[0]
 
 
 def _find_in_error(_facts: Facts | None, error: BaseException | None) -> tuple[Cause, str] | None:

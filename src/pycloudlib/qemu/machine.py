@@ -132,6 +132,11 @@ class Machine:
         return () if qemu is None else qemu.events
 
     @property
+    def last_reset(self) -> float:
+        """When the guest last began anew, as far as the events tell; 0 when it did not."""
+        return max((event.timestamp for event in self.events if event.name == "RESET"), default=0)
+
+    @property
     def powered_on(self) -> float:
         """When it was last switched on by us, in `time.monotonic` seconds."""
         return self._powered_on
@@ -140,6 +145,11 @@ class Machine:
     def console_start(self) -> int:
         """Where in the console log its present boot begins, in bytes, whoever started it."""
         return self._boots.find(self.rundir.read_console_start())
+
+    @property
+    def boots(self) -> int:
+        """How often its guest has booted since it was switched on, as its console tells."""
+        return self._boots.count(self.rundir.read_console_start())
 
     @property
     def pid(self) -> int | None:
