@@ -117,6 +117,15 @@ def test_errors_are_given_in_cloud_inits_own_words() -> None:
     )
 
 
+def test_recoverable_errors_of_several_stages_are_told_once() -> None:
+    first = stage(recoverable_errors={"WARNING": ["one"]})
+    second = stage(recoverable_errors={"WARNING": ["two", "one"], "ERROR": ["one"]})
+
+    status = parse_status(make_output(modules_config=second, init=first))
+
+    assert status.recoverable_errors == ("WARNING: one", "WARNING: two", "ERROR: one")
+
+
 def test_recoverable_errors_are_told_and_are_no_failure() -> None:
     warning = {"WARNING": ["Unhandled non-multipart userdata"], "DEPRECATED": ["use x"]}
     status = parse_status(make_output(init=stage(recoverable_errors=warning)))
