@@ -73,6 +73,12 @@ class BaseInstance(Readiness):
     ) -> None:
         raise_cleanup_errors(self.delete(), exc)
 
+    def __del__(self) -> None:
+        """Close the connections; the machine lives on. Harmless at any time, and twice."""
+        connections = getattr(self, "_connections", None)
+        if connections is not None:
+            connections.close()
+
     def __repr__(self) -> str:
         # A program's subclass may have a method in the property's place, whose own representation
         # has this one in it.

@@ -722,3 +722,14 @@ def test_an_instance_whose_id_is_a_method_is_shown() -> None:
 
     assert repr(Own()) == "Own(own-1)"
     assert repr(Instance()) == "Instance(minimal-1)"
+
+
+def test_connections_are_closed_by_whoever_is_done_with_an_instance(instance: Instance) -> None:
+    assert instance.execute("echo once") == "once"
+    assert instance._connections.any_open
+
+    instance.__del__()
+    instance.__del__()
+
+    assert not instance._connections.any_open
+    assert instance.execute("echo again") == "again"

@@ -345,12 +345,6 @@ class QemuInstance(GuestAccess):
                 self._owner.forget(self)
         return errors
 
-    def __del__(self) -> None:
-        """Close the connections; the machine lives on. Harmless at any time, and twice."""
-        connections = getattr(self, "_connections", None)
-        if connections is not None:
-            connections.close()
-
     def restart(self, wait: bool = True, **kwargs: Any) -> None:
         """Reboot the machine: the same disk, cleanly if the guest can be asked to.
 
