@@ -344,12 +344,11 @@ def _parse_shutdown(printed: str) -> Shutdown | None:
 def _recoverable(status: dict[str, Any]) -> tuple[str, ...]:
     """Collect the warnings: in each stage, by level ("WARNING": [texts]).
 
-    Each once: a stage tells those of the one before it again, where both ran in one process.
+    A stage tells those of the one before it again, where both ran in one process.
     """
-    told = (
+    return tuple(
         f"{level}: {text}"
         for name in _STAGES
         for level, texts in status.get(name, {}).get("recoverable_errors", {}).items()
         for text in _texts(texts)
     )
-    return tuple(dict.fromkeys(told))
