@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.cli import inside
 from pycloudlib.deadline import Deadline
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.progress import Progress
-from pycloudlib.qemu import ports
+from pycloudlib.qemu import helperlink, ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
 from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.qmp import QmpError
 from pycloudlib.qemu.rundir import RunDirectory, short_path
 from pycloudlib.qemu.start import LaunchError, PortTakenError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
@@ -317,6 +322,116 @@ def test_commands_from_many_threads_are_each_answered(unstarted: QemuInstance) -
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(ask, range(80)))
     assert answers == [unstarted.name, "prelaunch"] * 40
+
+
+def test_commands_of_many_threads_that_did_not_start_it_are_each_answered(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    other = cloud.get_instance(unstarted.id)
+    together = threading.Barrier(32)
+
+    def ask(_number: int) -> str:
+        together.wait()
+        return str(other.machine.execute("query-status")["status"])
+
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(ask, range(32))) == ["prelaunch"] * 32
+
+
+def _ask_often(directory: str, instance_id: str, answers: Any) -> None:
+    config = f'[qemu]\nworking_dir = "{directory}"\naccelerator = "tcg"\n'
+    other = Qemu("t", timestamp_suffix=False, config_file=io.StringIO(config))
+    instance = other.get_instance(instance_id)
+    answers.put([instance.machine.execute("query-status")["status"] for _ in range(10)])
+
+
+def test_commands_of_many_processes_are_each_answered(cloud: Qemu, unstarted: QemuInstance) -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    workers = [
+        context.Process(target=_ask_often, args=(str(cloud.working_dir), unstarted.id, answers))
+        for _ in range(6)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    assert [answers.get() for _ in workers] == [["prelaunch"] * 10] * 6
+
+
+@contextlib.contextmanager
+def holding(socket_file: Path) -> Iterator[None]:
+    """Be connected to a machine's socket, as a program that does not leave."""
+    with socket.socket(socket.AF_UNIX) as program, short_path(socket_file) as address:
+        program.connect(address)
+        yield
+
+
+def test_a_program_that_holds_the_socket_is_named(cloud: Qemu, unstarted: QemuInstance) -> None:
+    other = cloud.get_instance(unstarted.id)
+    with holding(unstarted.machine.rundir.attach_socket):
+        with pytest.raises(QmpError, match=r"within 0\.3 s") as caught:
+            other.machine.execute("query-status", timeout=0.3)
+        assert f"process {os.getpid()}" in str(caught.value)
+    assert other.machine.execute("query-status")["status"] == "prelaunch"
+
+
+def test_a_client_gets_its_turn_when_the_one_before_has_left(
+    cloud: Qemu, unstarted: QemuInstance
+) -> None:
+    other = cloud.get_instance(unstarted.id)
+    with ThreadPoolExecutor(8) as threads:
+        with holding(unstarted.machine.rundir.attach_socket):
+            asked = [threads.submit(other.machine.execute, "query-status") for _ in range(8)]
+            with pytest.raises(TimeoutError):
+                asked[0].result(0.3)
+        assert [one.result(60)["status"] for one in asked] == ["prelaunch"] * 8
+
+
+def test_more_clients_than_qemu_lets_wait_can_connect(unstarted: QemuInstance) -> None:
+    rundir = unstarted.machine.rundir
+    for file in (rundir.qmp_socket, rundir.attach_socket, rundir.helper_socket):
+        with contextlib.ExitStack() as clients, short_path(file) as address:
+            for _ in range(20):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(address)
+                client.getpeername()
+    with contextlib.ExitStack() as clients:
+        console = ("127.0.0.1", int(unstarted.telnet_port))
+        for _ in range(20):
+            clients.enter_context(socket.create_connection(console, 10))
+
+
+def test_a_console_that_is_open_elsewhere_says_where(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inside, "_CONSOLE_LIMIT", 0.3)
+    inside.wait_until_free(unstarted)
+    with (
+        socket.create_connection(("127.0.0.1", int(unstarted.telnet_port))),
+        pytest.raises(CloudError, match=rf"open elsewhere.*process {os.getpid()} "),
+    ):
+        inside.wait_until_free(unstarted)
+    inside.wait_until_free(unstarted)
+
+
+def test_a_helper_whose_socket_others_hold_is_not_waited_for(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSH does its work then; what it alone can do says who is in the way."""
+    link, rundir = unstarted._helper, unstarted.machine.rundir
+    rundir.helper_mark.write_text("ubuntu")
+    look = link._chardev
+    # Nothing in this guest can open the port.
+    monkeypatch.setattr(link, "_chardev", lambda: {**look(), "frontend-open": True})
+    monkeypatch.setattr(helperlink, "_FIX_LIMIT", 0.3)
+    with holding(rundir.helper_socket):
+        assert link.execute(["true"], "ubuntu", b"", None) is None
+        with pytest.raises(HelperError, match=f"process {os.getpid()} "):
+            link.fix(FixUp())
+    assert link.expected
 
 
 def test_a_caller_with_a_running_event_loop_can_use_it(cloud: Qemu, tiny_image: Path) -> None:

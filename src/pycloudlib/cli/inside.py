@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,13 @@ from pycloudlib.cli.remotes import SerialConsole, SshTerminal
 from pycloudlib.cli.session import Session, command
 from pycloudlib.cli.values import MachineName
 from pycloudlib.cli.values import Place as PlaceType
+from pycloudlib.deadline import Deadline
 from pycloudlib.diagnosis import Cause
+from pycloudlib.errors import CloudError
 from pycloudlib.files import expand_user
 from pycloudlib.guest import commands
 from pycloudlib.progressdisplay import showing_progress
+from pycloudlib.qemu import sockets
 from pycloudlib.qemu.instance import QemuInstance
 
 if TYPE_CHECKING:
@@ -33,6 +37,9 @@ _log = logging.getLogger(__name__)
 
 _LEAVE = b"\x1d"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
+# Seconds: one that was just left is free in a moment.
+_CONSOLE_LIMIT = 3.0
+_CONSOLE_LOOK = 0.1
 
 
 @command(
@@ -121,11 +128,33 @@ def console(session: Session, name: str) -> None:
         raise click.UsageError("console needs a terminal; 'pycloudlib logs' prints what was shown")
     instance = open_machine(session.cloud, name)
     instance.machine.check_on()
+    wait_until_free(instance)
     session.note(f"The serial console of {name}; Ctrl-] leaves it")
     remote = SerialConsole(instance.ip, int(instance.telnet_port))
     with contextlib.closing(remote):
         left = terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT, escape=_LEAVE)
     session.note("" if left else f"\r\n{name} has ended, or somebody else took its console")
+
+
+def wait_until_free(instance: QemuInstance) -> None:
+    """Wait until nobody else has a console open.
+
+    Raises:
+        CloudError: Somebody has it, for longer than it is waited for; says who.
+    """
+    deadline = Deadline.after(_CONSOLE_LIMIT)
+    while True:
+        chardevs = instance.machine.execute("query-chardev")
+        console = next(dev for dev in chardevs if dev["label"] == "console")
+        if sockets.is_free(console):
+            return
+        if deadline.expired:
+            server = (instance.ip, int(instance.telnet_port))
+            raise CloudError(
+                f"The serial console of {instance.name} is open elsewhere, where only one can have "
+                f"it{sockets.tell_tcp_client(console, server)}"
+            )
+        time.sleep(_CONSOLE_LOOK)
 
 
 @command("copy", short_help="Copy files and directories to or from a machine.")

@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
@@ -21,8 +22,8 @@ from pycloudlib.guest.helper import (
     HelperError,
     HelperRefusedError,
 )
+from pycloudlib.qemu import sockets
 from pycloudlib.qemu.machine import Machine
-from pycloudlib.qemu.rundir import short_path
 from pycloudlib.rawtext import to_bytes
 from pycloudlib.result import Result
 
@@ -32,6 +33,8 @@ _FIX_LIMIT = 60.0
 _APPEAR_LIMIT = 60.0
 _APPEAR_LOOK = 0.05
 _WAKING_LIMIT = 2.0
+# QEMU takes note in a moment that a client has left.
+_LEAVING_LIMIT = 0.5
 _WAKING_LOOK = 0.005
 
 
@@ -52,8 +55,7 @@ class HelperLink:
 
     def appears(self) -> bool:
         """Say whether something in the guest has the helper's port open."""
-        chardevs = self._machine.execute("query-chardev")
-        return any(dev["label"] == "helper" and dev["frontend-open"] for dev in chardevs)
+        return bool(self._chardev()["frontend-open"])
 
     def expect(self, user: str) -> bool:
         """Wait for a helper that was just started; say whether it came.
@@ -83,7 +85,10 @@ class HelperLink:
         """
         with self._connection(wait=True) as connection:
             if connection is None:
-                raise HelperError(f"no helper runs in {self._machine.spec.name}")
+                users = sockets.tell_clients(self._machine.rundir.helper_socket)
+                raise HelperError(
+                    f"no helper runs in {self._machine.spec.name}, or others use it{users}"
+                )
             connection.fix(fix_up, Deadline.after(_FIX_LIMIT))
 
     def execute(
@@ -126,21 +131,30 @@ class HelperLink:
         except (FileNotFoundError, IsADirectoryError):
             return False
 
-    def _is_there(self, deadline: Deadline) -> bool:
-        """Say whether it runs; when the machine has just woken up, QEMU knows it in a moment."""
+    def _is_ready(self, limit: Deadline) -> bool:
+        """Wait until it is there and free; a machine that has just woken up knows it in a moment.
+
+        Its socket may be another program's, behind which QEMU would let us wait unheard.
+        """
+        appearing = Deadline.after(_WAKING_LIMIT)
         try:
-            while not self.appears():
-                if deadline.expired:
-                    _log.debug("The helper of %s is gone", self._machine.spec.name)
-                    # Of a copy that is not put right yet it is expected still: SSH may not do.
-                    if not self._machine.rundir.fix_up.exists():
-                        self.forget()
+            while True:
+                chardev = self._chardev()
+                if not chardev["frontend-open"]:
+                    if appearing.expired:
+                        _log.debug("The helper of %s is gone", self._machine.spec.name)
+                        # Of a copy that is not put right yet it is expected still: SSH may not do.
+                        if not self._machine.rundir.fix_up.exists():
+                            self.forget()
+                        return False
+                elif sockets.is_free(chardev):
+                    return True
+                elif limit.expired:
                     return False
                 time.sleep(_WAKING_LOOK)
         except CloudError:
             # Whoever uses SSH next is told how the machine ended.
             return False
-        return True
 
     def _still_there(self) -> bool:
         self._machine.check_disk()
@@ -153,23 +167,23 @@ class HelperLink:
     @contextlib.contextmanager
     def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
         """Connect; None when it is not there, or somebody else is connected and not waited for."""
-        there = self._is_there(Deadline.after(_WAKING_LIMIT))
+        limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
         with _turn(self._machine.rundir.path / "helper.lock", wait=wait) as ours:
-            if not (there and ours):
+            if not (ours and self._is_ready(limit)):
                 yield None
                 return
-            with HelperConnection(self._connect(), self._still_there) as connection:
+            with HelperConnection(self._connect(limit), self._still_there) as connection:
                 yield connection
 
-    def _connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _chardev(self) -> Mapping[str, Any]:
+        chardevs = self._machine.execute("query-chardev")
+        return next(dev for dev in chardevs if dev["label"] == "helper")
+
+    def _connect(self, deadline: Deadline) -> socket.socket:
         try:
-            with short_path(self._machine.rundir.helper_socket) as address:
-                sock.connect(address)
+            return sockets.connect(self._machine.rundir.helper_socket, deadline)
         except OSError as error:
-            sock.close()
             raise HelperError(f"the helper cannot be reached: {error}") from error
-        return sock
 
 
 @contextlib.contextmanager

@@ -29,11 +29,11 @@ def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
         process: The process; it has to run as this user, or be root's to look at.
     """
     try:
-        inode = _find_inode(connection.getpeername(), connection.getsockname())
+        inode = find_inode(connection.getpeername(), connection.getsockname())
         if inode is None:
             return False
         open_files = Path(f"/proc/{process.pid}/fd")
-        found = any(_inode_of(file) == inode for file in open_files.iterdir())
+        found = any(inode_of(file) == inode for file in open_files.iterdir())
     except OSError as error:
         _log.debug("Process %d cannot be asked for its connections: %s", process.pid, error)
         return False
@@ -41,7 +41,7 @@ def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
     return found and process.alive
 
 
-def _find_inode(local: tuple[str, int], remote: tuple[str, int]) -> int | None:
+def find_inode(local: tuple[str, int], remote: tuple[str, int]) -> int | None:
     """Find the socket that has these addresses in the kernel's table of connections."""
     wanted = f"{_hex(local)} {_hex(remote)}".split()
     for line in read_kernel_file(_CONNECTIONS).splitlines()[1:]:
@@ -57,7 +57,8 @@ def _hex(address: tuple[str, int]) -> str:
     return f"{number:08X}:{address[1]:04X}"
 
 
-def _inode_of(file: Path) -> int | None:
+def inode_of(file: Path) -> int | None:
+    """Read which socket an open file of a process (`/proc/PID/fd/N`) is; None if it is none."""
     try:
         match = _SOCKET.fullmatch(str(file.readlink()))
     except FileNotFoundError:  # closed meanwhile

@@ -160,14 +160,14 @@ class QmpSession:
     @classmethod
     def open(
         cls,
-        address: socket.socket | str,
+        sock: socket.socket,
         on_event: Callable[[Event], None],
         timeout: float,
     ) -> QmpSession:
         """Connect and negotiate.
 
         Args:
-            address: A connected socket, or the path of a listening one.
+            sock: A connected socket.
             on_event: Called with each event, in the loop's thread.
             timeout: Seconds that QEMU may take to answer.
 
@@ -184,7 +184,7 @@ class QmpSession:
             client = QMPClient("pycloudlib")
             # It would log each lost connection as an error; here that is how each machine ends.
             client.logger = _CLIENT_LOG
-            await client.connect(address)
+            await client.connect(sock)
             return cls(client, asyncio.ensure_future(_deliver(client, on_event)), thread)
 
         with _translated("No QMP session"):

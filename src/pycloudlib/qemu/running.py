@@ -15,10 +15,11 @@ from typing import Any
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.qemu import sockets
 from pycloudlib.qemu.command import POWER_ON, Origin
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess
 from pycloudlib.qemu.qmp import Event, LoopThread, QmpError, QmpSession
-from pycloudlib.qemu.rundir import RunDirectory, short_path
+from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import MachineSpec
 from pycloudlib.qemu.start import StartedQemu, launch_error, start_qemu
 
@@ -204,17 +205,39 @@ class RunningQemu:
 
     @contextlib.contextmanager
     def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
-        """Give a QMP session: the one that is kept, or one for this block."""
+        """Give a QMP session: the one that is kept, or one for this block.
+
+        Raises:
+            MachineEndedError: QEMU is gone.
+            QmpError: It did not answer in time; says who is in the way.
+        """
         kept = self._session
         if kept is not None:
             yield kept
             return
-        with short_path(self._rundir.attach_socket) as address:
-            opened = QmpSession.open(address, weakly(self._on_event), timeout)
+        opened = self._open_another(timeout)
         try:
             yield opened
         finally:
             opened.close()
+
+    def _open_another(self, timeout: float) -> QmpSession:
+        deadline = Deadline.after(timeout)
+        path = self._rundir.attach_socket
+        try:
+            sock = sockets.connect(path, deadline)
+            return QmpSession.open(sock, weakly(self._on_event), deadline.remaining)
+        except (OSError, QmpError) as error:
+            if deadline.expired:
+                raise QmpError(
+                    f"No QMP session with {self._name} within {timeout:g} s"
+                    f"{sockets.tell_clients(path)}"
+                ) from error
+            # Nearly always because QEMU is gone.
+            if self.process.wait(deadline.capped(1.0)):
+                self.note_end()
+                raise MachineEndedError(self._name, self._end) from error
+            raise QmpError(f"No QMP session with {self._name}: {error}") from error
 
     def wait_for_event(self, wanted: Callable[[Event], bool], deadline: Deadline) -> Event:
         """Wait for an event that came, or comes, since it was started.
@@ -298,6 +321,7 @@ class RunningQemu:
         try:
             session = QmpSession.open(started.control, weakly(self._on_event), _GREETING_LIMIT)
             self._session = session
+            started.let_wait()
             self._follow(session.execute("query-status")["running"])
         except QmpError as error:
             # Nearly always because QEMU is gone.

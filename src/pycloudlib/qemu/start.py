@@ -22,6 +22,9 @@ from pycloudlib.qemu.spec import MachineSpec
 
 _log = logging.getLogger(__name__)
 
+# Clients of a socket that the kernel lets wait while QEMU serves another.
+_WAITING = 64
+
 
 class LaunchError(CloudError):
     """QEMU did not start.
@@ -50,6 +53,7 @@ class StartedQemu:
         control: Our end of its first QMP session.
         argv: Its command line.
         sockets: The unix sockets that it listens on, by another name than they are to have.
+        listeners: All sockets that it listens on.
         rundir: The machine's directory.
     """
 
@@ -57,6 +61,7 @@ class StartedQemu:
     control: socket.socket
     argv: list[str]
     sockets: tuple[StagedSocket, ...]
+    listeners: tuple[socket.socket, ...]
     rundir: RunDirectory
 
     def publish(self) -> None:
@@ -65,9 +70,17 @@ class StartedQemu:
         for staged in self.sockets:
             staged.publish()
 
+    def let_wait(self) -> None:
+        """Let the clients of its sockets wait their turn; it lets one wait, when it has begun."""
+        for listener in self.listeners:
+            listener.listen(_WAITING)
+            listener.close()
+
     def discard(self) -> None:
         """Give up what it has; the process is its owner's to end."""
         self.control.close()
+        for listener in self.listeners:
+            listener.close()
         for staged in self.sockets:
             staged.discard()
 
@@ -90,11 +103,11 @@ def start_qemu(
         sockets = []
         for file in (rundir.attach_socket, rundir.qmp_socket, rundir.helper_socket):
             staged = StagedSocket.listen(file)
-            theirs.callback(staged.listener.close)
+            ours.callback(staged.listener.close)
             ours.callback(staged.discard)
             sockets.append(staged)
         attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
-        console = theirs.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
+        console = ours.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
         memory = None
         if origin.memory.shared:
             memory = create_shared_memory(spec.memory_kib << 10)
@@ -119,7 +132,8 @@ def start_qemu(
             argv, pass_fds=descriptors, log=rundir.qemu_log, environment=environment(orphans)
         )
         ours.pop_all()
-    return StartedQemu(process, control, argv, tuple(sockets), rundir)
+    listeners = (*(staged.listener for staged in sockets), console)
+    return StartedQemu(process, control, argv, tuple(sockets), listeners, rundir)
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:
