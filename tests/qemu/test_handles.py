@@ -25,7 +25,7 @@ from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.progress import Progress
-from pycloudlib.qemu import helperlink, ports
+from pycloudlib.qemu import helperlink, ports, sockets
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
 from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
@@ -409,11 +409,10 @@ def test_a_console_that_is_open_elsewhere_says_where(
 ) -> None:
     monkeypatch.setattr(inside, "_CONSOLE_LIMIT", 0.3)
     inside.wait_until_free(unstarted)
-    with (
-        socket.create_connection(("127.0.0.1", int(unstarted.telnet_port))),
-        pytest.raises(CloudError, match=rf"open elsewhere.*process {os.getpid()} "),
-    ):
-        inside.wait_until_free(unstarted)
+    with socket.create_connection(("127.0.0.1", int(unstarted.telnet_port))) as terminal:
+        assert terminal.recv(1), "QEMU greets whom it serves"
+        with pytest.raises(CloudError, match=rf"open elsewhere.*process {os.getpid()} "):
+            inside.wait_until_free(unstarted)
     inside.wait_until_free(unstarted)
 
 
@@ -428,6 +427,9 @@ def test_a_helper_whose_socket_others_hold_is_not_waited_for(
     monkeypatch.setattr(link, "_chardev", lambda: {**look(), "frontend-open": True})
     monkeypatch.setattr(helperlink, "_FIX_LIMIT", 0.3)
     with holding(rundir.helper_socket):
+        seen = Deadline.after(60)
+        while sockets.is_free(look()):
+            assert not seen.expired
         assert link.execute(["true"], "ubuntu", b"", None) is None
         with pytest.raises(HelperError, match=f"process {os.getpid()} "):
             link.fix(FixUp())
