@@ -120,6 +120,17 @@ def test_files_and_directories_are_copied_both_ways(web: str, tmp_path: Path) ->
     assert (tmp_path / "back" / "sub" / "run.sh").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "back" / "link").readlink() == Path("sub/run.sh")
 
+    ok("copy", f"{tree}/.", f"{web}:tree")  # into what is there
+    assert ok("exec", web, "find", "tree", "-name", "run.sh") == b"tree/sub/run.sh\n"
+    ok("copy", f"{web}:/etc/os-release", tmp_path)
+    assert (tmp_path / "os-release").stat().st_mode & 0o777 == 0o644
+    assert b"ID=" in (tmp_path / "os-release").read_bytes()
+    done = run("copy", f"{web}:/etc/ssh", tmp_path / "ssh")
+    assert done.returncode == 1
+    assert b"cannot open" in done.stderr
+    assert b"ssh_host_" in done.stderr
+    assert (tmp_path / "ssh" / "sshd_config").is_file()
+
     ok("copy", tree / "sub" / "run.sh", f"{web}:/tmp/")
     ok("copy", f"{web}:/tmp/run.sh", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == (tree / "sub" / "run.sh").read_bytes()

@@ -121,4 +121,4 @@ def test_what_is_not_there_to_copy_is_named(
     done = run(capfd, "copy", str(tmp_path / "nothing"), "web:")
 
     assert done.code == ExitCode.FAILURE
-    assert done.err == f"Error: no such file or directory: {tmp_path / 'nothing'}\n"
+    assert done.err == f"Error: No such file or directory: {tmp_path / 'nothing'}\n"

@@ -5,16 +5,31 @@ from __future__ import annotations
 import errno
 import io
 import os
-import tarfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 import pytest
 
-from pycloudlib.cli import tarball, transfer
-from pycloudlib.cli.transfer import Place
+from pycloudlib.cli import transfer
+from pycloudlib.cli.transfer import CopyError, Place
 from pycloudlib.errors import PycloudlibError
+from pycloudlib.guest import copy_in_guest
+from pycloudlib.guest.copy_in_guest import (
+    CLOSE,
+    DATA,
+    DIRECTORY,
+    END,
+    FILE,
+    LINK,
+    MODE,
+    NUMBER,
+    SPECIAL,
+    UP,
+    StreamError,
+    Writer,
+)
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.unit.sshserver import LocalInstance
@@ -92,7 +107,7 @@ def test_places_are_told_apart(text: str, machine: str, path: str) -> None:
 def test_file_is_pushed_with_its_permissions(
     instance: QemuInstance, tree: Path, guest: Path
 ) -> None:
-    transfer.push(instance, tree / "sub dir" / "run.sh", "copy.sh")
+    transfer.push(instance, f"{tree}/sub dir/run.sh", "copy.sh")
 
     assert (guest / "copy.sh").read_text() == "#!/bin/sh\n"
     assert (guest / "copy.sh").stat().st_mode & 0o777 == 0o755
@@ -104,65 +119,42 @@ def test_file_goes_into_a_directory(
 ) -> None:
     (guest / "there").mkdir()
 
-    transfer.push(instance, tree / "file", target)
+    transfer.push(instance, f"{tree}/file", target)
 
     assert (guest / target / "file").read_text() == "content"
 
 
 def test_directory_is_pushed_whole(instance: QemuInstance, tree: Path, guest: Path) -> None:
-    transfer.push(instance, tree, "copy")
-    transfer.push(instance, tree, "copy")  # by now it is there: into it
+    transfer.push(instance, str(tree), "copy")
+    transfer.push(instance, str(tree), "copy")  # by now it is there: into it
 
     assert (guest / "copy" / "tree").is_dir()
     first = {k: v for k, v in portrait(guest / "copy").items() if not k.startswith("tree")}
     assert first == portrait(tree) == portrait(guest / "copy" / "tree")
 
 
-def test_directories_tell_how_far_they_are(
+def test_copies_tell_how_far_they_are(
     instance: QemuInstance, tree: Path, guest: Path, here: Path
 ) -> None:
-    size = sum(file.lstat().st_size for file in tree.rglob("*") if file.is_file())
-    pushed: list[Progress] = []
-    pulled: list[Progress] = []
+    size = sum(
+        file.lstat().st_size for file in tree.rglob("*") if not file.is_symlink() and file.is_file()
+    )
+    reports: dict[str, list[Progress]] = {name: [] for name in ("push", "pull", "file")}
 
-    transfer.push(instance, tree, "copy", pushed.append)
-    transfer.pull(instance, "copy", here / "back", pulled.append)
+    transfer.push(instance, str(tree), "copy", reports["push"].append)
+    transfer.pull(instance, "copy", str(here / "back"), reports["pull"].append)
+    transfer.pull(instance, "copy/grüß", str(here / "one"), reports["file"].append)
 
-    for reports, total in ((pushed, size), (pulled, None)):
-        done = [report.done or 0 for report in reports]
+    for name, least, total in (
+        ("push", size, size),
+        ("pull", size, None),
+        ("file", 100000, 100000),
+    ):
+        done = [report.done or 0 for report in reports[name]]
         assert done == sorted(done)
-        assert done[-1] >= size
-        assert {(report.total, report.unit) for report in reports} == {(total, "B")}
-
-
-def test_file_here_that_cannot_be_read_ends_a_copy(
-    instance: QemuInstance, tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_source: Path, stream: IO[bytes]) -> None:
-        stream.write(b"the beginning")
-        raise PermissionError(errno.EACCES, "Permission denied", "secret")
-
-    monkeypatch.setattr(tarball, "pack", fail)
-
-    with pytest.raises(PermissionError, match="secret"):
-        transfer.push(instance, tree, "copy")
-
-
-def test_stream_that_is_damaged_ends_a_copy_while_more_comes(
-    instance: QemuInstance, guest: Path, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (guest / "tree").mkdir()
-    # More than the other side can get rid of when nobody reads.
-    (guest / "tree" / "large").write_bytes(bytes(16 << 20))
-
-    def fail(_stream: IO[bytes], _target: Path) -> None:
-        raise tarfile.ReadError("invalid header")
-
-    monkeypatch.setattr(tarball, "unpack", fail)
-    monkeypatch.setattr(transfer, "_LAST_WORDS_LIMIT", 0.3)
-
-    with pytest.raises(PycloudlibError, match=r"is damaged: invalid header"):
-        transfer.pull(instance, "tree", here / "copy")
+        assert done[-1] >= least
+        assert reports[name][-1].total == total
+        assert {report.unit for report in reports[name]} == {"B"}
 
 
 def test_directory_is_pulled_whole(
@@ -170,122 +162,320 @@ def test_directory_is_pulled_whole(
 ) -> None:
     tree.rename(guest / "tree")
 
-    transfer.pull(instance, "tree", here / "copy")
-    transfer.pull(instance, "tree/", here / "copy")
+    transfer.pull(instance, "tree", str(here / "copy"))
+    transfer.pull(instance, "tree/", str(here / "copy"))
 
     first = {k: v for k, v in portrait(here / "copy").items() if not k.startswith("tree")}
     assert first == portrait(guest / "tree") == portrait(here / "copy" / "tree")
 
 
-def test_file_is_pulled_with_its_permissions(
-    instance: QemuInstance, guest: Path, here: Path
+def test_link_that_is_named_is_followed(instance: QemuInstance, guest: Path, here: Path) -> None:
+    (guest / "lib").mkdir()
+    (guest / "lib" / "os-release").write_text("ID=debian\n")
+    (guest / "lib" / "os-release").chmod(0o644)
+    (guest / "os-release").symlink_to("lib/os-release")
+
+    transfer.pull(instance, "os-release", str(here))
+
+    assert not (here / "os-release").is_symlink()
+    assert (here / "os-release").read_text() == "ID=debian\n"
+    assert (here / "os-release").stat().st_mode & 0o777 == 0o644
+
+
+def test_content_of_a_directory_goes_into_another(
+    instance: QemuInstance, tree: Path, guest: Path, here: Path
 ) -> None:
-    (guest / "run.sh").write_text("#!/bin/sh\n")
-    (guest / "run.sh").chmod(0o700)
+    (guest / "there").mkdir()
 
-    transfer.pull(instance, "run.sh", here)
+    transfer.push(instance, f"{tree}/.", "there/")
+    transfer.pull(instance, "there/.", str(here / "back"))
 
-    assert (here / "run.sh").stat().st_mode & 0o777 == 0o700
-
-
-def test_missing_sources_are_named(instance: QemuInstance, here: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        transfer.push(instance, here / "nothing", "x")
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        transfer.pull(instance, "nothing", here / "x")
+    assert portrait(guest / "there") == portrait(tree) == portrait(here / "back")
 
 
-def test_guest_s_own_words_tell_why_it_failed(
-    instance: QemuInstance, tree: Path, guest: Path
-) -> None:
+@pytest.mark.parametrize("name", ["-rf", "a b", "a:b", "line\nend", "~", "$HOME 'x'", "\udcff"])
+def test_names_mean_nothing(instance: QemuInstance, guest: Path, here: Path, name: str) -> None:
+    (here / name).write_text("content")
+
+    transfer.push(instance, f"{here}/{name}", ".")
+    transfer.pull(instance, name, str(here / "back"))
+
+    assert (guest / name).read_text() == (here / "back").read_text() == "content"
+
+
+@pytest.mark.parametrize("path", ["", "nothing", "nothing/", "no/thing", "no/thing/."])
+def test_missing_sources_are_named(instance: QemuInstance, here: Path, path: str) -> None:
+    with pytest.raises(FileNotFoundError) as pushing:
+        transfer.push(instance, f"{here}/{path}" if path else "", "x")
+    with pytest.raises(FileNotFoundError) as pulling:
+        transfer.pull(instance, path, str(here / "x"))
+
+    assert pushing.value.filename == (f"{here}/{path}" if path else "")
+    assert pulling.value.filename == f"web:{path}"
+    assert not (here / "x").exists()
+
+
+def test_missing_targets_are_named(instance: QemuInstance, tree: Path, guest: Path) -> None:
     (guest / "file").touch()
 
-    with pytest.raises(PycloudlibError, match=r"web: .*file"):
-        transfer.push(instance, tree, "file/below")
+    with pytest.raises(FileNotFoundError) as pushing:
+        transfer.push(instance, f"{tree}/file", "no/where")
+    with pytest.raises(FileNotFoundError) as pulling:
+        transfer.pull(instance, "file", f"{tree}/no/where")
+
+    assert pushing.value.filename == "web:no/where"
+    assert pulling.value.filename == f"{tree}/no/where"
 
 
-def archive(*members: tuple[str, bytes, str]) -> io.BytesIO:
-    """Make a tar stream of (name, type, what it is linked to)."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, kind, link in members:
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname, member.mode = kind, link, 0o777
-            member.size = 4 if kind == tarfile.REGTYPE else 0
-            tar.addfile(member, io.BytesIO(b"evil"))
-    stream.seek(0)
-    return stream
+def test_what_cannot_be_copied_is_named_and_the_rest_is_copied(
+    instance: QemuInstance, tree: Path, guest: Path, here: Path
+) -> None:
+    (guest / "file").touch()
+    for there, name in ((guest, "push"), (here, "pull")):
+        (there / name / "tree" / "file").mkdir(parents=True)
+        (there / name / "tree" / "sub dir").touch()
+
+    with pytest.raises(CopyError) as pushing:
+        transfer.push(instance, str(tree), "push")
+    transfer.push(instance, str(tree), "tree")
+    with pytest.raises(CopyError) as pulling:
+        transfer.pull(instance, "tree", str(here / "pull"))
+
+    assert pushing.value.problems == (
+        "cannot create regular file 'web:push/tree/file': there is a directory",
+        "cannot create directory 'web:push/tree/sub dir': there is something that is no directory",
+    )
+    assert [problem.replace("web:push", f"{here}/pull") for problem in pushing.value.problems] == [
+        *pulling.value.problems
+    ]
+    for there in (guest / "push", here / "pull"):
+        assert {"grüß", "link", "dangling", "hard"} <= {*portrait(there / "tree")}
 
 
-FILE, LINK, HARD, DIRECTORY = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
+def test_guest_without_python_is_told_of(
+    instance: QemuInstance, tree: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_program", lambda: "no-such-python3 -c ''")
+
+    with pytest.raises(PycloudlibError, match="web has no python3"):
+        transfer.push(instance, str(tree), "x")
+    with pytest.raises(PycloudlibError, match="web has no python3"):
+        transfer.pull(instance, "x", str(here))
+
+
+def test_words_of_a_guest_s_login_are_not_taken_for_files(
+    instance: QemuInstance, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_program", lambda: "echo Welcome to this machine;:")
+
+    with pytest.raises(PycloudlibError, match="What web sends is refused"):
+        transfer.pull(instance, "x", str(here / "x"))
+
+    assert not (here / "x").exists()
+
+
+def test_stream_that_is_damaged_ends_a_copy_while_more_comes(
+    instance: QemuInstance, guest: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than the other side can get rid of when nobody reads.
+    (guest / "large").write_bytes(bytes(16 << 20))
+
+    def fail(_writer: Writer, _kind: bytes, _payload: bytes) -> None:
+        raise StreamError("a record that is none")
+
+    monkeypatch.setattr(Writer, "take", fail)
+    monkeypatch.setattr(transfer, "_LAST_WORDS_LIMIT", 0.3)
+
+    with pytest.raises(PycloudlibError, match="is refused: a record that is none"):
+        transfer.pull(instance, "large", str(here / "copy"))
+
+
+def test_guest_that_hangs_up_is_told_in_its_own_words(
+    instance: QemuInstance, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "large").write_bytes(bytes(16 << 20))
+    monkeypatch.setattr(transfer, "_program", lambda: "sh -c 'echo out of order >&2; exit 3'")
+
+    with pytest.raises(PycloudlibError, match="web: out of order"):
+        transfer.push(instance, str(here / "large"), "copy")
+
+
+def test_programs_need_what_guests_have(guest: Path) -> None:
+    """Its text is ASCII, whatever the guest's encoding is, and fits one argument."""
+    text = transfer._program()
+
+    text.encode("ascii")
+    assert len(text) < 128 << 10  # MAX_ARG_STRLEN of execve(2)
+
+
+Record = tuple[bytes, bytes]
+
+
+def stream(*records: Record) -> io.BytesIO:
+    written = io.BytesIO()
+    send = copy_in_guest.sender(written)
+    for kind, payload in (*records, (END, b"")):
+        send(kind, payload)
+    written.seek(0)
+    return written
+
+
+def mode(bits: int) -> bytes:
+    return MODE.pack(bits)
+
+
+def a_file(name: bytes) -> list[Record]:
+    size = NUMBER.pack(4)
+    return [
+        (FILE, mode(0o777) + size + name),
+        (DATA, NUMBER.pack(0) + b"evil"),
+        (CLOSE, size),
+    ]
+
+
+def a_link(name: bytes, to: bytes) -> Record:
+    return LINK, MODE.pack(len(name)) + name + to
+
+
+def below(name: bytes, *records: Record) -> list[Record]:
+    return [(DIRECTORY, mode(0o777) + name), *records, (UP, b"")]
+
+
+OUTSIDE = b"@"
+"""Stands for the directory outside of the target in the rows below."""
 
 
 @pytest.mark.parametrize(
-    "members",
+    "inside",
     [
-        [("../out", FILE, "")],
-        [("/tmp/out-of-the-tree", FILE, "")],
-        [("a/../../out", FILE, "")],
-        [("hard", HARD, "../secret")],
-        [("hard", HARD, "/etc/passwd")],
-        [("there/out", FILE, "")],
-        [("there", DIRECTORY, "")],
-        [("there/sub", DIRECTORY, "")],
+        a_file(b"../out"),
+        a_file(b"/tmp/out-of-the-tree"),
+        a_file(b".."),
+        a_file(b""),
+        a_file(b"a/b"),
+        below(b"..", *a_file(b"out")),
+        below(b"there", *a_file(b"out")),
+        below(b"there", a_link(b"out", b"x")),
+        below(b"there", (SPECIAL, mode(stat.S_IFIFO | 0o666) + NUMBER.pack(0) + b"out")),
+        [a_link(b"new", OUTSIDE), *below(b"new", *a_file(b"out"))],
+        [a_link(b"new", OUTSIDE + b"/out"), *a_file(b"new")],
+        [a_link(b"new", OUTSIDE + b"/secret"), *a_file(b"new")],
+        a_file(b"to secret"),
+        [a_link(b"../out", b"x")],
+        [(UP, b""), *a_file(b"out")],
+        [(UP, b""), (UP, b""), *a_file(b"out")],
+        [(UP, b""), *below(b"", *a_file(b"out"))],
     ],
 )
-def test_nothing_is_written_outside(here: Path, members: list[tuple[str, bytes, str]]) -> None:
+def test_nothing_is_written_outside(here: Path, inside: list[Record]) -> None:
     target, outside = here / "target", here / "outside"
     target.mkdir()
     outside.mkdir(mode=0o700)
-    (here / "secret").write_text("secret")
+    (outside / "secret").write_text("secret")
     (target / "there").symlink_to(outside)
+    (target / "to secret").symlink_to(outside / "secret")
+    records = [(kind, data.replace(OUTSIDE, os.fsencode(outside))) for kind, data in inside]
+    writer = Writer(os.fsencode(target), b"", trusting=False)
 
-    with pytest.raises(tarball.UnsafeArchiveError):
-        tarball.unpack(archive(*members), target)
+    try:
+        problems = copy_in_guest.write(stream(*below(b"", *records)), writer)
+    except StreamError:
+        problems = []
+    else:
+        assert problems
 
-    assert list(outside.iterdir()) == []
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert (outside / "secret").read_text() == "secret"
     assert outside.stat().st_mode & 0o777 == 0o700
-    assert sorted(path.name for path in here.iterdir()) == ["outside", "secret", "target"]
+    assert sorted(path.name for path in here.iterdir()) == ["outside", "target"]
 
 
-def test_links_of_the_archive_are_not_followed(here: Path) -> None:
-    outside = here / "outside"
-    outside.mkdir()
-    target = here / "target"
-    target.mkdir()
+def test_link_that_stays_within_is_written_through(here: Path) -> None:
+    (here / "target").mkdir()
+    (here / "target" / "file").write_text("good")
+    (here / "target" / "name").symlink_to("file")
+    writer = Writer(os.fsencode(here / "target"), b"", trusting=False)
 
-    # The link comes last of all, so that what is "below" it makes a directory first.
-    with pytest.raises(OSError, match="link"):
-        tarball.unpack(archive(("link", LINK, str(outside)), ("link/out", FILE, "")), target)
+    assert copy_in_guest.write(stream(*below(b"", *a_file(b"name"))), writer) == []
 
-    assert list(outside.iterdir()) == []
+    assert (here / "target" / "file").read_text() == "evil"
 
 
-def test_link_here_is_replaced_not_followed(here: Path) -> None:
-    victim = here / "victim"
-    victim.write_text("good")
-    target = here / "target"
-    target.mkdir()
-    (target / "name").symlink_to(victim)
+@pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFBLK])
+def test_no_device_is_made_at_a_guest_s_word(here: Path, kind: int) -> None:
+    device = (SPECIAL, mode(kind | 0o666) + NUMBER.pack(os.makedev(1, 3)) + b"null")
+    writer = Writer(os.fsencode(here / "new"), b"x", trusting=False)
 
-    tarball.unpack(archive(("name", FILE, "")), target)
+    (problem,) = copy_in_guest.write(stream(*below(b"", device)), writer)
 
-    assert victim.read_text() == "good"
-    assert (target / "name").read_bytes() == b"evil"
-    assert not (target / "name").is_symlink()
+    assert (problem.path, problem.why) == (
+        os.fsencode(here / "new" / "null"),
+        "no device is made at a guest's word",
+    )
+    assert list((here / "new").iterdir()) == []
 
 
-def test_devices_are_left_out(here: Path) -> None:
-    target = here / "target"
-    target.mkdir()
+def test_new_file_has_no_more_than_permissions(here: Path) -> None:
+    records = a_file(b"")
+    records[0] = (FILE, mode(0o4777) + records[0][1][4:])
+    writer = Writer(os.fsencode(here / "new"), b"x", trusting=False)
 
-    tarball.unpack(archive(("null", tarfile.CHRTYPE, ""), ("pipe", tarfile.FIFOTYPE, "")), target)
+    assert copy_in_guest.write(stream(*records), writer) == []
 
-    assert list(target.iterdir()) == []
+    assert (here / "new").stat().st_mode & 0o7000 == 0
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [(b"?", b"x" * 20)],
+        [(FILE, b"")],
+        [(FILE, b"\0" * 5)],
+        [*a_file(b"")[:1], (DATA, b"x")],
+        [*a_file(b"")[:1], *a_file(b"")],
+        [*a_file(b""), *a_file(b"")],
+        [*a_file(b"")[:2], (DATA, NUMBER.pack(1) + b"back")],
+        [*a_file(b"")[:2], (CLOSE, NUMBER.pack(1))],
+        [a_file(b"")[0], (DATA, NUMBER.pack(-1) + b"x")],
+        [a_link(b"", b"a\0b")],
+        [(UP, b"")],
+        [(copy_in_guest.PROBLEM, b"no problem")],
+        [(SPECIAL, mode(stat.S_IFREG) + NUMBER.pack(0))],
+    ],
+)
+def test_what_is_no_such_stream_is_refused(here: Path, records: list[Record]) -> None:
+    with pytest.raises(StreamError):
+        copy_in_guest.write(stream(*records), Writer(os.fsencode(here / "x"), b"x", trusting=False))
+
+
+@pytest.mark.parametrize("offset", [1 << 62, (1 << 63) - 8])
+def test_offset_that_no_file_can_have_is_a_problem(here: Path, offset: int) -> None:
+    records = [
+        a_file(b"")[0],
+        (DATA, NUMBER.pack(offset) + b"x"),
+        (CLOSE, NUMBER.pack(offset + 1)),
+    ]
+    writer = Writer(os.fsencode(here / "x"), b"x", trusting=False)
+
+    (problem,) = copy_in_guest.write(stream(*records), writer)
+
+    assert problem.number in (errno.EFBIG, errno.EINVAL)
 
 
 def test_stream_that_ends_early_is_an_error(here: Path) -> None:
-    whole = archive(("a", FILE, ""), ("b", FILE, "")).getvalue()
+    whole = stream(*below(b"", *a_file(b"a"), *a_file(b"b"))).getvalue()
 
-    with pytest.raises(tarfile.TarError):
-        tarball.unpack(io.BytesIO(whole[:700]), here)
+    for end in range(len(whole)):
+        writer = Writer(os.fsencode(here / str(end)), b"x", trusting=False)
+        with pytest.raises(StreamError):
+            copy_in_guest.write(io.BytesIO(whole[:end]), writer)
+
+
+def test_problems_without_end_are_not_all_kept(here: Path) -> None:
+    problem = copy_in_guest.Problem("open", b"x", 13, "no").pack()
+    writer = Writer(os.fsencode(here / "x"), b"x", trusting=False)
+
+    problems = copy_in_guest.write(stream(*[(copy_in_guest.PROBLEM, problem)] * 5000), writer)
+
+    assert len(problems) == copy_in_guest.MOST_PROBLEMS + 1
+    assert problems[-1].why == "there are more than these"

@@ -24,7 +24,6 @@ from pycloudlib.cli.values import Place as PlaceType
 from pycloudlib.deadline import Deadline
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError
-from pycloudlib.files import expand_user
 from pycloudlib.guest import commands
 from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu import sockets
@@ -157,6 +156,11 @@ def wait_until_free(instance: QemuInstance) -> None:
         time.sleep(_CONSOLE_LOOK)
 
 
+def _expand_user(path: str) -> str:
+    """Put a home directory in place of a leading `~`, and leave how a path ends as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 - a Path has no slash at its end
+
+
 @command("copy", short_help="Copy files and directories to or from a machine.")
 @click.argument("source", type=PlaceType(), metavar="SRC")
 @click.argument("target", type=PlaceType(), metavar="DST")
@@ -164,7 +168,8 @@ def copy(session: Session, source: str, target: str) -> None:
     """Copy a file or a directory: SRC or DST is in a machine, as NAME:PATH.
 
     A path in a machine is relative to the home directory of the login user, with whose rights it is
-    read and written. Directories are copied with all that is in them, like `cp -r` does.
+    read and written. All is as `cp -r` does it, but a link that is SRC itself is followed. What
+    cannot be copied is named, and the rest is copied.
     """
     from pycloudlib.cli import transfer  # noqa: PLC0415 - seldom
 
@@ -178,6 +183,6 @@ def copy(session: Session, source: str, target: str) -> None:
         showing_progress(session.progress, _log) as show,
     ):
         if here.machine:
-            transfer.pull(instance, here.path, expand_user(there.path), show)
+            transfer.pull(instance, here.path, _expand_user(there.path), show)
         else:
-            transfer.push(instance, expand_user(here.path), there.path, show)
+            transfer.push(instance, _expand_user(here.path), there.path, show)

@@ -1,30 +1,35 @@
-"""Copying between here and a machine: files, and directories as tar streams over SSH."""
+"""Copying between here and a machine, as `cp -rH` does: one half runs here, one in the guest."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
+import os
 import re
 import shlex
-import tarfile
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, cast
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
 
-from pycloudlib.cli import tarball
 from pycloudlib.errors import PycloudlibError
-from pycloudlib.guest import commands
+from pycloudlib.guest import commands, copy_in_guest
+from pycloudlib.guest.copy_in_guest import Problem, StreamError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.rawtext import shown_on_one_line, to_bytes
 
 if TYPE_CHECKING:
     import paramiko
 
 _REMOTE = re.compile(r"(?P<name>[a-z0-9-]+(?:/[a-z0-9-]+)?):(?P<path>.*)", re.DOTALL)
-_PERMISSIONS = 0o777
 # Seconds that a command which has failed may take to say why.
 _LAST_WORDS_LIMIT = 10.0
+_NO_SUCH_COMMAND = 127  # a shell's exit status
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,114 +51,140 @@ class Place:
         return cls(match["name"], match["path"] or ".") if match else cls("", text)
 
 
+class CopyError(OSError):
+    """Something could not be copied; what could be has been.
+
+    Attributes:
+        problems: What was in the way, one line each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
 def push(
     instance: QemuInstance,
-    source: Path,
+    source: str,
     target: str,
     on_progress: ProgressCallback = ignore_progress,
 ) -> None:
-    """Copy a file or directory to a machine, as its login user, like `cp -r`.
+    """Copy a file or directory to a machine, as its login user, like `cp -rH`.
+
+    Args:
+        instance: The machine.
+        source: The path here, as it was given: a slash or a dot at its end has a meaning.
+        target: The path there.
+        on_progress: Told of the bytes that are sent.
 
     Raises:
         FileNotFoundError: The source, or the directory that it is to go to, is not there.
-        PycloudlibError: The guest could not write it; says why.
+        CopyError: Something could not be copied; names it. All else has been.
+        PycloudlibError: The guest cannot take what is sent; says why.
         paramiko.SSHException: The machine cannot be reached.
     """
-    if not source.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such file or directory", str(source))
-    if target.endswith("/") or _is_directory(instance, target):
-        target = f"{target.rstrip('/') or '/'}/{source.resolve().name}"
-    if source.is_dir():
-        _push_directory(instance, source, target, on_progress)
-        return
-    instance.push_file(source, target, on_progress=on_progress)
-    mode = source.stat().st_mode & _PERMISSIONS
-    _run(instance, ["chmod", f"{mode:o}", "--", target])
+    path = os.fsencode(source)
+    name = copy_in_guest.name_in_directory(path)
+    count = _Count(on_progress, Path(source).name or source, _size_of(source))
+    problems: list[Problem] = []
+    with _Command(instance, "write", to_bytes(target), name) as running:
 
+        def send(kind: bytes, payload: bytes) -> None:
+            if kind == copy_in_guest.PROBLEM:
+                problems.append(Problem.unpack(payload))
+            else:
+                put(kind, payload)
 
-def pull(
-    instance: QemuInstance,
-    source: str,
-    target: Path,
-    on_progress: ProgressCallback = ignore_progress,
-) -> None:
-    """Copy a file or directory from a machine, as its login user, like `cp -r`.
-
-    Raises:
-        FileNotFoundError: The source, or the directory that it is to go to, is not there.
-        PycloudlibError: The guest could not read it; says why.
-        paramiko.SSHException: The machine cannot be reached.
-    """
-    name = PurePosixPath(source.rstrip("/") or "/").name
-    if target.is_dir() and name not in ("", ".", ".."):
-        target = target / name
-    if _is_directory(instance, source):
-        _pull_directory(instance, source, target, on_progress)
-        return
-    instance.pull_file(source, target, on_progress=on_progress)
-    target.chmod(int(_run(instance, ["stat", "-c", "%a", "--", source]), 8) & _PERMISSIONS)
-
-
-def _is_directory(instance: QemuInstance, path: str) -> bool:
-    result = instance.execute(["test", "-d", path])
-    if result.return_code not in (0, 1):
-        raise PycloudlibError(f"{instance.name} cannot look at {path}: {result.stderr}")
-    return result.ok
-
-
-def _run(instance: QemuInstance, argv: list[str]) -> str:
-    result = instance.execute(argv)
-    if result.failed:
-        raise PycloudlibError(f"{instance.name}: {result.stderr or shlex.join(argv)}")
-    return result.stdout
-
-
-def _push_directory(
-    instance: QemuInstance, source: Path, target: str, on_progress: ProgressCallback
-) -> None:
-    quoted = shlex.quote(target)
-    count = _Count(on_progress, source.name, _size_of(source))
-    command = f"mkdir -p -- {quoted} && exec tar -x --no-same-owner -f - -C {quoted}"
-    with _Command(instance, command) as running:
         try:
-            with io.BufferedWriter(_Writer(running.channel, count), 1 << 16) as stream:
-                tarball.pack(source, cast("IO[bytes]", stream))
+            with running.input(count) as stream:
+                put = copy_in_guest.sender(stream)
+                copy_in_guest.Reader(send).read(path)
+                put(copy_in_guest.END, b"")
         except _HungUpError as error:
             # The guest's own words tell more than that it hung up.
             running.explain()
             raise PycloudlibError(f"{source} could not be sent: {error}") from error
         running.channel.shutdown_write()
+        with running.understood(), running.output() as answers:
+            theirs = [Problem.unpack(payload) for _, payload in copy_in_guest.read_records(answers)]
         running.finish()
+    _raise_problems(instance.name, ours=problems, theirs=theirs)
 
 
-def _pull_directory(
-    instance: QemuInstance, source: str, target: Path, on_progress: ProgressCallback
+def pull(
+    instance: QemuInstance,
+    source: str,
+    target: str,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> None:
-    target.mkdir(exist_ok=True)
-    count = _Count(on_progress, target.name, None)
-    command = f"exec tar -c --hard-dereference -f - -C {shlex.quote(source)} ."
-    with _Command(instance, command) as running:
+    """Copy a file or directory from a machine, as its login user, like `cp -rH`.
+
+    The machine is not believed: nothing is written outside of the target, and no device is made.
+
+    Args:
+        instance: The machine.
+        source: The path there, as it was given: a slash or a dot at its end has a meaning.
+        target: The path here.
+        on_progress: Told of the bytes that have come.
+
+    Raises:
+        FileNotFoundError: The source, or the directory that it is to go to, is not there.
+        CopyError: Something could not be copied; names it. All else has been.
+        PycloudlibError: What the guest sends is refused, or the guest cannot send it; says why.
+        paramiko.SSHException: The machine cannot be reached.
+    """
+    path = to_bytes(source)
+    name = copy_in_guest.name_in_directory(path)
+    count = _Count(on_progress, Path(source).name or source, None)
+    theirs: list[Problem] = []
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(_Command(instance, "read", path))
         running.channel.shutdown_write()
-        try:
-            with io.BufferedReader(_Reader(running.channel, count), 1 << 16) as stream:
-                tarball.unpack(cast("IO[bytes]", stream), target)
-                while stream.read(1 << 16):
-                    pass  # what pads the end
-        except tarfile.TarError as error:
-            running.explain()
-            raise PycloudlibError(f"what {instance.name} sent is damaged: {error}") from error
+        writer = copy_in_guest.Writer(os.fsencode(target), name, trusting=False)
+        stack.callback(writer.close)
+        with running.understood(), running.output(count) as stream:
+            for kind, payload in copy_in_guest.read_records(stream):
+                if kind == copy_in_guest.FILE and not writer.begun:
+                    count.total = copy_in_guest.size_told(payload)
+                if kind == copy_in_guest.PROBLEM and len(theirs) < copy_in_guest.MOST_PROBLEMS:
+                    theirs.append(Problem.unpack(payload))
+                elif kind != copy_in_guest.PROBLEM:
+                    writer.take(kind, payload)
         running.finish()
+    _raise_problems(instance.name, ours=writer.problems, theirs=theirs)
+
+
+def _raise_problems(name: str, *, ours: Sequence[Problem], theirs: Sequence[Problem]) -> None:
+    """Raise what was in the way, if anything was."""
+    named = [*(("", problem) for problem in ours), *((f"{name}:", problem) for problem in theirs)]
+    if len(named) == 1 and named[0][1].number == errno.ENOENT:
+        place, problem = named[0]
+        path = place + os.fsdecode(problem.path)
+        raise FileNotFoundError(problem.number, os.strerror(problem.number), path)
+    if named:
+        raise CopyError([_tell(place, problem) for place, problem in named])
+
+
+def _tell(place: str, problem: Problem) -> str:
+    path = shown_on_one_line(f"{place}{os.fsdecode(problem.path)}")
+    return f"cannot {problem.attempt} '{path}': {shown_on_one_line(problem.why)}"
 
 
 class _Command:
-    """A command in the guest whose input and output are streams."""
+    """The half of a copy that runs in the guest.
 
-    def __init__(self, instance: QemuInstance, command: str) -> None:
+    Args:
+        instance: The machine.
+        arguments: Those of the program, see `copy_in_guest`.
+    """
+
+    def __init__(self, instance: QemuInstance, *arguments: str | bytes) -> None:
         self._name = instance.name
         self._client = instance._ssh_connect()
+        words = [os.fsdecode(argument) for argument in arguments]
         try:
             self.channel = commands.open_session(self._client)
-            self.channel.exec_command(command)
+            self.channel.exec_command(os.fsencode(f"exec {_program()} {shlex.join(words)}"))
         except BaseException:
             self._client.close()
             raise
@@ -164,6 +195,29 @@ class _Command:
     def __exit__(self, *_exc: object) -> None:
         self.channel.close()
         self._client.close()
+
+    def input(self, count: _Count) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Give what it reads."""
+        stream = io.BufferedWriter(_Writer(self.channel, count), 1 << 16)
+        return cast("contextlib.AbstractContextManager[BinaryIO]", stream)
+
+    def output(self, count: _Count | None = None) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Give what it writes."""
+        stream = io.BufferedReader(_Reader(self.channel, count), 1 << 16)
+        return cast("contextlib.AbstractContextManager[BinaryIO]", stream)
+
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Let it say why what it writes is no such stream.
+
+        Raises:
+            PycloudlibError: It is none; in the command's own words where it has failed.
+        """
+        try:
+            yield
+        except StreamError as error:
+            self.explain()
+            raise PycloudlibError(f"What {self._name} sends is refused: {error}") from error
 
     def explain(self) -> None:
         """Let it say why it did not take or give what it was to.
@@ -183,20 +237,42 @@ class _Command:
         Raises:
             PycloudlibError: It failed; in its own words.
         """
-        said = self.channel.makefile_stderr("r").read()
+        said = self.channel.makefile_stderr("rb").read()
         if not self.channel.status_event.wait(self.channel.gettimeout()):
             raise TimeoutError
         status = self.channel.recv_exit_status()
+        if status == _NO_SUCH_COMMAND:
+            raise PycloudlibError(f"{self._name} has no python3, which copies need")
         if status != 0:
-            words = said.decode(errors="replace") if isinstance(said, bytes) else said
+            words = said.decode(errors="replace").strip()
             raise PycloudlibError(
-                f"{self._name}: {words.strip() or f'tar ended with exit status {status}'}"
+                f"{self._name}: {words or f'the copy ended with exit status {status}'}"
             )
 
 
-def _size_of(directory: Path) -> int:
-    """Give the bytes of all files in a directory, which its tar stream has a little more of."""
-    return sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())
+@functools.cache
+def _program() -> str:
+    """Give the command that runs the half in the guest, without its arguments."""
+    package = resources.files(copy_in_guest.__package__ or "")
+    text = package.joinpath("copy_in_guest.py").read_text("utf-8")
+    return f"python3 -IS -c {shlex.quote(text)}"
+
+
+def _size_of(source: str) -> int:
+    """Give the bytes of all files in a directory, or of a file; its stream has a few more."""
+    total = _size_of_file(Path(source), follow=True)
+    # Unlike other ways, this passes over what cannot be read.
+    for directory, _, names in os.walk(source):
+        total += sum(_size_of_file(Path(directory, name)) for name in names)
+    return total
+
+
+def _size_of_file(path: Path, *, follow: bool = False) -> int:
+    try:
+        facts = path.stat(follow_symlinks=follow)
+    except OSError:
+        return 0
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
 
 
 class _HungUpError(OSError):
@@ -206,23 +282,21 @@ class _HungUpError(OSError):
 class _Count:
     """Counts the bytes of a stream, and tells of them.
 
-    Args:
-        on_progress: Told of them.
-        name: What is copied.
-        total: How many there will be; None when that is not known.
+    Attributes:
+        total: How many there will be; None while that is not known.
     """
 
     def __init__(self, on_progress: ProgressCallback, name: str, total: int | None) -> None:
         self._on_progress = on_progress
         self._name = name
-        self._total = total
+        self.total = total
         self._done = 0
 
     def add(self, count: int) -> None:
         """Take note of more."""
         self._done += count
-        done = self._done if self._total is None else min(self._done, self._total)
-        self._on_progress(Progress("copying", self._name, done, self._total, "B"))
+        done = self._done if self.total is None else min(self._done, self.total)
+        self._on_progress(Progress("copying", self._name, done, self.total, "B"))
 
 
 class _Writer(io.RawIOBase):
@@ -248,7 +322,7 @@ class _Writer(io.RawIOBase):
 class _Reader(io.RawIOBase):
     """A channel that is read from."""
 
-    def __init__(self, channel: paramiko.Channel, count: _Count) -> None:
+    def __init__(self, channel: paramiko.Channel, count: _Count | None) -> None:
         super().__init__()
         self._channel = channel
         self._count = count
@@ -260,5 +334,6 @@ class _Reader(io.RawIOBase):
         view = memoryview(buffer)  # type: ignore[arg-type]
         data = self._channel.recv(len(view))
         view[: len(data)] = data
-        self._count.add(len(data))
+        if self._count is not None:
+            self._count.add(len(data))
         return len(data)
