@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from dataclasses import dataclass
+from typing import Any
+
+_LONGEST = 1e9  # seconds, some thirty years: what the system's own waits can do with
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Deadline:
     @classmethod
     def after(cls, seconds: float) -> Deadline:
         """Make the deadline that many seconds from now."""
-        return cls(time.monotonic(), seconds)
+        return cls(time.monotonic(), min(seconds, _LONGEST))
 
     @property
     def elapsed(self) -> float:
@@ -41,3 +45,21 @@ class Deadline:
     def capped(self, seconds: float) -> float:
         """Give the time for one step of the wait: at most `seconds`, never past the deadline."""
         return min(seconds, self.remaining)
+
+
+def positive(what: str, value: object, unit: str) -> float:
+    """Read a limit that was given, as a number of seconds or minutes.
+
+    Args:
+        what: What it is called.
+        value: What was given.
+        unit: What it is a number of.
+
+    Raises:
+        ValueError: It is not a number above 0.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number: Any = value  # of what numbers.Real says, mypy knows no comparison
+        if number > 0:
+            return float(min(number, _LONGEST))
+    raise ValueError(f"{what} is {value!r}, expected a positive number of {unit}")

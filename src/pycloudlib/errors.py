@@ -55,6 +55,10 @@ class PycloudlibError(PycloudlibException):
     """Something this package was asked to do could not be done."""
 
 
+class GuestRefusedError(PycloudlibError):
+    """A guest that was reached did not do what it was asked to; the message has its own words."""
+
+
 class ResourceNotFoundError(PycloudlibException):
     """An image, instance or network that was named does not exist.
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib.errors import PycloudlibError
+from pycloudlib.deadline import positive
+from pycloudlib.documents import shown
+from pycloudlib.errors import GuestRefusedError
 from pycloudlib.guest import commands, filecopy, ssh
 from pycloudlib.guest.sessions import Connections
 from pycloudlib.key import KeyPair
@@ -263,9 +265,13 @@ class BaseInstance(Readiness):
         Raises:
             paramiko.SSHException: The machine cannot be reached.
             PycloudlibTimeoutError: The command took longer than `timeout`.
-            TypeError: `command` is neither a text nor a sequence of texts.
+            TypeError: `command` is neither a text nor a sequence of texts, or `stdin` no text.
+            ValueError: `command` has a NUL byte, `timeout` is not a positive number.
         """
         argv = _command_argv(command, use_sudo=use_sudo)
+        _check_stdin(stdin)
+        if timeout is not None:
+            timeout = positive("timeout", timeout, "seconds")
         if kwargs:
             self._log.debug("Ignored by execute(): %s", kwargs)
         if description:
@@ -376,7 +382,7 @@ class BaseInstance(Readiness):
             description="making the next boot a first boot",
         )
         if result.failed:
-            raise PycloudlibError(f"{self.name} could not be cleaned: {result.stderr}")
+            raise GuestRefusedError(f"{self.name} could not be cleaned: {result.stderr}")
 
     # What follows is for subclasses: clients override and call these.
 
@@ -400,7 +406,7 @@ class BaseInstance(Readiness):
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
         limit = command_limit(timeout)
-        data = to_bytes(stdin) if isinstance(stdin, str) else stdin or b""
+        data = to_bytes(stdin) if isinstance(stdin, str) else bytes(stdin or b"")
         out, err, status = commands.run(
             self._connections,
             shlex.join(command),
@@ -442,7 +448,25 @@ def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:
         argv = list(command)
     else:
         raise TypeError(f"command must be a text or a list of texts, not {command!r}")
+    for word in argv:
+        if "\0" in word:
+            raise ValueError(f"command has a NUL byte in {shown(word)}, which no argument can have")
+        _check_encodes("command", word)
     return ["sudo", "--", *argv] if use_sudo else argv
+
+
+def _check_stdin(stdin: object) -> None:
+    if isinstance(stdin, str):
+        _check_encodes("stdin", stdin)
+    elif stdin is not None and not isinstance(stdin, (bytes, bytearray, memoryview)):
+        raise TypeError(f"stdin must be a text or bytes, not {type(stdin).__name__}")
+
+
+def _check_encodes(what: str, text: str) -> None:
+    try:
+        to_bytes(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has {shown(text)}, which is not Unicode") from error
 
 
 def _text(output: bytes) -> str:

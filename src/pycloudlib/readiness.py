@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from pycloudlib.deadline import Deadline
+from pycloudlib.deadline import Deadline, positive
 from pycloudlib.errors import PycloudlibError, PycloudlibTimeoutError
 from pycloudlib.guest import cloudinit, ssh
 from pycloudlib.result import Result
@@ -44,9 +44,7 @@ def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -
     """
     if minutes is None:
         return Deadline.after(default * 60)
-    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
-        raise ValueError(f"ready_timeout is {minutes!r}, expected a positive number of minutes")
-    return Deadline.after(minutes * 60)
+    return Deadline.after(positive("ready_timeout", minutes, "minutes") * 60)
 
 
 @contextlib.contextmanager

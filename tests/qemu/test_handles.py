@@ -389,6 +389,12 @@ def test_a_client_gets_its_turn_when_the_one_before_has_left(
         assert [one.result(60)["status"] for one in asked] == ["prelaunch"] * 8
 
 
+@pytest.mark.parametrize("wrong", [0, -1, "5", float("nan"), True])
+def test_a_wrong_limit_of_a_qmp_command_is_refused(unstarted: QemuInstance, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="timeout is"):
+        unstarted.machine.execute("query-status", timeout=wrong)
+
+
 def test_more_clients_than_qemu_lets_wait_can_connect(unstarted: QemuInstance) -> None:
     rundir = unstarted.machine.rundir
     for file in (rundir.qmp_socket, rundir.attach_socket, rundir.helper_socket):

@@ -248,6 +248,35 @@ def test_command_of_a_wrong_type_is_refused(wrong: Any, instance: Instance) -> N
         instance.execute(wrong)
 
 
+@pytest.mark.parametrize("command", ["a\0b", ["echo", "a\0b"]])
+def test_command_with_a_nul_byte_is_refused_at_once(command: Any) -> None:
+    with pytest.raises(ValueError, match=r"command has a NUL byte in 'a.x00b'"):
+        Instance().execute(command)
+
+
+def test_what_is_not_unicode_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="command has"):
+        Instance().execute("\ud800")
+    with pytest.raises(ValueError, match="stdin has"):
+        Instance().execute("cat", stdin="\ud800")
+
+
+@pytest.mark.parametrize("wrong", [5, ["a"], 1.5, object()])
+def test_input_of_a_wrong_type_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="stdin must be"):
+        Instance().execute("cat", stdin=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), True, "5"])
+def test_wrong_timeout_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="timeout is"):
+        Instance().execute("true", timeout=wrong)
+
+
+def test_timeout_without_end_is_none(instance: Instance) -> None:
+    assert instance.execute("echo fine", timeout=float("inf")) == "fine"
+
+
 def test_unknown_keywords_are_accepted(instance: Instance) -> None:
     assert instance.execute("echo fine", some_option=True) == "fine"
 
@@ -346,7 +375,7 @@ def test_machine_that_never_answers_is_a_timeout(
             instance.wait(ready_timeout=0.005)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, "5", float("nan")])
+@pytest.mark.parametrize("wrong", [0, -1, "5", float("nan"), True])
 def test_wrong_ready_timeout_is_refused(wrong: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="ready_timeout"):
         Instance().wait(ready_timeout=wrong)

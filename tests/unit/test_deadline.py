@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
 import time
+from fractions import Fraction
+from typing import Any
 
 import pytest
 
-from pycloudlib.deadline import Deadline
+from pycloudlib.deadline import Deadline, positive
 
 
 def began(seconds_ago: float, limit: float) -> Deadline:
@@ -56,3 +59,16 @@ def test_deadline_cannot_be_moved() -> None:
 
     with pytest.raises(AttributeError):
         deadline.limit = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 0.0, float("nan"), True, "5", None, b"5", [5], 1j])
+def test_what_is_no_time_is_named(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"timeout is .*, expected a positive number of seconds"):
+        positive("timeout", wrong, "seconds")
+
+
+@pytest.mark.parametrize("value", [1, 0.001, Fraction(1, 3), 10**400, float("inf"), 1e300])
+def test_times_of_any_kind_and_size_can_be_waited_for(value: Any) -> None:
+    seconds = positive("timeout", value, "seconds")
+    assert 0 < seconds < threading.TIMEOUT_MAX
+    assert 0 < Deadline.after(float("inf")).remaining < threading.TIMEOUT_MAX

@@ -12,10 +12,11 @@ from pycloudlib.errors import (
     CleanupError,
     CloudError,
     CloudSetupError,
+    GuestRefusedError,
     PycloudlibError,
     PycloudlibTimeoutError,
 )
-from pycloudlib.qemu.diagnosed import explain, explaining_launch
+from pycloudlib.qemu.diagnosed import _is_failure, explain, explaining_launch
 from pycloudlib.qemu.examination import Facts, diagnose, diagnose_launch, with_guest_words
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.process import ProcessEnd
@@ -212,3 +213,8 @@ def test_diagnosis_leaves_what_is_no_text_in_an_error_alone(
     assert error.diagnosis.cause is Cause.NO_NETWORK  # type: ignore[attr-defined]
     texts = [value for value in error.args if isinstance(value, str)]
     assert not texts or Cause.NO_NETWORK.value in texts[0]
+
+
+def test_what_a_guest_says_itself_is_told_without_the_console() -> None:
+    assert not _is_failure(GuestRefusedError("web: cat: /etc/shadow: Permission denied"))
+    assert _is_failure(CloudError("QEMU refused"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import stat
@@ -131,6 +132,40 @@ def test_qcow2_image_with_damaged_tables_is_refused(tiny_image: Path) -> None:
         file.write(b"\xff" * 8)
 
     assert "damaged" in refusal(tiny_image)
+
+
+def test_encrypted_image_says_that_it_is(tmp_path: Path) -> None:
+    encrypted, volume = tmp_path / "secret.img", tmp_path / "secret.luks"
+    # fmt: off
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=key,data=x",
+         "-o", "encrypt.format=aes,encrypt.key-secret=key", encrypted, "1M"],
+        check=True,
+    )
+    # fmt: on
+    volume.write_bytes(b"LUKS\xba\xbe\0\1".ljust(1 << 20, b"\0"))
+    for image in (encrypted, volume):
+        message = refusal(image)
+        assert "is encrypted" in message
+        assert "Decrypt it" in message, "what to do is not told"
+        assert "damaged" not in message
+
+
+@pytest.mark.parametrize("program", ["gzip", "xz", "bzip2"])
+def test_packed_image_says_by_what(tiny_image: Path, program: str) -> None:
+    packed = tiny_image.with_suffix(".packed")
+    module = importlib.import_module({"gzip": "gzip", "xz": "lzma", "bzip2": "bz2"}[program])
+    packed.write_bytes(module.compress(tiny_image.read_bytes()))
+    assert f"packed by {program}" in refusal(packed)
+
+
+def test_image_with_features_of_a_later_qemu_is_not_called_damaged(tiny_image: Path) -> None:
+    with tiny_image.open("r+b") as file:
+        file.seek(72)  # incompatible features
+        file.write((1 << 40).to_bytes(8, "big"))
+    message = refusal(tiny_image)
+    assert "damaged" not in message
+    assert "eature" in message
 
 
 def test_qcow2_image_with_clusters_that_nobody_uses_is_taken(tiny_image: Path) -> None:

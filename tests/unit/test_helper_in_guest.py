@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pwd
+import signal
 import stat
 import subprocess
 import sys
@@ -175,6 +176,18 @@ def test_commands_are_another_users_wholly() -> None:
 def test_unknown_user_is_an_error() -> None:
     (answer,) = ask({**exec_request("true"), "user": "no-such-user"})
     assert "no-such-user" in answer["error"]
+
+
+def test_session_is_ended_with_those_that_do_not_hang_up() -> None:
+    script = "trap '' HUP; sleep 900 & echo begun; sleep 900; sleep 900"
+    leader = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert leader.stdout
+    with leader.stdout:
+        assert leader.stdout.readline() == b"begun\n"
+    assert leader.pid in helper_in_guest.processes_of(leader.pid)
+    helper_in_guest.end_session(leader.pid)
+    assert helper_in_guest.processes_of(leader.pid) == []
+    assert leader.wait(60) == -signal.SIGKILL
 
 
 def test_input_of_a_command_that_cannot_run_is_no_request() -> None:

@@ -11,13 +11,14 @@ from pycloudlib.cli import facts, imagenames
 from pycloudlib.cli.machines import find_machine, free_names
 from pycloudlib.cli.output import age_in_words, print_json
 from pycloudlib.cli.session import Session, command, json_option
-from pycloudlib.cli.values import ImageName, NewName, Size, read_document
+from pycloudlib.cli.values import ImageName, Minutes, NewName, Size, read_document
 from pycloudlib.cli.waiting import wait_until_ready
 from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
 from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType
 
+_STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
@@ -37,7 +38,7 @@ _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 @click.option("--warm", is_flag=True, help="A copy of one that was launched alike before.")
 @click.option("--fresh-identity", is_flag=True, help="A copy is somebody of its own.")
 @click.option("-w", "--wait", is_flag=True, help="Return when it is ready, not when it boots.")
-@click.option("--timeout", type=float, metavar="MINUTES", help="How long --wait may take.")
+@click.option("--timeout", type=Minutes(), metavar="MINUTES", help="How long --wait may take.")
 @json_option
 def launch(
     session: Session,
@@ -68,6 +69,14 @@ def launch(
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout is for --wait")
+    if (
+        user_data is not None
+        and network_config is not None
+        and all(str(file) in _STANDARD_INPUT for file in (user_data, network_config))
+    ):
+        raise click.UsageError(
+            "Standard input can be one file: --user-data and --network-config both ask for it"
+        )
     cloud = session.cloud
     given, network = read_document(user_data), read_document(network_config)
     image_id = imagenames.get_image(cloud, image, daily=daily, on_progress=session.progress)

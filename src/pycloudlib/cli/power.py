@@ -10,7 +10,7 @@ from pycloudlib.cli import imagenames
 from pycloudlib.cli.failures import exit_code_of, is_expected, tell
 from pycloudlib.cli.machines import delete_machine, list_machines, open_machine
 from pycloudlib.cli.session import Session, command, is_terminal
-from pycloudlib.cli.values import MachineName
+from pycloudlib.cli.values import MachineName, Minutes
 from pycloudlib.cli.waiting import wait_until_ready
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.qemu.instance import QemuInstance
@@ -19,7 +19,9 @@ from pycloudlib.util import raise_cleanup_errors
 _names = click.argument("names", type=MachineName(), nargs=-1, metavar="NAME...")
 _all = click.option("-a", "--all", "everything", is_flag=True, help="All machines of `list`.")
 _wait = click.option("-w", "--wait", is_flag=True, help="Return when it is ready.")
-_timeout = click.option("--timeout", type=float, metavar="MINUTES", help="How long it may take.")
+_timeout = click.option(
+    "--timeout", type=Minutes(), metavar="MINUTES", help="How long it may take."
+)
 
 
 @command("start", short_help="Switch machines on.")

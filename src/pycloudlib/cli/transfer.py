@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from pycloudlib.errors import PycloudlibError
+from pycloudlib.errors import GuestRefusedError, PycloudlibError
 from pycloudlib.guest import commands, copy_in_guest
 from pycloudlib.guest.copy_in_guest import Problem, StreamError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
@@ -225,7 +225,7 @@ class _Command:
         It may not have ended, and write what nobody reads: then it is not waited for.
 
         Raises:
-            PycloudlibError: It failed; in its own words.
+            GuestRefusedError: It failed; in its own words.
         """
         self.channel.settimeout(_LAST_WORDS_LIMIT)
         with contextlib.suppress(TimeoutError):
@@ -235,17 +235,17 @@ class _Command:
         """Wait for its end.
 
         Raises:
-            PycloudlibError: It failed; in its own words.
+            GuestRefusedError: It failed; in its own words.
         """
         said = self.channel.makefile_stderr("rb").read()
         if not self.channel.status_event.wait(self.channel.gettimeout()):
             raise TimeoutError
         status = self.channel.recv_exit_status()
         if status == _NO_SUCH_COMMAND:
-            raise PycloudlibError(f"{self._name} has no python3, which copies need")
+            raise GuestRefusedError(f"{self._name} has no python3, which copies need")
         if status != 0:
             words = said.decode(errors="replace").strip()
-            raise PycloudlibError(
+            raise GuestRefusedError(
                 f"{self._name}: {words or f'the copy ended with exit status {status}'}"
             )
 

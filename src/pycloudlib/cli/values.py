@@ -13,14 +13,16 @@ from click.shell_completion import CompletionItem
 from pycloudlib.cli import imagenames
 from pycloudlib.cli.machines import Found, list_machines
 from pycloudlib.config import parse_config
+from pycloudlib.deadline import positive
 from pycloudlib.qemu.settings import QemuSettings
 from pycloudlib.qemu.spec import check_name
 
 if TYPE_CHECKING:
     _Integer = click.ParamType[int]
+    _Number = click.ParamType[float]
     _Text = click.ParamType[str]
 else:  # older ones are not generic
-    _Integer = _Text = click.ParamType
+    _Integer = _Number = _Text = click.ParamType
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
@@ -54,6 +56,21 @@ class Size(_Integer):
         if whole != int(whole) or whole < 1:
             self.fail(f"{value!r} is not a whole number of {self._unit}iB, 1 at least", param, ctx)
         return int(whole)
+
+
+class Minutes(_Number):
+    """How long something may take."""
+
+    name = "minutes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read it."""
+        try:
+            return positive("it", float(value), self.name)
+        except ValueError:
+            self.fail(f"{value!r} is no time: expected a positive number of minutes", param, ctx)
 
 
 class NewName(_Text):

@@ -187,11 +187,36 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
         relay(port, request, child, stdin)
         wait_for(port, child)
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGHUP)
+        end_session(child.pid)
+        child.poll()
         raise
     # Ended by a signal, there is no exit status, as over SSH.
     answer(port, request, {"exit": max(child.returncode, -1)})
+
+
+def end_session(session: int) -> None:
+    """Hang up on all processes of a session, and kill those that live on."""
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        for pid in processes_of(session):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                os.kill(pid, signal.SIGCONT)
+        for _ in range(20):
+            if not processes_of(session):
+                return
+            time.sleep(0.1)
+
+
+def processes_of(session: int) -> List[int]:
+    """List the processes of a session that run."""
+    found = []
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError, IndexError):
+            with open("/proc/" + name + "/stat", "rb") as file:
+                state, _, _, its_session = file.read().rpartition(b") ")[2].split()[:4]
+            if int(its_session) == session and state != b"Z":
+                found.append(int(name))
+    return found
 
 
 @contextlib.contextmanager

@@ -368,7 +368,7 @@ class GuestAccess(DiagnosedInstance):
         with self.explaining(waiting_for), self._naming_end():
             # Nobody answers on a connection that is kept then, for as long as it is waited.
             self.machine.check_kernel()
-            data = to_bytes(stdin) if isinstance(stdin, str) else stdin or b""
+            data = to_bytes(stdin) if isinstance(stdin, str) else bytes(stdin or b"")
             limit = command_limit(timeout)
             result = None if get_pty else self._by_helper(command, data, limit)
             if result is None:

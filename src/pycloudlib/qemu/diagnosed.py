@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pycloudlib.diagnosis import Diagnosis
-from pycloudlib.errors import CloudError, CloudSetupError, PycloudlibException
+from pycloudlib.errors import CloudError, CloudSetupError, GuestRefusedError, PycloudlibException
 from pycloudlib.guest import cloudinit
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
@@ -153,7 +153,9 @@ def explain(error: Exception, diagnosis: Diagnosis) -> None:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Say whether the machine failed, not the caller's arguments."""
+    """Say whether the machine failed: not the caller's arguments, nor what the guest explains."""
+    if isinstance(error, GuestRefusedError):
+        return False
     # paramiko is heavy to load; whoever raises its errors has done so.
     return isinstance(error, PycloudlibException) or type(error).__module__.startswith("paramiko")
 

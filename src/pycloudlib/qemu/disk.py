@@ -25,6 +25,14 @@ _QCOW2_VERSIONS = (2, 3)
 _QCOW2_SIZE_AT = 24  # docs/interop/qcow2.txt: the virtual size, 8 bytes, big-endian
 # `check` ends with 3 for clusters that nobody uses: wasted space, no damage (qemu-img(1)).
 _ACCEPTED = (0, 3)
+_LUKS_MAGIC = b"LUKS\xba\xbe"
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+}
 _GPT_SIGNATURE = b"EFI PART"
 _GIB = 1 << 30
 _LARGEST_GIB = 64 * 1024
@@ -57,8 +65,8 @@ def inspect_image(path: Path, trusted_dir: Path | None = None) -> BaseImage:
         trusted_dir: Images below it are our own snapshots, which may be built on others.
 
     Raises:
-        ValueError: It is in another format, is truncated or damaged, or names other files; says
-            which and what to do.
+        ValueError: It is in another format, encrypted, truncated or damaged, or names other files;
+            says which and what to do.
         MissingPrerequisiteError: qemu-img is not installed.
     """
     if trusted_dir is not None and path.resolve().is_relative_to(trusted_dir.resolve()):
@@ -143,6 +151,8 @@ def create_overlay(
 
 def _inspect_qcow2(path: Path) -> BaseImage:
     info = _qemu_img("info", path, parse_info)
+    if info.encrypted:
+        raise _encrypted(path, "qcow2")
     if info.outside:
         raise ValueError(
             f"The image {path} refers to another file, {info.outside!r}; such an image is refused "
@@ -165,11 +175,13 @@ class ImageInfo:
         virtual_size: Length of the disk that the guest sees, in bytes.
         cluster_size: Bytes of a cluster.
         outside: The file that it needs besides itself; empty when it is whole.
+        encrypted: Whether it can be read only with a key.
     """
 
     virtual_size: int
     cluster_size: int
     outside: str
+    encrypted: bool = False
 
 
 def parse_info(answer: bytes) -> ImageInfo:
@@ -185,6 +197,7 @@ def parse_info(answer: bytes) -> ImageInfo:
         {
             "virtual_size": _inside(told).get("virtual-size"),
             "cluster_size": _inside(told).get("cluster-size"),
+            "encrypted": told.get("encrypted", False),
             "outside": told.get("backing-filename") or specific.get("data-file") or "",
         },
     )
@@ -219,6 +232,8 @@ def _qemu_img(command: str, path: Path, parse: Callable[[bytes], _T]) -> _T:
                 f"The image {path} is in use by another program that may write to it"
             ) from error
         said = error.output.strip().splitlines()
+        if "nsupported" in error.output:
+            raise ValueError(f"The image {path} is not for this qemu-img: {said[0]}") from error
         raise ValueError(
             f"The image {path} is truncated or damaged (qemu-img {command}: "
             f"{said[0] if said else f'exit status {error.exit_status}'}). Fetch or build it again"
@@ -233,6 +248,11 @@ def _qemu_img(command: str, path: Path, parse: Callable[[bytes], _T]) -> _T:
 
 def _check_is_raw(path: Path, start: bytes) -> None:
     """Accept a raw disk: a partition table, and all of it there."""
+    if start.startswith(_LUKS_MAGIC):
+        raise _encrypted(path, "luks")
+    for magic, program in _PACKED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is packed by {program}; unpack it, and give what was in it")
     if len(start) < _SECTOR or start[510:512] != b"\x55\xaa":
         raise ValueError(
             f"{path} is not a disk image in qcow2 or raw format (no qcow2 header and no partition "
@@ -253,6 +273,15 @@ def _expected_raw_size(start: bytes) -> int:
     # Four entries, each with its type at byte 4, first sector at 8, and length at 12.
     entries = struct.iter_unpack("<4xB3xII", start[446:510])
     return max(first + count if kind else 0 for kind, first, count in entries) * _SECTOR
+
+
+def _encrypted(path: Path, kind: str) -> ValueError:
+    secret = "encrypt.key-secret" if kind == "qcow2" else "key-secret"
+    return ValueError(
+        f"The image {path} is encrypted ({kind}), and its key cannot be given here. Decrypt it "
+        "with 'qemu-img convert -O qcow2 --object secret,id=key,file=… --image-opts "
+        f"driver={kind},file.filename=…,{secret}=key …'"
+    )
 
 
 def _truncated(path: Path, expected: int) -> ValueError:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pycloudlib.deadline import Deadline
+from pycloudlib.deadline import Deadline, positive
 from pycloudlib.errors import CloudError, InstanceNotFoundError, KernelPanicError
 from pycloudlib.guest.bootphases import BootFinder
 from pycloudlib.guest.panics import PanicWatch
@@ -208,7 +208,9 @@ class Machine:
         Raises:
             MachineEndedError: The machine is off.
             QmpError: QEMU refused the command, or did not answer.
+            ValueError: `timeout` is not a positive number.
         """
+        timeout = positive("timeout", timeout, "seconds")
         with self.session(timeout) as session:
             return session.execute(command, arguments, timeout=timeout)
 
@@ -294,7 +296,7 @@ class Machine:
         acpi = Deadline(deadline.started, deadline.limit * share)
         try:
             while not acpi.expired:
-                self.execute("system_powerdown", timeout=acpi.remaining)
+                self.execute("system_powerdown", timeout=max(acpi.remaining, 0.1))
                 if self.wait_for_end(Deadline.after(acpi.capped(_BUTTON_INTERVAL))):
                     return PowerOff.ACPI
         except MachineEndedError:
