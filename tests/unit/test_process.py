@@ -107,9 +107,12 @@ def test_name_of_a_process_may_be_anything(name: str, tmp_path: Path) -> None:
 
 def test_name_of_a_process_may_be_cut_within_a_character(tmp_path: Path) -> None:
     script = tmp_path / "тестирование.py"
-    script.write_text("#!/bin/sh\nread line\n")
+    script.write_text("#!/bin/sh\necho begun\nread line\n")
     script.chmod(0o700)
-    with subprocess.Popen([str(script)], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        # The kernel names it a moment after it counts as executed.
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
         name = Path(f"/proc/{process.pid}/comm").read_bytes()
         assert name.rstrip(b"\n") == script.name.encode()[:15]
         assert identify(process.pid).alive
