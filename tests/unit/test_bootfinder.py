@@ -12,6 +12,11 @@ from pycloudlib.guest.bootphases import BootFinder, BootWatch, Phase
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"
 BOOT = FIRMWARE + b"GRUB loading.\r\n" + KERNEL + b"Welcome to Debian!\r\n"
+# What user-data prints of a boot, as systemd forwards it to the console.
+PRINTED = b"".join(
+    b"[   65.123456] cloud-init[700]: " + line
+    for line in (KERNEL, b"SeaBIOS (version 1.16.2)\r\n", KERNEL)
+)
 DONE = b"Cloud-init v. 22.4.2 finished at Mon\r\nvm login: "
 
 
@@ -65,6 +70,8 @@ def test_present_boot_is_found_however_the_console_grows(
         (DONE, 1),
         (b"\r\n" * 100 + DONE + (BOOT + DONE) * 2, 3),
         (b"x" * 100 + FIRMWARE, 2),
+        (BOOT + PRINTED + DONE, 1),
+        (BOOT + PRINTED + FIRMWARE, 2),
     ],
 )
 @pytest.mark.parametrize("step", [1, 7, 100_000])
@@ -95,6 +102,17 @@ def test_long_console_is_looked_through(tmp_path: Path) -> None:
     before = BOOT + b"y" * ((1 << 20) - len(BOOT) - 10)
     log.write_bytes(before + BOOT + b"z" * (3 << 20))
     assert BootFinder(log).find(0) == len(before) + BOOT.index(b"SeaBIOS")
+
+
+def test_watch_goes_on_where_user_data_prints_of_a_boot(tmp_path: Path) -> None:
+    log = tmp_path / "console.log"
+    final = b"Cloud-init v. 22.4.2 running 'modules:final' at Mon\r\n"
+    log.write_bytes(BOOT + final + PRINTED)
+    with BootWatch(log, 0, time.monotonic()) as watch:
+        pass
+    assert watch.phase is Phase.CLOUD_INIT_FINAL
+    assert watch.timeline[0].phase is Phase.FIRMWARE
+    assert len(watch.timeline) == 5
 
 
 def test_watch_begins_anew_with_a_boot_of_the_guests_own(tmp_path: Path) -> None:

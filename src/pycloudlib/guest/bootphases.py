@@ -92,9 +92,13 @@ def read_console_tail(console_log: Path, start: int) -> bytes:
         return log.read()
 
 
-# The firmware's first line, or that of a kernel that another one started (kexec).
+# The firmware's first line, or that of a kernel that another one started (kexec); not what a
+# service prints of one, as systemd forwards it: cloud-init[700]: [    0.000000] Linux version
 _FIRMWARE_STARTS = re.compile(rb"SeaBIOS \(version |BdsDxe: loading ")
-_BOOT_STARTS = re.compile(_FIRMWARE_STARTS.pattern + rb"|\[ {1,8}0\.0{6}\] Linux version ")
+_BOOT_STARTS = re.compile(
+    rb"(?<!\]: )(?:" + _FIRMWARE_STARTS.pattern + rb"|\[ {1,8}0\.0{6}\] Linux version )"
+)
+_NAME_END = 3  # bytes of what ends a service's name
 _LONGEST_START = 64
 _CHUNK = 1 << 20
 
@@ -161,7 +165,9 @@ class _Scan:
         """Look through the bytes that follow; a start that may be cut off is left for later."""
         boot_start, has_kernel, boots, end = self.boot_start, self.has_kernel, self.boots, 0
         begun_elsewhere = self.begun_elsewhere
-        for match in _BOOT_STARTS.finditer(chunk):
+        # What is cut off from before it was looked at whole with the bytes before.
+        known = _NAME_END if self.position > self.run_start else 0
+        for match in _BOOT_STARTS.finditer(chunk, known):
             is_kernel = _FIRMWARE_STARTS.match(match[0]) is None
             # The first kernel after the firmware belongs to the same boot.
             if not is_kernel or has_kernel:
