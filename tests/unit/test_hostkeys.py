@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import socket
+import threading
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
 from pathlib import Path
 
+import paramiko
 import pytest
 import yaml
 
+from pycloudlib.guest import ssh
 from pycloudlib.guest.hostkeys import HostKey, MachineHostKeys, are_decided_by, pin
 
 SUPPLIED = HostKey("ed25519", "secret", "ssh-ed25519 AAAAsupplied root@vm")
@@ -61,6 +65,47 @@ def test_key_that_the_machine_shows_is_pinned_in_place_of_others(
         assert keys.accepts(OTHER, connection)
     assert keys_of(known_hosts, is_machine=False).pinned() == [OTHER]
     assert known_hosts.stat().st_mode & 0o777 == 0o600
+
+
+class AnyKey:
+    """Accepts whatever is shown, and knows the latest from then on."""
+
+    def __init__(self) -> None:
+        self.known = _ecdsa_line()
+        self.accepted = 0
+
+    def pinned(self) -> list[str]:
+        return [self.known]
+
+    def accepts(self, key_line: str, connection: socket.socket) -> bool:
+        self.known = key_line
+        self.accepted += 1
+        return True
+
+
+def _ecdsa_line() -> str:
+    key = paramiko.ECDSAKey.generate()
+    return f"{key.get_name()} {key.get_base64()}"
+
+
+def test_guest_that_never_shows_a_key_twice_is_given_up() -> None:
+    """A guest is not believed so far that it could keep us busy for ever."""
+    keys = AnyKey()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # until the listener is closed
+                while True:
+                    transport = paramiko.Transport(listener.accept()[0])
+                    transport.add_server_key(paramiko.ECDSAKey.generate())
+                    transport.start_server(event=threading.Event())
+
+        threading.Thread(target=serve, daemon=True).start()
+        endpoint = ssh.Endpoint("127.0.0.1", listener.getsockname()[1], "ubuntu", None)
+        with pytest.raises(paramiko.SSHException, match="another host key is shown"):
+            ssh.connect(endpoint, keys, banner_timeout=30)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert keys.accepted == 2
 
 
 def multipart(*parts: tuple[str, str]) -> bytes:

@@ -74,7 +74,11 @@ class Endpoint:
 
 
 def connect(
-    endpoint: Endpoint, host_keys: HostKeys | None, *, banner_timeout: float
+    endpoint: Endpoint,
+    host_keys: HostKeys | None,
+    *,
+    banner_timeout: float,
+    again: bool = False,
 ) -> paramiko.SSHClient:
     """Log in.
 
@@ -82,6 +86,7 @@ def connect(
         endpoint: Where and as whom.
         host_keys: What to hold the host key against; None accepts any.
         banner_timeout: Seconds until the server has to have shown itself.
+        again: Whether a new host key has been accepted just before.
 
     Raises:
         paramiko.SSHException: No connection; says with what and why. Its cause is a
@@ -116,8 +121,13 @@ def connect(
     except paramiko.BadHostKeyException as error:
         accepted = host_keys is not None and host_keys.accepts(_line(error.key), connection)
         client.close()
+        if accepted and not again:
+            return connect(endpoint, host_keys, banner_timeout=banner_timeout, again=True)
         if accepted:
-            return connect(endpoint, host_keys, banner_timeout=banner_timeout)
+            # Its own they may be, but there need not be an end of them.
+            raise paramiko.SSHException(
+                f"{endpoint}: another host key is shown on each connection"
+            ) from error
         raise paramiko.SSHException(
             f"{endpoint}: host key changed: {_line(error.key)} was shown, and not by the machine, "
             f"whose key is {_line(error.expected_key)}"
