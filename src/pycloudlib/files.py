@@ -175,6 +175,17 @@ def remove_file(path: Path) -> None:
             raise
 
 
+def is_private_directory(path: Path) -> bool:
+    """Whether something is a directory of this user's, to which nobody else can write.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+    """
+    found = path.lstat()
+    is_own = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return stat.S_ISDIR(found.st_mode) and is_own
+
+
 def create_private_directory(path: Path) -> Path:
     """Make a directory that only its owner can enter; parents are made as the umask has it.
 
@@ -186,10 +197,10 @@ def create_private_directory(path: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     try:
-        found = path.lstat()
+        private = is_private_directory(path)
     except FileNotFoundError:  # removed again by another process
         return create_private_directory(path)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    if not private:
         raise CloudSetupError(
             f"{path} is not a directory that belongs to this user alone; remove it, or use another "
             "working_dir"

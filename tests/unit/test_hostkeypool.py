@@ -101,6 +101,17 @@ def test_directory_of_somebody_else_is_not_used(pool: HostKeyPool, directory: Pa
     assert rsa_of(pool.take("root@vm"))
 
 
+def test_keys_that_somebody_else_may_have_put_there_are_not_taken(
+    pool: HostKeyPool, directory: Path
+) -> None:
+    fill(pool)
+    kept = [file.read_text() for file in directory.iterdir()]
+    directory.chmod(0o777)
+    taken = rsa_of(pool.take("root@vm"))
+    assert not any(taken.split()[1] in text for text in kept)
+    assert len(list(directory.iterdir())) == 2
+
+
 def test_place_where_nothing_can_be_kept_is_no_obstacle(directory: Path) -> None:
     directory.write_text("a file")
     pool = HostKeyPool(directory)

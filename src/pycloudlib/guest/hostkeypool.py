@@ -13,7 +13,12 @@ from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.files import create_private_directory, replace_atomically, write_private
+from pycloudlib.files import (
+    create_private_directory,
+    is_private_directory,
+    replace_atomically,
+    write_private,
+)
 from pycloudlib.guest.hostkeys import TYPES, HostKey
 from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
 
@@ -64,7 +69,9 @@ class HostKeyPool:
 
     def _list(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
-            return sorted(self._directory.glob("rsa-*.json"))
+            # Keys in a directory of somebody else's would be somebody else's, too.
+            if is_private_directory(self._directory):
+                return sorted(self._directory.glob("rsa-*.json"))
         return []
 
     def _take_kept(self, comment: str) -> HostKey | None:
