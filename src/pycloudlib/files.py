@@ -52,8 +52,8 @@ def writing(target: Path) -> Iterator[io.FileIO]:
 
     A regular file is replaced when all is written, and a new name appears then: half a file is
     never seen, and what was there before stays on any error. Everything else stays what it is and
-    is written into: a device, a FIFO, a file that has other names or another owner. Links are
-    followed.
+    is written into: a device, a FIFO, a file that has other names, another owner or an access
+    control list, one that a process has open as /dev/stdout. Links are followed.
 
     Raises:
         FileNotFoundError: The directory is not there, or a link leads nowhere.
@@ -98,6 +98,8 @@ def _create_beside(target: Path, found: os.stat_result | None) -> Path | None:
         # A link below /proc may lead to a file that has no name any more.
         if not replaceable or not _is_file(found, place):
             return None
+        if _is_open_file(target) or _has_attributes(place):
+            return None
     temporary = temporary_name(place, "part")
     try:
         temporary.touch(exist_ok=False)
@@ -112,6 +114,26 @@ def _create_beside(target: Path, found: os.stat_result | None) -> Path | None:
             return None
         temporary.chmod(found.st_mode & 0o777)
     return temporary
+
+
+def _is_open_file(path: Path) -> bool:
+    """Whether a path names a file by a process that has it open, as /dev/stdout does."""
+    processes = Path("/proc").stat().st_dev
+    while path.is_symlink():
+        if path.lstat().st_dev == processes:
+            return True
+        path = path.parent / path.readlink()
+    return False
+
+
+def _has_attributes(path: Path) -> bool:
+    """Whether a file has extended attributes of its own: an access control list is one."""
+    try:
+        names = os.listxattr(path)
+    except OSError:  # its file system has none
+        return False
+    # Those are the system's to give.
+    return any(not name.startswith("security.") for name in names)
 
 
 def write_private(path: Path, text: str) -> None:

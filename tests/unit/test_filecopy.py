@@ -147,6 +147,33 @@ class TestPulledOnto:
         os.close(read)
         os.close(write)
 
+    @pytest.mark.parametrize("through_a_link", [False, True])
+    def test_a_file_is_written_into_that_is_named_by_who_has_it_open(
+        self, local: LocalInstance, guest: Path, here: Path, through_a_link: bool
+    ) -> None:
+        """As /dev/stdout is, of a program whose output goes to a file."""
+        with (here / "output").open("a+") as file:
+            target = Path(f"/proc/self/fd/{file.fileno()}")
+            if through_a_link:
+                (here / "stdout").symlink_to(target)
+                target = here / "stdout"
+            self.pull(local, guest, target)
+            print(", and more", file=file)
+        assert (here / "output").read_text() == "new, and more\n"
+
+    def test_an_access_control_list_stays(
+        self, local: LocalInstance, guest: Path, here: Path
+    ) -> None:
+        target = here / "file"
+        target.write_text("before")
+        try:
+            os.setxattr(target, "user.whose", b"mine")
+        except OSError as error:
+            pytest.skip(f"no extended attributes here: {error}")
+        self.pull(local, guest, target)
+        assert os.getxattr(target, "user.whose") == b"mine"
+        assert target.read_text() == "new"
+
     def test_a_directory_is_refused(self, local: LocalInstance, guest: Path, here: Path) -> None:
         with pytest.raises(IsADirectoryError, match=str(here)):
             self.pull(local, guest, here)
