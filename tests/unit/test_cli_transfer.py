@@ -390,6 +390,19 @@ def test_nothing_is_written_outside(here: Path, inside: list[Record]) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["outside", "target"]
 
 
+def test_link_of_an_earlier_copy_leads_no_later_one_out(here: Path) -> None:
+    """A file that is copied to a directory, in which the guest has had a link of its name made."""
+    (here / "target").mkdir()
+    (here / "secret").write_text("secret")
+    (here / "target" / "name").symlink_to(here / "secret")
+    writer = Writer(os.fsencode(here / "target"), b"name", trusting=False)
+
+    (problem,) = copy_in_guest.write(stream(*a_file(b"")), writer)
+
+    assert "leads out of the target" in problem.why
+    assert (here / "secret").read_text() == "secret"
+
+
 def test_link_that_stays_within_is_written_through(here: Path) -> None:
     (here / "target").mkdir()
     (here / "target" / "file").write_text("good")
@@ -438,6 +451,7 @@ def test_new_file_has_no_more_than_permissions(here: Path) -> None:
         [*a_file(b"")[:2], (CLOSE, NUMBER.pack(1))],
         [a_file(b"")[0], (DATA, NUMBER.pack(-1) + b"x")],
         [a_link(b"", b"a\0b")],
+        [a_link(b"", b"x")],
         [(UP, b"")],
         [(copy_in_guest.PROBLEM, b"no problem")],
         [(SPECIAL, mode(stat.S_IFREG) + NUMBER.pack(0))],

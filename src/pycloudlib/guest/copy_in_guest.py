@@ -244,10 +244,14 @@ class Writer:
         self.problems = []  # type: List[Problem]
         self.trusting = trusting
         self.target = target
+        # The directory that is not left where the other half is not believed; of the beginning, and
+        # of what is in it. None is known while the target is what the caller named itself.
+        self.given = b""
+        self.root = b""
         if os.path.isdir(target):
             # An empty name leaves a slash, by which a link to a directory is followed.
             self.target = os.path.join(target, name)
-        self.root = b""
+            self.given = os.path.realpath(target) if name else b""
         # Directories that are being written: each with its descriptor, and with the mode that it
         # is to get at its end, if that is another one. None of a directory that is left out.
         self.open_directories = []  # type: List[Tuple[Optional[Place], int, Optional[int]]]
@@ -388,10 +392,13 @@ class Writer:
 
     def check_link(self, place: Place) -> None:
         """Make sure that nothing is written out of the target where the other half chooses."""
-        if self.trusting or place.directory is None:
+        if place.directory is None:
+            root, path = self.given, place.name
+        else:
+            root, path = self.root, os.path.join(link_to(place.directory), place.name)
+        if self.trusting or not root:
             return
-        leads_to = os.path.realpath(os.path.join(link_to(place.directory), place.name))
-        if not leads_to.startswith(os.path.join(self.root, b"")):
+        if not os.path.realpath(path).startswith(os.path.join(root, b"")):
             raise Refusal("there is a symbolic link that leads out of the target")
 
     def write_to_file(self, payload: bytes) -> None:
@@ -419,6 +426,9 @@ class Writer:
     def make_link(self, place: Place, points_at: bytes) -> None:
         if b"\0" in points_at:
             raise StreamError("a link to {!r}".format(points_at))
+        if place.directory is None:
+            # It is followed where it is read; the next copy to this name would go where it leads.
+            raise StreamError("a link in place of what was named")
         self.make_room(place)
         os.symlink(points_at, place.name, dir_fd=place.directory)
 
