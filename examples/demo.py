@@ -145,8 +145,7 @@ def demo(release: str, console: Console) -> None:
             instance = cloud.launch(image, instance_type="c2m1024", user_data=USER_DATA)
         console.print(
             f"  {instance.name}\n"
-            f"  SSH: ssh -i {instance.key_pair.private_key_path} -p {instance.port} "
-            f"{instance.username}@{instance.ip}\n"
+            f"  SSH: {instance.login_command()}\n"
             f"  serial console: telnet {instance.ip} {instance.telnet_port}",
             highlight=False,
         )

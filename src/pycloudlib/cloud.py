@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pycloudlib.config import Config, ConfigFile, parse_config
 from pycloudlib.documents import shown
-from pycloudlib.errors import InvalidTagNameError
+from pycloudlib.errors import InvalidKeyError, InvalidTagNameError
 from pycloudlib.files import expand_user
+from pycloudlib.guest import loginkey
 from pycloudlib.instance import BaseInstance
-from pycloudlib.key import (
-    KeyPair,
-    check_key_pair,
-    check_private_key,
-    check_public_key,
-    generate_ed25519,
-    is_usable,
-    login_name,
-)
+from pycloudlib.key import KeyPair, generate_ed25519, login_name
 from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
 
 if TYPE_CHECKING:
@@ -117,6 +110,10 @@ class BaseCloud(ABC):
     @key_pair.setter
     def key_pair(self, key_pair: KeyPair) -> None:
         self._key_pair = key_pair
+
+    def find_key_pair(self) -> KeyPair | None:
+        """Give the SSH key that instances get if there is one already; None where one is made."""
+        return self._key_pair
 
     def clean(self) -> list[Exception]:
         """Delete every instance and image that this cloud made.
@@ -212,10 +209,9 @@ class BaseCloud(ABC):
                 `PycloudlibError` and a `ValueError`.
         """
         key_pair = KeyPair(public_key_path, private_key_path, name)
-        check_public_key(key_pair, "use_key()")
-        if os.path.lexists(str(key_pair.private_key_path)):
-            check_private_key(key_pair, "use_key()")
-        else:
+        there = os.path.lexists(str(key_pair.private_key_path))
+        loginkey.check(key_pair, "use_key()", private=there)
+        if not there:
             self._log.info("The private key %s is not there yet", key_pair.private_key_path)
         self.key_pair = key_pair
 
@@ -273,19 +269,18 @@ class BaseCloud(ABC):
             public = f"{private}.pub"
         if public is not None:
             key_pair = KeyPair(public, private, name)
-            check_key_pair(key_pair, f"{named} in [{self._type}] of {self._config_file.source}")
+            loginkey.check(key_pair, f"{named} in [{self._type}] of {self._config_file.source}")
             return key_pair
-        for default in _DEFAULT_PUBLIC_KEYS:
-            own = Path(default).expanduser()
-            # A public key alone belongs to a token or an agent; no machine could be logged in to.
-            private_half = own.with_suffix("")
-            if own.exists() and private_half.exists():
-                if not is_usable(private_half):
-                    self._log.info("%s is passed over: it has a passphrase", private_half)
-                    continue
-                key_pair = KeyPair(own, name=name)
-                check_key_pair(key_pair, "the user's own SSH key")
-                return key_pair
+        for default in map(expand_user, _DEFAULT_PUBLIC_KEYS):
+            key_pair = KeyPair(default, name=name)
+            # Without a home directory, `~` stays as it is.
+            if default.is_absolute() and os.path.lexists(default):
+                try:
+                    loginkey.check(key_pair, "the user's own SSH key")
+                except InvalidKeyError as error:
+                    self._log.info("%s is passed over: %s", default, error)
+                else:
+                    return key_pair
         return None
 
     def _make_key_pair(self, name: str) -> KeyPair:

@@ -431,7 +431,10 @@ class BaseInstance(Readiness):
         return None
 
     def _endpoint(self) -> ssh.Endpoint:
-        return ssh.Endpoint(self.ip, int(self.port), self.username, self.key_pair.private_key_path)
+        key = self.key_pair
+        return ssh.Endpoint(
+            self.ip, int(self.port), self.username, key.private_key_path, key.public_key_path
+        )
 
     def _is_connected(self) -> bool:
         return self._connections.any_open

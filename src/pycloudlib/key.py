@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import getpass
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pycloudlib.errors import InvalidKeyError, UnsetSSHKeyError
+from pycloudlib.errors import UnsetSSHKeyError
 from pycloudlib.files import expand_user, write_private
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     _PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 _RSA_BITS = 3072  # ssh-keygen(1), since OpenSSH 8.0
-_OPENSSH_MAGIC = b"openssh-key-v1\0"
 
 
 class KeyPair:
@@ -87,74 +85,6 @@ def login_name() -> str:
         return str(os.getuid())
 
 
-def check_key_pair(key_pair: KeyPair, origin: str) -> None:
-    """Make sure that both files are there, readable, and hold keys of their kind.
-
-    Args:
-        key_pair: The pair to look at.
-        origin: Where its paths come from, for the error.
-
-    Raises:
-        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
-    """
-    check_public_key(key_pair, origin)
-    check_private_key(key_pair, origin)
-
-
-def check_public_key(key_pair: KeyPair, origin: str) -> None:
-    """Make sure that the public half is there, readable, and a public key.
-
-    Raises:
-        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
-    """
-    try:
-        line = key_pair.public_key_line
-    except (OSError, ValueError) as error:
-        raise InvalidKeyError(
-            f"{origin}: cannot read {key_pair.public_key_path!r}: {error}"
-        ) from error
-    if not _is_public_key(line):
-        raise InvalidKeyError(
-            f"{origin}: {key_pair.public_key_path!r} is not an OpenSSH public key "
-            "(one line: type, key, comment)"
-        )
-
-
-def check_private_key(key_pair: KeyPair, origin: str) -> None:
-    """Make sure that the private half is there, readable, and a private key that can be used.
-
-    Raises:
-        InvalidKeyError: Names the file, what is wrong with it, and `origin`.
-    """
-    private = str(key_pair.private_key_path)
-    try:
-        secret = Path(private).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InvalidKeyError(
-            f"{origin}: cannot read the private key {private!r}: {error}"
-        ) from error
-    if "PRIVATE KEY" not in secret:
-        raise InvalidKeyError(f"{origin}: {private!r} is not a private key")
-    if not is_usable(private):
-        raise InvalidKeyError(
-            f"{origin}: the private key {private!r} is protected by a passphrase, and there is no "
-            "SSH agent to ask"
-        )
-
-
-def _is_public_key(line: str) -> bool:
-    """Say whether a line is `type base64 …`, with the same type named inside (RFC 4253, 6.6)."""
-    words = line.split()
-    if len(words) < 2:
-        return False
-    try:
-        blob = base64.b64decode(words[1], validate=True)
-    except ValueError:
-        return False
-    length = int.from_bytes(blob[:4], "big")
-    return blob[4 : 4 + length] == words[0].encode()
-
-
 def _expand(path: str | Path) -> str:
     return str(expand_user(path))
 
@@ -167,32 +97,6 @@ def generate_key_pair(directory: Path, name: str) -> KeyPair:
     write_private(private_path, private_text)
     write_private(public_path, public_text + "\n")
     return KeyPair(public_path, private_path, name)
-
-
-def is_usable(private_key_path: str | Path) -> bool:
-    """Say whether a private key can be used without asking for a passphrase.
-
-    One that is encrypted can if an agent is there, which may hold it.
-    """
-    return bool(os.environ.get("SSH_AUTH_SOCK")) or not is_encrypted(private_key_path)
-
-
-def is_encrypted(private_key_path: str | Path) -> bool:
-    """Say whether a private key is protected by a passphrase.
-
-    Looked up in the file, as loading the key takes a library that is heavy to import. OpenSSH's
-    own format names the cipher after its magic (PROTOCOL.key); the older ones say it in words.
-    """
-    text = Path(private_key_path).read_text(encoding="utf-8", errors="replace")
-    if "BEGIN OPENSSH PRIVATE KEY" not in text:
-        return "ENCRYPTED" in text
-    try:
-        blob = base64.b64decode("".join(text.strip().splitlines()[1:-1]))
-    except ValueError:
-        return False
-    cipher_at = len(_OPENSSH_MAGIC) + 4
-    length = int.from_bytes(blob[len(_OPENSSH_MAGIC) : cipher_at], "big")
-    return blob[cipher_at : cipher_at + length] != b"none"
 
 
 def generate_ed25519(comment: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pycloudlib.deadline import Deadline, positive
-from pycloudlib.errors import PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.errors import InvalidKeyError, PycloudlibError, PycloudlibTimeoutError
 from pycloudlib.guest import cloudinit, ssh
 from pycloudlib.result import Result
 
@@ -82,6 +82,14 @@ class _Obstacle:
     text: str
     lasts: float = math.inf
     error: Exception | None = None
+
+    @property
+    def is_timeout(self) -> bool:
+        """Whether nothing is known but that there was no answer in time."""
+        kinds = (TimeoutError, PycloudlibTimeoutError)
+        return isinstance(self.error, kinds) or isinstance(
+            getattr(self.error, "__cause__", None), kinds
+        )
 
 
 class Readiness(ABC):
@@ -166,10 +174,13 @@ class Readiness(ABC):
         since: float | None = None
         while not deadline.expired:
             self._check_alive()
+            hurried = deadline.remaining < min(_ATTEMPT_LIMIT, deadline.limit / 2)
             obstacle = self._try_execute(old_boot_id, deadline)
             if obstacle is None:
                 return
-            last_seen = obstacle.text
+            # A last try whose time was cut short tells less than the one before.
+            if not (hurried and obstacle.is_timeout):
+                last_seen = obstacle.text
             latest = None if math.isinf(obstacle.lasts) else self._has_settled()
             if latest is None:
                 since = None
@@ -199,14 +210,14 @@ class Readiness(ABC):
                 ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
             with keeping(deadline):
                 boot_id = self.get_boot_id()
-        except paramiko.PasswordRequiredException:
-            raise  # no later attempt would go better
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
             if isinstance(error.__cause__, ssh.HostKeyRefusedError):
                 # Somebody else answers: because the machine is gone, or for good.
                 self._check_alive()
                 raise PycloudlibTimeoutError(str(error)) from error
+            if isinstance(error.__cause__, InvalidKeyError):
+                raise  # no later attempt would go better
             lasts = math.inf
             if ssh.is_refusal(error):
                 lasts = 0.0

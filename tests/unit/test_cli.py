@@ -217,6 +217,7 @@ def test_json_has_the_documented_keys(
         "accelerator": "tcg",
         "username": "ubuntu",
         "private_key": "/keys/id",
+        "public_key": "",
         "pid": None,
         "created": told["created"],
         "directory": str(web.path),

@@ -10,7 +10,9 @@ from pycloudlib.cli.imagenames import short_name
 from pycloudlib.cli.machines import Found
 from pycloudlib.cli.output import age_in_words, size_in_words, timestamp
 from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.guest import ssh
 from pycloudlib.qemu import disk, layers
+from pycloudlib.qemu.ports import LOOPBACK
 from pycloudlib.qemu.rundir import LoginFacts
 
 _BLOCK = 512  # stat(2): the unit of st_blocks
@@ -36,6 +38,7 @@ class MachineFacts:
         accelerator: `kvm` or `tcg`.
         username: The login user.
         private_key: File of the key to log in with; empty where none is known.
+        public_key: File of its public half; empty where none is known.
         pid: The process id of its QEMU; null when it is off.
         created: When it was launched, by ISO 8601 in UTC.
         directory: The directory of all its files.
@@ -56,6 +59,7 @@ class MachineFacts:
     accelerator: str
     username: str
     private_key: str
+    public_key: str
     pid: int | None
     created: str
     directory: str
@@ -93,6 +97,7 @@ def collect(found: Found, state: str = "") -> MachineFacts:
         accelerator=spec.accelerator.value if spec else "",
         username=login.username,
         private_key=login.private_key_path or "",
+        public_key=login.public_key_path or "",
         pid=found.pid,
         created=timestamp(created_at(found)),
         directory=str(rundir.path),
@@ -154,10 +159,13 @@ def lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[st
     if facts.problem or not facts.cpus:
         told = [("Name", facts.name), ("State", facts.state), ("Problem", facts.problem)]
         return [*told, ("Directory", facts.directory)]
-    # A port is used again by a machine with another host key.
-    alias = f"-o HostKeyAlias={facts.name}"
-    login = f"ssh {alias} -p {facts.ssh_port} {facts.username}@127.0.0.1"
-    key = f" -i {facts.private_key}" if facts.private_key else ""
+    endpoint = ssh.Endpoint(
+        LOOPBACK,
+        facts.ssh_port,
+        facts.username,
+        facts.private_key or None,
+        facts.public_key or None,
+    )
     size = f"{facts.cpus} CPUs, {size_in_words(facts.memory_mib << 20)} of memory"
     used = size_in_words(facts.disk_used_bytes)
     return [
@@ -170,7 +178,7 @@ def lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[st
         ("Disk", f"{size_in_words(facts.disk_bytes)}, {used} on this host"),
         ("Runs by", facts.accelerator),
         ("Process", facts.pid),
-        ("SSH", login.replace("ssh ", f"ssh{key} ", 1)),
+        ("SSH", ssh.login_command(endpoint, facts.name)),
         ("Console", f"telnet 127.0.0.1 {facts.telnet_port}"),
         ("Id", facts.id),
         ("Directory", facts.directory),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.key import is_encrypted
+from pycloudlib.errors import InvalidKeyError
+from pycloudlib.files import is_file
+from pycloudlib.guest import loginkey
 
 if TYPE_CHECKING:
     import paramiko
@@ -68,9 +71,46 @@ class Endpoint:
     port: int
     username: str
     private_key_path: str | None
+    public_key_path: str | None = None
 
     def __str__(self) -> str:
         return f"{self.username}@{self.host} port {self.port}"
+
+
+def login_command(endpoint: Endpoint, alias: str = "") -> str:
+    """Give the command line by which people log in, for a shell.
+
+    Args:
+        endpoint: Where and as whom.
+        alias: The name by which the host key is remembered: a port is used again by a machine
+            that has another one.
+    """
+    command = ["ssh"]
+    # ssh has a matching key of an agent by the public half as well.
+    identity = next(
+        (path for path in (endpoint.private_key_path, endpoint.public_key_path) if _is_there(path)),
+        endpoint.private_key_path,
+    )
+    if identity is not None:
+        # Without it, each key of an agent would be tried before this one, and servers take few.
+        command += [*_identity(identity), "-o", "IdentitiesOnly=yes"]
+    if alias:
+        command += ["-o", f"HostKeyAlias={alias}"]
+    command += ["-p", str(endpoint.port), f"{endpoint.username}@{endpoint.host}"]
+    return shlex.join(command)
+
+
+def _is_there(path: str | None) -> bool:
+    return path is not None and is_file(Path(path))
+
+
+def _identity(path: str) -> list[str]:
+    """Name a key to ssh, which takes `%` for the beginning of something to put in."""
+    if "%" not in path:
+        return ["-i", path]
+    # The value of `-i` has to be there as it is written, too.
+    escaped = path.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+    return ["-o", f'IdentityFile="{escaped}"']
 
 
 def connect(
@@ -90,10 +130,12 @@ def connect(
 
     Raises:
         paramiko.SSHException: No connection; says with what and why. Its cause is a
-            `HostKeyRefusedError` if it is the host key.
+            `HostKeyRefusedError` if it is the host key, an `InvalidKeyError` if the key to log in
+            with cannot be used.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
+    key = _open_key(endpoint)
     client = paramiko.SSHClient()
     client.set_log_channel(_TRANSPORT_LOG)
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
@@ -108,10 +150,10 @@ def connect(
             endpoint.host,
             endpoint.port,
             endpoint.username,
-            key_filename=endpoint.private_key_path,
+            # Ours alone: others, in files or an agent, would use up the tries that a server allows.
+            pkey=key,
             look_for_keys=False,
-            # An agent is asked only for a key that cannot be read without one.
-            allow_agent=_needs_agent(endpoint),
+            allow_agent=False,
             sock=connection,
             transport_factory=_open_transport,
             timeout=ANSWER_LIMIT,
@@ -185,9 +227,15 @@ def order_ciphers(known: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(known, key=lambda cipher: cipher != _FIRST_CIPHER))
 
 
-def _needs_agent(endpoint: Endpoint) -> bool:
-    key = endpoint.private_key_path
-    return key is not None and Path(key).is_file() and is_encrypted(key)
+def _open_key(endpoint: Endpoint) -> paramiko.PKey | None:
+    import paramiko  # noqa: PLC0415 - heavy
+
+    if endpoint.private_key_path is None:
+        return None
+    try:
+        return loginkey.open_key(endpoint.public_key_path, endpoint.private_key_path)
+    except InvalidKeyError as error:
+        raise paramiko.AuthenticationException(f"{endpoint}: {error}") from error
 
 
 def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:

@@ -81,6 +81,10 @@ class GuestAccess(DiagnosedInstance):
         """
         return _GUEST_ADDRESS
 
+    def login_command(self) -> str:
+        """Give the command line by which people log in by `ssh`, for a shell."""
+        return ssh.login_command(self._endpoint(), self.name)
+
     def check_exists(self) -> None:
         """Raise when the instance is deleted.
 

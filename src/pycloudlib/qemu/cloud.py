@@ -17,10 +17,11 @@ import platformdirs
 
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
+from pycloudlib.guest import loginkey
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import store
-from pycloudlib.key import KeyPair, check_key_pair, generate_key_pair
+from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
 from pycloudlib.qemu.diagnosed import explaining_launch
@@ -206,7 +207,7 @@ class Qemu(QemuReady):
             self._log.warning("no_seed_iso leaves out the seed, and the data given for it")
         if not options.no_seed_iso:
             # Once more: its files may have come, or gone, since it was chosen.
-            check_key_pair(self.key_pair, "the cloud's SSH key")
+            loginkey.prove(self.key_pair, "the cloud's SSH key")
         seed = SeedRequest(self.key_pair.public_key_line, *data)
         base = disk.inspect_image(image, self.working_dir)
         return LaunchRequest(

@@ -15,7 +15,7 @@ from typing import Any
 
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import expand_user
-from pycloudlib.guest import runconfig
+from pycloudlib.guest import loginkey, runconfig
 from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair
@@ -235,12 +235,10 @@ class QemuLive(QemuImages):
 
     def _tell_launched(self, instance: QemuInstance, origin: str) -> None:
         self._log.info(
-            "Launched %s %s: ssh -p %s %s@%s, telnet %s %s",
+            "Launched %s %s: %s, telnet %s %s",
             instance.name,
             origin,
-            instance.port,
-            instance.username,
-            instance.ip,
+            instance.login_command(),
             instance.ip,
             instance.telnet_port,
         )
@@ -255,6 +253,7 @@ class QemuLive(QemuImages):
             # Nobody could let another key in.
             return _bring_along(kept, request.saved.directory, rundir), None
         ours = self._key_for(rundir)
+        loginkey.prove(ours, "the cloud's SSH key")
         old, new = (" ".join(key.public_key_content.split()[:2]) for key in (kept, ours))
         return ours, None if old == new else NewKey(login.username, old, new)
 

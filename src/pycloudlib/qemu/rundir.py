@@ -176,7 +176,12 @@ class RunDirectory:
 
     def write_login(self, login: LoginFacts) -> None:
         """Keep how to log in."""
-        facts = {name: getattr(login, name) for name in LoginFacts.__slots__}
+        # By whole paths: others read them in other directories.
+        facts = {
+            "username": login.username,
+            "public_key_path": _absolute(login.public_key_path),
+            "private_key_path": _absolute(login.private_key_path),
+        }
         _write(self._login_file, json.dumps(facts, indent=1))
 
     def read_login(self) -> LoginFacts:
@@ -346,6 +351,10 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/{os.getpid()}/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def _identity_text(identity: ProcessIdentity) -> str:
