@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-import platformdirs
-
 from benchmarks.environments import Environment, make_original, make_ours
 from benchmarks.measurements import Measurement, Results, Run
 from benchmarks.plan import Plan
@@ -30,8 +28,9 @@ from pycloudlib.files import replace_atomically
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu.accelerator import AUTO, Accelerator, Choice, choose_accelerator
 from pycloudlib.qemu.command import accel_option
-from pycloudlib.qemu.settings import APPLICATION, DEFAULT_BINARY
+from pycloudlib.qemu.settings import DEFAULT_BINARY
 from pycloudlib.tools import find_tool
+from pycloudlib.userdirs import find_cache_directory
 from scripts.measure import measure_import
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +123,7 @@ def prepare(options: Options, sides: set[str]) -> tuple[Stage, dict[str, str]]:
     for name in ("images", "logs", "key"):
         (output / name).mkdir(parents=True, exist_ok=True)
     qemu = find_tool(DEFAULT_BINARY)
-    choice = choose_accelerator(AUTO, qemu, platformdirs.user_cache_path(APPLICATION))
+    choice = choose_accelerator(AUTO, qemu, find_cache_directory())
     environments = {}
     if ORIGINAL in sides:
         find_tool("genisoimage")

@@ -71,13 +71,23 @@ def parse_config(config_file: ConfigFile | None = None) -> Config:
             return _read(path, origin)
         _log.warning("The configuration file %s (from %s) is not there", path, origin)
     for location in map(_expand, DEFAULT_LOCATIONS):
-        if _is_there(location):
+        # Without a home directory, `~` stays as it is.
+        if location.is_absolute() and _is_default_there(location):
             return _read(location, "the default location")
     return Config()
 
 
 def _expand(path: str | Path) -> Path:
     return expand_user(os.path.expandvars(path))
+
+
+def _is_default_there(location: Path) -> bool:
+    try:
+        return _is_there(location)
+    except ValueError as error:
+        # As with another user's $HOME: nobody has said that there is one.
+        _log.warning("%s; it is passed over", error)
+        return False
 
 
 def _is_there(location: Path) -> bool:

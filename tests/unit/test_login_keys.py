@@ -267,6 +267,7 @@ def test_halves_of_different_keys_are_told_of_one_with_a_passphrase(
 
 
 DSA = "ssh-dss " + base64.b64encode(b"\0\0\0\7ssh-dss" + b"\0\0\0\1\1" * 4).decode() + " me@here"
+PUBLIC = "ssh-rsa " + base64.b64encode(b"\0\0\0\7ssh-rsa" + b"\0\0\0\1\1" * 2).decode()
 CERTIFICATE = (
     "ssh-ed25519-cert-v01@openssh.com "
     + base64.b64encode(b"\0\0\0\x20ssh-ed25519-cert-v01@openssh.com" + b"\0\0\0\1\1" * 4).decode()
@@ -286,7 +287,7 @@ CERTIFICATE = (
         ("public", "", "is not an OpenSSH public key"),
         ("private", "PuTTY-User-Key-File-3: ssh-ed25519\n", r"PuTTY.*puttygen .* private-openssh"),
         ("private", "-----BEGIN DSA PRIVATE KEY-----\nx", r"is a DSA key"),
-        ("private", public_line(KEYS["rsa"]), "is a public key, and a private key is wanted"),
+        ("private", PUBLIC, "is a public key, and a private key is wanted"),
         ("private", "-----BEGIN PUBLIC KEY-----\nx", "is not a private key"),
         ("private", "", "is not a private key"),
         ("private", "-----BEGIN OPENSSH PRIVATE KEY-----\n****\n", "is damaged"),

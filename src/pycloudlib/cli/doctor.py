@@ -48,7 +48,8 @@ def judge(facts: HostFacts) -> list[Check]:
     """Judge a host; pure."""
     checks = [_configuration(facts), _qemu(facts), _accelerator(facts)]
     checks += _tools(facts)
-    checks += [_room(name, path, free) for name, (path, free) in facts.room.items()]
+    checks += [_room(facts, name) for name in facts.room]
+    checks += _key(facts)
     checks += [_memory(facts), _ports(facts), _server(facts), _leftovers(facts), _package(facts)]
     return checks
 
@@ -122,7 +123,15 @@ def _tools(facts: HostFacts) -> Iterator[Check]:
         yield Check(f"tools {use}", outcome, detail, f"sudo apt install {packages}")
 
 
-def _room(name: str, path: str, free: int) -> Check:
+def _room(facts: HostFacts, name: str) -> Check:
+    path, free = facts.room[name]
+    if name in facts.unusable:
+        return Check(
+            f"disk of {name}",
+            Outcome.PROBLEM,
+            f"{path} cannot be used: {facts.unusable[name]}",
+            f"let {name} in [qemu] name a directory of yours",
+        )
     detail = f"{size_in_words(free)} free in {path}"
     remedy = f"make room, or let {name} in [qemu] name another place; 'pycloudlib prune' may help"
     if free < _LEAST_DISK:
@@ -130,6 +139,14 @@ def _room(name: str, path: str, free: int) -> Check:
     if free < _ENOUGH_DISK:
         return Check(f"disk of {name}", Outcome.WARNING, detail, remedy)
     return Check(f"disk of {name}", Outcome.OK, detail)
+
+
+def _key(facts: HostFacts) -> Iterator[Check]:
+    if facts.key_problem:
+        remedy = "or let public_key_path in [qemu] name another key"
+        yield Check("SSH key", Outcome.PROBLEM, facts.key_problem, remedy)
+    elif facts.key:
+        yield Check("SSH key", Outcome.OK, facts.key)
 
 
 def _memory(facts: HostFacts) -> Check:

@@ -12,21 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import platformdirs
-
 import pycloudlib
+from pycloudlib import Qemu
 from pycloudlib._version import __version__
 from pycloudlib.cli.machines import list_machines
+from pycloudlib.cli.session import TAG
 from pycloudlib.config import parse_config
-from pycloudlib.errors import MissingPrerequisiteError, PycloudlibException
+from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
+from pycloudlib.guest import loginkey
 from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
 from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
 from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
-from pycloudlib.qemu.settings import APPLICATION, QemuSettings
+from pycloudlib.qemu.settings import DIRECTORIES, QemuSettings
 from pycloudlib.rawtext import from_bytes, read_kernel_file
 from pycloudlib.tools import PACKAGES, find_tool
+from pycloudlib.userdirs import find_obstacle
 
+# Stands for directories where there is no home for them, and has nothing in it.
+_NOWHERE = Path(os.devnull)
 _SERVER_LIMIT = 10.0
 _VERSION_LIMIT = 10.0
 _LAUNCHES, _DOWNLOADS = ("qemu-img",), ("gpgv",)
@@ -55,6 +59,9 @@ class HostFacts:
         tools: For each use, the programs, each with the package to install, which is empty where
             it is there; and whether no launch works without.
         room: For each directory, by its key in the configuration, its path and the bytes free.
+        key: Which SSH key machines get; empty where that cannot be told.
+        key_problem: What is wrong with it; empty if nothing is.
+        unusable: For each that cannot be written to, by its key, why.
         free_memory: Bytes of memory that are available.
         free_ports: Ports that no machine has and nobody listens on.
         ports: How many there are in all.
@@ -78,6 +85,9 @@ class HostFacts:
     in_kvm_group: bool = True
     tools: Mapping[str, tuple[Mapping[str, str], bool]] = field(default_factory=dict)
     room: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    unusable: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+    key_problem: str = ""
     free_memory: int = 0
     free_ports: int = 0
     ports: int = LAST_PORT - FIRST_PORT + 1
@@ -95,9 +105,12 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         ask_server: Whether the image server is asked.
     """
     settings, source, problem = _read_settings()
+    key, key_problem = ("", "") if problem else _look_for_key()
     qemu = _find(settings.qemu_binary)
     no_qemu = "there is no QEMU"
-    cache_dir = platformdirs.user_cache_path(APPLICATION)
+    directories = {name: getattr(settings, name) for name in DIRECTORIES}
+    if settings.state_dir == _NOWHERE:
+        directories = {}
     wanted = ask_server and not settings.offline
     server = settings.image_mirror or DEFAULT_MIRROR
     return HostFacts(
@@ -107,18 +120,22 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         qemu=qemu,
         qemu_version=_ask_version(qemu) if qemu else (),
         accelerator=settings.accelerator,
-        kvm_problem=kvm_problem(Path(qemu), cache_dir, anew=True) if qemu else no_qemu,
+        kvm_problem=kvm_problem(Path(qemu), settings.cache_dir, anew=True) if qemu else no_qemu,
         tcg_problem=try_accelerator(Path(qemu), Accelerator.TCG).problem if qemu else no_qemu,
         kvm_exists=KVM_DEVICE.exists(),
         kvm_allowed=os.access(KVM_DEVICE, os.R_OK | os.W_OK),
         in_kvm_group=_in_group("kvm"),
         tools=_look_for_tools(),
-        room={
-            name: (str(getattr(settings, name)), _free(getattr(settings, name)))
-            for name in ("image_dir", "working_dir")
+        room={name: (str(path), _free(path)) for name, path in directories.items()},
+        unusable={
+            name: obstacle
+            for name, path in directories.items()
+            if (obstacle := find_obstacle(path)) is not None
         },
+        key=key,
+        key_problem=key_problem,
         free_memory=parse_available(read_kernel_file("/proc/meminfo")),
-        free_ports=_count_free_ports(),
+        free_ports=_count_free_ports(settings.state_dir),
         server=server if wanted else "",
         server_problem=_ask_server(settings, server) if wanted else "",
         leftovers=_find_leftovers(settings.working_dir),
@@ -137,8 +154,26 @@ def _read_settings() -> tuple[QemuSettings, str, str]:
         if not isinstance(section, dict):
             raise ValueError(f"{source}: [qemu] is not a section")
         return QemuSettings.parse(section, source), source, ""
-    except ValueError as error:
-        return QemuSettings.parse({}, source), source, str(error)
+    except (ValueError, CloudSetupError) as error:
+        problem = str(error)
+    try:
+        return QemuSettings.parse({}, source), source, problem
+    except CloudSetupError:
+        return QemuSettings(_NOWHERE, _NOWHERE, _NOWHERE, _NOWHERE), source, problem
+
+
+def _look_for_key() -> tuple[str, str]:
+    """Tell which SSH key machines get, and what is wrong with it."""
+    try:
+        cloud = Qemu(TAG, timestamp_suffix=False)
+        key_pair = cloud.find_key_pair()
+        if key_pair is None:
+            return "none of yours; each program makes one of its own", ""
+        loginkey.prove(key_pair, "your SSH key")
+    except PycloudlibException as error:
+        # That QEMU is missing is told elsewhere.
+        return "", "" if isinstance(error, MissingPrerequisiteError) else str(error)
+    return str(key_pair.private_key_path), ""
 
 
 def _find(program: str) -> str:
@@ -192,15 +227,19 @@ def _look_for_tools() -> dict[str, tuple[dict[str, str], bool]]:
 
 def _free(directory: Path) -> int:
     """Tell how many bytes are free where a directory is, or will be."""
-    place = next(path for path in (directory, *directory.parents) if path.exists())
+    # Not by exists(), which fails where a directory above cannot be looked into.
+    place = next(path for path in (directory, *directory.parents) if os.access(path, os.F_OK))
     facts = os.statvfs(place)
     return facts.f_bavail * facts.f_frsize
 
 
-def _count_free_ports() -> int:
-    registry = PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
+def _count_free_ports(state_dir: Path) -> int:
+    registry = PortRegistry(state_dir / "ports")
     ports = range(FIRST_PORT, LAST_PORT + 1)
-    return sum(not registry.leased(port) and can_listen(port) for port in ports)
+    try:
+        return sum(not registry.leased(port) and can_listen(port) for port in ports)
+    except OSError:  # the leases cannot be read, which is told of their directory
+        return sum(can_listen(port) for port in ports)
 
 
 def _ask_server(settings: QemuSettings, server: str) -> str:
@@ -218,7 +257,10 @@ def _ask_server(settings: QemuSettings, server: str) -> str:
 
 
 def _find_leftovers(working_dir: Path) -> tuple[str, ...]:
-    found = list_machines(working_dir, everywhere=True)
+    try:
+        found = list_machines(working_dir, everywhere=True)
+    except OSError:  # it cannot be read, which is told of it
+        return ()
     owners = ((machine, Ownership.find(machine.rundir.path)) for machine in found)
     return tuple(machine.full_name for machine, owner in owners if owner and owner.is_over)
 

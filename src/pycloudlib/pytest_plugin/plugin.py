@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
 
 from pycloudlib import Qemu
@@ -22,7 +21,6 @@ from pycloudlib.pytest_plugin.machines import InUse, Machines, PrepareVm, VmFact
 from pycloudlib.pytest_plugin.report import save_artifacts, tell_kept, tell_of
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.ownership import Orphans, claim
-from pycloudlib.qemu.settings import APPLICATION
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE
 from pycloudlib.util import raise_cleanup_errors
 
@@ -177,7 +175,7 @@ def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     machines = pytestconfig.stash[_MACHINES] = Machines(
         qemu_cloud,
-        Budget(platformdirs.user_state_path(APPLICATION) / "budget", room),
+        Budget(qemu_cloud.settings.state_dir / "budget", room),
         pytestconfig.getini("vm_instance_type") or DEFAULT_INSTANCE_TYPE,
         lambda holders: _tell_waiting(pytestconfig, holders),
         # The other half is for the tests that go on.

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
 from pycloudlib.guest import loginkey
@@ -43,7 +41,7 @@ from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.ready import QemuReady
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.settings import APPLICATION, parse_orphans
+from pycloudlib.qemu.settings import parse_orphans
 from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, check_name, make_name
 from pycloudlib.tools import find_tool
 
@@ -176,7 +174,7 @@ class Qemu(QemuReady):
         )
         image = store.resolve(image_id, self.image_dir)
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
-        with explaining_launch():
+        with explaining_launch(), self.settings.naming("working_dir", "state_dir"):
             saved = savedmachine.find(image)
             if saved is not None:
                 return self._launch_saved(saved, options, fresh_identity=bool(fresh_identity))
@@ -236,7 +234,7 @@ class Qemu(QemuReady):
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key = self._key_for(rundir)
-            rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
+            rundir.write_login(LoginFacts.of(user, key))
             beginning.write_files(self._host, rundir)
             machine = start_machine(
                 self._host,
@@ -377,14 +375,13 @@ class Qemu(QemuReady):
     def _host(self) -> Host:
         """What machines run on; found out at the first launch."""
         binary = Path(self.qemu_binary)
-        cache_dir = platformdirs.user_cache_path(APPLICATION)
-        choice = choose_accelerator(self.settings.accelerator, binary, cache_dir)
-        host_keys = HostKeyPool(platformdirs.user_state_path(APPLICATION) / "host-keys")
+        choice = choose_accelerator(self.settings.accelerator, binary, self.settings.cache_dir)
+        host_keys = HostKeyPool(self.settings.state_dir / "host-keys")
         return Host(binary, choice.accelerator, self._ports, host_keys)
 
     @property
     def _ports(self) -> PortRegistry:
-        return PortRegistry(platformdirs.user_state_path(APPLICATION) / "ports")
+        return PortRegistry(self.settings.state_dir / "ports")
 
     def _make_instance(self, machine: Machine, key_pair: KeyPair, username: str) -> QemuInstance:
         instance = QemuInstance(key_pair, machine, self._ports, username, self)
@@ -410,9 +407,10 @@ class Qemu(QemuReady):
 
     def _make_key_pair(self, name: str) -> KeyPair:
         # One of its own for each cloud object: several may share the tag, and each cleans up.
-        keys = create_owned_directory(
-            self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}", Orphans.REAP
-        )
+        with self.settings.naming("working_dir"):
+            keys = create_owned_directory(
+                self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}", Orphans.REAP
+            )
         # Gone with this object at the latest; machines that live on have a copy.
         self._own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
         return generate_key_pair(keys, name)

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
 from pycloudlib.files import expand_user, is_directory, is_file
@@ -19,7 +17,7 @@ from pycloudlib.images.store import StoredImage
 from pycloudlib.progress import ProgressCallback
 from pycloudlib.progressdisplay import showing_progress
 from pycloudlib.qemu import disk, layers
-from pycloudlib.qemu.settings import APPLICATION, SIGNED, QemuSettings
+from pycloudlib.qemu.settings import SIGNED, QemuSettings
 
 if TYPE_CHECKING:
     from pycloudlib.images.lock import ImageLock
@@ -112,7 +110,7 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
 
         recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
-        with showing_progress(on_progress, self._log) as tell:
+        with self.settings.naming("image_dir"), showing_progress(on_progress, self._log) as tell:
             return str(build_image(recipe, self.image_dir, refresh=refresh, on_progress=tell))
 
     def released_image(
@@ -146,7 +144,7 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.RELEASED, release, image_type)
-        with showing_progress(on_progress, self._log) as tell:
+        with self.settings.naming("image_dir"), showing_progress(on_progress, self._log) as tell:
             if refresh and not self.settings.offline:
                 return wanted.newest(tell)
             return wanted.stored_or_fetched(tell)
@@ -168,7 +166,7 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._supply(Stream.DAILY, release, image_type)
-        with showing_progress(on_progress, self._log) as tell:
+        with self.settings.naming("image_dir"), showing_progress(on_progress, self._log) as tell:
             if self.settings.offline:
                 return wanted.stored_or_fetched(tell)
             return wanted.newest_or_stored(tell)
@@ -308,7 +306,7 @@ class QemuImages(BaseCloud):
             settings.image_mirror or DEFAULT_MIRROR,
             settings.image_keyring,
             settings.image_verification == SIGNED,
-            platformdirs.user_cache_path(APPLICATION) / "catalogs",
+            settings.cache_dir / "catalogs",
         )
 
     @property

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from pycloudlib import userdirs
 from pycloudlib.documents import shown
+from pycloudlib.errors import CloudSetupError
 from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.qemu.accelerator import AUTO, SETTINGS
 from pycloudlib.qemu.ownership import Orphans
 
 _log = logging.getLogger(__name__)
 
-APPLICATION = "pycloudlib"
 DEFAULT_BINARY = "qemu-system-x86_64"
 _KNOWN_KEYS = (
     "accelerator",
@@ -36,6 +36,7 @@ _KNOWN_KEYS = (
     "private_key_path",
     "public_key_path",
     "qemu_binary",
+    "state_dir",
     "warm_cache_mib",
     "working_dir",
 )
@@ -52,6 +53,8 @@ class QemuSettings:
     Attributes:
         image_dir: Where images are looked up and stored.
         working_dir: Where instance directories go.
+        state_dir: Where all else goes that is kept.
+        cache_dir: Where what is kept goes that can be found out again.
         qemu_binary: Path or name of the QEMU binary.
         accelerator: `auto`, `kvm` or `tcg`.
         image_mirror: Base URL of the image server; None for Ubuntu's.
@@ -69,6 +72,8 @@ class QemuSettings:
 
     image_dir: Path
     working_dir: Path
+    state_dir: Path
+    cache_dir: Path
     qemu_binary: str = DEFAULT_BINARY
     accelerator: str = AUTO
     image_mirror: str | None = None
@@ -92,14 +97,16 @@ class QemuSettings:
         Raises:
             ValueError: A value is of a wrong type, is not among those that are possible, or names
                 a directory or file that does not exist; names the key, the value and the file.
+            CloudSetupError: A directory is not configured, and there is no home where it would be.
         """
         _warn_of_unknown(section, source)
         reader = _Reader(section, source)
+        image_dir, working_dir, state_dir, cache_dir = _find_directories(reader)
         return cls(
-            image_dir=reader.directory("image_dir")
-            or platformdirs.user_data_path(APPLICATION) / "images",
-            working_dir=reader.directory("working_dir")
-            or platformdirs.user_state_path(APPLICATION) / "instances",
+            image_dir=image_dir,
+            working_dir=working_dir,
+            state_dir=state_dir,
+            cache_dir=cache_dir,
             qemu_binary=reader.path_or_name("qemu_binary") or DEFAULT_BINARY,
             accelerator=reader.one_of("accelerator", SETTINGS) or AUTO,
             image_mirror=reader.text("image_mirror"),
@@ -112,6 +119,57 @@ class QemuSettings:
             artifacts_dir=reader.path("artifacts_dir"),
             orphans=Orphans(reader.one_of("orphans", _ORPHANS) or Orphans.REAP_AFTER_CRASH.value),
         )
+
+    @contextlib.contextmanager
+    def naming(self, *keys: str) -> Iterator[None]:
+        """Name the key to set where an error is due to a directory that cannot be used.
+
+        Args:
+            keys: The directories that are written to in the block, by their keys.
+
+        Raises:
+            CloudSetupError: One of them cannot be written to.
+        """
+        try:
+            yield
+        except (OSError, CloudSetupError) as error:
+            for key in keys:
+                obstacle = userdirs.find_obstacle(getattr(self, key))
+                if obstacle is not None:
+                    raise CloudSetupError(
+                        f"{key} {getattr(self, key)} cannot be used: {obstacle}. Let {key} in "
+                        "[qemu] name a directory of yours"
+                    ) from error
+            raise
+
+
+DIRECTORIES = ("image_dir", "working_dir", "state_dir")
+"""The keys of directories that are written to."""
+
+
+def _find_directories(reader: _Reader) -> tuple[Path, Path, Path, Path]:
+    """Find where things go: all that has no place of its own below `state_dir`, if that is set."""
+    image_dir, working_dir, state_dir = map(reader.directory, DIRECTORIES)
+    if state_dir is not None:
+        return (
+            image_dir or state_dir / "images",
+            working_dir or state_dir / "instances",
+            state_dir,
+            state_dir / "cache",
+        )
+    try:
+        state = userdirs.find_state_directory()
+        return (
+            image_dir or userdirs.find_data_directory() / "images",
+            working_dir or state / "instances",
+            state,
+            userdirs.find_cache_directory(),
+        )
+    except CloudSetupError as error:
+        raise CloudSetupError(
+            f"{error}. Let state_dir in [qemu] name a directory of yours ({reader.source}; "
+            "$PYCLOUDLIB_CONFIG may name a configuration file)"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
