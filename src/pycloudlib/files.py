@@ -13,8 +13,11 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pycloudlib.descriptors import moved, opener
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.rawtext import to_bytes
+
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
@@ -74,11 +77,11 @@ def writing(target: Path) -> Iterator[io.FileIO]:
     with contextlib.ExitStack() as stack:
         temporary = _create_beside(target, found)
         if temporary is None:
-            with target.open("wb", buffering=0) as file:
+            with open(target, "wb", buffering=0, opener=opener) as file:
                 yield file
             return
         stack.callback(temporary.unlink, missing_ok=True)
-        with temporary.open("wb", buffering=0) as file:
+        with open(temporary, "wb", buffering=0, opener=opener) as file:
             yield file
         try:
             temporary.replace(os.path.realpath(target))
@@ -86,7 +89,7 @@ def writing(target: Path) -> Iterator[io.FileIO]:
             # The name of a mount stays where it is.
             if error.errno != errno.EBUSY:
                 raise
-            with temporary.open("rb") as written, target.open("wb") as file:
+            with temporary.open("rb") as written, open(target, "wb", opener=opener) as file:
                 shutil.copyfileobj(written, file)
 
 
@@ -139,14 +142,14 @@ def _has_attributes(path: Path) -> bool:
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, from its first byte on; never through a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = moved(os.open(path, flags, 0o600))
     with os.fdopen(descriptor, "wb") as file:
         file.write(to_bytes(text))
 
 
 def private_opener(path: str, flags: int) -> int:
     """Let `open()` make a file that only its owner can read, from its first byte on."""
-    return os.open(path, flags, 0o600)
+    return moved(os.open(path, flags, 0o600))
 
 
 def copy_private(source: Path, target: Path) -> None:
@@ -244,7 +247,7 @@ def exclusive_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Ite
         FileNotFoundError: The file's directory does not exist.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = moved(os.open(path, _LOCK_FLAGS, 0o600))
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -267,7 +270,7 @@ def trying_lock(path: Path) -> Iterator[bool]:
     Raises:
         FileNotFoundError: The file's directory does not exist.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = moved(os.open(path, _LOCK_FLAGS, 0o600))
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

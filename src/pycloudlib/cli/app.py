@@ -20,6 +20,7 @@ from pycloudlib.cli.failures import exit_code_of, tell
 from pycloudlib.cli.machines import nearest
 from pycloudlib.cli.output import colour_choice, show_any_text
 from pycloudlib.cli.session import Session, told_options
+from pycloudlib.cli.streams import secure_streams
 from pycloudlib.cli.terminal import ending_by_exception
 
 PROGRAM = "pycloudlib"
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     session = Session()
     show_any_text()
+    if arguments is None:
+        secure_streams()
     try:
         with ending_by_exception():
             code = application.main(

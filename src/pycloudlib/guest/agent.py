@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import make_socket
 
 _FAILURE, _LIST, _LISTED, _SIGN, _SIGNED = 5, 11, 12, 13, 14
 _RSA_HASHES = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
@@ -94,7 +95,7 @@ def _ask(request: bytes, seconds: float) -> tuple[int, bytes]:
         raise AgentError("is not there ($SSH_AUTH_SOCK is not set)")
     deadline = Deadline.after(seconds)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        with make_socket(socket.AF_UNIX) as connection:
             connection.settimeout(seconds)
             connection.connect(path)
             connection.sendall(pack(request))

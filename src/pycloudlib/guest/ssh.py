@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import moved_socket
 from pycloudlib.errors import InvalidKeyError
 from pycloudlib.files import is_file
 from pycloudlib.guest import loginkey
@@ -248,7 +249,7 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
         OSError: No connection, or no banner within `timeout` seconds.
     """
     deadline = Deadline.after(timeout)
-    sock = socket.create_connection((host, port), timeout)
+    sock = moved_socket(socket.create_connection((host, port), timeout))
     # SSH's requests are small. Without this, one that follows another that nobody answers is held
     # back until the kernel of the other side acknowledges the one before, some 40 ms later.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.handover import hand_over
@@ -131,7 +132,7 @@ def _open_shared_memory(machine: Machine) -> int:
             machine.spec.name,
             (pause or 0) * 1000,
         )
-    return os.open(find_memory(machine), os.O_RDWR | os.O_CLOEXEC)
+    return moved(os.open(find_memory(machine), os.O_RDWR | os.O_CLOEXEC))
 
 
 def find_memory(machine: Machine) -> Path:

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import socket
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import make_socket_pair
 from pycloudlib.errors import CloudError
 from pycloudlib.files import copy_private, write_private
 from pycloudlib.guest import hostkeys
@@ -108,7 +108,7 @@ def waking(
     saved: SavedMachine,
 ) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
     """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = make_socket_pair()
     with ours, theirs:
         memory = Memory(file=saved.memory)
         number = theirs.fileno()

@@ -17,6 +17,7 @@ import threading
 from dataclasses import dataclass
 from importlib import resources
 
+from pycloudlib.descriptors import make_pipe
 from pycloudlib.qemu.ownership import Orphans, at_normal_end
 from pycloudlib.qemu.process import ProcessIdentity
 
@@ -86,7 +87,7 @@ def _start(token: str) -> Guardian:
     me = ProcessIdentity.find(os.getpid())
     assert me is not None
     program = resources.files(__package__).joinpath("guardian_program.py").read_text("utf-8")
-    theirs, ours = os.pipe()
+    theirs, ours = make_pipe()
     try:
         # No Popen: that would complain at the end of a program that does not wait for it.
         pid = os.posix_spawn(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import make_socket_pair, moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.command import Origin, ssh_rule
 from pycloudlib.qemu.machine import Machine, MachineEndedError
@@ -75,7 +76,7 @@ def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = Non
 @contextlib.contextmanager
 def _successor(machine: Machine, memory: Memory) -> Iterator[tuple[RunningQemu, socket.socket]]:
     """Start the QEMU that waits for the state; end it if the block fails."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = make_socket_pair()
     with ours:
         with theirs:
             origin = Origin(memory, state=theirs.fileno(), replaces=True)
@@ -115,7 +116,7 @@ def write_state(machine: Machine, file: Path) -> None:
         CloudError: The state could not be written.
     """
     qemu = machine.qemu()
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    descriptor = moved(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
     with os.fdopen(descriptor, "wb"), machine.session() as session:
         _set_capabilities(session, with_memory=False)
         session.send_descriptor("state", descriptor)
@@ -239,7 +240,7 @@ class _Pump(threading.Thread):
 
     def __init__(self, target: socket.socket, copy: Path) -> None:
         super().__init__(name="state-pump", daemon=True)
-        self._from, self.source = socket.socketpair()
+        self._from, self.source = make_socket_pair()
         self._target = target
         self._copy = copy
         self._kept: list[bytes] = []
@@ -268,7 +269,7 @@ class _Pump(threading.Thread):
         if self._error is not None:
             raise self._error
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(self._copy, flags, 0o600), "wb") as file:
+        with os.fdopen(moved(os.open(self._copy, flags, 0o600)), "wb") as file:
             file.writelines(self._kept)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import write_private
 from pycloudlib.guest.helper import (
@@ -189,7 +190,8 @@ class HelperLink:
 @contextlib.contextmanager
 def _turn(path: Path, *, wait: bool) -> Iterator[bool]:
     """Take turns among threads and processes; say whether it is ours now."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = moved(os.open(path, flags, 0o600))
     try:
         deadline = Deadline.after(_FIX_LIMIT if wait else 0)
         while not (ours := _try_lock(descriptor)) and not deadline.expired:

@@ -216,7 +216,7 @@ class QemuLive(QemuImages):
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key, new_key = self._key_of_copy(rundir, request)
             request = dataclasses.replace(request, new_key=new_key)
-            rundir.write_login(LoginFacts(user, key.public_key_path, key.private_key_path))
+            rundir.write_login(LoginFacts.of(user, key))
             copies.write_files(self._host, rundir, request)
             machine = start_machine(
                 self._host,

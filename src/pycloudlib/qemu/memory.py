@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.rawtext import read_kernel_file
@@ -74,7 +75,7 @@ def create_shared_memory(size: int) -> int:
     Returns:
         Its descriptor.
     """
-    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+    descriptor = moved(os.memfd_create(_NAME, os.MFD_CLOEXEC))
     os.ftruncate(descriptor, size)
     return descriptor
 
@@ -104,7 +105,8 @@ def keep(memory: int, target: Path, *, release: bool = False) -> None:
         CloudError: There is no room for it; nothing is left.
     """
     size = os.fstat(memory).st_size
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = moved(os.open(target, flags, 0o600))
     try:
         os.ftruncate(descriptor, size)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if release else 0)

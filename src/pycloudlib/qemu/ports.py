@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import make_socket
 from pycloudlib.errors import CloudError
 from pycloudlib.files import (
     create_private_directory,
@@ -160,7 +161,7 @@ def listen(port: int, *, shared: bool = False) -> socket.socket:
     Raises:
         OSError: Another program has it.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener = make_socket(socket.AF_INET)
     try:
         if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.rawtext import read_kernel_file
 
@@ -131,7 +132,7 @@ class QemuProcess:
             raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error
         finally:
             os.close(descriptor)
-        pidfd = os.pidfd_open(child.pid)
+        pidfd = moved(os.pidfd_open(child.pid))
         # A child that has ended already keeps its pid until it is reaped.
         identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0)
         return cls(identity, pidfd, log, log_start, child)
@@ -147,7 +148,7 @@ class QemuProcess:
             log: Where its output goes.
         """
         try:
-            pidfd = os.pidfd_open(identity.pid)
+            pidfd = moved(os.pidfd_open(identity.pid))
         except ProcessLookupError:
             return None
         # Looked at only now: the pidfd holds on to whatever process has the pid at this moment.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pycloudlib.descriptors import keeping_standard_free
 from pycloudlib.documents import shown
 from pycloudlib.errors import CloudError
 
@@ -63,7 +64,8 @@ class LoopThread:
     def __init__(self) -> None:
         import asyncio  # noqa: PLC0415 - heavy
 
-        self.loop = asyncio.new_event_loop()
+        with keeping_standard_free():
+            self.loop = asyncio.new_event_loop()
         self.sessions: set[QmpSession] = set()
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="pycloudlib-qmp", daemon=True

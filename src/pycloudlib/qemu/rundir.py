@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import make_socket
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
+from pycloudlib.key import KeyPair
 from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.spec import MachineSpec
 
@@ -36,6 +38,16 @@ class LoginFacts:
     username: str
     public_key_path: str | None
     private_key_path: str | None
+
+    @classmethod
+    def of(cls, username: str, key_pair: KeyPair) -> LoginFacts:
+        """Name a user and a key by whole paths: others read them in other directories."""
+        public, private = key_pair.public_key_path, key_pair.private_key_path
+        return cls(
+            username,
+            None if public is None else str(Path(public).absolute()),
+            None if private is None else str(Path(private).absolute()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +188,7 @@ class RunDirectory:
 
     def write_login(self, login: LoginFacts) -> None:
         """Keep how to log in."""
-        # By whole paths: others read them in other directories.
-        facts = {
-            "username": login.username,
-            "public_key_path": _absolute(login.public_key_path),
-            "private_key_path": _absolute(login.private_key_path),
-        }
+        facts = {name: getattr(login, name) for name in LoginFacts.__slots__}
         _write(self._login_file, json.dumps(facts, indent=1))
 
     def read_login(self) -> LoginFacts:
@@ -314,7 +321,7 @@ class StagedSocket:
     def listen(cls, file: Path) -> StagedSocket:
         """Make a socket beside the file that it is to be, and listen on it."""
         staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = make_socket(socket.AF_UNIX)
         try:
             # A unix socket's address has 107 bytes at most, which a path may exceed.
             with short_path(staged) as address:
@@ -351,10 +358,6 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/{os.getpid()}/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
 
 
 def _identity_text(identity: ProcessIdentity) -> str:

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import moved
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.files import is_directory, replace_atomically, tells_of_no_file, write_private
 from pycloudlib.qemu.accelerator import Accelerator
@@ -202,7 +203,7 @@ def copy(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> No
 
 
 def _copy_memory(source: Path, target: Path) -> None:
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = moved(os.open(source, os.O_RDONLY | os.O_CLOEXEC))
     try:
         keep(descriptor, target)
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import make_socket
 from pycloudlib.qemu.peer import find_inode, inode_of
 from pycloudlib.qemu.rundir import short_path
 from pycloudlib.rawtext import read_kernel_file, shown_on_one_line
@@ -43,7 +44,7 @@ def connect(path: Path, deadline: Deadline) -> socket.socket:
         OSError: Nobody listens there.
     """
     while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = make_socket(socket.AF_UNIX)
         try:
             # A blocking connect(2) waits until there is room, and this is how long. Without
             # blocking it says EAGAIN at once, which asyncio takes for a connection under way.

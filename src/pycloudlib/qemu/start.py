@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.descriptors import make_socket_pair
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.command import POWER_ON, Channels, Origin, build_command, ssh_rule
@@ -97,7 +98,7 @@ def start_qemu(
     # QEMU appends to it, and would make it readable for everybody.
     rundir.console_log.touch(mode=0o600)
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-        control, peer = socket.socketpair()
+        control, peer = make_socket_pair()
         ours.callback(control.close)
         theirs.callback(peer.close)
         sockets = []

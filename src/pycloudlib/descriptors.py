@@ -1,0 +1,69 @@
+"""Descriptors of our own: never 0, 1 or 2, also in a program that has closed those.
+
+A program may run with its standard input and outputs closed, as daemons do. The kernel gives the
+lowest free number to what is opened next: a socket of ours would be 1, and take what is printed;
+handed to a child, it would be replaced by the child's own output. A library cannot open these for
+its program, who may be about to; so what is opened here is moved out of the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+_FIRST = 3
+
+
+def moved(descriptor: int) -> int:
+    """Move a new descriptor out of the way of standard input and outputs, if it is there."""
+    if descriptor >= _FIRST:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST)
+    finally:
+        os.close(descriptor)
+
+
+def opener(path: str, flags: int) -> int:
+    """Let `open()` open a file out of the way of standard input and outputs."""
+    return moved(os.open(path, flags | os.O_CLOEXEC, 0o666))
+
+
+def moved_socket(new: socket.socket) -> socket.socket:
+    """Move a new socket out of the way of standard input and outputs, if it is there."""
+    if new.fileno() >= _FIRST:
+        return new
+    timeout = new.gettimeout()
+    sock = socket.socket(fileno=moved(new.detach()))
+    sock.settimeout(timeout)
+    return sock
+
+
+def make_socket(family: socket.AddressFamily) -> socket.socket:
+    """Make a stream socket."""
+    return moved_socket(socket.socket(family, socket.SOCK_STREAM))
+
+
+def make_socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Make two sockets that are connected to each other."""
+    ours, theirs = socket.socketpair()
+    return moved_socket(ours), moved_socket(theirs)
+
+
+def make_pipe() -> tuple[int, int]:
+    """Make a pipe; give the end to read from and the end to write to."""
+    reader, writer = os.pipe()
+    return moved(reader), moved(writer)
+
+
+@contextlib.contextmanager
+def keeping_standard_free() -> Iterator[None]:
+    """Keep what a library opens in the block out of the way of standard input and outputs."""
+    with contextlib.ExitStack() as placeholders:
+        while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _FIRST:
+            placeholders.callback(os.close, descriptor)
+        os.close(descriptor)
+        yield

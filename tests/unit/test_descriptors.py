@@ -1,0 +1,149 @@
+"""What is opened where standard input and outputs are closed, and commands that begin so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import descriptors
+
+REDIRECTIONS = ("<&-", ">&-", "2>&-")
+CLOSED = [each for n in (1, 2, 3) for each in itertools.combinations(REDIRECTIONS, n)]
+
+OPENING = """
+import os, socket, sys
+from pycloudlib import descriptors
+numbers = [int(number) for number in sys.argv[2:]]
+for number in numbers:
+    os.close(number)
+pair = descriptors.make_socket_pair()
+pipe = descriptors.make_pipe()
+sock = descriptors.make_socket(socket.AF_UNIX)
+file = descriptors.moved(os.open("/dev/null", os.O_RDONLY))
+with descriptors.keeping_standard_free():
+    other = os.open("/dev/null", os.O_RDONLY)
+pair[0].sendall(b"x")
+opened = [*(each.fileno() for each in (*pair, sock)), *pipe, file, other]
+said = [min(opened) > 2, pair[1].recv(1) == b"x", len(set(opened)) == len(opened)]
+said += [not os.get_inheritable(number) for number in opened]
+# The program's own stay closed: it may be about to open them.
+free = []
+for number in numbers:
+    try:
+        os.fstat(number)
+        free.append(number)
+    except OSError:
+        pass
+said.append(free == [])
+with open(sys.argv[1], "w") as result:
+    result.write(str(said))
+"""
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
+def test_what_is_opened_is_out_of_the_way(closed: str, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+
+    done = subprocess.run(
+        [sys.executable, "-c", OPENING, str(result), *closed], check=False, capture_output=True
+    )
+
+    assert result.exists(), done.stderr
+    assert set(result.read_text().strip("[]").split(", ")) == {"True"}
+
+
+def test_what_is_not_in_the_way_stays_as_it_is() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        assert descriptors.moved_socket(sock) is sock
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    try:
+        assert descriptors.moved(descriptor) == descriptor
+    finally:
+        os.close(descriptor)
+
+
+def run(redirections: str, *arguments: str) -> tuple[int, str, str]:
+    """Run a command as a shell does; give its exit code and what came of its two outputs."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", sys.executable, "-m", "pycloudlib", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+COMMANDS = (
+    ("--help",),
+    ("--version",),
+    ("list",),
+    ("list", "--json"),
+    ("images", "list"),
+    ("info", "nothing"),
+    ("logs", "nothing"),
+    ("exec", "nothing", "true"),
+    ("console", "nothing"),
+    ("copy", "nothing:/x", "."),
+    ("delete", "nothing"),
+    ("launch", "no/such/image.img"),
+    ("prune",),
+    ("prune", "--stopped"),
+    ("completion", "bash"),
+    ("no-such-command",),
+)
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_command_ends_as_ever_with_closed_descriptors(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    expected = run("< /dev/null", *arguments)
+    assert "defect" not in expected[2]
+
+    # All at once, and each combination with some of the commands.
+    some = CLOSED[COMMANDS.index(arguments) % len(CLOSED)]
+    for words in {some, REDIRECTIONS}:
+        code, out, err = run(" ".join(words), *arguments)
+
+        assert code == expected[0]
+        assert out == ("" if ">&-" in words else expected[1])
+        assert err == ("" if "2>&-" in words else expected[2])
+
+
+def test_reader_that_is_gone_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pycloudlib", "--help"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+
+    assert done.returncode == 1
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("list", "--json"), ("completion", "bash")])
+def test_result_that_cannot_be_written_is_an_error(arguments: tuple[str, ...]) -> None:
+    code, _out, err = run("> /dev/full", *arguments)
+
+    assert code == 1
+    assert err == "Error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("prune",), ("info", "nothing")])
+def test_note_that_cannot_be_written_is_dropped(arguments: tuple[str, ...]) -> None:
+    expected = run("", *arguments)
+    assert expected[2]
+
+    assert run("2> /dev/full", *arguments) == (*expected[:2], "")
