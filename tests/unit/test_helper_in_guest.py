@@ -23,6 +23,7 @@ import pytest
 from pycloudlib.guest import helper, helper_in_guest
 
 ME = getpass.getuser()
+GUEST = Path(helper_in_guest.__file__).parent
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user's commands need root")
 
 
@@ -324,13 +325,20 @@ def test_user_without_keys_is_no_obstacle(authorized_keys: Path) -> None:
     assert not authorized_keys.exists()
 
 
-def test_program_has_only_syntax_of_its_oldest_python() -> None:
-    ast.parse(helper.program(), feature_version=(3, 5))
+for_each_program = pytest.mark.parametrize(
+    "source",
+    [pytest.param(file.read_text(), id=file.stem) for file in GUEST.glob("*_in_guest.py")],
+)
 
 
-def test_no_signature_ends_with_a_comma_after_its_last_star() -> None:
+@for_each_program
+def test_program_has_only_syntax_of_its_oldest_python(source: str) -> None:
+    ast.parse(source, feature_version=(3, 5))
+
+
+@for_each_program
+def test_no_signature_ends_with_a_comma_after_its_last_star(source: str) -> None:
     """Python 3.5 refuses it, which `ast.parse` does not know."""
-    source = helper.program()
     found = []
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, ast.FunctionDef):
@@ -347,8 +355,9 @@ def _token_after(source: str, argument: ast.arg) -> str:
     return next(token.string for token in tokens if token.start >= end)
 
 
-def test_program_needs_nothing_but_the_standard_library() -> None:
-    tree = ast.parse(helper.program())
+@for_each_program
+def test_program_needs_nothing_but_the_standard_library(source: str) -> None:
+    tree = ast.parse(source)
     imported = {
         name.split(".")[0]
         for node in ast.walk(tree)
