@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paramiko
@@ -123,6 +125,55 @@ def test_a_command_that_takes_too_long_is_hung_up_on(vm: QemuInstance) -> None:
     with pytest.raises(PycloudlibTimeoutError, match=r"within 1 s.*sleep 600"):
         vm.execute("sleep 600", timeout=1)
     assert vm.execute("echo alive") == "alive"
+
+
+def test_commands_whose_time_is_over_are_ended_and_leave_room(vm: QemuInstance) -> None:
+    ways: list[dict[str, bool]] = [{}, {"use_sudo": True}, {"get_pty": True}]
+    commands = ["sleep 611", "sleep 611", "trap '' HUP; sudo sleep 611; sudo sleep 611"]
+
+    def take_too_long(number: int) -> None:
+        with pytest.raises(PycloudlibTimeoutError, match="sleep 611"):
+            vm.execute(commands[number % 3], timeout=10, **ways[number // 3 % 3])  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(11) as threads:
+        list(threads.map(take_too_long, range(11)))
+    assert vm.execute(["pgrep", "-fx", "sleep 611"]).failed, "some of them run still"
+
+
+def test_thirty_commands_at_once(vm: QemuInstance) -> None:
+    with ThreadPoolExecutor(30) as threads:
+        results = list(threads.map(lambda n: vm.execute(f"sleep 3; echo {n}"), range(30)))
+    assert results == [str(n) for n in range(30)]
+
+
+def test_what_cannot_be_copied_is_named_with_the_reason(vm: QemuInstance, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    vm.execute(
+        "mkdir -p full ro && mount -t tmpfs -o size=16k,mode=777 none full && "
+        "mount -t tmpfs -o ro none ro && ln -sfn nowhere dangling",
+        use_sudo=True,
+    )
+    for target, number in (
+        ("/tmp", errno.EISDIR),
+        ("full/x", errno.ENOSPC),
+        ("ro/x", errno.EROFS),
+        ("/root/x", errno.EACCES),
+        ("dangling", errno.ENOENT),
+        ("missing/x", errno.ENOENT),
+    ):
+        with pytest.raises(OSError, match=target) as caught:
+            vm.push_file(file, target)
+        assert (caught.value.errno, caught.value.filename) == (number, target)
+    for source, number in (("/etc/shadow", errno.EACCES), ("/etc", errno.EISDIR)):
+        with pytest.raises(OSError, match=source) as caught:
+            vm.pull_file(source, file)
+        assert (caught.value.errno, caught.value.filename) == (number, source)
+    vm.execute("umount full ro; rm -r full ro dangling", use_sudo=True)
+    vm.pull_file("/proc/version", file)
+    assert "Linux version" in file.read_text()
+    vm.push_file(file, "/dev/null")
+    assert vm.execute("test -c /dev/null").ok
 
 
 def test_a_script_runs_with_its_interpreter(vm: QemuInstance) -> None:
@@ -243,8 +294,6 @@ def test_a_lost_connection_is_made_anew(vm: QemuInstance) -> None:
 
 
 def test_several_commands_at_once(vm: QemuInstance) -> None:
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
-
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(lambda n: vm.execute(f"sleep 0.2; echo {n}"), range(8)))
     assert results == [str(n) for n in range(8)]
