@@ -66,8 +66,9 @@ _HINTS = {
         "the boot loader does not find its configuration: was the image made whole?"
     ),
     Cause.KERNEL_PANIC: (
-        "does root= name a file system that the kernel or its initrd can mount? Is the initrd the "
-        "kernel's own?"
+        "where it found no root file system: does root= name one that the kernel or its initrd can "
+        "mount? Else the console's first lines of it name what was at fault; in emulation that may "
+        "be QEMU: try again, with one processor (c1m...)"
     ),
     Cause.GUEST_MEMORY: "give it more memory: instance_type='c1m2048'",
     Cause.GUEST_DISK: "its disk has the size of the image, or 10 GiB: build or resize the image",

@@ -167,6 +167,33 @@ def test_boots_are_told_when_there_were_several() -> None:
     assert "boot number" not in str(diagnose(facts(phase="kernel")))
 
 
+OOPS = (
+    "[    5.1] BUG: unable to handle page fault for address: ffffffffb74c5547",
+    "[    5.1] RIP: 0010:text_poke+0x1/0x20",
+)
+REGISTERS = tuple(f"[    5.{number}] R{number}: 0000000000000000" for number in range(40))
+PANIC = (
+    "[    5.2] Kernel panic - not syncing: Fatal exception in interrupt",
+    "[   16.0] ---[ end Kernel panic - not syncing: Fatal exception in interrupt ]---",
+)
+
+
+@pytest.mark.parametrize("before", [(), ("[    0.000000] Linux version 6.1", "booting")])
+def test_panic_is_told_from_its_beginning(before: tuple[str, ...]) -> None:
+    """What it was is said first; what is printed last are registers."""
+    earlier = ("[    9.0] BUG: of the boot before", "SeaBIOS (version 1)")
+    told = diagnose(facts(console=(*earlier, *before, *OOPS, *REGISTERS, *PANIC))).console
+    assert told[: len(OOPS)] == OOPS
+    assert told[-len(PANIC) :] == PANIC
+    assert "…" in told
+    assert len(told) < 30
+
+
+def test_short_panic_is_told_whole() -> None:
+    console = ("[    1.0] VFS: Cannot open root device", *PANIC)
+    assert diagnose(facts(console=console)).console == console
+
+
 def test_it_is_told_in_lines() -> None:
     text = str(
         Diagnosis(

@@ -59,6 +59,12 @@ SIGNS = (
     _sign(Cause.GUEST_MEMORY, _KERNEL + r"Out of memory: Killed process", final=False),
     _sign(Cause.GUEST_DISK, r"No space left on device", final=False),
 )
+# What a kernel says first of all when it fails (BUG, Oops, an exception; kernel/panic.c, and of x86
+# arch/x86/kernel/dumpstack.c and traps.c). Registers and addresses follow, screens of them.
+_FAILURE = re.compile(
+    _KERNEL + r"(?:BUG: |Oops: |[Uu]nable to handle |general protection fault|double fault|"
+    r"stack segment|invalid opcode|int3|traps: |kernel BUG at |Kernel panic - not syncing)"
+)
 # A boot begins with one of these: what was before is another boot's.
 _BEGINNING = re.compile(r"SeaBIOS|^\[ *0\.000000\] Linux version ")
 
@@ -81,6 +87,20 @@ def find_sign(
             if sign.pattern.search(line):
                 return sign, line
     return None
+
+
+def find_kernel_failure(lines: Sequence[str]) -> int | None:
+    """Return the number of the line in which the latest boot's kernel begins to say why it failed.
+
+    None where it did not fail.
+    """
+    failed = None
+    for number, line in enumerate(lines):
+        if _BEGINNING.search(line):
+            failed = None
+        elif failed is None and _FAILURE.search(line):
+            failed = number
+    return failed
 
 
 def _latest_boot(lines: Sequence[str]) -> Iterator[str]:

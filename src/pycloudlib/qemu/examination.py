@@ -17,7 +17,7 @@ from pycloudlib.guest.bootphases import (
     read_console_tail,
 )
 from pycloudlib.guest.cloudinit import find_console_warning, merge_warnings
-from pycloudlib.guest.deadends import find_sign
+from pycloudlib.guest.deadends import find_kernel_failure, find_sign
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.process import ProcessEnd
 from pycloudlib.qemu.qmp import Event, QmpError
@@ -113,8 +113,19 @@ def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
         phase=facts.phase,
         boots=facts.boots,
         warnings=facts.warnings,
-        console=tuple(line for line in facts.console if line)[-_CONSOLE_LINES:],
+        console=_shorten(facts.console, panic=cause is Cause.KERNEL_PANIC),
     )
+
+
+def _shorten(console: Sequence[str], *, panic: bool) -> tuple[str, ...]:
+    """Keep of the console what tells: its end, and how a panic began, far above its end."""
+    lines = [line for line in console if line]
+    last = lines[-_CONSOLE_LINES:]
+    begun = find_kernel_failure(lines) if panic else None
+    if begun is None or begun >= len(lines) - _CONSOLE_LINES:
+        return tuple(last)
+    first = lines[begun : len(lines) - _CONSOLE_LINES][:_CONSOLE_LINES]
+    return (*first, "…", *last)
 
 
 def diagnose_launch(error: BaseException) -> Diagnosis | None:
