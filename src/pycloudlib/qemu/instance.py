@@ -115,7 +115,7 @@ class QemuInstance(GuestAccess):
             PycloudlibTimeoutError: The machine could not be reached in time.
         """
         # What is wrong with it is told before anything is done.
-        deadline = ready_limit(ready_timeout, self._default_ready_minutes)
+        deadline = ready_limit(ready_timeout, self.ready_timeout)
         limit = self._tell_limit(ready_timeout)
         with self._watching_boot(on_progress, limit), keeping(deadline):
             super().wait(ready_timeout, **kwargs)
