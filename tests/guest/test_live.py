@@ -210,6 +210,14 @@ def test_script_of_a_copy_has_what_it_has_in_a_boot(cloud: Qemu, saved: str) -> 
     assert log == "to stdout\nto stderr"
 
 
+@pytest.mark.thorough
+def test_user_data_of_a_copy_that_boots_it_again_is_followed(cloud: Qemu, saved: str) -> None:
+    vm = cloud.launch(saved, user_data=f"#!/bin/sh\necho ran >>{RECORD}\nreboot\n")
+    vm.wait()
+    assert vm.console_log().count("Linux version") == 1
+    assert vm.execute(f"cat {RECORD}; systemctl is-system-running") == "ran\nrunning"
+
+
 def test_user_data_that_does_not_end_is_not_waited_for(cloud: Qemu, saved: str) -> None:
     vm = cloud.launch(saved, user_data="#!/bin/sh\nexec sleep 1000\n")
     with pytest.raises(PycloudlibTimeoutError, match=r"user-data of .* did not end"):

@@ -19,6 +19,7 @@ from tests.unit.userdataforms import (
     EVERYTHING,
     FORMS,
     HOOK,
+    IN_ORDER,
     RECORD,
     Form,
     config,
@@ -31,8 +32,9 @@ from tests.unit.userdataforms import (
 CLOUD_INIT = """\
 #!{python}
 import os, sys, yaml
-_, one, file, single, two, module, *often = sys.argv
-assert [one, single, two, *often] == ["--file", "single", "--name", "--frequency", "always"]
+_, single, name, module, *often = sys.argv
+assert [single, name, *often] == ["single", "--name", "--frequency", "always"]
+file = "{root}/var/lib/cloud/instance/cloud-config.txt"
 print("done by", module)
 with open("{root}/called", "a") as called:
     called.write(module + "\\n")
@@ -175,10 +177,12 @@ def test_script_reaches_the_guest_byte_for_byte(guest: FakeGuest) -> None:
     assert (guest.cloud / "instance/scripts/part-001").read_bytes() == content.encode()
 
 
-def test_guest_whose_cloud_init_has_no_state_runs_scripts(guest: FakeGuest) -> None:
+def test_guest_whose_cloud_init_has_no_state_runs_scripts_and_tells(guest: FakeGuest) -> None:
     (guest.cloud / "instance").unlink()
-    assert guest.run(EVERYTHING).returncode == 0
-    assert guest.recorded()[-1] == "runcmd"
+    done = guest.run(EVERYTHING)
+    assert done.returncode == 1
+    assert "bootcmd failed" in done.stderr
+    assert guest.recorded() == tuple(line for line in IN_ORDER if "cmd" not in line)
     assert not (guest.cloud / "instance").exists()
     assert not list((guest.root / "var/lib").glob("pycloudlib-*"))
 

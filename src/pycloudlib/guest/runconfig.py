@@ -94,10 +94,12 @@ run() {
   }
 }
 """
-# cloud-init writes to that log itself. What it keeps of the datasource is who a copy was before.
+# cloud-init writes to that log itself, and reads the cloud-config from its place: the option for
+# another one is not where it was in older versions. What it keeps of the datasource is who a copy
+# was before.
 _PROLOGUE_OF_MODULES = """\
 module() {
-  clean cloud-init --file $i/cloud-config.txt single --name $1 --frequency always >$d/out 2>&1 || {
+  clean cloud-init single --name $1 --frequency always >$d/out 2>&1 || {
     status=1; echo "$1 failed" >&2; tail -n 5 $d/out >&2
   }
 }

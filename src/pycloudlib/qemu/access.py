@@ -61,6 +61,7 @@ class GuestAccess(DiagnosedInstance):
         self.port = str(machine.spec.ssh_port)
         self._helper = HelperLink(machine)
         self._ssh_begins_anew = False
+        self._may_go_down = False
         self._watch: BootWatch | None = None
 
     @property
@@ -242,8 +243,6 @@ class GuestAccess(DiagnosedInstance):
             ) from error
         if result.return_code < 0:
             self._log.info("The connection to %s ended while its user-data ran", self.name)
-            self._wait_for_execute()
-            self._wait_for_cloudinit()
         elif result.failed:
             self._log.warning(
                 "The user-data failed on %s with exit status %d: %s",
@@ -251,6 +250,12 @@ class GuestAccess(DiagnosedInstance):
                 result.return_code,
                 result.stderr,
             )
+        # It may have the guest boot again, as in a boot.
+        self._may_go_down = True
+        try:
+            self._follow_cloudinit()
+        finally:
+            self._may_go_down = False
 
     def _forget_guest(self) -> None:
         """Close the connection and forget the helper: the guest they were with is no more."""
@@ -319,7 +324,7 @@ class GuestAccess(DiagnosedInstance):
 
     def _was_followed(self) -> bool:
         # The helper came with what was saved, or will be: a machine that was ready.
-        return self._helper.expected
+        return self._helper.expected and not self._may_go_down
 
     def _seen_warnings(self) -> Sequence[str]:
         return self._watch.warnings if self._watch else ()
