@@ -121,6 +121,23 @@ def test_key_of_any_form_logs_in(kind: str, shape: str, make_pair: MakePair) -> 
     assert set(logs_in(pair, KEYS[kind])) == {blob(KEYS[kind])}
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("rsa", "openssh"), ("rsa", "pem"), ("ed25519", "pkcs8")]
+)
+def test_older_library_that_knows_no_shortcut_loads_keys_too(
+    kind: str, shape: str, make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cryptography 42 is, which may be installed beside the oldest paramiko that will do."""
+
+    def without_shortcut(load: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda data, password: load(data, password)
+
+    for name in ("load_ssh_private_key", "load_pem_private_key"):
+        monkeypatch.setattr(form, name, without_shortcut(getattr(form, name)))
+    key_pair = make_pair(kind, shape)
+    loginkey.prove(key_pair, "the key")
+
+
 @pytest.mark.parametrize(("kind", "shape"), ENCRYPTED)
 def test_key_with_a_passphrase_is_used_by_the_agent(
     kind: str, shape: str, make_pair: MakePair, agent: Agent

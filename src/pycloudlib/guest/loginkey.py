@@ -238,8 +238,12 @@ def _load(key_pair: KeyPair, secret: bytes, public: PublicHalf | None) -> Any:
 
     load = form.load_ssh_private_key if _OPENSSH in secret else form.load_pem_private_key
     try:
-        # Whether the numbers of an RSA key are right shows by its public half.
-        key = load(secret, None, unsafe_skip_rsa_key_validation=True)
+        try:
+            # Whether the numbers of an RSA key are right shows by its public half.
+            key = load(secret, None, unsafe_skip_rsa_key_validation=True)
+        except TypeError:
+            # Older versions of the library know no such thing: it takes them half a second.
+            key = load(secret, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _is_damaged(path, error) from error
     if isinstance(key, dsa.DSAPrivateKey):
