@@ -94,7 +94,7 @@ class DiagnosedInstance(BaseInstance):
         if self.machine.state is not State.RUNNING or not self._can_be_asked():
             return diagnosis
         try:
-            told = self.execute(_ASK, timeout=_ASK_LIMIT)
+            told = self.execute(_ASK, timeout=_ASK_LIMIT, no_log=True)
         except Exception as error:  # noqa: BLE001 - it is another error that is told of
             self._log.debug("%s cannot be asked: %s", self.name, error)
             return diagnosis
