@@ -28,6 +28,7 @@ class Cause(enum.Enum):
     EMERGENCY_SHELL = "emergency shell"
     HOST_KEY = "the SSH host key is not the machine's"
     KEY_REFUSED = "the SSH key is refused"
+    NO_COMMANDS = "the login user may run no commands"
     CLOUD_INIT = "cloud-init failed"
     CLOUD_INIT_WARNING = "cloud-init warned"
     NO_NETWORK = "the guest has no network"
@@ -91,6 +92,10 @@ _HINTS = {
     Cause.KEY_REFUSED: (
         "is the user right (username=)? User-data with a 'users' list takes the key away from the "
         "default user; did somebody change authorized_keys?"
+    ),
+    Cause.NO_COMMANDS: (
+        "log in as another user (username=): cloud-init lets nobody in as root unless disable_root "
+        "is false, and a shell like nologin runs nothing"
     ),
     Cause.CLOUD_INIT: "its words are above; /var/log/cloud-init.log in the guest tells more",
     Cause.CLOUD_INIT_WARNING: (

@@ -79,6 +79,7 @@ def test_cause_is_found_in_what_is_seen(seen: Facts, cause: Cause) -> None:
     [
         ("u@h port 1: host key changed: the machine showed x", "", Cause.HOST_KEY),
         ("u@h port 1: key /k refused: Authentication failed.", "", Cause.KEY_REFUSED),
+        ("commands do not run, the boot id could not be read", "", Cause.NO_COMMANDS),
         ("the connection was closed before SSH's banner", "kernel", Cause.NO_SSH_SERVER),
         ("[Errno 104] Connection reset by peer", "kernel", Cause.NO_SSH_SERVER),
         ("no SSH banner within 2 s", "cloud-init done", Cause.NO_NETWORK),

@@ -247,6 +247,7 @@ def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Caus
     for cause, word in (
         (Cause.HOST_KEY, "host key"),
         (Cause.KEY_REFUSED, "refused: "),
+        (Cause.NO_COMMANDS, "commands do not run"),
         (Cause.NO_SSH_SERVER, "closed before SSH's banner"),
         (Cause.NO_SSH_SERVER, "Connection reset"),
     ):
