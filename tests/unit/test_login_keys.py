@@ -130,7 +130,10 @@ def test_older_library_that_knows_no_shortcut_loads_keys_too(
     """As cryptography 42 is, which may be installed beside the oldest paramiko that will do."""
 
     def without_shortcut(load: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda data, password: load(data, password)
+        def load_older(data: bytes, password: bytes | None) -> Any:
+            return load(data, password)
+
+        return load_older
 
     for name in ("load_ssh_private_key", "load_pem_private_key"):
         monkeypatch.setattr(form, name, without_shortcut(getattr(form, name)))
