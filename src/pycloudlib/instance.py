@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import weakref
@@ -256,7 +257,8 @@ class BaseInstance(Readiness):
             use_sudo: Whether to run it as root.
             get_pty: Whether to give it a terminal.
             timeout: Seconds it may take; no limit by default.
-            no_log: Whether the command, which may have secrets in it, is left out of the log.
+            no_log: Whether the command, which may have secrets in it, is left out of the log and
+                of errors.
             **kwargs: Accepted for older programs and logged.
 
         Returns:
@@ -285,7 +287,8 @@ class BaseInstance(Readiness):
         options: dict[str, Any] = {"get_pty": True} if get_pty else {}
         if timeout is not None:
             options["timeout"] = timeout
-        result = self._ssh(argv, stdin=stdin, **options)
+        with commands.keeping_secret() if no_log else contextlib.nullcontext():
+            result = self._ssh(argv, stdin=stdin, **options)
         self._log.debug("Exit status in %s: %d", self.name, result.return_code)
         return result
 

@@ -84,6 +84,12 @@ def test_commands_whose_time_is_over_leave_the_machine_usable(make: Maker, most:
     assert len(local.transports) <= 2
 
 
+def test_command_that_is_not_to_be_logged_is_in_no_error(make: Maker) -> None:
+    with pytest.raises(PycloudlibTimeoutError, match=r"within 0\.2 s.*not to be shown") as caught:
+        make(4).execute("sleep 900 # secret", timeout=0.2, no_log=True)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("command", "get_pty"),
     [

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from pycloudlib.deadline import Deadline
@@ -61,6 +62,25 @@ for signal in HUP KILL; do
 done
 exit 1
 """
+
+
+# The hooks that clients override take no such argument, so it is handed to what is below them so.
+_secret: ContextVar[bool] = ContextVar("secret", default=False)
+
+
+@contextlib.contextmanager
+def keeping_secret() -> Iterator[None]:
+    """Leave the commands that are run inside the block out of errors."""
+    token = _secret.set(True)
+    try:
+        yield
+    finally:
+        _secret.reset(token)
+
+
+def in_errors(command: str | None) -> str | None:
+    """Return how a command is named in errors."""
+    return "a command that is not to be shown" if _secret.get() else command
 
 
 def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -> paramiko.Channel:
@@ -154,7 +174,8 @@ def run(
             if announced is not None and announced.pid:
                 _end(connections, session, announced.pid)
             raise PycloudlibTimeoutError(
-                f"The command did not end within {timeout:g} s and was hung up on: {command}"
+                f"The command did not end within {timeout:g} s and was hung up on: "
+                f"{in_errors(command)}"
             ) from None
     if announced is not None:
         announced.finish()
@@ -273,7 +294,9 @@ def stream(
     ):
         return channel.exit_status
     limit = 0.0 if deadline is None else deadline.limit
-    raise PycloudlibTimeoutError(f"The command did not end within {limit:g} s: {command}")
+    raise PycloudlibTimeoutError(
+        f"The command did not end within {limit:g} s: {in_errors(command)}"
+    )
 
 
 class _Pump(threading.Thread):

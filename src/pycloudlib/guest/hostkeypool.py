@@ -25,7 +25,7 @@ from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
 _log = logging.getLogger(__name__)
 
 # As many machines can be launched at once without waiting for a key.
-_KEPT = 8
+_KEPT = 16
 _NICENESS = 10
 
 _MAKERS = {"ed25519": generate_ed25519, "ecdsa": generate_ecdsa, "rsa": generate_rsa}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.files import write_private
+from pycloudlib.files import replace_atomically, write_private
 from pycloudlib.guest import userdata
 
 _log = logging.getLogger(__name__)
@@ -82,13 +82,18 @@ class MachineHostKeys:
         if not self.ends_in_machine(connection):
             return False
         _log.info("Pinning the host key %s, which the machine itself showed", key_line)
-        write_private(self.known_hosts, key_line + "\n")
+        _write(self.known_hosts, [key_line])
         return True
 
 
 def pin(known_hosts: Path, keys: Sequence[HostKey]) -> None:
     """Keep the keys that a machine is given, in place of others."""
-    write_private(known_hosts, "".join(f"{key.line}\n" for key in keys))
+    _write(known_hosts, [key.line for key in keys])
+
+
+def _write(known_hosts: Path, lines: Sequence[str]) -> None:
+    with replace_atomically(known_hosts, synced=False) as temporary:
+        write_private(temporary, "".join(f"{line}\n" for line in lines))
 
 
 def are_decided_by(document: bytes, name: str) -> bool:

@@ -22,6 +22,7 @@ from pycloudlib.errors import (
 from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, runconfig, ssh
 from pycloudlib.guest.bootphases import BootWatch, Phase
+from pycloudlib.guest.commands import in_errors
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
 from pycloudlib.guest.logins import tell_logins
@@ -373,7 +374,7 @@ class GuestAccess(DiagnosedInstance):
         get_pty: bool = False,
         timeout: float | None = None,
     ) -> Result:
-        waiting_for = f"the end of: {shlex.join(command)[:_SHOWN_COMMAND]}"
+        waiting_for = f"the end of: {in_errors(shlex.join(command)[:_SHOWN_COMMAND])}"
         with self.explaining(waiting_for), self._naming_end():
             # Nobody answers on a connection that is kept then, for as long as it is waited.
             self.machine.check_kernel()

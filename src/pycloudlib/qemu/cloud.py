@@ -375,8 +375,10 @@ class Qemu(QemuReady):
     def _host(self) -> Host:
         """What machines run on; found out at the first launch."""
         binary = Path(self.qemu_binary)
-        choice = choose_accelerator(self.settings.accelerator, binary, self.settings.cache_dir)
         host_keys = HostKeyPool(self.settings.state_dir / "host-keys")
+        # Begun before what takes a while on a host that is new to this package.
+        host_keys.fill()
+        choice = choose_accelerator(self.settings.accelerator, binary, self.settings.cache_dir)
         return Host(binary, choice.accelerator, self._ports, host_keys)
 
     @property

@@ -16,6 +16,7 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import write_private
+from pycloudlib.guest.commands import in_errors
 from pycloudlib.guest.helper import (
     LARGEST_STDIN,
     FixUp,
@@ -115,7 +116,7 @@ class HelperLink:
             except PycloudlibTimeoutError:
                 raise PycloudlibTimeoutError(
                     f"The command did not end within {timeout or 0:g} s and was hung up on: "
-                    f"{' '.join(argv)}"
+                    f"{in_errors(' '.join(argv))}"
                 ) from None
             except HelperRefusedError as error:
                 _log.debug("%s: %s", self._machine.spec.name, error)
