@@ -12,7 +12,8 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pycloudlib.guest.commands import open_session, stream
+from pycloudlib.deadline import Deadline
+from pycloudlib.guest.commands import hung_up_on, open_session, stream
 from tests.unit.sshserver import LocalInstance
 
 
@@ -145,3 +146,24 @@ def test_closed_connection_is_an_error(client: paramiko.SSHClient) -> None:
 
     with pytest.raises(paramiko.SSHException):
         open_session(client)
+
+
+def test_hanging_up_on_a_lost_connection_is_no_error_of_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python would print its traceback."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    closed = threading.Event()
+
+    class LostChannel:
+        def close(self) -> None:
+            closed.set()
+            raise EOFError
+
+    with hung_up_on(LostChannel(), Deadline.after(0.01)):  # type: ignore[arg-type]
+        assert closed.wait(30)
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.join(30)
+    assert failed == []

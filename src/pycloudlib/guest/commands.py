@@ -331,7 +331,12 @@ def _limit(seconds: float, deadline: Deadline | None) -> float:
 @contextlib.contextmanager
 def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
     """Close a channel whose requests are not answered in time: they know no limit of their own."""
-    watchdog = threading.Timer(_limit(ANSWER_LIMIT, deadline), channel.close)
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError, EOFError):  # the connection is lost already
+            channel.close()
+
+    watchdog = threading.Timer(_limit(ANSWER_LIMIT, deadline), hang_up)
     watchdog.daemon = True
     watchdog.start()
     try:
