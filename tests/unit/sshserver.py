@@ -54,11 +54,16 @@ class _Files(paramiko.SFTPServerInterface):
 
 
 class _File(paramiko.SFTPHandle):
-    """A file that is open; written without a buffer, so that no error comes late."""
+    """A file that is open; written without a buffer, so that no error comes late.
+
+    As OpenSSH's server does, it goes to a place in the file before it reads, and before it writes
+    without appending: no FIFO and no terminal lets it.
+    """
 
     def __init__(self, descriptor: int, flags: int) -> None:
         super().__init__(flags)
         self._descriptor = descriptor
+        self._appends = bool(flags & os.O_APPEND)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -68,15 +73,14 @@ class _File(paramiko.SFTPHandle):
 
     def read(self, offset: int, length: int) -> Any:
         try:
-            with contextlib.suppress(OSError):  # not of a FIFO
-                os.lseek(self._descriptor, offset, os.SEEK_SET)
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
             return os.read(self._descriptor, length)
         except OSError as error:
             return paramiko.SFTPServer.convert_errno(error.errno or 0)
 
     def write(self, offset: int, data: Any) -> Any:
         try:
-            with contextlib.suppress(OSError):
+            if not self._appends:
                 os.lseek(self._descriptor, offset, os.SEEK_SET)
             os.write(self._descriptor, data)
         except OSError as error:

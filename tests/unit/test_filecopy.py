@@ -66,6 +66,24 @@ def test_kernel_files_that_say_they_are_empty_are_read(local: LocalInstance, her
     assert (local.directory / "version").read_text() == Path("/proc/version").read_text()
 
 
+def test_a_fifo_in_the_guest_is_read(local: LocalInstance, guest: Path, here: Path) -> None:
+    fifo = guest / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(LARGE))
+    writer.start()
+    local.pull_file("fifo", here / "file")
+    writer.join(30)
+    assert (here / "file").read_bytes() == LARGE
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+
+
+def test_a_stream_that_cannot_be_read_changes_nothing(local: LocalInstance, here: Path) -> None:
+    (here / "file").write_text("before")
+    with pytest.raises(OSError, match="No such device or address: '/dev/tty'"):
+        local.pull_file("/dev/tty", here / "file")
+    assert (here / "file").read_text() == "before"
+
+
 class TestPulledOnto:
     """What becomes of what is there already, as of `cp`."""
 

@@ -88,7 +88,11 @@ def pull(
     target = check_path("local_path", local_path)
     try:
         with connections.files() as sftp, _naming(source, sftp):
-            _receive(sftp, source, Path(target), on_progress)
+            facts = sftp.stat(to_bytes(source))
+            if not _is_stream(facts.st_mode or 0):
+                _receive(sftp, facts, source, Path(target), on_progress)
+                return
+        _receive_stream(connections, source, Path(target), on_progress)
     except _UnexplainedError as error:
         raise _explained(connections, _WHY_NOT_READ, source, error) from error
 
@@ -122,8 +126,10 @@ def _send(
 ) -> None:
     facts = os.fstat(file.fileno())
     total = facts.st_size if stat.S_ISREG(facts.st_mode) else None
-    _check_link(sftp, target)
-    with sftp.open(to_bytes(target), "wb") as remote:
+    # sshd goes to a place in a file before it writes there, but not when it appends; a stream has
+    # no places to go to.
+    how = "ab" if _is_stream(_find_mode(sftp, target)) else "wb"
+    with sftp.open(to_bytes(target), how) as remote:
         # Answers are waited for one by one where the size cannot tell whether all has arrived.
         is_regular = stat.S_ISREG(remote.stat().st_mode or 0)
         remote.set_pipelined(is_regular)
@@ -138,9 +144,12 @@ def _send(
 
 
 def _receive(
-    sftp: paramiko.SFTPClient, source: str, target: Path, on_progress: ProgressCallback
+    sftp: paramiko.SFTPClient,
+    facts: paramiko.SFTPAttributes,
+    source: str,
+    target: Path,
+    on_progress: ProgressCallback,
 ) -> None:
-    facts = sftp.stat(to_bytes(source))
     mode, size = facts.st_mode or 0, facts.st_size or 0
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), source)
@@ -156,6 +165,33 @@ def _receive(
             _write(file, chunk, target)
             done += len(chunk)
             on_progress(Progress("copying", target.name, done, max(size, done), "B"))
+
+
+def _receive_stream(
+    connections: Connections, source: str, target: Path, on_progress: ProgressCallback
+) -> None:
+    """Receive what SFTP cannot read, since sshd goes to a place in a file before it reads there."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    done = 0
+    with writing(target) as file, connections.session() as session:
+
+        def take(chunk: bytes) -> None:
+            nonlocal done
+            _write(file, chunk, target)
+            done += len(chunk)
+            on_progress(Progress("copying", target.name, done, None, "B"))
+
+        status = commands.stream(
+            session.channel,
+            shlex.join(["sh", "-c", 'exec cat <"$1"', "sh", source]),
+            stdout=take,
+            stderr=len,
+        )
+        if status < 0:
+            raise paramiko.SSHException(f"{source}: the connection is gone")
+        if status:
+            raise _UnexplainedError(f"cat ended with exit status {status}")
 
 
 def _read(file: IO[bytes], path: str) -> bytes:
@@ -180,18 +216,27 @@ def _here(path: str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, path) from error
 
 
-def _check_link(sftp: paramiko.SFTPClient, path: str) -> None:
-    """Let a link that leads nowhere be: as for `cp`, it may not be a file that is meant."""
+def _find_mode(sftp: paramiko.SFTPClient, path: str) -> int:
+    """Return the mode of what is there; 0 where nothing is.
+
+    A link that leads nowhere is let be: as for `cp`, it may not be a file that is meant.
+    """
     name = to_bytes(path)
     try:
-        is_link = stat.S_ISLNK(sftp.lstat(name).st_mode or 0)
+        mode = sftp.lstat(name).st_mode or 0
     except FileNotFoundError:
-        return
-    if is_link:
-        try:
-            sftp.stat(name)
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "a link that leads nowhere", path) from None
+        return 0
+    if not stat.S_ISLNK(mode):
+        return mode
+    try:
+        return sftp.stat(name).st_mode or 0
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "a link that leads nowhere", path) from None
+
+
+def _is_stream(mode: int) -> bool:
+    """Whether a file of a mode, such as a FIFO or a terminal, may only be read and written on."""
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 @contextlib.contextmanager
