@@ -169,6 +169,25 @@ def test_a_lost_connection_is_replaced(make: Maker) -> None:
     assert local.execute("echo again") == "again"
 
 
+def test_all_lost_connections_are_replaced_at_the_first_use(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make(most_sessions=1)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: local.execute("sleep 0.5"), range(4)))
+    assert len(local.transports) > 1
+
+    def lost(_data: object) -> None:
+        raise EOFError
+
+    # Lost, and nobody knows before something is sent: as after a reboot of the guest.
+    for connection in local._connections._connections:
+        transport = connection.client.get_transport()
+        assert transport is not None
+        monkeypatch.setattr(transport.packetizer, "write_all", lost)
+    assert local.execute("echo again") == "again"
+
+
 def test_files_share_the_sessions(make: Maker, tmp_path: Path) -> None:
     local = make(2)
     (tmp_path / "source").write_text("content")

@@ -160,6 +160,12 @@ class Connections:
                 raise paramiko.SSHException(
                     f"the SSH server opens no session: {error.text}"
                 ) from error
+            except paramiko.SSHException as error:
+                lost = not connection.alive or isinstance(error.__cause__, (OSError, EOFError))
+                self._give_back(connection, ended=False)
+                if lost and connection.proven:
+                    continue  # nothing has begun on it, and another one may be opened
+                raise
             except BaseException:
                 self._give_back(connection, ended=False)
                 raise
