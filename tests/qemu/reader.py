@@ -45,7 +45,7 @@ def prints(instance: QemuInstance, text: str, times: int = 1) -> bool:
 
 
 def machines_in(cloud: Qemu) -> list[str]:
-    return [path.name for path in cloud.parent_dir.glob("*") if not path.name.startswith("keys-")]
+    return [path.name for path in cloud.parent_dir.glob("*") if not path.name.startswith(".keys-")]
 
 
 def starts(cloud: Qemu) -> list[WarmImage]:

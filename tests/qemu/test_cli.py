@@ -263,7 +263,7 @@ def test_machines_outlive_a_command_that_is_killed(cli: Cli, tiny_image: Path) -
 
     assert cli.info("web")["state"] == "running"
     # The key that it had made is its own; the machine has a copy.
-    assert [Path(path).name[:5] for path in cli.ok("prune").split()] == ["keys-"]
+    assert [Path(path).name[:6] for path in cli.ok("prune").split()] == [".keys-"]
     assert cli.info("web")["state"] == "running"
 
 

@@ -197,7 +197,7 @@ def test_a_key_without_its_private_half_is_told_of_before_anything_starts(
     (tmp_path / "later.pub").write_text(public)
     cloud.use_key(tmp_path / "later.pub")
 
-    with pytest.raises(InvalidKeyError, match=f"the private key '{tmp_path}/later'"):
+    with pytest.raises(InvalidKeyError, match=f"no private key '{tmp_path}/later'"):
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     (tmp_path / "later").write_text(private)
 

@@ -116,6 +116,14 @@ def test_command_ends_as_ever_with_closed_descriptors(
         assert err == ("" if "2>&-" in words else expected[2])
 
 
+def test_standard_output_that_is_only_read_from_is_as_a_closed_one() -> None:
+    """A shell that is run without them has its own script there, for one thing."""
+    code, _out, err = run(f"1< {__file__} 0> /dev/null", "images", "list")
+
+    assert code == 0
+    assert err.startswith("There are no images")
+
+
 def test_reader_that_is_gone_ends_a_command_without_a_word() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -166,6 +167,8 @@ def test_failure_for_a_directory_names_its_key(tmp_path: Path) -> None:
         broken.image_dir.mkdir()
     with pytest.raises(FileNotFoundError), settings.naming("image_dir"):
         raise FileNotFoundError("something else")
+    with pytest.raises(FileNotFoundError), broken.naming("image_dir"):
+        raise FileNotFoundError(errno.ENOENT, "not there", "/some/where/else")
 
 
 def test_doctor_looks_without_a_home(homeless: None) -> None:
@@ -258,7 +261,8 @@ def test_user_that_nobody_knows(environment: str, configured: bool, open_directo
         assert said.endswith("\nleft []\n")
     else:
         assert said.startswith("CloudSetupError")
-        assert "_dir in [qemu]" in said
+        assert "state_dir" in said
+        assert "[qemu]" in said
 
 
 def test_command_line_says_which_key_to_set(
@@ -268,3 +272,33 @@ def test_command_line_says_which_key_to_set(
 
     assert done.code == 1
     assert "state_dir" in done.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("arguments", [["list"], ["prune"], ["launch", "bookworm"]])
+def test_command_line_names_the_directory_that_cannot_be_read(
+    arguments: list[str], open_directory: Path
+) -> None:
+    """Not: there are no machines."""
+    locked = open_directory / "locked"
+    locked.mkdir(mode=0o700)
+    config = open_directory / "c.toml"
+    config.write_text(f"[qemu]\nworking_dir = {json.dumps(str(locked))}\n")
+    binary = open_directory / "qemu-system-x86_64"
+    binary.touch()
+    binary.chmod(0o755)
+    program = (
+        "import contextlib, sys\nfrom pycloudlib.cli.app import main\n"
+        "with contextlib.redirect_stderr(sys.stdout): main(sys.argv[1:])"
+    )
+
+    said = run_as_stranger(
+        program,
+        *arguments,
+        HOME=str(open_directory),
+        PYCLOUDLIB_CONFIG=str(config),
+        PATH=f"{open_directory}{os.pathsep}{os.environ['PATH']}",
+    )
+
+    assert f"working_dir {locked} cannot be used" in said
+    assert "Let working_dir" in said

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         secure_streams()
     try:
-        with ending_by_exception():
+        with ending_by_exception(), session.naming_directories():
             code = application.main(
                 None if arguments is None else list(arguments),
                 prog_name=PROGRAM,

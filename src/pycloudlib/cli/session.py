@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import click
 from pycloudlib import Qemu
 from pycloudlib.cli.output import colour_choice
 from pycloudlib.progress import ProgressCallback, ignore_progress
+from pycloudlib.qemu.settings import DIRECTORIES
 
 TAG = "cli"
 """The tag of the cloud that the machines of the command line live in."""
@@ -42,6 +44,16 @@ class Session:
         Errors are those of `Qemu`.
         """
         return Qemu(TAG, timestamp_suffix=False, orphans="keep")
+
+    @contextlib.contextmanager
+    def naming_directories(self) -> Iterator[None]:
+        """Name the key to set where an error is due to a directory that cannot be used."""
+        try:
+            yield
+        except OSError:
+            cloud = self.__dict__.get("cloud")  # where it was made already
+            with contextlib.nullcontext() if cloud is None else cloud.settings.naming(*DIRECTORIES):
+                raise
 
     @property
     def progress(self) -> ProgressCallback | None:

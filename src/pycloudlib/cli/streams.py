@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -16,16 +17,24 @@ def secure_streams() -> None:
     that is gone is no reason for a command to fail that has done its work.
     """
     for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # The lowest that is free, which is this one.
-            os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(descriptor, True)
+        if not _is_usable(descriptor):
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, descriptor)
+            if null != descriptor:
+                os.close(null)
     # Python has none for what was closed when it began.
     sys.stdin = sys.stdin or _open_null("r")
     sys.stdout = sys.stdout or _open_null("w")
     sys.stderr = cast("TextIO", Notes(sys.stderr or _open_null("w")))
+
+
+def _is_usable(descriptor: int) -> bool:
+    """Say whether it is open for what it is used for: a shell's own script may be in its place."""
+    try:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError:
+        return False
+    return mode != (os.O_WRONLY if descriptor == 0 else os.O_RDONLY)
 
 
 def _open_null(mode: str) -> TextIO:

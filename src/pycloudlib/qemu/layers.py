@@ -220,7 +220,11 @@ def cloud_tag(directory: Path) -> str:
 
 def cloud_directories(working_dir: Path) -> Iterator[Path]:
     """List the directories of clouds."""
-    return working_dir.glob(f"{_CLOUD_PREFIX}*")
+    # Not by glob(), which takes one that cannot be read for one that has nothing in it.
+    with contextlib.suppress(FileNotFoundError):
+        for path in working_dir.iterdir():
+            if path.name.startswith(_CLOUD_PREFIX):
+                yield path
 
 
 def _tips(working_dir: Path) -> Iterator[Path]:

@@ -134,13 +134,23 @@ class QemuSettings:
             yield
         except (OSError, CloudSetupError) as error:
             for key in keys:
-                obstacle = userdirs.find_obstacle(getattr(self, key))
-                if obstacle is not None:
+                directory = getattr(self, key)
+                obstacle = userdirs.find_obstacle(directory)
+                if obstacle is not None and _may_concern(error, directory):
                     raise CloudSetupError(
-                        f"{key} {getattr(self, key)} cannot be used: {obstacle}. Let {key} in "
-                        "[qemu] name a directory of yours"
+                        f"{key} {directory} cannot be used: {obstacle}. Let {key}, or state_dir "
+                        "for all that is kept, in [qemu] name a directory of yours"
                     ) from error
             raise
+
+
+def _may_concern(error: OSError | CloudSetupError, directory: Path) -> bool:
+    """Say whether an error may be of a directory: what it names is in it, or above it."""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, (str, bytes, os.PathLike)):
+        return True
+    path = Path(os.fsdecode(named))
+    return path.is_relative_to(directory) or directory.is_relative_to(path)
 
 
 DIRECTORIES = ("image_dir", "working_dir", "state_dir")
