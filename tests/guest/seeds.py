@@ -108,16 +108,24 @@ ARCHIVE = (
 )
 
 
+_EMPTY = text("", "plain")
+
+
 def make_multipart() -> str:
     """Make a MIME document of parts of all kinds, among them a large one."""
     config = "#cloud-config\nssh_genkeytypes: [ecdsa]\n"
     large = userdataforms.script("part-012") + f"{'#' * 63}\n" * (LARGE // 64)
-    return mime(*PARTS, text(config, "cloud-config"), text(large, "x-shellscript")).decode()
+    # A first boot with a boothook begins at its beginning; one is tried elsewhere. The parts'
+    # numbers, of which files get their names, stay.
+    parts = (part if part.get_content_subtype() != "cloud-boothook" else _EMPTY for part in PARTS)
+    return mime(*parts, text(config, "cloud-config"), text(large, "x-shellscript")).decode()
 
 
 # With `IID` for the instance's id.
 SHOW_RECORD = f"sed s/$(cat /var/lib/cloud/data/instance-id)/IID/ {RECORD}"
-_IN_ORDER = "\n".join(IN_ORDER).replace("part-010", "part-010\npart-012")
+_IN_ORDER = "\n".join(line for line in IN_ORDER if "hook" not in line).replace(
+    "part-010", "part-010\npart-012"
+)
 
 _CAT = "cat /var/tmp/proof"
 

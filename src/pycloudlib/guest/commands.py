@@ -31,8 +31,10 @@ _CHUNK = 1 << 16
 _ON_WAIT_INTERVAL = 0.5
 # RFC 4254, 5.1: what sshd says when a connection has all the sessions that it may have.
 _CONNECT_FAILED = 2
-# Seconds that a guest may take to end a command, and to tell of it.
-_END_LIMIT = 15.0
+# Seconds that a guest may take to end a command, that a caller waits for that, and that the server
+# may take to tell of it.
+_END_LIMIT = 120.0
+_END_WAIT = 15.0
 _END_TOLD_LIMIT = 2.0
 
 # Tells as which process a command runs, in a line of its own, and becomes the command.
@@ -157,7 +159,8 @@ def run(
     out: list[bytes] = []
     err: list[bytes] = []
     announced = None if deadline is None else Announcement(out.append)
-    with connections.session(deadline) as session:
+    with contextlib.ExitStack() as held:
+        session = held.enter_context(connections.session(deadline))
         try:
             status = stream(
                 session.channel,
@@ -170,9 +173,8 @@ def run(
                 on_wait=on_wait,
             )
         except PycloudlibTimeoutError:
-            # What was not announced has not begun, and will not: nobody reads the announcement.
-            if announced is not None and announced.pid:
-                _end(connections, session, announced.pid)
+            if announced is not None:
+                _end(connections, session, announced, held.pop_all())
             raise PycloudlibTimeoutError(
                 f"The command did not end within {timeout:g} s and was hung up on: "
                 f"{in_errors(command)}"
@@ -182,21 +184,45 @@ def run(
     return b"".join(out), b"".join(err), status
 
 
-def _end(connections: Connections, session: Session, pid: int) -> None:
-    """End a command whose time is over; its place on the connection is free again if that works."""
+def _end(
+    connections: Connections,
+    session: Session,
+    announced: Announcement,
+    held: contextlib.ExitStack,
+) -> None:
+    """End a command whose time is over; its place on the connection is free again if that works.
+
+    A guest that is out of breath may take longer for that than the caller is to wait: it goes on in
+    the background then.
+
+    Args:
+        connections: Those to the machine.
+        session: The command's.
+        announced: As which process it runs.
+        held: What gives the session back.
+    """
     import paramiko  # noqa: PLC0415 - heavy
 
-    with contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
-        deadline = Deadline.after(_END_LIMIT)
-        with connections.session(deadline) as another:
-            stream(
-                another.channel,
-                shlex.join(["sh", "-c", _END, str(pid)]),
-                stdout=len,
-                stderr=len,
-                deadline=deadline,
-            )
-    session.wait_for_end(_END_TOLD_LIMIT)
+    def end() -> None:
+        with held, contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
+            deadline = Deadline.after(_END_LIMIT)
+            # One that has not begun yet may do so still.
+            while not announced.told.wait(deadline.capped(_ON_WAIT_INTERVAL)):
+                if deadline.expired or session.channel.closed:
+                    return
+            with connections.session(deadline) as another:
+                stream(
+                    another.channel,
+                    shlex.join(["sh", "-c", _END, str(announced.pid)]),
+                    stdout=len,
+                    stderr=len,
+                    deadline=deadline,
+                )
+            session.wait_for_end(_END_TOLD_LIMIT)
+
+    ending = threading.Thread(target=end, name="command-end", daemon=True)
+    ending.start()
+    ending.join(_END_WAIT)
 
 
 class Announcement:
@@ -209,10 +235,12 @@ class Announcement:
 
     Attributes:
         pid: The process; None until it has been told.
+        told: Set when it has.
     """
 
     def __init__(self, sink: Sink) -> None:
         self.pid: int | None = None
+        self.told = threading.Event()
         self._sink = sink
         self._mark = secrets.token_hex(8)
         self._held = b""
@@ -237,6 +265,7 @@ class Announcement:
         if ended:
             pid = line[len(self._mark) :].strip()
             self.pid = int(pid) if pid.isdigit() else 0
+            self.told.set()
             self._held = rest
             self.finish()
 
