@@ -419,3 +419,25 @@ def test_clock_that_is_set_takes_the_log_with_it(
     assert Path(guest.RESULT).read_text() == ""
     assert clocks[0] == pytest.approx(3600, abs=60)
     assert guest.parse_time(log.read_bytes()[:23]) == pytest.approx(time.time() + 3600, abs=60)
+
+
+def test_tick_that_came_while_the_processor_was_taken_away_is_not_relied_on(
+    guest: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known no better than the time that it may have come in."""
+    clock = [100.0]
+    # Seconds that each pause really takes: in the third, the clock ticks, and nobody looks.
+    pauses = iter([0.003, 0.003, 0.4] + [0.003] * 1000)
+
+    def sleep(_seconds: float) -> None:
+        clock[0] += next(pauses)
+
+    monkeypatch.setattr(guest.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(guest.time, "sleep", sleep)
+    # It ticks 0.1 s after the beginning, and each second from then on.
+    monkeypatch.setattr(guest, "read", lambda _path: str(int(clock[0] - 0.1)))
+
+    seconds, ticked = guest.wait_for_tick()
+
+    assert ticked == pytest.approx(seconds + 0.1, abs=0.003)
+    assert clock[0] > 101

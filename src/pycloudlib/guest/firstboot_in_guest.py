@@ -31,6 +31,8 @@ DBUS_MACHINE_ID = "/var/lib/dbus/machine-id"
 JOURNALS = ("/run/log/journal/", "/var/log/journal/")
 RTC = "/sys/class/rtc/rtc0/since_epoch"
 CLOUD_INIT_LOG = "/var/log/cloud-init.log"
+# Seconds within which things are taken to have happened at once.
+SURE = 0.03
 RANDOM_SEED = "/var/lib/systemd/random-seed"
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
 RNDADDENTROPY = 0x40085203
@@ -80,22 +82,41 @@ def stir_random_numbers() -> None:
             file.write(os.urandom(os.fstat(file.fileno()).st_size))
 
 
+def wait_for_tick() -> "tuple[int, float]":
+    """Wait until the real-time clock ticks; give what it says then, and when, by the monotonic one.
+
+    A tick that came while the processor was taken away is known no better than that: then it is
+    waited for another, twice.
+    """
+    begun = time.monotonic()
+    latest, looked = int(read(RTC)), begun
+    for _ in range(3):
+        first = latest
+        while latest == first:
+            if time.monotonic() - begun > 6:
+                raise OSError("the real-time clock stands still")
+            time.sleep(0.003)
+            before, latest, looked = looked, int(read(RTC)), time.monotonic()
+        if looked - before < SURE:
+            break
+    return latest, (before + looked) / 2
+
+
 def set_clock() -> None:
     """Set the clock by the real-time clock, which tells whole seconds: at the moment it ticks.
 
     What cloud-init has logged by then moves with it.
     """
-    begun = time.monotonic()
-    first = latest = read(RTC)
-    while latest == first:
-        if time.monotonic() - begun > 3:
-            raise OSError("the real-time clock stands still")
-        time.sleep(0.003)
-        before = time.monotonic()
-        latest = read(RTC)
-    elapsed = (time.monotonic() - before) / 2
-    old, now = time.time(), int(latest) + float(FACTS["rtc_lag"]) + elapsed
-    time.clock_settime(time.CLOCK_REALTIME, now)
+    seconds, ticked = wait_for_tick()
+    old_ahead = time.time() - time.monotonic()
+    for _ in range(5):
+        at = time.monotonic()
+        now = seconds + float(FACTS["rtc_lag"]) + at - ticked
+        time.clock_settime(time.CLOCK_REALTIME, now)
+        # The processor may have been taken away in between.
+        if time.monotonic() - at < SURE:
+            break
+    old = old_ahead + at
     if os.path.exists(CLOUD_INIT_LOG):
         move_log(old, now)
 
