@@ -210,6 +210,8 @@ def _end(
             while not announced.told.wait(deadline.capped(_ON_WAIT_INTERVAL)):
                 if deadline.expired or session.channel.closed:
                     return
+            if not announced.pid:
+                return  # something else was said where its process should be
             with connections.session(deadline) as another:
                 stream(
                     another.channel,
