@@ -33,12 +33,15 @@ class Cli:
 
     def __post_init__(self) -> None:
         config = self.directory / "pycloudlib.toml"
-        config.write_text('[qemu]\naccelerator = "tcg"\n')
+        # The leases of ports stay the user's: other tests run at the same time on this host.
+        working_dir = self.directory / "machines"
+        working_dir.mkdir()
+        config.write_text(f'[qemu]\naccelerator = "tcg"\nworking_dir = "{working_dir}"\n')
         self.environment = {
             **os.environ,
             **{
                 f"XDG_{name}_HOME": str(self.directory / name.lower())
-                for name in ("CACHE", "CONFIG", "DATA", "STATE")
+                for name in ("CACHE", "CONFIG", "DATA")
             },
             "PYCLOUDLIB_CONFIG": str(config),
         }
@@ -82,8 +85,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     yield cli
     cli.ok("delete", "--all")
     cli.ok("prune")
-    instances = tmp_path / "state" / "pycloudlib" / "instances"
-    assert not instances.exists() or list(instances.iterdir()) == []
+    assert list((tmp_path / "machines").iterdir()) == []
 
 
 def is_alive(pid: int) -> bool:

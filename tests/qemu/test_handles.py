@@ -62,6 +62,27 @@ def test_a_start_that_fails_can_be_tried_again(unstarted: QemuInstance) -> None:
     assert unstarted.machine.state is State.PAUSED
 
 
+def test_a_port_that_is_busy_for_a_moment_does_not_fail_a_start(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unstarted.machine.kill()
+    other, listen = ports.listen(int(unstarted.telnet_port)), ports.listen_shared
+    refused: list[OSError] = []
+
+    def listen_or_free(port: int, *, anew: bool) -> socket.socket:
+        try:
+            return listen(port, anew=anew)
+        except OSError as error:
+            refused.append(error)
+            other.close()
+            raise
+
+    monkeypatch.setattr(ports, "listen_shared", listen_or_free)
+    unstarted.start(wait=False)
+    assert len(refused) == 1
+    assert unstarted.machine.state is State.PAUSED
+
+
 @pytest.mark.parametrize("moment", ["before", "after", "greeting"])
 def test_ctrl_c_at_any_moment_of_a_launch_leaves_nothing(
     cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch, moment: str

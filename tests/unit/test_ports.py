@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,6 +181,24 @@ def test_port_of_another_program_is_left_alone(
         assert taken not in ports_of(registry.acquire(owner))
 
     assert ports.can_listen(taken)
+
+
+def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
+    registry: PortRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a machine of another registry does that is switched on at that moment."""
+    listened: list[int] = []
+
+    class Looking(socket.socket):
+        def close(self) -> None:
+            if not listened:
+                listened.append(port := self.getsockname()[1])
+                ports.listen_shared(port, anew=True).close()
+            super().close()
+
+    monkeypatch.setattr(ports, "make_socket", Looking)
+    assert ports.can_listen(FIRST)
+    assert listened == [FIRST]
 
 
 def test_range_that_is_used_up_is_an_error(registry: PortRegistry, tmp_path: Path) -> None:

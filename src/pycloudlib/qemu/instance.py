@@ -187,7 +187,7 @@ class QemuInstance(GuestAccess):
         if self.machine.state is State.OFF:
             self._log.info("Starting %s", self.name)
             self._forget_guest()
-            self.machine.power_on()
+            self.machine.power_on_again()
         if wait:
             self.wait()
 
@@ -376,7 +376,7 @@ class QemuInstance(GuestAccess):
         if problem is not None:
             self._log.warning("%s does not reboot by itself (%s): power cycle", self.name, problem)
             self._power_off()
-            self.machine.power_on()
+            self.machine.power_on_again()
         self._forget_guest()
 
     def _release_ports(self) -> None:

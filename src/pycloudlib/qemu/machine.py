@@ -29,6 +29,7 @@ from pycloudlib.qemu.running import (
     weakly,
 )
 from pycloudlib.qemu.spec import MachineSpec
+from pycloudlib.qemu.start import PortTakenError
 
 __all__ = ["Machine", "MachineEndedError", "PowerOff", "State", "uninterrupted"]
 
@@ -39,6 +40,9 @@ _log = logging.getLogger(__name__)
 _BUTTON_INTERVAL = 10.0
 # Of the time for powering off, the last part is kept for harder ways.
 _ACPI_SHARE = 0.9
+# Seconds in which a port may be busy that another program only looks at, and between two tries.
+_PORT_PATIENCE = 1.0
+_PORT_INTERVAL = 0.05
 
 
 @enum.unique
@@ -176,6 +180,15 @@ class Machine:
         with self.rundir.power_lock():
             self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), settle)
 
+    def power_on_again(self) -> None:
+        """Start QEMU of a machine that has run before, and whose ports are known.
+
+        Errors are those of `power_on`; a port that another program holds is tried for a while.
+        """
+        with self.rundir.power_lock():
+            origin = Origin(choose_memory(self.spec.accelerator))
+            _when_ports_are_free(lambda: self._power_on(origin, None))
+
     def begin_anew(
         self,
         prepare: Callable[[], None],
@@ -189,7 +202,7 @@ class Machine:
         with self.rundir.power_lock():
             self.kill()
             prepare()
-            self._power_on(origin, settle)
+            _when_ports_are_free(lambda: self._power_on(origin, settle))
 
     def execute(
         self,
@@ -414,3 +427,17 @@ class Machine:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+
+def _when_ports_are_free(start: Callable[[], None]) -> None:
+    """Start a machine whose ports cannot be others, though a program may look at one just now."""
+    deadline = Deadline.after(_PORT_PATIENCE)
+    while True:
+        try:
+            start()
+        except PortTakenError:
+            if deadline.expired:
+                raise
+            time.sleep(_PORT_INTERVAL)
+        else:
+            return

@@ -126,9 +126,9 @@ class PortRegistry:
 
 
 def can_listen(port: int) -> bool:
-    """Say whether nobody listens on a local port."""
+    """Whether nobody listens on a local port."""
     try:
-        listen(port).close()
+        _bind(port, shared=False).close()
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -147,7 +147,7 @@ def listen_shared(port: int, *, anew: bool) -> socket.socket:
         OSError: Another program has it.
     """
     if anew:
-        listen(port).close()
+        _bind(port, shared=False).close()
     return listen(port, shared=True)
 
 
@@ -161,15 +161,29 @@ def listen(port: int, *, shared: bool = False) -> socket.socket:
     Raises:
         OSError: Another program has it.
     """
-    listener = make_socket(socket.AF_INET)
+    listener = _bind(port, shared=shared)
     try:
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # As QEMU does: connections of an earlier machine that linger are no obstacle.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((LOOPBACK, port))
         listener.listen(1)
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+def _bind(port: int, *, shared: bool) -> socket.socket:
+    """Bind a socket to a local port.
+
+    That alone shows whether another program listens there, and hinders nobody who is about to
+    listen: with SO_REUSEADDR on both sides, only a socket that listens is in the way of others.
+    """
+    bound = make_socket(socket.AF_INET)
+    try:
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # As QEMU does: connections of an earlier machine that linger are no obstacle.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((LOOPBACK, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
