@@ -11,9 +11,9 @@ from pathlib import Path
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.qemu import checkpoint
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.process import ProcessIdentity
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.identity import ProcessIdentity
 from tests.qemu.saved import becomes
 
 pytestmark = pytest.mark.qemu

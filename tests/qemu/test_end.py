@@ -15,9 +15,9 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.errors import CleanupError, InstanceNotFoundError, PycloudlibTimeoutError
 from pycloudlib.qemu import ports
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
-from pycloudlib.qemu.process import ProcessIdentity
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]

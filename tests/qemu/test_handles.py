@@ -26,9 +26,10 @@ from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.progress import Progress
 from pycloudlib.qemu import helperlink, ports, sockets
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
-from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.process import QemuProcess
 from pycloudlib.qemu.qmp import QmpError
 from pycloudlib.qemu.rundir import RunDirectory, short_path
 from pycloudlib.qemu.start import LaunchError, PortTakenError

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ownership import Orphans, Ownership, create_owned_directory
-from pycloudlib.qemu.process import ProcessIdentity
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, alive, becomes, qemus
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.peer import ends_in
-from pycloudlib.qemu.process import ProcessIdentity
 
 OURSELVES = ProcessIdentity.find(os.getpid())
 # Accepts one connection, says so on it, and holds it until its input ends.

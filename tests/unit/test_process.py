@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.process import QemuProcess
 
 Start = Callable[..., QemuProcess]
 
@@ -297,7 +298,8 @@ def test_process_outlives_the_program_that_started_it(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    identity = ProcessIdentity(*map(int, done.stdout.split()))
+    pid, start_time = map(int, done.stdout.split())
+    identity = ProcessIdentity(pid, start_time)
 
     process = QemuProcess.attach(identity, SLEEP, tmp_path / "qemu.log")
 

@@ -18,8 +18,9 @@ from pycloudlib.guest.helper import FixUp, Identity, NewKey
 from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.qemu import accelerator, layers, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator, Trial, kvm_problem
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
-from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.process import QemuProcess
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec

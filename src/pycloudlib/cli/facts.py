@@ -26,7 +26,9 @@ class MachineFacts:
         name: What it is called.
         cloud: The tag of the cloud that it lives in; `cli` of the command line's own.
         id: Its id, by which `Qemu.get_instance` finds it.
-        state: `running`, `off`, `starting`, `paused` (`info` alone tells that) or `broken`.
+        state: `running`, `off`, `starting`, `paused` (`info` alone tells that), `elsewhere` (it
+            runs, or may run, in another container or on another host) or `broken`.
+        place: Where that is; empty of any other.
         problem: Why it is broken; empty of any other.
         image: The image that it was launched from, a path; empty where that cannot be told.
         cpus: Processors.
@@ -48,6 +50,7 @@ class MachineFacts:
     cloud: str
     id: str
     state: str
+    place: str
     problem: str
     image: str
     cpus: int
@@ -86,6 +89,7 @@ def collect(found: Found, state: str = "") -> MachineFacts:
         cloud=found.tag,
         id=found.id,
         state=state or found.state,
+        place=found.place,
         problem=found.problem,
         image=_find_image(rundir.disk),
         cpus=spec.instance_type.cpus if spec else 0,
@@ -171,7 +175,7 @@ def lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[st
     return [
         ("Name", facts.name),
         ("Cloud", facts.cloud),
-        ("State", facts.state),
+        ("State", f"{facts.state}: {facts.place}" if facts.place else facts.state),
         ("Age", age_in_words(created)),
         ("Image", f"{image_in_words(facts.image, image_dir)} ({facts.image})"),
         ("Size", size.replace("1 CPUs", "1 CPU") if facts.cpus == 1 else size),

@@ -61,17 +61,25 @@ class Found:
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off."""
         for process in prune.find_processes(self.rundir):
-            return process.identity.pid
+            return process.pid
         return None
 
     @property
+    def place(self) -> str:
+        """Where it runs, or may run, if that cannot be seen from here; empty of any other."""
+        process = prune.find_elsewhere(self.rundir)
+        return "" if process is None else process.place
+
+    @property
     def state(self) -> str:
-        """`running`, `off`, `starting` or `broken`, told without asking QEMU."""
+        """`running`, `off`, `starting`, `elsewhere` or `broken`, told without asking QEMU."""
         if self.problem:
             return "broken"
         if self.spec is None:
             return "starting"
-        return "off" if self.pid is None else "running"
+        if self.pid is not None:
+            return "running"
+        return "elsewhere" if self.place else "off"
 
 
 def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]:
@@ -166,8 +174,11 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
             found.rundir.path.parent.rmdir()
         return errors
     try:
-        prune.end_machine(found.rundir)
-        found.rundir.remove()
+        with found.rundir.lock():
+            prune.end_machine(found.rundir)
+            found.rundir.remove()
+    except InstanceNotFoundError:
+        pass  # another process was quicker
     except (OSError, CloudError) as error:
         return [error]
     return []

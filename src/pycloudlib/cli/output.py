@@ -21,7 +21,13 @@ from pycloudlib import rawtext
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (60 * 2, 60, "minutes"))
-_STATE_COLOURS = {"running": "green", "broken": "red", "paused": "yellow", "starting": "yellow"}
+_STATE_COLOURS = {
+    "running": "green",
+    "elsewhere": "yellow",
+    "broken": "red",
+    "paused": "yellow",
+    "starting": "yellow",
+}
 
 
 def colour_choice() -> bool | None:

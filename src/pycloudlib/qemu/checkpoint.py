@@ -15,6 +15,7 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.handover import hand_over
 from pycloudlib.qemu.hotplug import list_plugged
+from pycloudlib.qemu.identity import find_proc_directory
 from pycloudlib.qemu.machine import Machine, State, uninterrupted
 from pycloudlib.qemu.memory import SHARED, Memory, find_shared_memory, keep
 from pycloudlib.qemu.ownership import owner_file
@@ -51,7 +52,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
                     store.freezing(machine.rundir.disk, image_name, in_use=True) as image,
                     savedmachine.new_directory(savedmachine.directory_of(image)) as directory,
                 ):
-                    shared = Memory(file=Path(f"/proc/{os.getpid()}/fd/{memory}"))
+                    shared = Memory(file=find_proc_directory(os.getpid()) / "fd" / str(memory))
                     pause = hand_over(machine, shared, kept_state=directory / "state")
                 # From here on the machine's old disk is a layer that it is built on.
                 undo.callback(owner_file(image).unlink)

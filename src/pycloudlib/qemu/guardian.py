@@ -17,9 +17,9 @@ import threading
 from dataclasses import dataclass
 from importlib import resources
 
-from pycloudlib.descriptors import make_pipe
+from pycloudlib.descriptors import make_pipe, moved
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ownership import Orphans, at_normal_end
-from pycloudlib.qemu.process import ProcessIdentity
 
 _log = logging.getLogger(__name__)
 
@@ -78,38 +78,40 @@ def _find_guardian() -> Guardian:
     global _guardian  # noqa: PLW0603 - one for each process
     with _lock:
         if _guardian is None or not _guardian.alive:
-            token = secrets.token_hex(16) if _guardian is None else _guardian.token
-            _guardian = _start(token)
+            earlier = _guardian
+            _guardian = _start(secrets.token_hex(16) if earlier is None else earlier.token)
+            if earlier is None:
+                at_normal_end(_dismiss)
+            else:
+                os.close(earlier.lifeline)
         return _guardian
 
 
 def _start(token: str) -> Guardian:
-    me = ProcessIdentity.find(os.getpid())
-    assert me is not None
     program = resources.files(__package__).joinpath("guardian_program.py").read_text("utf-8")
-    theirs, ours = make_pipe()
-    try:
+    with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
+        theirs, ours = make_pipe()
+        closing.callback(os.close, theirs)
+        undo.callback(os.close, ours)
+        # It means this process whatever PID namespace it is looked at in.
+        me = moved(os.pidfd_open(os.getpid()))
+        closing.callback(os.close, me)
         # No Popen: that would complain at the end of a program that does not wait for it.
         pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-IS", "-c", program, str(me.pid), str(me.start_time), token],
+            [sys.executable, "-IS", "-c", program, str(os.getpid()), token],
             {},
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, theirs, 0),
+                (os.POSIX_SPAWN_DUP2, me, 3),
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
             setsid=True,
         )
-    except BaseException:
-        os.close(ours)
-        raise
-    finally:
-        os.close(theirs)
+        undo.pop_all()
     _log.debug("Process %d sees to it that machines end with this program", pid)
-    guardian = Guardian(me.pid, pid, ours, token)
-    at_normal_end(_dismiss)
-    return guardian
+    return Guardian(os.getpid(), pid, ours, token)
 
 
 def _dismiss() -> None:

@@ -1,7 +1,8 @@
 """Ends the machines of a program that dies; see `guardian.py`.
 
 Not imported: its text is run by a Python of its own, which has nothing but the standard library.
-Arguments: the program's pid, its start time (proc(5), field 22), and the mark of its machines.
+Arguments: the program's pid, for people, and the mark of its machines. Descriptor 3 is a pidfd of
+the program: no pid is compared, as /proc may show another PID namespace than its own.
 """
 
 import os
@@ -11,31 +12,24 @@ import sys
 import time
 
 MARK = b"PYCLOUDLIB_OWNER="
+PROGRAM = 3
 # A QEMU that was being born when the program died may come to be seen a moment later.
 LOOKS = 8
 PAUSE = 0.05
 
 
-def is_program(pid: int, start_time: str) -> bool:
-    try:
-        # The name in it is bytes of anybody's choice.
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19] == start_time.encode()
-    except OSError:
-        return False
+def wait_for_end(program: int) -> None:
+    poller = select.poll()
+    poller.register(program, select.POLLIN)
+    while not poller.poll():
+        pass
 
 
-def wait_for_end(pid: int, start_time: str) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    # Looked at only now: the descriptor holds on to whatever process has the pid.
-    if is_program(pid, start_time):
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        while not poller.poll():
-            pass
+def read_environment(process: int) -> bytes:
+    """Read the environment of the process whose directory of /proc is open."""
+    file = os.open("environ", os.O_RDONLY, dir_fd=process)
+    with os.fdopen(file, "rb") as environment:
+        return environment.read()
 
 
 def ended_normally() -> bool:
@@ -53,28 +47,28 @@ def end_machines(marks: "list[bytes]") -> bool:
         if not name.isdigit():
             continue
         try:
-            descriptor = os.pidfd_open(int(name))
+            # The directory stays that very process's, and signals can be sent through it.
+            process = os.open(f"/proc/{name}", os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             continue
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                variables = file.read().split(b"\0")
+            variables = read_environment(process).split(b"\0")
             if any(mark in variables for mark in marks):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                signal.pidfd_send_signal(process, signal.SIGKILL)
                 found = True
         except OSError:
             continue  # another user's, or gone
         finally:
-            os.close(descriptor)
+            os.close(process)
     return found
 
 
 def main() -> None:
-    pid, start_time, token = sys.argv[1:]
+    _pid, token = sys.argv[1:]
     # Nobody is to wait for what the program had open, nor for the directory that it was in.
-    os.closerange(3, 4096)
+    os.closerange(PROGRAM + 1, 4096)
     os.chdir("/")
-    wait_for_end(int(pid), start_time)
+    wait_for_end(PROGRAM)
     reaped = ["reap"] if ended_normally() else ["reap", "reap-after-crash"]
     marks = [MARK + f"{token} {orphans}".encode() for orphans in reaped]
     looks = 0

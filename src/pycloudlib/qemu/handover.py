@@ -204,7 +204,7 @@ def _go_on(session: QmpSession, machine: Machine, *, ran: bool) -> None:
 
 def _check_is_own(machine: Machine, qemu: RunningQemu, memory: Path) -> None:
     """Make sure that memory is that of the QEMU that runs: another may have begun meanwhile."""
-    own = find_shared_memory(qemu.process.identity.pid)
+    own = find_shared_memory(qemu.process.pid)
     if own is None or not own.samefile(memory):
         raise CloudError(
             f"{machine.spec.name} was switched off and on, or saved by somebody else, while it was "

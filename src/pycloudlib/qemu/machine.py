@@ -17,12 +17,14 @@ from pycloudlib.errors import CloudError, InstanceNotFoundError, KernelPanicErro
 from pycloudlib.guest.bootphases import BootFinder
 from pycloudlib.guest.panics import PanicWatch
 from pycloudlib.qemu.command import Origin
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.memory import choose_memory
-from pycloudlib.qemu.process import ProcessEnd, ProcessIdentity, QemuProcess
+from pycloudlib.qemu.process import ProcessEnd, QemuProcess, is_open_elsewhere
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.running import (
     ANSWER_LIMIT,
+    MachineElsewhereError,
     MachineEndedError,
     RunningQemu,
     State,
@@ -31,7 +33,14 @@ from pycloudlib.qemu.running import (
 from pycloudlib.qemu.spec import MachineSpec
 from pycloudlib.qemu.start import PortTakenError
 
-__all__ = ["Machine", "MachineEndedError", "PowerOff", "State", "uninterrupted"]
+__all__ = [
+    "Machine",
+    "MachineElsewhereError",
+    "MachineEndedError",
+    "PowerOff",
+    "State",
+    "uninterrupted",
+]
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -121,7 +130,10 @@ class Machine:
     def state(self) -> State:
         """What it is doing now."""
         self._catch_up()
-        return self._current_state()
+        state = self._current_state()
+        if state is State.OFF and self._find_elsewhere() is not None:
+            return State.ELSEWHERE
+        return state
 
     @property
     def end(self) -> ProcessEnd | None:
@@ -157,10 +169,10 @@ class Machine:
 
     @property
     def pid(self) -> int | None:
-        """The process id of its QEMU; None when it is off."""
-        off = self.state is State.OFF
+        """The process id of its QEMU; None when it is off, or runs elsewhere."""
+        gone = self.state in (State.OFF, State.ELSEWHERE)
         qemu = self._qemu
-        return None if off or qemu is None else qemu.process.identity.pid
+        return None if gone or qemu is None else qemu.process.pid
 
     def power_on(
         self, origin: Origin | None = None, settle: Callable[[RunningQemu], None] | None = None
@@ -243,8 +255,10 @@ class Machine:
 
         Raises:
             MachineEndedError: The machine is off.
+            MachineElsewhereError: It runs where it cannot be reached from here.
         """
         self.check_on()
+        self.check_here()
         qemu = self._qemu
         if qemu is None:
             raise MachineEndedError(self.spec.name, None)
@@ -261,6 +275,19 @@ class Machine:
             pass  # which its state tells
         except QmpError as error:
             _log.info("%s does not tell what it is doing: %s", self.spec.name, error)
+
+    def check_here(self) -> None:
+        """Raise when the machine runs where this program cannot reach it.
+
+        Raises:
+            MachineElsewhereError: It does; says where.
+        """
+        self._catch_up()
+        elsewhere = None
+        if self._current_state() is State.OFF:
+            elsewhere = self._find_elsewhere()
+        if elsewhere is not None:
+            raise MachineElsewhereError(self.spec.name, elsewhere)
 
     def check_on(self) -> None:
         """Raise when the machine is off.
@@ -292,7 +319,12 @@ class Machine:
             raise KernelPanicError(self.spec.name, *panic)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
-        """Wait until QEMU is gone; say whether it was in time."""
+        """Wait until QEMU is gone; say whether it was in time.
+
+        Raises:
+            MachineElsewhereError: It runs where its end cannot be seen.
+        """
+        self.check_here()
         with self._changed:
             return self._changed.wait_for(lambda: self.state is State.OFF, deadline.remaining)
 
@@ -328,8 +360,9 @@ class Machine:
 
         Raises:
             CloudError: The kernel did not end it.
+            MachineElsewhereError: It runs where it cannot be ended from here.
         """
-        self._catch_up()
+        self.check_here()
         qemu = self._qemu
         if qemu is not None:
             qemu.kill()
@@ -338,7 +371,7 @@ class Machine:
         """End QEMU and remove the run directory; one that is gone already is no error.
 
         Raises:
-            CloudError: The kernel did not end it; the directory stays.
+            CloudError: The kernel did not end it, or it runs elsewhere; the directory stays.
         """
         with contextlib.suppress(InstanceNotFoundError), self.rundir.lock():
             self._kill_successor()
@@ -358,6 +391,7 @@ class Machine:
         with self._changed:
             state = self.state
             if state is not State.OFF:
+                self.check_here()
                 raise CloudError(
                     f"{self.spec.name} is {state.value}; only a machine that is off can be "
                     "switched on"
@@ -420,6 +454,13 @@ class Machine:
             process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
             if process is not None:
                 self._take(RunningQemu(self.spec.name, self.rundir, process, State.RUNNING))
+
+    def _find_elsewhere(self) -> ProcessIdentity | None:
+        """Find the QEMU that runs it, or may run it, where this program cannot see it."""
+        identity = self.rundir.find_process()
+        if identity is None or not self._is_news(identity):
+            return None
+        return identity if is_open_elsewhere(identity, self.rundir.disk) else None
 
     def _is_news(self, identity: ProcessIdentity) -> bool:
         return self._qemu is None or self._qemu.process.identity != identity

@@ -19,6 +19,7 @@ from pathlib import Path
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.identity import find_proc_directory
 from pycloudlib.rawtext import read_kernel_file
 
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -84,8 +85,11 @@ def find_shared_memory(pid: int) -> Path | None:
     """Find the file of a QEMU's shared memory; None when its memory is of another kind.
 
     Its path is good as long as the process lives.
+
+    Args:
+        pid: QEMU's pid in our own PID namespace.
     """
-    for link in Path(f"/proc/{pid}/fd").iterdir():
+    for link in (find_proc_directory(pid) / "fd").iterdir():
         with contextlib.suppress(OSError):
             if str(link.readlink()).startswith(f"/memfd:{_NAME}"):
                 return link

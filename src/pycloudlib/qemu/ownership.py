@@ -1,7 +1,7 @@
 """Which program a machine belongs to, and what becomes of it when that program is no more.
 
 Whatever a program makes that outlives a function has a file beside it that names the program: its
-pid and start time. A program that ends normally notes there that it has left the thing behind on
+process identity. A program that ends normally notes there that it has left the thing behind on
 purpose. So what a dead program did not leave on purpose can be told from all else, at any time.
 """
 
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.files import create_private_directory, replace_atomically, write_private
-from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, World
 
 OWNER_SUFFIX = ".owner"
 """How the file that tells whom something belongs to is called, or ends."""
-_STAGED = re.compile(r"\..+\.(?P<pid>[0-9]+)-(?P<start>[0-9]+)\.new")
+_STAGED = re.compile(rf"\..+\.(?P<pid>[0-9]+)-(?P<start>[0-9]+)(-(?P<world>{World.PATTERN}))?\.new")
 
 
 @enum.unique
@@ -43,12 +43,14 @@ class Orphans(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """An `Ownership` as it is written down."""
+    """An `Ownership` as it is written down; its first lines are a `NotedProcess`."""
 
     pid: int
     start: int
     orphans: Orphans
     left: bool
+    world: str | None = None
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +79,15 @@ class Ownership:
         """Read whom something belongs to; None of what is not known to belong to anybody."""
         try:
             noted = decode(_Note, parse_json(owner_file(owned).read_bytes()))
+            process = NotedProcess(noted.pid, noted.start, noted.world, noted.host).identity()
         except (OSError, ValueError):
             return None
-        return cls(ProcessIdentity(noted.pid, noted.start), noted.orphans, noted.left)
+        return cls(process, noted.orphans, noted.left)
 
     def write(self, owned: Path) -> None:
         """Note whom something belongs to."""
         facts = {
-            "pid": self.process.pid,
-            "start": self.process.start_time,
+            **self.process.to_plain(),
             "orphans": self.orphans.value,
             "left": self.left,
         }
@@ -102,7 +104,7 @@ def owner_file(owned: Path) -> Path:
 
 def claim(owned: Path, orphans: Orphans) -> None:
     """Note that something belongs to this program."""
-    Ownership(_myself(), orphans).write(owned)
+    Ownership(ProcessIdentity.own(), orphans).write(owned)
     _register(owned)
 
 
@@ -113,8 +115,8 @@ def create_owned_directory(path: Path, orphans: Orphans) -> Path:
         FileExistsError: There is something of that name.
         CloudSetupError: The parent is not this user's own.
     """
-    me = _myself()
-    staged = path.with_name(f".{path.name}.{me.pid}-{me.start_time}.new")
+    me = ProcessIdentity.own()
+    staged = path.with_name(f".{path.name}.{me.pid}-{me.start_time}-{me.world}.new")
     while True:
         create_private_directory(path.parent)
         # Another process may remove the parent, which it finds empty, just now.
@@ -136,7 +138,10 @@ def create_owned_directory(path: Path, orphans: Orphans) -> Path:
 def is_cut_off(path: Path) -> bool:
     """Say whether a directory was being made by a program that is no more."""
     found = _STAGED.fullmatch(path.name)
-    return found is not None and not ProcessIdentity(int(found["pid"]), int(found["start"])).alive
+    if found is None:
+        return False
+    world = None if found["world"] is None else World.parse(found["world"])
+    return not ProcessIdentity(int(found["pid"]), int(found["start"]), world).alive
 
 
 def at_normal_end(work: Callable[[], None]) -> None:
@@ -167,16 +172,10 @@ def _leave() -> None:
     """Note, at a normal end, that what is left is left on purpose."""
     if _registered_by != os.getpid():
         return
-    me = _myself()
+    me = ProcessIdentity.own()
     while _owned:
         owned = _owned.pop()
         found = Ownership.find(owned)
         if found is not None and found.process == me and not found.left:
             with contextlib.suppress(OSError):  # it is being removed
                 Ownership(me, found.orphans, left=True).write(owned)
-
-
-def _myself() -> ProcessIdentity:
-    found = ProcessIdentity.find(os.getpid())
-    assert found is not None
-    return found

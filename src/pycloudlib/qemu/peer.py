@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.identity import ProcessIdentity, find_proc_directory
 from pycloudlib.rawtext import read_kernel_file
 
 _log = logging.getLogger(__name__)
@@ -30,15 +30,16 @@ def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
     """
     try:
         inode = find_inode(connection.getpeername(), connection.getsockname())
-        if inode is None:
+        pid = process.find_pid()
+        if inode is None or pid is None:
             return False
-        open_files = Path(f"/proc/{process.pid}/fd")
+        open_files = find_proc_directory(pid) / "fd"
         found = any(inode_of(file) == inode for file in open_files.iterdir())
     except OSError as error:
         _log.debug("Process %d cannot be asked for its connections: %s", process.pid, error)
         return False
     # A pid may be used again, so that what was read is another's unless it is there still.
-    return found and process.alive
+    return found and process.find_pid() == pid
 
 
 def find_inode(local: tuple[str, int], remote: tuple[str, int]) -> int | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,39 +15,9 @@ from pathlib import Path
 
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
-from pycloudlib.rawtext import read_kernel_file
+from pycloudlib.qemu.identity import ProcessIdentity, World, find_proc_directory
 
 _OUTPUT_LIMIT = 16 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessIdentity:
-    """A process, told apart from a later one that got the same pid.
-
-    Attributes:
-        pid: Its process id.
-        start_time: When it started, in the kernel's clock ticks since boot (proc(5), field 22).
-    """
-
-    pid: int
-    start_time: int
-
-    @classmethod
-    def find(cls, pid: int) -> ProcessIdentity | None:
-        """Identify a process that runs now; None when there is none, or only its remains."""
-        try:
-            stat = read_kernel_file(f"/proc/{pid}/stat")
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # The second field, the name in parentheses, may hold anything; the rest has no ')'.
-        fields = stat.rpartition(")")[2].split()
-        state, start_time = fields[0], int(fields[19])
-        return None if state in "ZX" else cls(pid, start_time)
-
-    @property
-    def alive(self) -> bool:
-        """Whether that very process runs."""
-        return ProcessIdentity.find(self.pid) == self
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +52,23 @@ class QemuProcess:
     """A running or ended QEMU.
 
     Make one with `start` or `attach`. Safe to use from several threads.
+
+    Attributes:
+        identity: Which process it is, for whoever it may concern.
+        pid: Its pid in our own PID namespace.
     """
 
     def __init__(
         self,
         identity: ProcessIdentity,
+        pid: int,
         pidfd: int,
         log: Path,
         log_start: int,
         child: subprocess.Popen[bytes] | None,
     ) -> None:
         self.identity = identity
+        self.pid = pid
         self._pidfd = pidfd
         self._log = log
         self._log_start = log_start
@@ -134,28 +112,31 @@ class QemuProcess:
             os.close(descriptor)
         pidfd = moved(os.pidfd_open(child.pid))
         # A child that has ended already keeps its pid until it is reaped.
-        identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0)
-        return cls(identity, pidfd, log, log_start, child)
+        identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0, World.own())
+        return cls(identity, child.pid, pidfd, log, log_start, child)
 
     @classmethod
     def attach(cls, identity: ProcessIdentity, disk: Path, log: Path) -> QemuProcess | None:
-        """Watch a QEMU that another process started; None when it does not run any more.
+        """Watch a QEMU that another process started; None when it does not run, or not here.
 
         Args:
             identity: Which process it was.
             disk: The machine's disk, which is on its command line: a second proof that this is
-                the machine's own QEMU, for a pid and start time kept over a reboot of the host.
+                the machine's own QEMU, where no boot of the host was written down.
             log: Where its output goes.
         """
+        pid = identity.find_pid()
+        if pid is None:
+            return None
         try:
-            pidfd = moved(os.pidfd_open(identity.pid))
+            pidfd = moved(os.pidfd_open(pid))
         except ProcessLookupError:
             return None
-        # Looked at only now: the pidfd holds on to whatever process has the pid at this moment.
-        if not (identity.alive and os.fsencode(disk) in _command_line(identity.pid)):
+        # Looked at again: the pidfd holds on to whatever process has the pid at this moment.
+        if identity.find_pid() != pid or not _has_on_command_line(pid, disk):
             os.close(pidfd)
             return None
-        return cls(identity, pidfd, log, 0, None)
+        return cls(identity, pid, pidfd, log, 0, None)
 
     def fileno(self) -> int:
         """Give the pidfd, which becomes readable when the process ends."""
@@ -197,12 +178,35 @@ class QemuProcess:
             os.close(self._pidfd)
 
 
-def _command_line(pid: int) -> bytes:
+def _has_on_command_line(pid: int, disk: Path) -> bool:
+    """Whether a process has a disk on its command line; another mount may be in front of it."""
     try:
-        # As in QEMU's options, where a comma in a path is written twice.
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b",,", b",")
+        command = (find_proc_directory(pid) / "cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return b""
+        return False
+    # As in QEMU's options, where a comma in a path is written twice.
+    return os.fsencode(Path(*disk.parts[-2:])) in command.replace(b",,", b",")
+
+
+def is_open_elsewhere(identity: ProcessIdentity, disk: Path) -> bool:
+    """Whether a QEMU that cannot be seen from here runs a machine, or may run it.
+
+    On our own kernel, QEMU's own lock on the disk tells. On another one nothing does.
+    """
+    if not identity.is_elsewhere:
+        return False
+    world = identity.world
+    return world is None or world.boot != World.own().boot or _is_locked(disk)
+
+
+def _is_locked(disk: Path) -> bool:
+    """Whether another process holds a lock on a part of a file, as QEMU does on its disks."""
+    with contextlib.suppress(FileNotFoundError), disk.open("rb") as file:
+        # struct flock: l_type, l_whence, l_start, l_len, l_pid; all of the file.
+        wanted = struct.pack("@hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
+        return bool(struct.unpack_from("@h", found)[0] != fcntl.F_UNLCK)
+    return False
 
 
 def _signal_name(number: int) -> str:

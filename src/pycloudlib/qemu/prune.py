@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.errors import CloudError
+from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store
 from pycloudlib.qemu import layers, savedmachine
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, is_cut_off, owner_file
 from pycloudlib.qemu.ports import PortRegistry
-from pycloudlib.qemu.process import ProcessIdentity, QemuProcess
+from pycloudlib.qemu.process import QemuProcess, is_open_elsewhere
 from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.running import MachineElsewhereError
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +60,17 @@ class Pruning:
 
     def _prune_directories(self, parent_dir: Path) -> Iterator[Path]:
         for directory in sorted(parent_dir.iterdir()):
-            if directory.is_dir() and (is_cut_off(directory) or self._is_over(directory)):
-                with _reporting(directory):
-                    end_machine(RunDirectory(directory))
-                    shutil.rmtree(directory)
-                    yield directory
+            if not directory.is_dir() or directory.is_symlink() or not self._is_over(directory):
+                continue
+            with _reporting(directory):
+                rundir = RunDirectory(directory)
+                with rundir.lock():
+                    # Another program may have taken it over before the lock was ours.
+                    if not self._is_over(directory):
+                        continue
+                    end_machine(rundir)
+                    rundir.remove()
+                yield directory
 
     def _prune_snapshots(self, parent_dir: Path) -> Iterator[Path]:
         marks = layers.LayerStore(parent_dir).snapshots.glob(f"*{OWNER_SUFFIX}")
@@ -84,12 +91,13 @@ class Pruning:
         return layers.find_users(image, self.working_dir)
 
     def _is_over(self, directory: Path) -> bool:
-        owner = Ownership.find(directory)
-        if owner is None:
-            return False
-        if owner.is_over:
+        if is_cut_off(directory):
             return True
-        return self.stopped and not owner.process.alive and not _runs(RunDirectory(directory))
+        rundir = RunDirectory(directory)
+        owner = Ownership.find(directory)
+        if owner is None or find_elsewhere(rundir) is not None:
+            return False
+        return owner.is_over or (self.stopped and not owner.process.alive and not _runs(rundir))
 
 
 def _is_over(owned: Path) -> bool:
@@ -104,31 +112,47 @@ def _runs(rundir: RunDirectory) -> bool:
 def end_machine(rundir: RunDirectory) -> None:
     """End whatever runs the machine of a directory, and wait until it is gone.
 
+    The caller has the machine's lock.
+
     Raises:
         CloudError: It did not end.
+        MachineElsewhereError: It runs where it cannot be ended from here.
     """
+    elsewhere = find_elsewhere(rundir)
+    if elsewhere is not None:
+        raise MachineElsewhereError(rundir.path.name, elsewhere)
     for process in find_processes(rundir):
         process.kill()
         if not process.wait(_KILL_LIMIT):
-            raise CloudError(f"QEMU, pid {process.identity.pid}, did not end")
+            raise CloudError(f"QEMU, pid {process.pid}, did not end")
 
 
 def find_processes(rundir: RunDirectory) -> Iterator[QemuProcess]:
     """Find the QEMUs that run the machine of a directory, by what is written there alone."""
-    found: tuple[ProcessIdentity | None, ...] = (rundir.find_process(), rundir.find_successor())
-    for identity in found:
-        if identity is None:
-            continue
+    for identity in _read_identities(rundir):
         process = QemuProcess.attach(identity, rundir.disk, rundir.qemu_log)
         if process is not None:
             yield process
+
+
+def find_elsewhere(rundir: RunDirectory) -> ProcessIdentity | None:
+    """Find a QEMU that runs the machine of a directory, or may, where it cannot be seen."""
+    for identity in _read_identities(rundir):
+        if is_open_elsewhere(identity, rundir.disk):
+            return identity
+    return None
+
+
+def _read_identities(rundir: RunDirectory) -> list[ProcessIdentity]:
+    found = (rundir.find_process(), rundir.find_successor())
+    return [identity for identity in found if identity is not None]
 
 
 @contextlib.contextmanager
 def _reporting(path: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, InstanceNotFoundError):
         _log.debug("%s was removed by another process", path)
     except (OSError, CloudError) as error:
         _log.warning("%s stays: %s", path, error)

@@ -19,14 +19,14 @@ from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
 from pycloudlib.key import KeyPair
-from pycloudlib.qemu.process import ProcessIdentity
+from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, find_proc_directory
+from pycloudlib.qemu.ownership import owner_file
 from pycloudlib.qemu.spec import MachineSpec
 
 _log = logging.getLogger(__name__)
 
 _SPEC_FILE = "machine.json"
 _ID_SEPARATOR = "::"
-_LAST_PID = 2**31 - 1  # pid_t
 # How often a directory is removed to which somebody adds something at the same time.
 _REMOVALS = 100
 
@@ -48,14 +48,6 @@ class LoginFacts:
             None if public is None else str(Path(public).absolute()),
             None if private is None else str(Path(private).absolute()),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _KeptIdentity:
-    """A process as it is written down."""
-
-    pid: int
-    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +255,15 @@ class RunDirectory:
         """Remove the directory and all in it; one that is gone already is no error.
 
         From the first moment on it is no machine, so whoever comes then for its lock lets it be.
+        Until the last one it is known whose it is: so what is cut off in between is found.
         """
+        if self.path.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link, not a directory", str(self.path))
         with contextlib.suppress(FileNotFoundError):
             self._spec_file.unlink()
         for tries_left in reversed(range(_REMOVALS)):
             try:
-                shutil.rmtree(self.path)
+                self._remove_all()
             except OSError as error:
                 if not self.path.exists() or self._spec_file.exists():
                     return  # another removed it; it may be a new machine's by now
@@ -277,6 +272,18 @@ class RunDirectory:
                     raise
             else:
                 return
+
+    def _remove_all(self) -> None:
+        owner = owner_file(self.path)
+        for entry in list(os.scandir(self.path)):
+            if entry.name == owner.name:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                Path(entry.path).unlink()
+        owner.unlink(missing_ok=True)
+        self.path.rmdir()
 
     def _deleted(self) -> InstanceNotFoundError:
         return InstanceNotFoundError(str(self.path), message=f"{self.path.name} is deleted")
@@ -355,28 +362,25 @@ def short_path(path: Path) -> Iterator[str]:
     """
     descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/{os.getpid()}/fd/{descriptor}/{path.name}"
+        yield f"{find_proc_directory(os.getpid())}/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
 
 
 def _identity_text(identity: ProcessIdentity) -> str:
-    return json.dumps({"pid": identity.pid, "start": identity.start_time})
+    return json.dumps(identity.to_plain())
 
 
 def _find_identity(file: Path) -> ProcessIdentity | None:
     """Read which process a file tells of; None when it tells of none, which is logged."""
     try:
-        kept = decode(_KeptIdentity, parse_json(file.read_bytes()))
-        if not 0 < kept.pid <= _LAST_PID:
-            raise ValueError(f"pid is {kept.pid}, expected 1 to {_LAST_PID}")
+        return decode(NotedProcess, parse_json(file.read_bytes())).identity()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         # As after a crash of the host, which no process survives.
         _log.warning("%s is damaged (%s): it tells of no process", file, error)
         return None
-    return ProcessIdentity(kept.pid, kept.start)
 
 
 def _write(file: Path, text: str, *, synced: bool = True) -> None:

@@ -17,6 +17,7 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.qemu import sockets
 from pycloudlib.qemu.command import POWER_ON, Origin
+from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess
 from pycloudlib.qemu.qmp import Event, LoopThread, QmpError, QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
@@ -45,6 +46,8 @@ class State(enum.Enum):
     STARTING = "starting"
     PAUSED = "paused"
     RUNNING = "running"
+    ELSEWHERE = "elsewhere"
+    """It runs, or may run, where it cannot be seen: in another container, on another host."""
 
 
 class HostDiskFullError(CloudError):
@@ -78,6 +81,20 @@ class MachineEndedError(PycloudlibTimeoutError, CloudError):
     def __init__(self, name: str, end: ProcessEnd | None) -> None:
         self.end = end
         super().__init__(f"{name} is not running" + (f". {end}" if end else ""))
+
+
+class MachineElsewhereError(QmpError):
+    """The machine runs, or may run, where this program cannot reach its QEMU.
+
+    Attributes:
+        process: That QEMU.
+    """
+
+    def __init__(self, name: str, process: ProcessIdentity) -> None:
+        self.process = process
+        super().__init__(
+            f"{name} runs elsewhere: its QEMU is {process.place}, and cannot be reached from here"
+        )
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -300,7 +317,7 @@ class RunningQemu:
         self.process.kill()
         # Asked of the kernel, not of the loop's thread, which may not watch it yet.
         if not self.process.wait(_KILL_LIMIT):
-            raise CloudError(f"QEMU of {self._name}, pid {self.process.identity.pid}, did not end")
+            raise CloudError(f"QEMU of {self._name}, pid {self.process.pid}, did not end")
         self.note_end()
 
     def note_end(self) -> None:
