@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+UNDIAGNOSED = "undiagnosed"
+"""The attribute of an error that has its text from before a diagnosis was added to it."""
+
 
 @enum.unique
 class Cause(enum.Enum):
@@ -38,7 +41,7 @@ class Cause(enum.Enum):
 
     @property
     def hint(self) -> str:
-        """What to try."""
+        """What to try, for those who write programs."""
         return _HINTS[self]
 
 
@@ -161,17 +164,18 @@ class Diagnosis:
             told += f"{', ' if told else ''}in its boot number {self.boots} since power-on"
         return told
 
-    def tell(self, *, beside: str = "") -> str:
-        """Give it as text, a line for each fact.
+    def tell(self, *, beside: str = "", hint: str | None = None) -> str:
+        """Return it as text, a line for each fact.
 
         Args:
             beside: A text that it follows; facts that this has are not told again.
+            hint: What to try, for readers who do not write programs; by default `Cause.hint`.
         """
         told = f" ({self.evidence})" if self.evidence else ""
         limit = f" of {self.limit}" if self.limit else ""
         lines = [
             ("Cause", f"{self.cause.value}{told}"),
-            ("Try", self.cause.hint),
+            ("Try", self.cause.hint if hint is None else hint),
             ("Waited for", self.waiting_for and f"{self.waiting_for}, {self.waited:.1f} s{limit}"),
             ("Machine", self.state),
             ("QEMU said", self.stderr),

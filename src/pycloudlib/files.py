@@ -108,7 +108,7 @@ def _create_beside(target: Path, found: os.stat_result | None) -> Path | None:
         temporary.touch(exist_ok=False)
     except OSError as error:
         if found is None:
-            raise type(error)(error.errno, error.strerror, str(target)) from error
+            raise OSError(error.errno, error.strerror, str(target)) from error
         return None
     if found is not None:
         made = temporary.stat()
@@ -150,6 +150,11 @@ def write_private(path: Path, text: str) -> None:
 def private_opener(path: str, flags: int) -> int:
     """Let `open()` make a file that only its owner can read, from its first byte on."""
     return moved(os.open(path, flags, 0o600))
+
+
+def owner_opener(path: str, flags: int) -> int:
+    """Let `open()` make a file that only its owner can write to, whatever the umask is."""
+    return moved(os.open(path, flags | os.O_CLOEXEC, 0o644))
 
 
 def copy_private(source: Path, target: Path) -> None:
@@ -211,14 +216,36 @@ def is_private_directory(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and is_own
 
 
+def create_directories(path: Path, mode: int = 0o700) -> None:
+    """Make a directory and its parents, where they are missing; only their owner can write there.
+
+    Whatever the umask is: with 002, as many systems have it, others could exchange what is in them.
+
+    Args:
+        path: The directory.
+        mode: Who can enter it, as far as the umask allows; by default its owner alone.
+
+    Raises:
+        FileExistsError: There is something else of that name.
+    """
+    try:
+        path.mkdir(mode=mode & 0o755)
+    except FileNotFoundError:
+        create_directories(path.parent, mode)
+        create_directories(path, mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+
+
 def create_private_directory(path: Path) -> Path:
-    """Make a directory that only its owner can enter; parents are made as the umask has it.
+    """Make a directory that only its owner can enter, and its parents where they are missing.
 
     Raises:
         CloudSetupError: There is something else of that name, or a directory that others own or
             can write to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_directories(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     try:

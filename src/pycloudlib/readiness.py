@@ -169,7 +169,7 @@ class Readiness(ABC):
         """
         deadline = self._deadline(timeout)
         self._log.info("Waiting for SSH on %s, for at most %.0f s", self.name, deadline.limit)
-        last_seen = "nothing was tried"
+        last_seen = _Obstacle("nothing was tried")
         settled: object = None
         since: float | None = None
         while not deadline.expired:
@@ -180,7 +180,7 @@ class Readiness(ABC):
                 return
             # A last try whose time was cut short tells less than the one before.
             if not (hurried and obstacle.is_timeout):
-                last_seen = obstacle.text
+                last_seen = obstacle
             latest = None if math.isinf(obstacle.lasts) else self._has_settled()
             if latest is None:
                 since = None
@@ -195,8 +195,8 @@ class Readiness(ABC):
         self._check_alive()
         raise PycloudlibTimeoutError(
             f"{self.name} could not be reached by SSH within {deadline.limit:.0f} s; "
-            f"last seen: {last_seen}"
-        )
+            f"last seen: {last_seen.text}"
+        ) from last_seen.error
 
     def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> _Obstacle | None:
         """Try once; give what was in the way, or None when commands run."""
@@ -228,7 +228,8 @@ class Readiness(ABC):
             # A login shell that runs nothing, or a key that only says whom to log in as.
             told = f"; it said {boot_id!r}" if boot_id else ""
             self._forget_client()
-            return _Obstacle(f"commands do not run, the boot id could not be read{told}", 0.0)
+            words = f"commands do not run, the boot id could not be read{told}"
+            return _Obstacle(words, 0.0, ssh.NoCommandsError(words))
         if boot_id == old_boot_id:
             # The old boot goes down soon, and the connection with it.
             self._forget_client()

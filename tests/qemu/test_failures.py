@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import pytest
@@ -20,7 +21,8 @@ from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import BootFailedError, CloudSetupError, PycloudlibTimeoutError
 from pycloudlib.instance import BaseInstance
-from pycloudlib.qemu import running
+from pycloudlib.qemu import artifacts, running
+from pycloudlib.qemu.examination import Facts
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import MachineEndedError, State
 from pycloudlib.qemu.running import HostDiskFullError
@@ -91,7 +93,7 @@ def test_qemu_that_is_killed_while_it_is_waited_for(running: QemuInstance) -> No
 
 def test_guest_that_powers_itself_off(cloud: Qemu, tmp_path: Path) -> None:
     # ACPI's power management register of this machine, which the firmware has set up: sleep, S5.
-    image = write_boot_sector(tmp_path / "off.img", "ba0406 b80020 ef f4 ebfd")
+    image = write_boot_sector(tmp_path / "off.img", OFF)
     vm = hurry(cloud.launch(str(image), SMALL))
     with pytest.raises(MachineEndedError) as caught:
         vm.wait()
@@ -235,6 +237,118 @@ def test_artifacts_are_kept(make_cloud: CloudMaker, tiny_image: Path, tmp_path: 
     assert mode(one) == 0o700
     assert {mode(file) & 0o077 for file in one.iterdir()} == {0}
     vm.delete()
+
+
+def test_artifacts_are_kept_where_others_can_write(
+    make_cloud: CloudMaker, tiny_image: Path, tmp_path: Path
+) -> None:
+    """As in a directory that was made with umask 002; the failure is the machine's own."""
+    directory = tmp_path / "artifacts"
+    directory.mkdir()
+    directory.chmod(0o777)
+    cloud = make_cloud("kept", more=f'accelerator = "tcg"\nartifacts_dir = "{directory}"\n')
+    vm = hurry(cloud.launch(str(tiny_image), SMALL))
+    with pytest.raises(PycloudlibTimeoutError, match="could not be reached by SSH"):
+        vm.wait(ready_timeout=0.02)
+    (kept,) = directory.iterdir()
+    assert mode(kept) == 0o700
+    assert {mode(file) for file in kept.iterdir()} == {0o600}
+    vm.delete()
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "full", "others'", "damaged"])
+def test_artifacts_that_cannot_be_kept_do_not_replace_the_failure(
+    obstacle: str,
+    make_cloud: CloudMaker,
+    tiny_image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directory = tmp_path / "artifacts"
+    if obstacle == "a file":
+        directory.touch()
+    elif obstacle == "full":
+        directory = Path("/proc/self/artifacts")
+    elif obstacle == "others'":
+        made = Path.mkdir
+
+        def exchange(path: Path, *arguments: Any, **options: Any) -> None:
+            made(path, *arguments, **options)
+            if path.parent == directory:
+                path.rename(tmp_path / "away")
+                path.symlink_to(tmp_path / "victim")
+
+        (tmp_path / "victim").mkdir()
+        monkeypatch.setattr(Path, "mkdir", exchange)
+    else:
+        monkeypatch.setattr(artifacts, "copy_private", lambda *_: 1 / 0)
+    cloud = make_cloud("kept", more=f'accelerator = "tcg"\nartifacts_dir = "{directory}"\n')
+    vm = hurry(cloud.launch(str(tiny_image), SMALL))
+    with pytest.raises(PycloudlibTimeoutError, match="could not be reached by SSH") as caught:
+        vm.wait(ready_timeout=0.02)
+    assert diagnosis_of(caught.value).cause is Cause.STILL_BOOTING
+    assert "is not wholly recorded: " in caplog.text
+    if obstacle == "others'":
+        assert list((tmp_path / "victim").iterdir()) == []
+    vm.delete()
+
+
+def test_diagnosis_that_fails_does_not_replace_the_failure(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_machine: object) -> None:
+        raise PermissionError("console.log")
+
+    monkeypatch.setattr(Facts, "collect", fail)
+    with pytest.raises(PycloudlibTimeoutError, match="could not be reached by SSH"):
+        running.wait(ready_timeout=0.02)
+    assert "is not wholly recorded: PermissionError: console.log" in caplog.text
+
+
+OFF = "ba0406 b80020 ef f4 ebfd"
+
+
+@pytest.mark.parametrize("obstacle", ["artifacts", "report"])
+def test_failed_test_is_told_whatever_happens_to_its_artifacts(
+    obstacle: str, pytester: pytest.Pytester, working_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on, and it is the test's failure that is told."""
+    config = pytester.path / "config.toml"
+    config.write_text(f'[qemu]\nworking_dir = "{working_dir}"\naccelerator = "tcg"\n')
+    monkeypatch.setenv("PYCLOUDLIB_CONFIG", str(config))
+    write_boot_sector(pytester.path / "off.img", OFF)
+    if obstacle == "artifacts":
+        (pytester.path / "kept").touch()
+    else:
+        # As by a directory that cannot be looked into any more.
+        pytester.makeconftest(
+            """
+            from pycloudlib.pytest_plugin import plugin
+
+            def fail(*_):
+                raise RuntimeError("nothing can be told")
+
+            plugin._tell_of = fail
+            """
+        )
+    pytester.makepyfile(
+        """
+        def test_one(vm_factory):
+            vm_factory(image="off.img", instance_type="c1m64", warm=False, fast_boot=False)
+
+        def test_two():
+            pass
+        """
+    )
+
+    result = pytester.runpytest_subprocess("--vm-artifacts=kept", timeout=120)
+
+    result.assert_outcomes(failed=1, passed=1)
+    shown = result.stdout.str() + result.stderr.str()
+    assert "INTERNALERROR" not in shown
+    assert "MachineEndedError" in shown
+    assert ("not all could be kept" if obstacle == "artifacts" else "nothing can be told") in shown
 
 
 @pytest.fixture

@@ -14,17 +14,19 @@ from click.shell_completion import BashComplete
 
 from pycloudlib.cli import failures, power
 from pycloudlib.cli.app import application, main
-from pycloudlib.cli.failures import ExitCode, exit_code_of, hint_of, in_words_of_commands
+from pycloudlib.cli.failures import ExitCode, exit_code_of, hint_of, tell
 from pycloudlib.cli.output import colour_choice
 from pycloudlib.cli.session import Session
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import (
+    CleanupError,
     CloudError,
     ImageNotFoundError,
     InstanceNotFoundError,
     MissingPrerequisiteError,
     PycloudlibTimeoutError,
 )
+from pycloudlib.qemu.diagnosed import explain
 from pycloudlib.qemu.rundir import RunDirectory
 from tests.unit.clirun import make_machine, run
 
@@ -483,15 +485,33 @@ def test_main_reads_this_process_s_arguments(
 
 
 @pytest.mark.parametrize("cause", Cause)
-def test_hints_are_those_of_the_command_line(cause: Cause) -> None:
-    diagnosis = Diagnosis(cause)
+def test_hints_are_those_of_the_command_line(cause: Cause, capsys: Capture) -> None:
+    others = "start() of instance_type, which says: start() switches it on"
+    error = CloudError(others)
+    explain(error, Diagnosis(cause, state="running"))
 
-    words = in_words_of_commands(diagnosis, f"It failed\n{diagnosis}")
+    tell(error, with_traceback=False)
 
-    assert f"  Try: {hint_of(cause)}" in words
+    told = capsys.readouterr().err
+    assert told.startswith(f"Error: {others}\n  Cause: "), "others' words stay as they are"
+    assert f"  Try: {hint_of(cause)}\n  Machine: running" in told
+    assert told.count("  Try: ") == 1
     for python in ("start()", "instance_type", "ready_timeout"):
-        assert python not in words
+        assert python not in told.partition("\n")[2]
 
 
-def test_words_without_a_diagnosis_are_left_alone() -> None:
-    assert in_words_of_commands(None, "start() switches it on") == "start() switches it on"
+def test_error_whose_arguments_are_no_texts_is_told_with_its_diagnosis(capsys: Capture) -> None:
+    error = CleanupError([OSError("stuck")])
+    explain(error, Diagnosis(Cause.SWITCHED_OFF))
+
+    tell(error, with_traceback=False)
+
+    told = capsys.readouterr().err
+    assert "stuck" in told
+    assert "  Cause: the machine is off" in told
+
+
+def test_error_without_a_diagnosis_is_told_as_it_is(capsys: Capture) -> None:
+    tell(CloudError("start() switches it on"), with_traceback=False)
+
+    assert capsys.readouterr().err == "Error: start() switches it on\n"

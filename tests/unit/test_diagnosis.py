@@ -13,9 +13,13 @@ from pycloudlib.errors import (
     CloudError,
     CloudSetupError,
     GuestRefusedError,
+    InvalidKeyError,
     PycloudlibError,
     PycloudlibTimeoutError,
+    ToolError,
 )
+from pycloudlib.guest import ssh
+from pycloudlib.qemu.accelerator import KvmUnavailableError
 from pycloudlib.qemu.diagnosed import _is_failure, explain, explaining_launch
 from pycloudlib.qemu.examination import Facts, diagnose, diagnose_launch, with_guest_words
 from pycloudlib.qemu.machine import State
@@ -75,21 +79,48 @@ def test_cause_is_found_in_what_is_seen(seen: Facts, cause: Cause) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "phase", "cause"),
+    ("why", "phase", "cause"),
     [
-        ("u@h port 1: host key changed: the machine showed x", "", Cause.HOST_KEY),
-        ("u@h port 1: key /k refused: Authentication failed.", "", Cause.KEY_REFUSED),
-        ("commands do not run, the boot id could not be read", "", Cause.NO_COMMANDS),
-        ("the connection was closed before SSH's banner", "kernel", Cause.NO_SSH_SERVER),
-        ("[Errno 104] Connection reset by peer", "kernel", Cause.NO_SSH_SERVER),
-        ("no SSH banner within 2 s", "cloud-init done", Cause.NO_NETWORK),
-        ("no SSH banner within 2 s", "kernel", Cause.STILL_BOOTING),
+        (ssh.HostKeyRefusedError("another key"), "", Cause.HOST_KEY),
+        (paramiko.AuthenticationException("key /k refused"), "", Cause.KEY_REFUSED),
+        (paramiko.BadAuthenticationType("no", ["password"]), "", Cause.KEY_REFUSED),
+        (ssh.NoCommandsError("the boot id could not be read"), "", Cause.NO_COMMANDS),
+        (ssh.NoServerError("closed"), "kernel", Cause.NO_SSH_SERVER),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), "kernel", Cause.NO_SSH_SERVER),
+        (ssh.NoBannerError("no SSH banner within 2 s"), "cloud-init done", Cause.NO_NETWORK),
+        (ssh.NoBannerError("no SSH banner within 2 s"), "kernel", Cause.STILL_BOOTING),
     ],
 )
-def test_cause_is_found_in_how_ssh_failed(text: str, phase: str, cause: Cause) -> None:
+def test_cause_is_found_in_how_ssh_failed(why: Exception, phase: str, cause: Cause) -> None:
     error = PycloudlibTimeoutError("vm-1 could not be reached")
-    error.__cause__ = paramiko.SSHException(text)
+    error.__cause__ = paramiko.SSHException("u@h port 1")
+    error.__cause__.__cause__ = why
     assert diagnose(facts(phase=phase), error).cause is cause
+
+
+def test_key_that_cannot_be_read_is_not_one_that_is_refused() -> None:
+    error = paramiko.AuthenticationException("u@h: /k is no key")
+    error.__cause__ = InvalidKeyError("/k is no key")
+    assert diagnose(facts(phase="cloud-init done"), error).cause is Cause.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ssh-keygen -R host key",
+        "grep 'key /k refused: ' log",
+        "echo commands do not run",
+        "echo closed before SSH's banner; echo Connection reset; echo no SSH banner",
+        "modprobe kvm",
+        "echo No space left on device",
+        "echo Cannot allocate memory",
+    ],
+)
+def test_cause_is_not_found_in_the_words_of_a_command(command: str) -> None:
+    """They are of the caller's choice, and so is what a program's file is called."""
+    error = PycloudlibTimeoutError(f"The command did not end within 2 s: {command}")
+    assert diagnose(facts(phase="cloud-init done"), error).cause is Cause.UNKNOWN
+    assert diagnose_launch(CloudError(f"The tag is {command}")) is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +135,11 @@ def test_cause_is_found_in_how_ssh_failed(text: str, phase: str, cause: Cause) -
             Cause.KVM_UNAVAILABLE,
         ),
         (LaunchError(["qemu"], ProcessEnd(1, "write: No space left on device")), Cause.HOST_DISK),
-        (CloudSetupError("accelerator is kvm, but KVM does not work"), Cause.KVM_UNAVAILABLE),
+        (KvmUnavailableError("accelerator is kvm, but KVM does not work"), Cause.KVM_UNAVAILABLE),
+        (
+            ToolError("making a disk", ["qemu-img"], 1, "qemu-img: /x: No space left on device"),
+            Cause.HOST_DISK,
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), Cause.HOST_DISK),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Cause.HOST_MEMORY),
     ],
@@ -113,6 +148,44 @@ def test_cause_of_a_failed_launch_is_found(error: Exception, cause: Cause) -> No
     found = diagnose_launch(error)
     assert found is not None
     assert found.cause is cause
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Could not access KVM kernel module: No such file or directory",
+        "ioctl(KVM_CREATE_VM) failed: 16 Device or resource busy",
+        "qemu-kvm: failed to initialize kvm: Permission denied",
+        "qemu: invalid accelerator kvm",
+        "error: kvm run failed Function not implemented",
+        "KVM internal error. Suberror: 1",
+    ],
+)
+def test_kvm_is_at_fault_where_qemu_says_so(said: str) -> None:
+    assert diagnose(off(1, said)).cause is Cause.KVM_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "qemu-kvm: -device x: 'x' is not a valid device model name",
+        "/usr/libexec/qemu-kvm: -drive file=/w/pycl-qemu-kvm/kvm-1/disk.qcow2: Could not open",
+        "kvm: -drive if=none,file=/srv/kvm images/kvm.img: Permission denied",
+        "qemu: -cpu host,kvm=off: Property 'kvm' not found",
+        "qemu: /No space left on device/x.img: Permission denied",
+        "qemu: /Out of memory/Cannot allocate memory.img: Permission denied",
+    ],
+)
+def test_names_that_others_chose_are_no_cause(said: str) -> None:
+    assert diagnose(off(1, said)).cause is Cause.QEMU_FAILED
+    told = diagnose_launch(LaunchError(["/usr/bin/qemu-kvm"], ProcessEnd(1, said)))
+    assert told is not None
+    assert told.cause is Cause.QEMU_FAILED
+
+
+def test_binary_called_after_kvm_is_no_matter_of_kvm() -> None:
+    error = CloudSetupError("qemu_binary '/usr/bin/qemu-kvm' does not answer as QEMU does")
+    assert diagnose_launch(error) is None
 
 
 def test_error_that_says_all_has_no_diagnosis() -> None:

@@ -8,7 +8,7 @@ import traceback
 import click
 
 from pycloudlib.cli.output import colour_choice
-from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.diagnosis import UNDIAGNOSED, Cause, Diagnosis
 from pycloudlib.errors import (
     PycloudlibException,
     PycloudlibTimeoutError,
@@ -90,8 +90,7 @@ def tell(error: BaseException, *, with_traceback: bool) -> None:
         interrupted = exit_code_of(error) is ExitCode.INTERRUPTED
         click.echo("Interrupted" if interrupted else "Nothing was done", err=True)
         return
-    words = str(error) or type(error).__name__
-    words = in_words_of_commands(getattr(error, "diagnosis", None), words)
+    words = _words_of(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         words = f"{error.strerror}: {error.filename}"
     if not is_expected(error):
@@ -105,8 +104,20 @@ def hint_of(cause: Cause) -> str:
     return _HINTS.get(cause, cause.hint)
 
 
-def in_words_of_commands(diagnosis: object, words: str) -> str:
-    """Let a text with a diagnosis say what to try on the command line, not in Python."""
-    if not isinstance(diagnosis, Diagnosis):
-        return words
-    return words.replace(diagnosis.cause.hint, hint_of(diagnosis.cause))
+def tell_diagnosis(diagnosis: Diagnosis, *, beside: str = "") -> str:
+    """Return a diagnosis as text that says what to try on the command line.
+
+    Args:
+        diagnosis: The diagnosis.
+        beside: A text that it follows; facts that this has are not told again.
+    """
+    return diagnosis.tell(beside=beside, hint=hint_of(diagnosis.cause))
+
+
+def _words_of(error: BaseException) -> str:
+    """Return what an error says, with a diagnosis for readers of the command line if it has one."""
+    diagnosis = getattr(error, "diagnosis", None)
+    said: str | None = getattr(error, UNDIAGNOSED, None)
+    if said is None or not isinstance(diagnosis, Diagnosis):
+        return str(error)
+    return f"{said}\n{tell_diagnosis(diagnosis, beside=said)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from pycloudlib.cli import facts
-from pycloudlib.cli.failures import hint_of, in_words_of_commands
+from pycloudlib.cli.failures import hint_of, tell_diagnosis
 from pycloudlib.cli.machines import Found, find_machine, list_machines, open_machine
 from pycloudlib.cli.output import print_facts, print_json, print_table
 from pycloudlib.cli.session import Session, command, json_option
@@ -126,4 +126,4 @@ def diagnose(session: Session, name: str, as_json: bool) -> None:
         told = dataclasses.asdict(diagnosis)
         print_json({**told, "cause": diagnosis.cause.name, "hint": hint_of(diagnosis.cause)})
     else:
-        click.echo(f"{name}\n{in_words_of_commands(diagnosis, str(diagnosis))}")
+        click.echo(f"{name}\n{tell_diagnosis(diagnosis)}")

@@ -211,13 +211,13 @@ class _Command:
         """Let it say why what it writes is no such stream.
 
         Raises:
-            PycloudlibError: It is none; in the command's own words where it has failed.
+            GuestRefusedError: It is none; in the command's own words where it has failed.
         """
         try:
             yield
         except StreamError as error:
             self.explain()
-            raise PycloudlibError(f"What {self._name} sends is refused: {error}") from error
+            raise GuestRefusedError(f"What {self._name} sends is refused: {error}") from error
 
     def explain(self) -> None:
         """Let it say why it did not take or give what it was to.

@@ -60,6 +60,18 @@ class HostKeys(Protocol):
         """
 
 
+class NoBannerError(TimeoutError):
+    """Connections are taken, and nobody answers on them in time."""
+
+
+class NoServerError(ConnectionError):
+    """Connections are closed at once: nothing in the guest listens."""
+
+
+class NoCommandsError(Exception):
+    """The login user runs no commands; the cause of the error that says so."""
+
+
 class HostKeyRefusedError(Exception):
     """The host key is not the machine's; the cause of the `paramiko.SSHException` that says so."""
 
@@ -258,14 +270,14 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
             sock.settimeout(max(deadline.remaining, 0.001))
             start = sock.recv(len(_BANNER_START), socket.MSG_PEEK)
             if not start:
-                raise ConnectionError("the connection was closed before SSH's banner")
+                raise NoServerError("the connection was closed before SSH's banner")
             if start == _BANNER_START:
                 return sock
             if not _BANNER_START.startswith(start):
                 raise ConnectionError(f"not an SSH server: it began with {start!r}")
     except TimeoutError:
         sock.close()
-        raise TimeoutError(f"no SSH banner within {timeout:.0f} s") from None
+        raise NoBannerError(f"no SSH banner within {timeout:.0f} s") from None
     except BaseException:
         sock.close()
         raise

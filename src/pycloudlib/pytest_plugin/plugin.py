@@ -207,8 +207,12 @@ def pytest_runtest_makereport(
         del item.stash[_IN_USE]
     elif report.failed and call.excinfo is not None:
         for machine in in_use.machines:
-            if machine.instance_dir.is_dir():  # the test has not deleted it
-                _tell_of(machine, in_use, report, call.excinfo.value, item.config)
+            try:
+                if machine.instance_dir.is_dir():  # the test has not deleted it
+                    _tell_of(machine, in_use, report, call.excinfo.value, item.config)
+            except Exception as problem:  # noqa: BLE001 - the test's failure is what is reported
+                told = f"{type(problem).__name__}: {problem}"
+                report.sections.append((f"machine {machine.name}: not all is told", told))
 
 
 def _tell_of(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.files import write_private
 from pycloudlib.qemu import layers
 from pycloudlib.qemu.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
@@ -30,11 +29,11 @@ def save_artifacts(
         directory: Where the test's directory goes.
     """
     try:
-        kept = keep_artifacts(directory / directory_name(report.nodeid), machine.machine, error)
-        write_private(kept / "diagnosis.txt", _diagnose(machine) + "\n")
-        told = str(kept)
-    except OSError as problem:
-        told = f"nothing could be kept: {problem}"
+        place = directory / directory_name(report.nodeid)
+        more = {"diagnosis.txt": _diagnose(machine) + "\n"}
+        told = str(keep_artifacts(place, machine.machine, error, more))
+    except Exception as problem:  # noqa: BLE001 - it is the test's failure that is reported
+        told = f"not all could be kept: {type(problem).__name__}: {problem}"
     report.sections.append((f"machine {machine.name}: artifacts", told))
 
 

@@ -23,10 +23,14 @@ from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.files import replace_atomically
+from pycloudlib.files import create_directories, replace_atomically, write_private
 from pycloudlib.rawtext import read_kernel_file
 
 _log = logging.getLogger(__name__)
+
+
+class KvmUnavailableError(CloudSetupError):
+    """KVM is asked for in the configuration, and does not work on this host."""
 
 
 @enum.unique
@@ -109,7 +113,7 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
         cache_dir: Where the outcome of a trial is remembered.
 
     Raises:
-        CloudSetupError: `kvm` is asked for and does not work; says why.
+        KvmUnavailableError: `kvm` is asked for and does not work; says why.
     """
     if setting == Accelerator.TCG.value:
         choice = Choice(Accelerator.TCG, "configured")
@@ -119,7 +123,7 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
         if problem is None:
             choice = Choice(Accelerator.KVM, "KVM was tried and works")
         elif asked_for:
-            raise CloudSetupError(
+            raise KvmUnavailableError(
                 f"accelerator is 'kvm' in [qemu], but KVM does not work here: {problem}. "
                 "Set it to 'auto' or 'tcg' for software emulation"
             )
@@ -226,10 +230,10 @@ def _fingerprint(qemu_binary: Path) -> str:
 def _remember(path: Path, problem: str | None) -> None:
     # Without a writable cache the trial is only made again.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        create_directories(path.parent)
         this_boot = path.name.rpartition("-")[0]
         for other in path.parent.glob("kvm-*.json"):
             if not other.name.startswith(this_boot):
                 other.unlink(missing_ok=True)
         with replace_atomically(path) as temporary:
-            temporary.write_text(json.dumps({"problem": problem}) + "\n")
+            write_private(temporary, json.dumps({"problem": problem}) + "\n")

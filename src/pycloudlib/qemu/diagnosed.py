@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
-from pycloudlib.diagnosis import Diagnosis
+from pycloudlib.diagnosis import UNDIAGNOSED, Diagnosis
 from pycloudlib.errors import CloudError, CloudSetupError, GuestRefusedError, PycloudlibException
 from pycloudlib.guest import cloudinit
 from pycloudlib.instance import BaseInstance
@@ -72,22 +72,29 @@ class DiagnosedInstance(BaseInstance):
             yield
         except Exception as error:
             if _is_failure(error) and getattr(error, "diagnosis", None) is None:
-                diagnosis = examination.diagnose(Facts.collect(self.machine), error)
-                if ask:
-                    diagnosis = self._ask_guest(diagnosis)
-                explain(
-                    error,
-                    dataclasses.replace(
-                        diagnosis,
-                        waiting_for=waiting_for,
-                        waited=time.monotonic() - begun,
-                        limit=limit,
-                    ),
-                )
-                self._keep_artifacts(error)
+                self._explain(error, waiting_for, time.monotonic() - begun, limit, ask=ask)
             raise
         finally:
             _inside.reset(token)
+
+    def _explain(
+        self, error: Exception, waiting_for: str, waited: float, limit: str, *, ask: bool
+    ) -> None:
+        """Add a diagnosis to an error, and keep artifacts; what goes wrong here is only logged."""
+        try:
+            diagnosis = examination.diagnose(Facts.collect(self.machine), error)
+            if ask:
+                diagnosis = self._ask_guest(diagnosis)
+            explain(
+                error,
+                dataclasses.replace(diagnosis, waiting_for=waiting_for, waited=waited, limit=limit),
+            )
+            if self.artifacts_dir is not None:
+                kept = keep_artifacts(self.artifacts_dir, self.machine, error)
+                self._log.warning("What is known of the failure of %s is in %s", self.name, kept)
+        except Exception as problem:  # noqa: BLE001 - it is the first error that is raised
+            told = f"{type(problem).__name__}: {problem}"
+            self._log.warning("The failure of %s is not wholly recorded: %s", self.name, told)
 
     def _ask_guest(self, diagnosis: Diagnosis) -> Diagnosis:
         """Add what the guest says of itself, if it can be reached."""
@@ -116,15 +123,6 @@ class DiagnosedInstance(BaseInstance):
         """Say whether commands can be run without a connection that has to be made first."""
         return self._is_connected()
 
-    def _keep_artifacts(self, error: Exception) -> None:
-        if self.artifacts_dir is None:
-            return
-        try:
-            kept = keep_artifacts(self.artifacts_dir, self.machine, error)
-            self._log.warning("What is known of the failure of %s is in %s", self.name, kept)
-        except OSError as problem:
-            self._log.warning("Nothing could be kept in %s: %s", self.artifacts_dir, problem)
-
 
 @contextlib.contextmanager
 def explaining_launch() -> Iterator[None]:
@@ -139,7 +137,12 @@ def explaining_launch() -> Iterator[None]:
 
 
 def explain(error: Exception, diagnosis: Diagnosis) -> None:
-    """Put a diagnosis into an error and its text."""
+    """Add a diagnosis to an error and to its text, in words for those who write programs.
+
+    What it said before stays in an attribute, for readers who are told the diagnosis otherwise.
+    """
+    said = str(error)
+    setattr(error, UNDIAGNOSED, said)
     error.diagnosis = diagnosis  # type: ignore[attr-defined]
     # Of several arguments the text is one; the others are numbers, keys, errors of their own.
     texts = [place for place, value in enumerate(error.args) if isinstance(value, str)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pycloudlib.diagnosis import Cause, Diagnosis
-from pycloudlib.errors import CloudSetupError
+from pycloudlib.errors import InvalidKeyError, ToolError
+from pycloudlib.guest import ssh
 from pycloudlib.guest.bootphases import (
     Phase,
     clean_line,
@@ -18,6 +20,7 @@ from pycloudlib.guest.bootphases import (
 )
 from pycloudlib.guest.cloudinit import find_console_warning, merge_warnings
 from pycloudlib.guest.deadends import find_kernel_failure, find_sign
+from pycloudlib.qemu.accelerator import KvmUnavailableError
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.process import ProcessEnd
 from pycloudlib.qemu.qmp import Event, QmpError
@@ -30,11 +33,20 @@ _QMP_LIMIT = 2.0
 # A machine that is waited for boots twice if user-data has it boot again.
 _MANY_BOOTS = 4
 
-# QEMU's and the system's own words, in what QEMU said last; the first that is found counts.
+# QEMU's and the system's own words, in what a program of QEMU's said; the first that is found
+# counts. Whole phrases: names that others chose, of a binary, a machine or a file, stand beside
+# them. What the system says (strerror) ends the line.
 _QEMU_WORDS = (
-    (Cause.KVM_UNAVAILABLE, ("kvm",)),
-    (Cause.HOST_DISK, ("no space left on device",)),
-    (Cause.HOST_MEMORY, ("cannot allocate memory", "out of memory", "cannot set up guest memory")),
+    (
+        Cause.KVM_UNAVAILABLE,
+        # accel/kvm/kvm-all.c, accel/accel-system.c, system/vl.c, target/i386/kvm/kvm.c
+        r"could not access kvm kernel module\b|failed to initialize kvm\b|invalid accelerator kvm\b"
+        r"|ioctl\(kvm_\w+\)|\bkvm_\w+: assertion|\bkvm (?:run failed|internal error)"
+        r"|\bkvm version (?:too old|not supported)|\bkvm (?:is not supported|does not support)\b",
+    ),
+    (Cause.HOST_DISK, r"(?:no space left on device|disk quota exceeded)\.?$"),
+    (Cause.HOST_MEMORY, r"(?:cannot allocate memory|out of memory)\.?$"),
+    (Cause.HOST_MEMORY, r"\bcannot set up guest memory\b"),
 )
 
 
@@ -130,7 +142,7 @@ def _shorten(console: Sequence[str], *, panic: bool) -> tuple[str, ...]:
 
 def diagnose_launch(error: BaseException) -> Diagnosis | None:
     """Find the cause of a launch that failed; None where the error says all there is to say."""
-    found = _find_in_error(None, error) or _find_in_words(_tell_chain(error))
+    found = _find_in_error(None, error)
     if found is None:
         return None
     end = error.end if isinstance(error, LaunchError) else None
@@ -189,21 +201,33 @@ def _first_line(texts: Sequence[str]) -> str:
 
 
 def _find_in_error(_facts: Facts | None, error: BaseException | None) -> tuple[Cause, str] | None:
-    if isinstance(error, LaunchError):
-        return _find_in_words(error.end.stderr) or (Cause.QEMU_FAILED, error.end.how)
-    if isinstance(error, CloudSetupError) and "kvm" in str(error).lower():
-        return Cause.KVM_UNAVAILABLE, ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Cause.HOST_DISK, str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return Cause.HOST_MEMORY, str(error)
+    for link in _chain(error):
+        found = None
+        if isinstance(link, LaunchError):
+            found = _find_in_words(link.end.stderr) or (Cause.QEMU_FAILED, link.end.how)
+        elif isinstance(link, ToolError):
+            found = _find_in_words(link.output)
+        elif isinstance(link, KvmUnavailableError):
+            found = Cause.KVM_UNAVAILABLE, ""
+        elif isinstance(link, OSError):
+            cause = _BY_NUMBER.get(link.errno or 0)
+            found = None if cause is None else (cause, str(link))
+        if found is not None:
+            return found
     return None
 
 
+_BY_NUMBER = {
+    errno.ENOSPC: Cause.HOST_DISK,
+    errno.EDQUOT: Cause.HOST_DISK,
+    errno.ENOMEM: Cause.HOST_MEMORY,
+}
+
+
 def _find_in_words(said: str) -> tuple[Cause, str] | None:
-    for cause, words in _QEMU_WORDS:
-        for line in said.splitlines():
-            if any(word in line.lower() for word in words):
+    for cause, pattern in _QEMU_WORDS:
+        for line in map(str.rstrip, said.splitlines()):
+            if re.search(pattern, line, re.IGNORECASE):
                 return cause, line
     return None
 
@@ -242,29 +266,38 @@ def _find_on_console(facts: Facts, _error: BaseException | None) -> tuple[Cause,
 
 
 def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Cause, str] | None:
-    """Tell by how SSH failed: user-mode networking takes connections itself, before the guest."""
-    text = _tell_chain(error)
-    for cause, word in (
-        (Cause.HOST_KEY, "host key"),
-        (Cause.KEY_REFUSED, "refused: "),
-        (Cause.NO_COMMANDS, "commands do not run"),
-        (Cause.NO_SSH_SERVER, "closed before SSH's banner"),
-        (Cause.NO_SSH_SERVER, "Connection reset"),
-    ):
-        lines = [line for line in text.splitlines() if word in line]
-        if lines and (cause is not Cause.KEY_REFUSED or "key " in text):
-            return cause, min(lines, key=len)
-    if "no SSH banner" in text and (facts.copied or facts.phase.startswith("cloud-init")):
+    """Tell by how SSH failed: user-mode networking takes connections itself, before the guest.
+
+    By the kinds of the errors, not by their words: those may be of anybody's choice, as a command.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    kinds: tuple[tuple[Cause, tuple[type[BaseException], ...]], ...] = (
+        (Cause.HOST_KEY, (ssh.HostKeyRefusedError, paramiko.BadHostKeyException)),
+        (Cause.KEY_REFUSED, (paramiko.AuthenticationException,)),
+        (Cause.NO_COMMANDS, (ssh.NoCommandsError,)),
+        (Cause.NO_SSH_SERVER, (ssh.NoServerError, ConnectionResetError)),
+    )
+    links = _chain(error)
+    if any(isinstance(link, InvalidKeyError) for link in links):
+        return None  # it never left this host, and says why itself
+    for cause, wanted in kinds:
+        for link in links:
+            if isinstance(link, wanted):
+                return cause, str(link).partition("\n")[0]
+    no_banner = any(isinstance(link, ssh.NoBannerError) for link in links)
+    if no_banner and (facts.copied or facts.phase.startswith("cloud-init")):
         return Cause.NO_NETWORK, "connections to the guest are not answered"
     return None
 
 
-def _tell_chain(error: BaseException | None) -> str:
-    texts = []
-    while error is not None:
-        texts.append(str(error))
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error and what it was caused by, one after the other."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
         error = error.__cause__
-    return "\n".join(texts)
+    return links
 
 
 def _tell_event(event: Event) -> str:
