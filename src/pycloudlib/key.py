@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycloudlib.errors import UnsetSSHKeyError
-from pycloudlib.files import expand_user, write_private
+from pycloudlib.files import copy_private, expand_user, write_private
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -97,6 +97,24 @@ def generate_key_pair(directory: Path, name: str) -> KeyPair:
     write_private(private_path, private_text)
     write_private(public_path, public_text + "\n")
     return KeyPair(public_path, private_path, name)
+
+
+def bring_along(path: str | None, kept: Path, target: Path) -> str | None:
+    """Copy a file of a key that is kept in one directory to another; any other stays as it is.
+
+    Args:
+        path: The file; None for none.
+        kept: The directory of keys that go with something.
+        target: The directory of what they are to go with.
+
+    Returns:
+        The path of the copy, or `path` of a key that is the user's own.
+    """
+    if path is None or Path(path).parent != kept:
+        return path
+    copy = target / Path(path).name
+    copy_private(Path(path), copy)
+    return str(copy)
 
 
 def generate_ed25519(comment: str) -> tuple[str, str]:

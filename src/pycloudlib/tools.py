@@ -119,13 +119,13 @@ def run_tool_streaming(
         [*guard, *command],
         cwd="/",
         env={**os.environ, "PATH": _search_path(), **(env or {})},
+        encoding="utf-8",
         errors="replace",
         pass_fds=pass_fds,
         start_new_session=True,  # a Ctrl-C is ours to answer
         stderr=subprocess.STDOUT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
     )
     tail: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
     with _ended(process, gently=ends_with_stdin):

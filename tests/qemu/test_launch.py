@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.rundir import short_path
 from pycloudlib.qemu.start import LaunchError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
+from tests.qemu.saved import mode, run, runs, save
 
 pytestmark = pytest.mark.qemu
 
@@ -202,6 +204,60 @@ def test_a_key_without_its_private_half_is_told_of_before_anything_starts(
     (tmp_path / "later").write_text(private)
 
     assert cloud.launch(str(tiny_image), launch_args=UNSTARTED).key_pair is cloud.key_pair
+
+
+def test_key_of_the_user_s_own_is_not_copied_once_another_was_made(
+    cloud: Qemu, tiny_image: Path, tmp_path: Path
+) -> None:
+    """Looking at `key_pair` makes one that goes with the cloud; `use_key` comes after that."""
+    made = cloud.key_pair.private_key_path
+    private, public = generate_ed25519("own")
+    (tmp_path / "own").write_text(private)
+    (tmp_path / "own.pub").write_text(public)
+    first = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+    cloud.use_key(tmp_path / "own.pub")
+
+    second = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+
+    assert second.key_pair.private_key_path == str(tmp_path / "own")
+    assert not list(second.instance_dir.glob("own*"))
+    copied = Path(str(first.key_pair.private_key_path))
+    assert copied.parent == first.instance_dir
+    assert copied.read_bytes() == Path(str(made)).read_bytes()
+    assert cloud.clean() == []
+    assert not Path(str(made)).exists()
+    assert cloud.key_pair.private_key_path == str(tmp_path / "own"), "it is still in use"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_what_it_makes_is_its_user_s_alone_whatever_the_umask_is(
+    umask: int, tiny_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / "user"
+    monkeypatch.setenv("HOME", str(home))
+    for variable in ("XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    config = io.StringIO(f'[qemu]\naccelerator = "tcg"\nartifacts_dir = "{home}/artifacts/all"\n')
+    before = os.umask(umask)
+    try:
+        with Qemu("t", timestamp_suffix=False, config_file=config) as cloud:
+            vm = run(cloud, tiny_image)
+            saved = save(vm)
+            copy = cloud.launch(str(saved.image))
+            cloud.export_image(str(saved.image), home / "exported.img", compress=False)
+            with pytest.raises(PycloudlibTimeoutError):
+                vm.wait(ready_timeout=0.02)
+            assert runs(cloud.launch(str(home / "exported.img")))
+            assert runs(copy)
+            made = [path for path in home.rglob("*") if not path.is_symlink()]
+            loose = [path for path in made if mode(path) & 0o022]
+            secret = [path for path in made if path.name in ("id_ed25519", "memory", "disk.qcow2")]
+            assert loose == []
+            assert secret
+            assert all(mode(path) & 0o077 == 0 for path in secret)
+            assert mode(home / "artifacts") & 0o077 == 0
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("length", [51, 63])

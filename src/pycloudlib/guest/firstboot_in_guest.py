@@ -42,14 +42,14 @@ JOURNAL_MACHINE_ID = 40
 
 
 def read(path: str) -> str:
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read().strip()
 
 
 def write(path: str, text: str, mode: int = 0o444) -> None:
     """Replace a file's content at once."""
     descriptor = os.open(path + ".pycloudlib", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         os.fchmod(file.fileno(), mode)
     os.rename(path + ".pycloudlib", path)
@@ -167,7 +167,9 @@ def take_machine_id() -> None:
     if old == new:
         return
     if os.path.exists(TRANSIENT_MACHINE_ID):
-        with open(TRANSIENT_MACHINE_ID, "r+") as file:  # it has to stay the same file
+        with open(
+            TRANSIENT_MACHINE_ID, "r+", encoding="ascii"
+        ) as file:  # it has to stay the same file
             file.write(new)
     if read(MACHINE_ID) != new:
         write(MACHINE_ID, new + "\n")
@@ -204,7 +206,7 @@ def put_right(late: bool) -> "list[str]":
         except Exception as error:  # noqa: BLE001 - told to the host, and the next step is taken
             problems.append("{}: {!r}".format(step.__name__, error))
     if problems:
-        with open(PROBLEMS, "w") as file:
+        with open(PROBLEMS, "w", encoding="utf-8", errors="replace") as file:
             file.write("; ".join(problems))
     return problems
 
@@ -217,7 +219,7 @@ def main(late: bool = False) -> None:
     else:
         problems = put_right(late)
     os.makedirs(os.path.dirname(RESULT), exist_ok=True)
-    with open(RESULT, "w") as file:
+    with open(RESULT, "w", encoding="utf-8", errors="replace") as file:
         file.write("; ".join(problems))
 
 

@@ -136,7 +136,7 @@ Request = Dict[str, Any]
 def find_port() -> str:
     """Find the port's device by its name."""
     for directory in sorted(os.listdir("/sys/class/virtio-ports")):
-        with open("/sys/class/virtio-ports/" + directory + "/name") as file:
+        with open_text("/sys/class/virtio-ports/" + directory + "/name") as file:
             if file.read().strip() == PORT_NAME:
                 return "/dev/" + directory
     raise SystemExit("no virtio-serial port named " + PORT_NAME)
@@ -344,7 +344,7 @@ def take_identity(identity: Request) -> None:
 
 def take_hostname(hostname: str) -> None:
     old = os.uname().nodename
-    with open("/proc/sys/kernel/hostname", "w") as file:
+    with open("/proc/sys/kernel/hostname", "w", encoding="utf-8") as file:
         file.write(hostname)
     rewrite("/etc/hostname", hostname + "\n")
     with open_text("/etc/hosts") as file:
@@ -358,7 +358,7 @@ def take_instance_id(instance_id: str) -> None:
     path = CLOUD + "/data/instance-id"
     if not os.path.exists(path):
         return
-    with open(path) as file:
+    with open_text(path) as file:
         old = file.read().strip()
     if os.path.isdir(CLOUD + "/instances/" + old):
         os.rename(CLOUD + "/instances/" + old, CLOUD + "/instances/" + instance_id)
@@ -390,7 +390,7 @@ def take_host_keys(host_keys: "List[Dict[str, str]]") -> None:
         rewrite(directory + "/" + name, bases[name]["private"], 0o600)
         rewrite(directory + "/" + name + ".pub", bases[name]["public"] + "\n", 0o644)
     # A server that is started for each connection has no pid file, and reads the key then.
-    with contextlib.suppress(OSError, ValueError), open("/run/sshd.pid") as file:
+    with contextlib.suppress(OSError, ValueError), open_text("/run/sshd.pid") as file:
         os.kill(int(file.read()), signal.SIGHUP)
 
 
@@ -444,7 +444,7 @@ def main() -> None:
                 serve(Pipe(), dict(os.environb))
         return
     environment = read_environment()
-    with open(DIRECTORY + "/umask") as file:
+    with open_text(DIRECTORY + "/umask") as file:
         os.umask(int(file.read(), 8))
     port = Port(find_port())
     # A copy that wakes up, and whose clock is set, has much to do; whoever waits for the helper's

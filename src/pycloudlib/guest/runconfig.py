@@ -108,7 +108,7 @@ import pickle, sys
 try:
     with open(sys.argv[1], "rb") as file:
         source = pickle.load(file)
-    with open(sys.argv[2]) as file:
+    with open(sys.argv[2], encoding="utf-8") as file:
         name = file.read().strip()
     if source.metadata["instance-id"] != name:
         source.metadata["instance-id"] = name

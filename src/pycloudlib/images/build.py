@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
-from pycloudlib.files import exclusive_lock
+from pycloudlib.files import create_directories, exclusive_lock
 from pycloudlib.images import confinement, diskimage, rootfs, store
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
 from pycloudlib.images.workshop import (
@@ -118,7 +118,7 @@ def _provide_image(
     before = find_built_image(recipe, image_dir)
     if before is not None and not refresh:
         return before
-    image_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    create_directories(image_dir)
     waiting = Progress("waiting for another process that builds an image")
     with exclusive_lock(image_dir / _LOCK_NAME, on_wait=lambda: on_progress(waiting)):
         # Another process may have built it while this one waited.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
-from pycloudlib.files import replace_atomically
+from pycloudlib.files import create_directories, private_opener, replace_atomically
 from pycloudlib.images.download import Version
 
 
@@ -66,9 +66,12 @@ def write(directory: Path | None, url: str, catalog: CachedCatalog) -> None:
     digest = hashlib.sha256(catalog.message).hexdigest()
     head = json.dumps(dataclasses.asdict(_Head(catalog.version, digest))).encode()
     with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(_file(directory, url), synced=False) as temporary:
-            temporary.write_bytes(head + b"\n" + catalog.message)
+        create_directories(directory)
+        with (
+            replace_atomically(_file(directory, url), synced=False) as temporary,
+            open(temporary, "wb", opener=private_opener) as file,
+        ):
+            file.write(head + b"\n" + catalog.message)
 
 
 def _file(directory: Path, url: str) -> Path:

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from pycloudlib._version import __version__
-from pycloudlib.descriptors import opener
 from pycloudlib.errors import ImageBuildError, ImageVerificationError
+from pycloudlib.files import owner_opener
 from pycloudlib.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def download_file(
         ImageBuildError: It could not be downloaded whole, or not be written.
         ImageVerificationError: What came is not what was expected.
     """
-    with open(partial, "ab+", opener=opener) as file:
+    with open(partial, "ab+", opener=owner_opener) as file:
         transfer = _Transfer(file, url, expected, on_progress)
         try:
             _try_again(lambda: transfer.go_on(client), lambda: on_progress(_WAITING))

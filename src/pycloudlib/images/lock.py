@@ -81,7 +81,7 @@ class ImageLock:
             "images": [_plain(images[image]) for image in sorted(images)],
         }
         with replace_atomically(self.path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _image(pin: CatalogEntry) -> tuple[str, str, bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError
-from pycloudlib.files import exclusive_lock
+from pycloudlib.files import create_directories, exclusive_lock
 from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
@@ -274,7 +274,8 @@ def _new_directory(directory: Path) -> Iterator[None]:
     """Make a directory; on failure, remove again what was made and is empty."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        # Others may use the images of a directory that is shared.
+        create_directories(directory, 0o755)
         yield
     except BaseException:
         for path in made:

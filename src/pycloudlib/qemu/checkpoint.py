@@ -12,6 +12,8 @@ from pathlib import Path
 from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
+from pycloudlib.files import copy_private
+from pycloudlib.key import bring_along
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.handover import hand_over
 from pycloudlib.qemu.hotplug import list_plugged
@@ -169,12 +171,10 @@ def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
         (rundir.known_hosts, saved.known_hosts),
     ):
         if source.exists():
-            shutil.copy2(source, target)
+            copy_private(source, target)
     login = saved.login
     for key in (login.public_key_path, login.private_key_path):
-        # A key that goes with the machine: the user's own stays where it is.
-        if key is not None and Path(key).parent == rundir.path:
-            shutil.copy2(key, saved.directory / Path(key).name)
+        bring_along(key, rundir.path, saved.directory)
     return savedmachine.write_facts(
         saved, savedmachine.relocate(saved, saved.directory, saved.directory)
     )

@@ -35,7 +35,7 @@ from pycloudlib.qemu.launch import (
     parse_launch_args,
     start_machine,
 )
-from pycloudlib.qemu.live import check_new
+from pycloudlib.qemu.live import check_new, key_of_machine
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortRegistry
@@ -83,7 +83,9 @@ class Qemu(QemuReady):
         *,
         orphans: str | None = None,
     ) -> None:
-        self._own_keys: weakref.finalize[..., Qemu] | None = None
+        # The directory of a key that goes with this object, and what removes it.
+        self._keys: Path | None = None
+        self._remove_own_keys: weakref.finalize[..., Qemu] | None = None
         super().__init__(tag, timestamp_suffix, config_file)
         self.orphans = self.settings.orphans if orphans is None else parse_orphans(orphans)
         self.qemu_binary = str(find_tool(self.settings.qemu_binary))
@@ -356,9 +358,12 @@ class Qemu(QemuReady):
         """
         errors = super().clean()
         try:
-            if self._own_keys is not None:
-                self._own_keys()
-                self._own_keys, self._key_pair = None, None
+            if self._remove_own_keys is not None:
+                self._remove_own_keys()
+                own, self._keys, self._remove_own_keys = self._keys, None, None
+                # One that was set by use_key() stays.
+                if self._key_pair is not None and _is_in(self._key_pair, own):
+                    self._key_pair = None
             layers.LayerStore(self.parent_dir).remove_if_empty()
             self.parent_dir.rmdir()
         except FileNotFoundError:
@@ -391,16 +396,11 @@ class Qemu(QemuReady):
         return instance
 
     def _key_for(self, rundir: RunDirectory) -> KeyPair:
-        """Give the key to keep with a machine: a copy, if it is one that goes with this object."""
+        """Return the key to keep with a machine: a copy of one that goes with this object."""
         key_pair = self.key_pair
-        if self._own_keys is None:
+        if self._keys is None:
             return key_pair
-        paths = [
-            str(shutil.copy2(path, rundir.path))
-            for path in (key_pair.public_key_path, key_pair.private_key_path)
-            if path is not None
-        ]
-        return KeyPair(paths[0], paths[1], key_pair.name)
+        return key_of_machine(key_pair, self._keys, rundir)
 
     def forget(self, instance: QemuInstance) -> None:
         """Take note that an instance is deleted; called by the instance."""
@@ -414,7 +414,8 @@ class Qemu(QemuReady):
                 self.parent_dir / f"{_KEYS}-{secrets.token_hex(4)}", Orphans.REAP
             )
         # Gone with this object at the latest; machines that live on have a copy.
-        self._own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
+        self._keys = keys
+        self._remove_own_keys = weakref.finalize(self, _remove_keys, keys, os.getpid())
         return generate_key_pair(keys, name)
 
 
@@ -424,6 +425,11 @@ def _remove_keys(directory: Path, owner_pid: int) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # there is something else in it
         directory.parent.rmdir()
+
+
+def _is_in(key_pair: KeyPair, directory: Path | None) -> bool:
+    path = key_pair.public_key_path
+    return path is not None and Path(path).parent == directory
 
 
 def _default_user(image: Path) -> str:

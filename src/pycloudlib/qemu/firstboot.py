@@ -15,7 +15,6 @@ from __future__ import annotations
 import calendar
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.files import write_private
+from pycloudlib.files import copy_private, write_private
 from pycloudlib.guest import firstboot as correction
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest import userdata
@@ -237,7 +236,7 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
             (machine.rundir.seed, saved.seed),
             (machine.rundir.console_log, saved.console_log),
         ):
-            shutil.copy2(source, target)
+            copy_private(source, target)
         return savedmachine.write_facts(saved, saved.login)
 
 
@@ -268,7 +267,7 @@ class FirstBoot:
             length=start.seed.stat().st_size,
         )
         # What its guest has gone through.
-        shutil.copy2(start.console_log, rundir.console_log)
+        copy_private(start.console_log, rundir.console_log)
 
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
         """Say what machine it is."""

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pycloudlib.files import expand_user
 from pycloudlib.guest import loginkey, runconfig
 from pycloudlib.guest.helper import NewKey
 from pycloudlib.images import store
-from pycloudlib.key import KeyPair
+from pycloudlib.key import KeyPair, bring_along
 from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu import checkpoint, copies, layers, savedmachine
 from pycloudlib.qemu.images import QemuImages
@@ -251,7 +250,7 @@ class QemuLive(QemuImages):
         kept = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         if not request.saved.helper or request.boots:
             # Nobody could let another key in.
-            return _bring_along(kept, request.saved.directory, rundir), None
+            return key_of_machine(kept, request.saved.directory, rundir), None
         ours = self._key_for(rundir)
         loginkey.prove(ours, "the cloud's SSH key")
         old, new = (" ".join(key.public_key_content.split()[:2]) for key in (kept, ours))
@@ -283,10 +282,9 @@ def _tell_not_booted(start: SavedMachine) -> str:
     )
 
 
-def _bring_along(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:
-    """Copy a key that goes with a saved machine to the machine that is made of it."""
-    paths = [
-        shutil.copy2(path, rundir.path) if path and Path(path).parent == kept else path
-        for path in (key.public_key_path, key.private_key_path)
-    ]
-    return KeyPair(paths[0], paths[1], key.name)
+def key_of_machine(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:
+    """Return the key to keep with a machine: a copy of one that is kept in a directory of ours."""
+    public, private = (
+        bring_along(path, kept, rundir.path) for path in (key.public_key_path, key.private_key_path)
+    )
+    return KeyPair(public, private, key.name)

@@ -22,6 +22,7 @@ from pycloudlib.files import (
     exclusive_lock,
     replace_atomically,
     tells_of_no_file,
+    write_private,
 )
 
 LOOPBACK = "127.0.0.1"
@@ -77,7 +78,7 @@ class PortRegistry:
                 )
             for port in free:
                 with replace_atomically(self._file(port)) as temporary:
-                    temporary.write_bytes(os.fsencode(owner) + b"\n")
+                    write_private(temporary, f"{owner}\n")
             return PortLease(*free)
 
     def release(self, lease: PortLease, owner: Path) -> None:

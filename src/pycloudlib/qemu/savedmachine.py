@@ -29,7 +29,13 @@ from pathlib import Path
 
 from pycloudlib.descriptors import moved
 from pycloudlib.documents import decode, parse_json
-from pycloudlib.files import is_directory, replace_atomically, tells_of_no_file, write_private
+from pycloudlib.files import (
+    copy_private,
+    is_directory,
+    replace_atomically,
+    tells_of_no_file,
+    write_private,
+)
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.memory import keep
 from pycloudlib.qemu.rundir import LoginFacts
@@ -192,7 +198,7 @@ def copy(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> No
     with new_directory(directory_of(image)) as directory:
         for file in sorted(saved.directory.iterdir()):
             if file != saved.memory:
-                shutil.copy2(file, directory / file.name)
+                copy_private(file, directory / file.name)
             elif linked_for is not None:
                 os.link(file, directory / file.name)
             else:
