@@ -17,8 +17,14 @@ from pathlib import Path
 Aspect = dict[str, str]
 
 
+# systemctl gives up after 25 seconds, which a guest in emulation on a busy host may need.
+ENVIRONMENT = {**os.environ, "SYSTEMD_BUS_TIMEOUT": "10min"}
+
+
 def run(command: str) -> list[str]:
-    told = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=False)
+    told = subprocess.run(
+        command, shell=True, stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT
+    )
     return told.stdout.splitlines()
 
 
