@@ -15,12 +15,19 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import yaml
 
 _T = TypeVar("_T")
 
 _LONGEST_SHOWN = 200
 _TOO_DEEP = "it is nested too deeply"
+
+# Values that a YAML text may stand for. Aliases let a few lines stand for billions of them, which
+# are not there until something walks through them, merges or writes them.
+_MOST_VALUES = 1_000_000
 
 # Each with the words for it.
 _PLAIN_KINDS = {str: "a text", int: "a whole number", bool: "true or false"}
@@ -42,19 +49,68 @@ def parse_yaml(text: str | bytes) -> Any:
     """Parse a YAML text of plain values.
 
     Raises:
-        ValueError: It is none; says where.
+        ValueError: It is none; says where. Or its aliases (`*name`) make it too large, or endless.
     """
     import yaml  # noqa: PLC0415 - heavy
 
-    # The one in C, where there is one: user-data may be large.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(text, loader)  # noqa: S506 - it is a safe one
+        # The one in C, where there is one: user-data may be large.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _has_aliases(text):
+                _check_size(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # What is not the library's own error comes from a value such as `!!int ""`.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _has_aliases(text: str | bytes) -> bool:
+    return "*" in text if isinstance(text, str) else b"*" in text
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Make sure that the values that a YAML text stands for are not too many.
+
+    Raises:
+        ValueError: They are, or one is a part of itself.
+    """
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+    left = [root]
+    while left:
+        node = left[-1]
+        parts = _parts(node)
+        if id(node) in above:  # all of its parts are known now
+            above.remove(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(part)] for part in parts)
+            if sizes[id(node)] > _MOST_VALUES:
+                raise ValueError(
+                    f"with its aliases it stands for more than {_MOST_VALUES} values, which are "
+                    "the most expected"
+                )
+            left.pop()
+        elif id(node) in sizes:
+            left.pop()
+        else:
+            above.add(id(node))
+            if any(id(part) in above for part in parts):
+                raise ValueError("a value is a part of itself, by an alias")
+            left += (part for part in parts if id(part) not in sizes)
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    # A mapping's are pairs, a list's are nodes, a scalar's is its text.
+    if not isinstance(node.value, list):
+        return []
+    return [part for entry in node.value for part in (entry if type(entry) is tuple else (entry,))]
 
 
 def decode(kind: type[_T], plain: object) -> _T:

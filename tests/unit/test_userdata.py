@@ -114,3 +114,76 @@ def test_archive_in_a_part_is_taken_apart() -> None:
 def test_what_is_no_archive_is_told(archive: bytes) -> None:
     with pytest.raises(ValueError, match="that name"):
         list(userdata.split(b"#cloud-config-archive\n" + archive, "that name"))
+
+
+BOMB = gzip.compress(bytes(100 * 1024**2))
+
+
+def archive(*contents: bytes) -> bytes:
+    return b"#cloud-config-archive\n- " + b"\n- ".join(contents) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [BOMB, mime(MIMEApplication(BOMB, "gzip")), gzip.compress(BOMB[:20] + BOMB[20:]) + BOMB],
+    ids=["alone", "part", "second member"],
+)
+def test_what_compressed_data_stands_for_is_bounded(document: bytes) -> None:
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match=r"^user_data stands for more than the .* bytes"):
+            take_apart(document)
+
+
+def test_parts_are_bounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(userdata, "_MOST_BYTES", 2500)
+    one = MIMEApplication(gzip.compress(b"#" * 1000), "gzip")
+    assert len(split(mime(one, one))) == 2
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="stands for more than"):
+            take_apart(mime(one, one, one))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [archive(*[b"x"] * 10_001), mime(*[text(b"x")] * 10_001)],
+    ids=["archive", "MIME"],
+)
+def test_number_of_parts_is_bounded(document: bytes) -> None:
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="user_data has more than 10000 parts"):
+            take_apart(document)
+
+
+def laughs(first: str, line: str) -> bytes:
+    """Write a few lines whose aliases stand for 9**12 values."""
+    lines = [f"- &l0 {first}"]
+    for number in range(12):
+        lines.append(f"- &l{number + 1} " + line.format(", ".join([f"*l{number}"] * 9)))
+    return "\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        laughs("x", "[{}]"),
+        laughs("{content: x}", "{{content: [{}]}}"),
+        laughs("{a: b}", "{{<<: [{}]}}"),
+    ],
+    ids=["lists", "contents", "merged"],
+)
+def test_aliases_do_not_stand_for_billions_of_values(entries: bytes) -> None:
+    document = b"#cloud-config-archive\n" + entries
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="with its aliases it stands for more than 1000000"):
+            take_apart(document)
+
+
+def test_value_that_is_a_part_of_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="a value is a part of itself"):
+        split(b"#cloud-config-archive\n- &a [*a]\n")
+
+
+def test_aliases_of_an_ordinary_document_are_read() -> None:
+    document = b"a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: *a}\n"
+    both = {"x": [1, 2]}
+    assert userdata.load_yaml(document, "x") == {"a": both, "b": both, "c": {**both, "y": both}}

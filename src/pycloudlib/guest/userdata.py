@@ -6,12 +6,10 @@ https://docs.cloud-init.io/en/latest/explanation/format.html
 from __future__ import annotations
 
 import email
-import gzip
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pycloudlib.compression import gunzip
 from pycloudlib.documents import parse_yaml, shown
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -52,6 +50,11 @@ _COMPRESSED = tuple(
 )
 _KIND_OF_ARCHIVES = "text/cloud-config-archive"
 
+# Bytes that may come out of user-data, all of its parts together: cloud-init holds all of it in the
+# guest's memory, several times over. A few kilobytes of gzip can stand for gigabytes.
+_MOST_BYTES = 64 * 1024**2
+_MOST_PARTS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -70,6 +73,44 @@ class Part:
     merging: str = ""
 
 
+class _Bounds:
+    """How much may still come out of a piece of user-data.
+
+    Args:
+        name: What it is called in an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bytes = _MOST_BYTES
+        self._parts = _MOST_PARTS
+
+    def decompress(self, document: bytes) -> bytes:
+        """Undo a compression by gzip; what is not compressed stays as it is.
+
+        Raises:
+            ValueError: It is damaged, or too large.
+        """
+        if not document.startswith(_GZIP_MAGIC):
+            return document
+        try:
+            content = gunzip(document, self._bytes)
+        except ValueError as error:
+            raise ValueError(f"{self._name} {error}") from error
+        self._bytes -= len(content)
+        return content
+
+    def count_part(self) -> None:
+        """Count a part.
+
+        Raises:
+            ValueError: There are too many.
+        """
+        self._parts -= 1
+        if self._parts < 0:
+            raise ValueError(f"{self._name} has more than {_MOST_PARTS} parts")
+
+
 def decompress(document: bytes, name: str) -> bytes:
     """Undo a compression by gzip; what is not compressed stays as it is.
 
@@ -78,14 +119,9 @@ def decompress(document: bytes, name: str) -> bytes:
         name: What it is called in an error.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: It is damaged, or too large.
     """
-    if not document.startswith(_GZIP_MAGIC):
-        return document
-    try:
-        return gzip.decompress(document)
-    except (OSError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{name} is damaged gzip data: {error}") from error
+    return _Bounds(name).decompress(document)
 
 
 def is_mime(document: bytes) -> bool:
@@ -101,19 +137,20 @@ def parts(document: bytes, name: str) -> list[Part]:
         name: What it is called in an error.
 
     Raises:
-        ValueError: It is damaged, so that cloud-init would make nothing of it.
+        ValueError: It is damaged, so that cloud-init would make nothing of it; or too large.
     """
-    document = decompress(document, name)
+    bounds = _Bounds(name)
+    document = bounds.decompress(document)
     found: list[Part] = []
     if not is_mime(document):
-        _add(found, Part(UNKNOWN, "", document), name)
+        _add(found, Part(UNKNOWN, "", document), name, bounds)
         return found
     try:
         message = email.message_from_string(document.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is a MIME document that is not UTF-8: {error}") from error
     for part in _walk(message, name):
-        _add(found, part, name)
+        _add(found, part, name, bounds)
     return found
 
 
@@ -135,17 +172,19 @@ def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
         raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
 
 
-def _add(found: list[Part], part: Part, name: str) -> None:
+def _add(found: list[Part], part: Part, name: str, bounds: _Bounds) -> None:
     """Add a part, or what an archive consists of, once it is known what it is."""
+    bounds.count_part()
     kind, content = part.kind, part.content
     if kind in _COMPRESSED:
         if not content.startswith(_GZIP_MAGIC):
             raise ValueError(f"{name} has a part of type {kind} that is not compressed by gzip")
-        kind, content = "text/plain", decompress(content, name)
+        kind, content = "text/plain", bounds.decompress(content)
     if kind in _LOOKED_INTO:
         kind = _find_kind(content) or kind
     if kind == _KIND_OF_ARCHIVES:
         for entry in _entries(content, name):
+            bounds.count_part()
             found.append(_named(entry, found))
     else:
         found.append(_named(Part(kind, part.name, content, part.merging), found))
@@ -186,17 +225,19 @@ def split(document: bytes, name: str) -> Iterator[bytes]:
     """Give the documents that user-data consists of, decompressed.
 
     Raises:
-        ValueError: One of them is damaged.
+        ValueError: One of them is damaged, or they are too large.
     """
-    document = decompress(document, name)
+    bounds = _Bounds(name)
+    document = bounds.decompress(document)
     if is_mime(document):
         for content in _parts(document, name):
-            yield from _split_archive(decompress(content, name), name)
+            bounds.count_part()
+            yield from _split_archive(bounds.decompress(content), name, bounds)
     else:
-        yield from _split_archive(document, name)
+        yield from _split_archive(document, name, bounds)
 
 
-def _split_archive(document: bytes, name: str) -> Iterator[bytes]:
+def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[bytes]:
     """Give what a `#cloud-config-archive` consists of; any other document as it is."""
     if not document.lstrip().startswith(_ARCHIVE):
         yield document
@@ -205,6 +246,7 @@ def _split_archive(document: bytes, name: str) -> Iterator[bytes]:
     if not isinstance(entries, list):
         raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
     for entry in entries:
+        bounds.count_part()
         content = entry.get("content", "") if isinstance(entry, dict) else entry
         yield content if isinstance(content, bytes) else str(content).encode()
 
