@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -37,6 +38,10 @@ class SigningKey:
         self._gpg("--quick-generate-key", user, "ed25519", "sign", expires)
         self.armored = self._gpg("--armor", "--export")
         self.binary = self._gpg("--export")
+
+    def move_clock(self, time: str) -> None:
+        """Sign at another time from now on, such as "20240901T000000!"."""
+        self._options = ["--faked-system-time", time]
 
     def sign_clear(self, text: bytes) -> bytes:
         return self._gpg("--clearsign", stdin=text)
@@ -86,6 +91,9 @@ class ImageServer:
         changed: The date on which its files were changed, in place of their versions.
         knows_ranges: Whether a part of a file is sent where one is asked for.
         stalled: Paths that are never answered.
+        login: What everybody has to log in with, as "name:password"; empty for nothing.
+        logins: What was tried so far, for each request; empty where nothing was.
+        unasked_encoding: An encoding in which it sends everything, whatever is asked for.
     """
 
     url: str
@@ -103,6 +111,9 @@ class ImageServer:
     knows_versions: bool = True
     changed: str = ""
     updated: str = ""
+    login: str = ""
+    logins: list[str] = field(default_factory=list)
+    unasked_encoding: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
     _catalogs: dict[tuple[Stream, bool], dict[str, Any]] = field(default_factory=dict)
 
@@ -163,6 +174,12 @@ class ImageServer:
         self._add_to_catalog(entry, path, label)
         return entry
 
+    def forget_aliases(self, stream: Stream, release: str) -> None:
+        """Let the catalog call a release by no other names any more."""
+        products = self._catalogs[stream, False]
+        products[f"com.ubuntu.cloud:server:{VERSIONS[release]}:amd64"]["aliases"] = ""
+        self._sign_products(stream, minimal=False)
+
     def sign_sums(self, directory: str, files: dict[str, bytes]) -> None:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         sums = "".join(f"{digest} *{name}\n" for name, digest in digests.items()).encode()
@@ -193,7 +210,6 @@ class ImageServer:
             f"com.ubuntu.cloud:server:{entry.version}:amd64",
             {
                 "arch": "amd64",
-                "aliases": ",".join(entry.aliases),
                 "release": entry.release,
                 "version": entry.version,
                 "versions": {},
@@ -203,11 +219,15 @@ class ImageServer:
         other = {"ftype": "manifest", "path": f"{path}.manifest", "size": 9995}
         items = {"disk1.img": disk, "manifest": other}
         product["versions"][entry.serial] = {"items": items, "label": label}
-        document = {"format": "products:1.0", "products": products}
+        product["aliases"] = ",".join(entry.aliases)
+        self._sign_products(entry.stream, minimal=entry.minimal)
+
+    def _sign_products(self, stream: Stream, *, minimal: bool) -> None:
+        document = {"format": "products:1.0", "products": self._catalogs[stream, minimal]}
         if self.updated:
             document["updated"] = self.updated
         text = json.dumps(document, indent=1).encode()
-        self.sign_catalog(entry.stream, text, minimal=entry.minimal)
+        self.sign_catalog(stream, text, minimal=minimal)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -220,7 +240,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         served = self._served
         served.requests.append(self.path)
-        if self.path in served.stalled:
+        tried = self.headers.get("Authorization", "").removeprefix("Basic ")
+        served.logins.append(base64.b64decode(tried).decode())
+        if served.logins[-1] != served.login and served.login:
+            self._start(401, 0)
+        elif self.path in served.stalled:
             served.closing.wait()
             self.close_connection = True
         elif served.failures.get(self.path):
@@ -264,6 +288,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Last-Modified", self._served.changed)
         elif status == 200 and self._served.knows_versions:
             self.send_header("ETag", self._version())
+        if status == 200 and self._served.unasked_encoding:
+            self.send_header("Content-Encoding", self._served.unasked_encoding)
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()

@@ -25,6 +25,7 @@ from pycloudlib.files import expand_user, is_file
 from pycloudlib.guest import loginkey
 from pycloudlib.images import store
 from pycloudlib.images.catalog import check_release_form
+from pycloudlib.images.download import shown_url
 from pycloudlib.images.source import ImageSource
 from pycloudlib.key import generate_key_pair
 from pycloudlib.qemu.launch import find_kernel_boot, parse_launch_args
@@ -93,6 +94,7 @@ def test_file_that_cannot_be_is_named(name: str) -> None:
 @example({"image_dir": "x" * 300})
 @example({"working_dir": "a\0b"})
 @example({"image_keyring": "x" * 300})
+@example({"image_mirror": ["http://me:secret@host"]})
 @example({"image_dir": 16**6000})
 def test_settings_are_values_or_refused_with_key_and_file(section: dict[str, Any]) -> None:
     try:
@@ -100,7 +102,8 @@ def test_settings_are_values_or_refused_with_key_and_file(section: dict[str, Any
     except ValueError as error:
         match = re.match(r"(\w+) in \[qemu\] of my\.toml is ", str(error))
         assert match is not None, error
-        assert shown(section[match[1]]) in str(error)
+        told = shown(section[match[1]])
+        assert (shown_url(told) if match[1] == "image_mirror" else told) in str(error)
     else:
         assert settings.image_dir.is_absolute()
         assert settings.warm_cache_mib >= 0

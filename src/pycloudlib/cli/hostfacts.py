@@ -20,6 +20,7 @@ from pycloudlib.cli.session import TAG
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
 from pycloudlib.guest import loginkey
+from pycloudlib.images.download import open_client, shown_url
 from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
 from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
 from pycloudlib.qemu.ownership import Ownership
@@ -136,7 +137,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         key_problem=key_problem,
         free_memory=parse_available(read_kernel_file("/proc/meminfo")),
         free_ports=_count_free_ports(settings.state_dir),
-        server=server if wanted else "",
+        server=shown_url(server) if wanted else "",
         server_problem=_ask_server(settings, server) if wanted else "",
         leftovers=_find_leftovers(settings.working_dir),
         other_packages=find_other_packages(Path(pycloudlib.__file__).parent, sys.path),
@@ -249,8 +250,8 @@ def _ask_server(settings: QemuSettings, server: str) -> str:
     try:
         source = ImageSource(server, settings.image_keyring)
         url = source.catalog_url(Stream.RELEASED, minimal=False)
-        answer = httpx.head(url, timeout=_SERVER_LIMIT, follow_redirects=True)
-        answer.raise_for_status()
+        with open_client(source.login) as client:
+            client.head(url, timeout=_SERVER_LIMIT).raise_for_status()
     except (httpx.HTTPError, ValueError, OSError, PycloudlibException) as error:
         return str(error).partition("\n")[0] or type(error).__name__
     return ""

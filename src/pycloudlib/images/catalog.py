@@ -175,7 +175,7 @@ def _fetch_entries(source: ImageSource, stream: Stream, *, minimal: bool) -> lis
     check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
     known, version = _read_kept(check, source, url)
-    with open_client() as client:
+    with open_client(source.login) as client:
         message, version = fetch_changed(client, url, version)
     text = known if message is None else check(message, shown_url(url))
     if message is not None and _updated(text) < _updated(known):

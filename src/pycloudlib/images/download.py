@@ -6,6 +6,7 @@ become this package's.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import logging
@@ -13,12 +14,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pycloudlib._version import __version__
+from pycloudlib.compression import gunzip
 from pycloudlib.errors import ImageBuildError, ImageVerificationError
 from pycloudlib.files import owner_opener
 from pycloudlib.progress import Progress, ProgressCallback
@@ -42,12 +44,16 @@ _NOT_MODIFIED = 304
 _PASSING = (408, 416, 429)  # time-out, range that cannot be had, too many requests
 _SERVER_ERRORS = 500
 _SENDABLE = re.compile(r"[!-~]+( [!-~]+)*")  # of a header's value (RFC 9110, 5.5)
+_UNUSABLE_SETTINGS = (
+    "Downloading is not possible with the proxy and certificate settings of the environment "
+    "(HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE …)"
+)
 _WAITING = Progress("waiting before the download is tried again")
 
 # A server that never stops sending must fill neither the memory nor the disk. The largest
 # stream is several MB; no kernel or initrd comes near the other.
 _TEXT_LIMIT = 64 * 1024**2
-_FILE_LIMIT = 4 * 1024**3
+_FILE_LIMIT = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,36 +77,80 @@ class Digest:
 
 
 def shown_url(url: str) -> str:
-    """Give a URL as it may be shown and stored: without the password it may carry."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # it is none, and what of it is a password cannot be told
-        return url.rpartition("@")[2]
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """Return a URL as it may be shown and stored: without the password it may carry."""
+    # A password may hold any character, "/" and "@" too: it ends with the last "@" of all.
+    start, at, rest = url.rpartition("@")
+    return start.partition("//")[0] + "//" + rest if at and "//" in start else rest
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A name and a password for a server; they are sent to that server alone.
+
+    Attributes:
+        url: The server.
+        user: The name.
+        password: The password; may be empty.
+    """
+
+    url: str
+    user: str
+    password: str = field(repr=False)
+
+    def authorize(self, request: httpx.Request) -> httpx.Request:
+        """Add what lets a request in, if it goes to the server."""
+        import httpx  # noqa: PLC0415 - heavy
+
+        server, asked = httpx.URL(self.url), request.url
+        if (asked.scheme, asked.host, asked.port) == (server.scheme, server.host, server.port):
+            pair = f"{self.user}:{self.password}".encode()
+            request.headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+        return request
+
+
+def split_login(url: str) -> tuple[str, Login | None]:
+    """Take name and password out of a valid URL, which can be shown, logged and stored then."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url, None
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return plain, Login(plain, unquote(parts.username or ""), unquote(parts.password or ""))
 
 
 @contextlib.contextmanager
-def open_client() -> Iterator[httpx.Client]:
+def open_client(login: Login | None = None) -> Iterator[httpx.Client]:
     """Open the HTTP client that the other functions take; it reuses its connections.
 
-    Proxies come from the environment (`HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` …).
+    Proxies come from the environment (`HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` …). Redirects are
+    followed, but not from https to http.
+
+    Args:
+        login: Name and password for a server that asks for them.
 
     Raises:
         ImageBuildError: The environment's proxy or certificate settings cannot be used.
     """
+    from urllib.request import getproxies  # noqa: PLC0415 - heavy
+
     import httpx  # noqa: PLC0415 - heavy
 
     try:
         client = httpx.Client(
             timeout=_TIMEOUT,
             follow_redirects=True,
+            event_hooks={"response": [_check_redirect]},
             headers={"User-Agent": f"pycloudlib/{__version__}"},
+            auth=login.authorize if login else None,
         )
-    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+    except (ImportError, OSError) as error:
+        raise ImageBuildError(f"{_UNUSABLE_SETTINGS}: {error}") from error
+    except (ValueError, httpx.InvalidURL):
+        # What the library says of a proxy's URL may hold a part of its password.
+        proxies = (f"{name}={shown_url(value)}" for name, value in getproxies().items())
         raise ImageBuildError(
-            f"Downloading is not possible with the proxy and certificate settings of the "
-            f"environment (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE …): {error}"
-        ) from error
+            f"{_UNUSABLE_SETTINGS}: one of the proxies has no URL that can be used "
+            f"({', '.join(sorted(proxies))})"
+        ) from None
     with client:
         yield client
 
@@ -141,23 +191,38 @@ def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes
     headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
     # A server may name its versions by what cannot be sent back.
     asked = {name: value for name, value in headers.items() if _SENDABLE.fullmatch(value)}
+    can_be_known = bool(asked)
+    # None of the others that the library knows can be undone within bounds.
+    asked["Accept-Encoding"] = "gzip"
 
     def fetch() -> tuple[bytes | None, Version]:
         content = bytearray()
         with _open_response(client, url, asked) as response:
-            if asked and response.status_code == _NOT_MODIFIED:
+            if can_be_known and response.status_code == _NOT_MODIFIED:
                 return None, known
             _check_status(response, url)
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 content += chunk
                 if len(content) > _TEXT_LIMIT:
                     raise ImageBuildError(
                         f"{shown_url(url)} is longer than the {_TEXT_LIMIT} bytes expected at most"
                     )
             told = response.headers
-        return bytes(content), Version(told.get("ETag", ""), told.get("Last-Modified", ""))
+        text = _undo_encoding(bytes(content), told.get("Content-Encoding", "identity"), url)
+        return text, Version(told.get("ETag", ""), told.get("Last-Modified", ""))
 
     return _try_again(fetch)
+
+
+def _undo_encoding(content: bytes, encoding: str, url: str) -> bytes:
+    try:
+        if encoding == "identity":
+            return content
+        if encoding == "gzip":
+            return gunzip(content, _TEXT_LIMIT)
+        raise ValueError(f"has the encoding {encoding!r}, expected 'gzip' or none")
+    except ValueError as error:
+        raise ImageBuildError(f"{shown_url(url)} {error}") from error
 
 
 def download_file(
@@ -278,7 +343,8 @@ class _Transfer:
         announced = response.headers.get("Content-Length", "")
         rest = int(announced) if announced.isdecimal() else None
         total = self._expected.size or (None if rest is None else self._size + rest)
-        for chunk in response.iter_bytes():
+        # As it comes: what is compressed on the way all the same is not the file expected.
+        for chunk in response.iter_raw():
             if self._size + len(chunk) > self._limit:
                 raise ImageVerificationError(
                     f"{shown_url(self._url)} is longer than expected: {_describe(self._expected)}"
@@ -332,6 +398,18 @@ def _open_response(
         raise kind(
             f"Downloading {shown_url(url)} failed: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_redirect(response: httpx.Response) -> None:
+    """Refuse a way on that is less safe: whoever is on the line to it would see and choose all."""
+    location = response.headers.get("Location", "")
+    if response.has_redirect_location and response.request.url.scheme == "https":
+        target = response.request.url.join(location)
+        if target.scheme != "https":
+            raise ImageBuildError(
+                f"Downloading {shown_url(str(response.request.url))} failed: the server sends on "
+                f"to {shown_url(str(target))}, which is not https"
+            )
 
 
 def _check_status(response: httpx.Response, url: str) -> None:

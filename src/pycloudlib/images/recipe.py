@@ -14,6 +14,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from pycloudlib.images.download import shown_url
+
 RELEASES = ("bookworm", "trixie")
 """The Debian releases that can be built."""
 
@@ -154,6 +156,12 @@ class BuildRecipe:
             raise ValueError(
                 f"disk_size_gib is {size!r}: expected a whole number from {_MIN_DISK_GIB} to "
                 f"{_MAX_DISK_GIB}"
+            )
+        if "@" in self.mirror:
+            raise ValueError(
+                f"mirror carries a name or a password for {shown_url(self.mirror)}, which every "
+                "user of the image could read, and of this host during the build; name one "
+                "that asks for none, or a proxy (http_proxy)"
             )
         if not _MIRROR.fullmatch(self.mirror):
             raise ValueError(

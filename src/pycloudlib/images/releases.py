@@ -153,7 +153,7 @@ def fetch_image(
 def _fetch(
     entry: CatalogEntry, source: ImageSource, image: Path, on_progress: ProgressCallback
 ) -> None:
-    with _new_directory(image.parent), open_client() as client:
+    with _new_directory(image.parent), open_client(source.login) as client:
         files = [
             *_find_boot_files(client, entry, source, image),
             _File(entry.url, image, Digest(entry.sha256, entry.size)),

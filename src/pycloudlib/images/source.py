@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pycloudlib.images.download import shown_url
+from pycloudlib.images.download import Login, shown_url, split_login
 
 _log = logging.getLogger(__name__)
 
@@ -47,10 +47,12 @@ class ImageSource:
     """Where images come from and whom to believe.
 
     Attributes:
-        mirror: Base URL of a server laid out like cloud-images.ubuntu.com.
+        mirror: Base URL of a server laid out like cloud-images.ubuntu.com. A name and a password
+            that it is given with are taken out of it: no URL that is made of it carries them.
         keyring: File of the public keys to trust, armored or binary; None for Ubuntu's own.
         verified: Whether what the server says counts only when it is signed.
         cache_dir: Where catalogs are kept, to be fetched when they have changed; None to keep none.
+        login: The name and the password that the mirror asks for.
 
     Raises:
         ValueError: The mirror is not an HTTP URL.
@@ -60,6 +62,7 @@ class ImageSource:
     keyring: Path | None = None
     verified: bool = True
     cache_dir: Path | None = None
+    login: Login | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not is_http_url(self.mirror):
@@ -67,6 +70,9 @@ class ImageSource:
                 f"Invalid image mirror {shown_url(self.mirror)!r}: expected a URL such as "
                 f"{DEFAULT_MIRROR!r}"
             )
+        mirror, login = split_login(self.mirror)
+        object.__setattr__(self, "mirror", mirror)
+        object.__setattr__(self, "login", login or self.login)
 
     def base_url(self, stream: Stream, *, minimal: bool) -> str:
         """Name the directory to which the paths in a catalog are relative."""
@@ -84,5 +90,5 @@ class ImageSource:
             _log.warning(
                 "NOTHING THAT %s SENDS IS VERIFIED (image_verification = 'disabled' in [qemu]): "
                 "whoever is on the way to it decides what the images are",
-                shown_url(self.mirror),
+                self.mirror,
             )

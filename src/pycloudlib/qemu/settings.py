@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class QemuSettings:
     cache_dir: Path
     qemu_binary: str = DEFAULT_BINARY
     accelerator: str = AUTO
-    image_mirror: str | None = None
+    image_mirror: str | None = field(default=None, repr=False)
     image_keyring: Path | None = None
     image_verification: str = SIGNED
     image_lock: Path | None = None
@@ -110,7 +110,7 @@ class QemuSettings:
             qemu_binary=reader.path_or_name("qemu_binary") or DEFAULT_BINARY,
             accelerator=reader.one_of("accelerator", SETTINGS) or AUTO,
             image_mirror=reader.text("image_mirror"),
-            image_keyring=reader.file("image_keyring"),
+            image_keyring=reader.trusted_file("image_keyring"),
             image_verification=reader.one_of("image_verification", _VERIFICATIONS) or SIGNED,
             image_lock=reader.path("image_lock"),
             warm_cache_mib=reader.number("warm_cache_mib", DEFAULT_WARM_CACHE_MIB),
@@ -190,9 +190,12 @@ class _Reader:
     source: str
 
     def error(self, key: str, expected: str) -> ValueError:
-        return ValueError(
-            f"{key} in [qemu] of {self.source} is {shown(self.section[key])}, expected {expected}"
-        )
+        from pycloudlib.images.download import shown_url  # noqa: PLC0415 - seldom
+
+        value = shown(self.section[key])
+        # A wrong kind of value may hold a right one, with its password.
+        told = shown_url(value) if key == "image_mirror" else value
+        return ValueError(f"{key} in [qemu] of {self.source} is {told}, expected {expected}")
 
     def text(self, key: str) -> str | None:
         value = self.section.get(key)
@@ -232,6 +235,16 @@ class _Reader:
         path = self.path(key)
         if path is not None and not is_file(path):
             raise self.error(key, f"a file that exists ({path} is not one)")
+        return path
+
+    def trusted_file(self, key: str) -> Path | None:
+        """Read the name of a file that decides what is trusted.
+
+        A relative one would let the directory decide that a program happens to run in.
+        """
+        path = self.file(key)
+        if path is not None and not path.is_absolute():
+            raise self.error(key, "an absolute path, or one that begins with ~ or a variable")
         return path
 
     def path_or_name(self, key: str) -> str | None:
