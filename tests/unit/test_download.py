@@ -8,6 +8,7 @@ import resource
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import Progress
 from tests.unit.imageserver import (
     ImageServer,
+    forget_proxies,
     list_files,
+    new_signing_key,
+    running_image_server,
 )
 
 
@@ -381,6 +385,41 @@ def test_line_that_breaks_is_taken_up_again(
     server.cut_short.clear()
     assert fetch_image(entry, server.source, image_dir).is_file()
     assert int(server.ranges[path][-1][6:-1]) > asked[-1]
+
+
+@pytest.fixture
+def aging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
+    """Give a server whose key is of 2024, and signs in July of that year."""
+    forget_proxies(monkeypatch)
+    with (
+        new_signing_key(faked_time="20240701T000000!") as key,
+        running_image_server(key, tmp_path) as server,
+    ):
+        key.move_clock("20240722T120000!")
+        yield server
+
+
+def test_kernel_of_an_older_signed_build_is_refused(aging: ImageServer, image_dir: Path) -> None:
+    old = aging.add_image(Stream.RELEASED, "noble", "20240721")
+    aging.key.move_clock("20240821T000001!")
+    new = aging.add_image(Stream.RELEASED, "noble", "20240821.1")
+    of_old, of_new = (
+        f"{aging.path_of(entry.url).rpartition('/')[0]}/unpacked/" for entry in (old, new)
+    )
+    genuine = dict(aging.files)
+    aging.files |= {
+        of_new + path.removeprefix(of_old): content
+        for path, content in genuine.items()
+        if path.startswith(of_old)
+    }
+    with pytest.raises(
+        ImageVerificationError, match=r"signed on 2024-07-22, before the build 20240821\.1 "
+    ):
+        fetch_image(new, aging.source, image_dir)
+    assert list_files(image_dir) == []
+    assert fetch_image(old, aging.source, image_dir).is_file(), "beside its own image it is right"
+    aging.files = genuine
+    assert fetch_image(new, aging.source, image_dir).is_file(), "signed on the day of the build"
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 429, 408])

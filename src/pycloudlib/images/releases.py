@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pycloudlib.errors import ImageBuildError, ImageNotFoundError
+from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.files import create_directories, exclusive_lock
 from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
@@ -201,7 +201,7 @@ def _find_boot_files(
     An image may do without an initrd, but none is without a kernel.
     """
     directory = f"{entry.url.rpartition('/')[0]}/unpacked/"
-    sums = _fetch_sums(client, f"{directory}SHA256SUMS", source)
+    sums = _fetch_sums(client, f"{directory}SHA256SUMS", entry, source)
     targets = (store.kernel_path(image), store.initrd_path(image))
     if targets[0].name not in sums:
         raise ImageNotFoundError(
@@ -216,12 +216,24 @@ def _find_boot_files(
     ]
 
 
-def _fetch_sums(client: httpx.Client, url: str, source: ImageSource) -> dict[str, str]:
-    """Fetch a list of checksums with its detached signature; give them by file name."""
+def _fetch_sums(
+    client: httpx.Client, url: str, entry: CatalogEntry, source: ImageSource
+) -> dict[str, str]:
+    """Fetch a list of checksums with its detached signature; give them by file name.
+
+    Nothing in it says which build it is of. An older build's has an older signature, though: it was
+    made before the day that the build is named for.
+    """
     content = fetch_bytes(client, url)
     if source.verified:
         keys = load_trusted_keys(source.keyring)
-        verify_detached(content, fetch_bytes(client, f"{url}.gpg"), keys, shown_url(url))
+        signature = fetch_bytes(client, f"{url}.gpg")
+        signed = verify_detached(content, signature, keys, shown_url(url))
+        if f"{signed:%Y%m%d}" < entry.serial[:8]:
+            raise ImageVerificationError(
+                f"{shown_url(url)} was signed on {signed:%Y-%m-%d}, before the build "
+                f"{entry.serial} beside it was made: its kernel is an older build's"
+            )
     else:
         source.warn_if_unverified()
     return parse_sums(content)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
+import hashlib
 import importlib.resources
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,10 @@ _END = b"-----END PGP PUBLIC KEY BLOCK-----"
 # one that has. Its status tells them apart: GOODSIG is written only when neither is the case
 # (EXPKEYSIG and REVKEYSIG are written instead).
 _GOOD_SIGNATURE = b"[GNUPG:] GOODSIG "
+# Follows it, and those of keys that have expired, too; its third word is the time of the signature
+# in seconds since the epoch (doc/DETAILS in GnuPG).
+_VALID_SIGNATURE = b"[GNUPG:] VALIDSIG "
+_UBUNTU = "Ubuntu's cloud image keys"
 
 _KEYRING = "keyring"
 
@@ -46,6 +53,15 @@ class TrustedKeys:
 
     origin: str
     packets: bytes
+
+    @property
+    def name(self) -> str:
+        """The name by which a record says that these keys vouch for an image.
+
+        Ubuntu's keys, which come with this package, keep theirs when one of them is replaced;
+        a keyring that is configured is another one as soon as it has other keys.
+        """
+        return "ubuntu" if self.origin == _UBUNTU else hashlib.sha256(self.packets).hexdigest()
 
 
 def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
@@ -63,7 +79,7 @@ def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
         return TrustedKeys(str(keyring), _read_keys(keyring.read_bytes(), str(keyring)))
     directory = importlib.resources.files("pycloudlib.images") / "keys"
     packets = b"".join(_read_keys((directory / name).read_bytes(), name) for name in _UBUNTU_KEYS)
-    return TrustedKeys("Ubuntu's cloud image keys", packets)
+    return TrustedKeys(_UBUNTU, packets)
 
 
 def dearmor_keys(armored: bytes) -> bytes:
@@ -119,8 +135,10 @@ def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
         return text.read_bytes()
 
 
-def verify_detached(content: bytes, signature: bytes, keys: TrustedKeys, origin: str) -> None:
-    """Check content against its detached signature.
+def verify_detached(
+    content: bytes, signature: bytes, keys: TrustedKeys, origin: str
+) -> datetime.datetime:
+    """Check content against its detached signature, and return when that was made.
 
     Args:
         content: What was signed.
@@ -136,7 +154,7 @@ def verify_detached(content: bytes, signature: bytes, keys: TrustedKeys, origin:
         signed, detached = directory / "content", directory / "signature"
         signed.write_bytes(content)
         detached.write_bytes(signature)
-        _run_gpgv(directory, detached, signed)
+        return _find_signing_time(_run_gpgv(directory, detached, signed))
 
 
 def _read_keys(content: bytes, origin: str) -> bytes:
@@ -172,7 +190,8 @@ def _open_gpgv_directory(keys: TrustedKeys, origin: str) -> Iterator[Path]:
             ) from error
 
 
-def _run_gpgv(directory: Path, *arguments: str | Path) -> None:
+def _run_gpgv(directory: Path, *arguments: str | Path) -> list[bytes]:
+    """Run gpgv; return the lines of its status."""
     command: list[str | Path] = [
         "gpgv",
         *("--homedir", directory),
@@ -182,6 +201,20 @@ def _run_gpgv(directory: Path, *arguments: str | Path) -> None:
     ]
     step = "checking it"
     finished = run_tool(step, command)
-    if not any(line.startswith(_GOOD_SIGNATURE) for line in finished.stdout.splitlines()):
+    status = finished.stdout.splitlines()
+    if not any(line.startswith(_GOOD_SIGNATURE) for line in status):
         output = (finished.stderr + finished.stdout).decode(errors="replace")
         raise ToolError(step, ["gpgv"], finished.returncode, output)
+    return status
+
+
+def _find_signing_time(status: Sequence[bytes]) -> datetime.datetime:
+    """Find when the newest good signature was made."""
+    # One of a key that has expired is valid, too: what stands before its VALIDSIG decides.
+    verdicts = [line for line in status if line.partition(b" ")[2].split(b" ")[0].endswith(b"SIG")]
+    times = [
+        int(valid.split()[4])
+        for verdict, valid in itertools.pairwise(verdicts)
+        if verdict.startswith(_GOOD_SIGNATURE) and valid.startswith(_VALID_SIGNATURE)
+    ]
+    return datetime.datetime.fromtimestamp(max(times), datetime.timezone.utc)
