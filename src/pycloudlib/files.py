@@ -49,6 +49,28 @@ def temporary_name(target: Path, suffix: str) -> Path:
     return target.with_name(f".{start}.{secrets.token_hex(4)}.{suffix}")
 
 
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a small regular file, whatever has been put in its place.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no regular file, such as a FIFO that never ends, or longer than `limit`
+            bytes.
+    """
+    # A FIFO is opened without waiting for whoever writes into it.
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} is longer than the {limit} bytes expected at most")
+    return content
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return opener(path, flags | os.O_NONBLOCK)
+
+
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[io.FileIO]:
     """Open a file, without a buffer, for what is copied to it; as `cp` would leave it.

@@ -71,6 +71,8 @@ def test_image_is_fetched_with_kernel_initrd_and_record(
         sha256=entry.sha256,
         size=entry.size,
         source=entry.url,
+        vouchers=(server.source.voucher,),
+        names=("noble", "24.04"),
     )
     assert [name for name in list_files(image_dir) if name.startswith(path)] == [
         f"{path}-initrd-generic",
@@ -522,9 +524,11 @@ def test_image_dir_that_is_a_file_is_told(
     assert file.read_text() == "mine"
 
 
-def test_nothing_is_stored_at_first(image_dir: Path) -> None:
-    assert find_stored(image_dir, Stream.RELEASED, "noble", False) is None
-    assert find_stored(image_dir / "missing", Stream.RELEASED, "noble", False) is None
+def test_nothing_is_stored_at_first(server: ImageServer, image_dir: Path) -> None:
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", False) is None
+    assert (
+        find_stored(server.source, image_dir / "missing", Stream.RELEASED, "noble", False) is None
+    )
 
 
 def test_newest_stored_image_is_found(server: ImageServer, image_dir: Path) -> None:
@@ -533,8 +537,8 @@ def test_newest_stored_image_is_found(server: ImageServer, image_dir: Path) -> N
         fetch_image(entry, server.source, image_dir)
     server.requests.clear()
     newest = image_dir / "24.04/20260930.10/ubuntu-24.04-server-cloudimg-amd64.img"
-    assert find_stored(image_dir, Stream.RELEASED, "noble", False) == newest
-    assert find_stored(image_dir, Stream.RELEASED, "24.04", False) == newest
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", False) == newest
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "24.04", False) == newest
     assert server.requests == []
 
 
@@ -543,11 +547,11 @@ def test_stored_image_of_another_kind_is_not_found(server: ImageServer, image_di
     daily_minimal = server.add_image(Stream.DAILY, "jammy", "20240821", minimal=True)
     for entry in (released, daily_minimal):
         fetch_image(entry, server.source, image_dir)
-    assert find_stored(image_dir, Stream.DAILY, "noble", False) is None
-    assert find_stored(image_dir, Stream.RELEASED, "noble", True) is None
-    assert find_stored(image_dir, Stream.RELEASED, "jammy", False) is None
-    assert find_stored(image_dir, Stream.DAILY, "jammy", False) is None
-    found = find_stored(image_dir, Stream.DAILY, "jammy", True)
+    assert find_stored(server.source, image_dir, Stream.DAILY, "noble", False) is None
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", True) is None
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "jammy", False) is None
+    assert find_stored(server.source, image_dir, Stream.DAILY, "jammy", False) is None
+    found = find_stored(server.source, image_dir, Stream.DAILY, "jammy", True)
     assert found == image_path(daily_minimal, image_dir)
 
 
@@ -556,9 +560,9 @@ def test_stored_image_that_is_not_whole_is_not_found(
 ) -> None:
     image = fetch_image(entry, server.source, image_dir)
     os.truncate(image, entry.size - 1)
-    assert find_stored(image_dir, Stream.RELEASED, "noble", False) is None
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", False) is None
     image.unlink()
-    assert find_stored(image_dir, Stream.RELEASED, "noble", False) is None
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", False) is None
 
 
 def test_stored_image_without_record_is_not_found(
@@ -566,12 +570,12 @@ def test_stored_image_without_record_is_not_found(
 ) -> None:
     image = fetch_image(entry, server.source, image_dir)
     store.record_path(image).unlink()
-    assert find_stored(image_dir, Stream.RELEASED, "noble", False) is None
+    assert find_stored(server.source, image_dir, Stream.RELEASED, "noble", False) is None
 
 
-def test_malformed_release_is_not_looked_for(image_dir: Path) -> None:
+def test_malformed_release_is_not_looked_for(server: ImageServer, image_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"Invalid release '\.\./x'"):
-        find_stored(image_dir, Stream.RELEASED, "../x", False)
+        find_stored(server.source, image_dir, Stream.RELEASED, "../x", False)
 
 
 def test_deleted_image_is_gone_with_all_beside_it(

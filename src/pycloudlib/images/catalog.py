@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -18,7 +18,7 @@ from pycloudlib.documents import parse_json
 from pycloudlib.errors import ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import catalogcache, store
 from pycloudlib.images.catalogcache import CachedCatalog
-from pycloudlib.images.download import Version, fetch_changed, open_client, shown_url
+from pycloudlib.images.download import Version, fetch_changed, open_client
 from pycloudlib.images.signature import load_trusted_keys, verify_clearsigned
 from pycloudlib.images.source import ImageSource, Stream
 
@@ -60,6 +60,11 @@ class CatalogEntry:
     aliases: tuple[str, ...] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the release may be called: series, version, other names."""
+        return (self.release, self.version, *self.aliases)
+
+    @property
     def local_directory(self) -> str:
         """The directory of the release below `image_dir`: clients know released by version."""
         return self.version if self.stream is Stream.RELEASED else self.release
@@ -77,14 +82,18 @@ def image_name(stream: Stream, local_directory: str, *, minimal: bool) -> str:
     return f"{prefix}{local_directory}-{variant}-cloudimg-{ARCHITECTURE}"
 
 
+def is_release_name(text: str) -> bool:
+    """Whether a text is a series' name, an alias or a version by its form."""
+    return bool(_SERIES.fullmatch(text) or _VERSION.fullmatch(text))
+
+
 def check_release_form(release: str) -> None:
     """Refuse what cannot be the name of a release, before anything is asked of a server.
 
     Raises:
         ValueError: It is neither a series' name nor a version by its form.
     """
-    is_text = isinstance(release, str)
-    if not is_text or not (_SERIES.fullmatch(release) or _VERSION.fullmatch(release)):
+    if not isinstance(release, str) or not is_release_name(release):
         raise ValueError(
             f"Invalid release {release!r}: expected the name of an Ubuntu series, such as "
             f"'noble', or a version, such as '24.04'"
@@ -117,30 +126,57 @@ def find_entry(
         MissingPrerequisiteError: `gpgv` is not installed.
     """
     check_release_form(release)
-    entries = _fetch_entries(source, stream, minimal=minimal)
-    builds = [
-        entry for entry in entries if release in (entry.release, entry.version, *entry.aliases)
-    ]
-    if not builds:
-        url = shown_url(source.catalog_url(stream, minimal=minimal))
-        variant = "minimal " if minimal else ""
+    return fetch_catalog(source, stream, minimal=minimal).find(release, serial)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What builds there are, as their publisher signed it.
+
+    Attributes:
+        url: Where it comes from.
+        kind: Of which images it tells, in words.
+        entries: The builds.
+    """
+
+    url: str
+    kind: str
+    entries: Sequence[CatalogEntry]
+
+    def find(self, release: str, serial: str | None = None) -> CatalogEntry:
+        """Find a build of a release: the newest, or a certain one.
+
+        Raises:
+            ImageNotFoundError: It has no such release or build; names those it has.
+        """
+        builds = sorted(
+            (entry for entry in self.entries if release in entry.names),
+            key=lambda entry: store.serial_order(entry.serial),
+        )
+        if not builds:
+            raise ImageNotFoundError(
+                resource_name=release,
+                message=f"No {self.kind} image of {release!r} in {self.url}; it has "
+                f"{_list_releases(self.entries)}",
+            )
+        if serial is None:
+            return builds[-1]
+        found = next((entry for entry in builds if entry.serial == serial), None)
+        if found is not None:
+            return found
+        serials = ", ".join(entry.serial for entry in builds)
         raise ImageNotFoundError(
             resource_name=release,
-            message=f"No {stream.value} {variant}image of {release!r} in {url}; "
-            f"it has {_list_releases(entries)}",
+            message=f"No build {serial} of {release!r} in {self.url}; it has {serials}",
         )
-    builds.sort(key=lambda entry: store.serial_order(entry.serial))
-    if serial is None:
-        return builds[-1]
-    found = next((entry for entry in builds if entry.serial == serial), None)
-    if found is not None:
-        return found
-    url = shown_url(source.catalog_url(stream, minimal=minimal))
-    serials = ", ".join(entry.serial for entry in builds)
-    raise ImageNotFoundError(
-        resource_name=release,
-        message=f"No build {serial} of {release!r} in {url}; it has {serials}",
-    )
+
+    def find_signed(self, pin: CatalogEntry) -> CatalogEntry | None:
+        """Find the very build that is pinned: all that is said of it but where it is."""
+        return next((entry for entry in self.entries if _is_same_build(entry, pin)), None)
+
+
+def _is_same_build(entry: CatalogEntry, pin: CatalogEntry) -> bool:
+    return replace(entry, url="", aliases=()) == replace(pin, url="", aliases=())
 
 
 def parse_catalog(
@@ -163,31 +199,47 @@ def parse_catalog(
             for serial, build in product["versions"].items()
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        url = shown_url(source.catalog_url(stream, minimal=minimal))
+        url = source.catalog_url(stream, minimal=minimal)
         raise ImageVerificationError(
             f"{url} is signed but is not a simplestreams catalog of products: {error!r}"
         ) from error
     return [entry for entry in entries if entry is not None]
 
 
-def _fetch_entries(source: ImageSource, stream: Stream, *, minimal: bool) -> list[CatalogEntry]:
+def fetch_catalog(source: ImageSource, stream: Stream, *, minimal: bool) -> Catalog:
+    """Fetch the server's catalog of a stream; errors are those of `find_entry`."""
     # The keys come first: a wrong keyring should not cost a download.
     check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
     known, version = _read_kept(check, source, url)
     with open_client(source.login) as client:
         message, version = fetch_changed(client, url, version)
-    text = known if message is None else check(message, shown_url(url))
+    text = known if message is None else check(message, url)
     if message is not None and _updated(text) < _updated(known):
         _log.warning(
             "%s is older than what it was before: an attacker could hold back newer images "
             "by that. The newer catalog is used, which was kept",
-            shown_url(url),
+            url,
         )
         text = known
     elif message is not None:
         catalogcache.write(source.cache_dir, url, CachedCatalog(message, version))
-    return parse_catalog(text, source, stream, minimal=minimal)
+    return _make_catalog(text, source, stream, minimal=minimal)
+
+
+def read_kept_catalog(source: ImageSource, stream: Stream, *, minimal: bool) -> Catalog | None:
+    """Read the catalog that was fetched last, without any network; None without one."""
+    url = source.catalog_url(stream, minimal=minimal)
+    text, _ = _read_kept(_make_check(source), source, url)
+    return _make_catalog(text, source, stream, minimal=minimal) if text else None
+
+
+def _make_catalog(text: bytes, source: ImageSource, stream: Stream, *, minimal: bool) -> Catalog:
+    return Catalog(
+        url=source.catalog_url(stream, minimal=minimal),
+        kind=f"{stream.value} minimal" if minimal else stream.value,
+        entries=parse_catalog(text, source, stream, minimal=minimal),
+    )
 
 
 Check = Callable[[bytes, str], bytes]
@@ -207,7 +259,7 @@ def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Vers
     kept = catalogcache.read(source.cache_dir, url)
     if kept is not None:
         try:
-            return check(kept.message, shown_url(url)), kept.version
+            return check(kept.message, url), kept.version
         except ImageVerificationError as error:
             _log.debug("A catalog that was kept is not used: %s", error)
     return b"", Version()

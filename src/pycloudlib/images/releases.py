@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
@@ -63,12 +64,18 @@ def image_path(entry: CatalogEntry, image_dir: Path) -> Path:
 
 
 def find_stored(
-    image_dir: Path, stream: Stream, release: str, minimal: bool = False
+    source: ImageSource, image_dir: Path, stream: Stream, release: str, minimal: bool = False
 ) -> Path | None:
     """Find the newest image of a release that is on disk, without any network.
 
-    A released image is found by series and by version, a daily one by its series: nothing on
-    disk tells the version of that.
+    It is one for which those vouch who would have to now, if it were downloaded.
+
+    Args:
+        source: Whose word counts.
+        image_dir: Where images are kept.
+        stream: Released or daily builds.
+        release: Series, version, or another name that the catalog had for it ("lts").
+        minimal: Whether the minimal variant is wanted.
 
     Raises:
         ValueError: `release` cannot be the name of a release.
@@ -79,20 +86,21 @@ def find_stored(
         for image in image_dir.glob("*/*/*.img")
         if image.stem == image_name(stream, image.parent.parent.name, minimal=minimal)
         and (record := _find_whole(image)) is not None
-        and release in (record.release, image.parent.parent.name)
+        and release in (record.release, image.parent.parent.name, *record.names)
+        and source.believes(record.vouchers)
     ]
     return max(stored)[1] if stored else None
 
 
 def find_unverified(
-    image_dir: Path, stream: Stream, release: str, minimal: bool = False
-) -> Path | None:
-    """Find the newest image of a release that is in its place but has no record.
+    source: ImageSource, image_dir: Path, stream: Stream, release: str, minimal: bool = False
+) -> list[Path]:
+    """Find images of a release that are in their places but are not believed, the newest first.
 
-    The original pycloudlib leaves such images: same places, same names.
+    The original pycloudlib leaves such images, without records: same places, same names. Others
+    came while another's word counted, or nobody's.
 
-    Raises:
-        ValueError: `release` cannot be the name of a release.
+    Arguments and errors are those of `find_stored`.
     """
     check_release_form(release)
     version = UBUNTU_RELEASE_VERSION_MAP.get(release, release)
@@ -101,9 +109,11 @@ def find_unverified(
     unverified = [
         image
         for image in (image_dir / directory).glob(f"*/{name}")
-        if store.is_serial(image.parent.name) and store.find_record(image) is None
+        if store.is_serial(image.parent.name)
+        and not ((record := _find_whole(image)) and source.believes(record.vouchers))
     ]
-    return max(unverified, key=lambda image: store.serial_order(image.parent.name), default=None)
+    unverified.sort(key=lambda image: store.serial_order(image.parent.name), reverse=True)
+    return unverified
 
 
 def fetch_image(
@@ -112,6 +122,7 @@ def fetch_image(
     image_dir: Path,
     *,
     on_progress: ProgressCallback = ignore_progress,
+    vouched: bool = True,
 ) -> Path:
     """Bring an image to `image_dir`, with its kernel, its initrd and its record.
 
@@ -122,9 +133,11 @@ def fetch_image(
 
     Args:
         entry: The build, from `find_entry`.
-        source: The keys that have to have signed the kernel's checksums.
+        source: The keys that signed the catalog, and have to have signed the kernel's checksums.
         image_dir: Where images are kept; made if missing.
         on_progress: Told of each piece of each file, in bytes.
+        vouched: Whether the build is from the source's catalog. Otherwise nobody vouches for it,
+            and it is never found as a release.
 
     Returns:
         The path of the image.
@@ -136,24 +149,33 @@ def fetch_image(
         MissingPrerequisiteError: `gpgv` is not installed.
     """
     image = image_path(entry, image_dir)
-    if is_complete(entry, image_dir):
+    if is_complete(entry, source, image_dir):
+        if vouched:
+            _update_names(image, entry)
         return image
     waiting = Progress("waiting for another process that downloads this image")
     # One for each image, outside its directory, which may not be there yet.
     lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
     with _new_directory(image_dir), exclusive_lock(lock, on_wait=lambda: on_progress(waiting)):
         try:
-            if not is_complete(entry, image_dir):
-                _fetch(entry, source, image, on_progress)
+            if not is_complete(entry, source, image_dir):
+                _fetch(entry, source, image, on_progress, vouched=vouched)
         finally:
             lock.unlink()
     return image
 
 
 def _fetch(
-    entry: CatalogEntry, source: ImageSource, image: Path, on_progress: ProgressCallback
+    entry: CatalogEntry,
+    source: ImageSource,
+    image: Path,
+    on_progress: ProgressCallback,
+    *,
+    vouched: bool,
 ) -> None:
+    vouchers = (source.voucher,) if vouched else ()
     with _new_directory(image.parent), open_client(source.login) as client:
+        _check_protected(image)
         files = [
             *_find_boot_files(client, entry, source, image),
             _File(entry.url, image, Digest(entry.sha256, entry.size)),
@@ -161,35 +183,100 @@ def _fetch(
         missing = [file for file in files if not file.expected.matches(file.target)]
         if missing:
             _check_room(missing)
-            _download_all(client, missing, on_progress)
+            for file in missing:
+                download_file(
+                    client, file.url, file.partial, file.expected, on_progress=on_progress
+                )
+            if not source.verified:
+                # First: what has no record is taken for an image that the original left.
+                store.write_record(image, _make_record(entry, vouchers))
+            _put_in_place(missing)
+        elif (known := _find_whole(image)) is not None:
+            # All of it is what both say that it is.
+            vouchers = tuple(dict.fromkeys((*known.vouchers, *vouchers)))
         # Last: an image that has its record is complete.
-        store.write_record(image, _make_record(entry))
+        store.write_record(image, _make_record(entry, vouchers))
 
 
-def is_complete(entry: CatalogEntry, image_dir: Path) -> bool:
-    """Say whether an image is there, with its kernel and its record."""
+def _check_protected(image: Path) -> None:
+    """Make sure that nobody else can change what is going to be verified.
+
+    Raises:
+        ImageBuildError: Somebody can.
+    """
+    unprotected = store.find_unprotected(image)
+    if unprotected is not None:
+        raise ImageBuildError(
+            f"{unprotected} belongs to another user or can be written by all, who could change "
+            "the image after it was verified; remove it, or take the permission away (chmod o-w)"
+        )
+
+
+def is_complete(entry: CatalogEntry, source: ImageSource, image_dir: Path) -> bool:
+    """Whether an image is there, with its kernel and its record, and may be believed."""
     image = image_path(entry, image_dir)
     # By digest, not by the whole record: another mirror's file is the same image.
     record = _find_whole(image)
-    same_image = record is not None and record.sha256 == entry.sha256
-    return same_image and store.kernel_path(image).is_file()
+    if record is None or record.sha256 != entry.sha256:
+        return False
+    believed = not source.verified or source.voucher in record.vouchers
+    return believed and store.kernel_path(image).is_file()
+
+
+def was_found_as(pin: CatalogEntry, name: str, source: ImageSource, image_dir: Path) -> bool:
+    """Whether a pinned image is here, and was found in the catalog as it is pinned.
+
+    Args:
+        pin: The build, from a lock.
+        name: What its release has to be called.
+        source: Whose catalog it has to have been.
+        image_dir: Where images are kept.
+    """
+    record = _find_whole(image_path(pin, image_dir))
+    return (
+        record is not None
+        and is_complete(pin, source, image_dir)
+        and (record.release, record.size) == (pin.release, pin.size)
+        and {pin.release, pin.version, name} <= set(record.names)
+    )
+
+
+def _update_names(image: Path, entry: CatalogEntry) -> None:
+    """Let an image be found by what its release is called by now."""
+    record = store.find_record(image)
+    if record is not None and record.names != entry.names:
+        with contextlib.suppress(OSError):  # it may be another's image, which only they record
+            store.write_record(image, dataclasses.replace(record, names=entry.names))
 
 
 def _find_whole(image: Path) -> store.ImageRecord | None:
-    """Read the record of an image that has not lost or gained a byte since it was written."""
+    """Read the record of an image that is as it was when that was written, and that is its own.
+
+    Its length has to be the same, its serial that of its directory, and nobody else's to change.
+    """
     record = store.find_record(image)
     if record is None or not image.is_file() or image.stat().st_size != record.size:
         return None
-    return record
+    unprotected = store.find_unprotected(image)
+    if unprotected is not None:
+        _log.warning(
+            "%s is not used: %s belongs to another user or can be written by all",
+            image,
+            unprotected,
+        )
+        return None
+    return record if record.serial == image.parent.name else None
 
 
-def _make_record(entry: CatalogEntry) -> store.ImageRecord:
+def _make_record(entry: CatalogEntry, vouchers: tuple[str, ...]) -> store.ImageRecord:
     return store.ImageRecord(
         release=entry.release,
         serial=entry.serial,
         sha256=entry.sha256,
         size=entry.size,
         source=shown_url(entry.url),
+        vouchers=vouchers,
+        names=entry.names,
     )
 
 
@@ -262,12 +349,8 @@ def _check_room(files: Sequence[_File]) -> None:
         )
 
 
-def _download_all(
-    client: httpx.Client, files: Sequence[_File], on_progress: ProgressCallback
-) -> None:
-    """Download files; none appears under its name before all of them are there."""
-    for file in files:
-        download_file(client, file.url, file.partial, file.expected, on_progress=on_progress)
+def _put_in_place(files: Sequence[_File]) -> None:
+    """Give files their names; none appears under it before all of them are there."""
     for file in files:
         _set_aside(file.target)
         file.partial.replace(file.target)

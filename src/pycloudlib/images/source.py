@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pycloudlib.images.download import Login, shown_url, split_login
+from pycloudlib.images.signature import load_trusted_keys
 
 _log = logging.getLogger(__name__)
+
+UNVERIFIED = "nobody"
+"""Who vouches for what a server said while signatures were not looked at."""
 
 DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
 
@@ -73,6 +78,20 @@ class ImageSource:
         mirror, login = split_login(self.mirror)
         object.__setattr__(self, "mirror", mirror)
         object.__setattr__(self, "login", login or self.login)
+
+    @property
+    def voucher(self) -> str:
+        """Who vouches for what comes from here, as records of images name it.
+
+        Raises:
+            FileNotFoundError: There is no such keyring.
+            ValueError: It holds no key.
+        """
+        return load_trusted_keys(self.keyring).name if self.verified else UNVERIFIED
+
+    def believes(self, vouchers: Collection[str]) -> bool:
+        """Whether an image is believed for which these vouch."""
+        return self.voucher in vouchers if self.verified else bool(vouchers)
 
     def base_url(self, stream: Stream, *, minimal: bool) -> str:
         """Name the directory to which the paths in a catalog are relative."""

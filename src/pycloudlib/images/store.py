@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.files import (
     expand_user,
     is_file,
+    read_bounded,
     remove_file,
     replace_atomically,
     tells_of_no_file,
@@ -38,11 +40,18 @@ DEFAULT_USER = "ubuntu"
 _SERIAL = re.compile(r"([0-9]{8})(?:\.([0-9]{1,4}))?")
 # Seconds after which nobody works on a file that is not whole.
 _CUT_OFF_AGE = 86400
+_LONGEST_RECORD = 1 << 20
 
 
 def is_serial(text: str) -> bool:
     """Say whether a text has the form of a build serial."""
     return _SERIAL.fullmatch(text) is not None
+
+
+def is_of_the_future(serial: str) -> bool:
+    """Whether a build serial names a day that has not begun anywhere on earth."""
+    tomorrow = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+    return serial_order(serial)[0] > int(f"{tomorrow:%Y%m%d}")
 
 
 def serial_order(serial: str) -> tuple[int, int]:
@@ -62,6 +71,10 @@ class ImageRecord:
         size: Length of the image file in bytes.
         source: Where it came from: its URL, or "built" and the builder's recipe key.
         default_user: The login user that cloud-init creates in it.
+        vouchers: Who vouches for a downloaded one (`ImageSource.voucher`): it was found in a
+            catalog that they signed, and what stands beside it in a list that they signed. Nobody
+            for one of which that is not known: it is never taken for a release.
+        names: What its release is called, as its catalog had it ("noble", "24.04", "lts").
     """
 
     release: str
@@ -70,6 +83,8 @@ class ImageRecord:
     size: int
     source: str
     default_user: str = DEFAULT_USER
+    vouchers: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +163,8 @@ def write_record(image: Path, record: ImageRecord) -> None:
     """Write the record beside an image, whole or not at all; who may read one may read both."""
     with replace_atomically(record_path(image)) as temporary:
         write_private(temporary, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
-        temporary.chmod(stat.S_IMODE(image.stat().st_mode))
+        if image.exists():
+            temporary.chmod(stat.S_IMODE(image.stat().st_mode))
 
 
 def inherit(image: Path, base: Path, source: str) -> None:
@@ -179,12 +195,27 @@ def find_record(image: Path) -> ImageRecord | None:
     """
     record = record_path(image)
     try:
-        return decode(ImageRecord, parse_json(record.read_bytes()))
+        return decode(ImageRecord, parse_json(read_bounded(record, _LONGEST_RECORD)))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and tells_of_no_file(error):
             return None
         _log.warning("%s is damaged and is not used: %s", record, error)
         return None
+
+
+def find_unprotected(image: Path) -> Path | None:
+    """Find what of an image in its place others could change: a file of it or its directory.
+
+    Those who may are this user, root, and the owner of `image_dir`.
+    """
+    beside = (image, kernel_path(image), initrd_path(image), record_path(image))
+    owners = {0, os.geteuid(), image.parents[2].stat().st_uid}
+    for path in (image.parent, *beside):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            if found.st_uid not in owners or found.st_mode & stat.S_IWOTH:
+                return path
+    return None
 
 
 def resolve(image_id: str, image_dir: Path) -> Path:

@@ -6,9 +6,16 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.errors import ImageBuildError, ImageNotFoundError
+from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import releases, store
-from pycloudlib.images.catalog import CatalogEntry, check_release_form, find_entry
+from pycloudlib.images.catalog import (
+    CatalogEntry,
+    check_release_form,
+    fetch_catalog,
+    find_entry,
+    read_kept_catalog,
+)
+from pycloudlib.images.download import shown_url
 from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import ProgressCallback
 
@@ -27,6 +34,7 @@ class Supply:
         source: The server.
         offline: Whether it may not be asked.
         pin: The build that it has to be, if it is pinned.
+        lock: The file that says so.
 
     Raises:
         ValueError: `release` cannot be the name of a release.
@@ -39,6 +47,7 @@ class Supply:
     source: ImageSource
     offline: bool = False
     pin: CatalogEntry | None = None
+    lock: Path = Path()
 
     def __post_init__(self) -> None:
         check_release_form(self.release)
@@ -57,10 +66,12 @@ class Supply:
         if stored is not None:
             return str(stored)
         unverified = releases.find_unverified(
-            self.image_dir, self.stream, self.release, self.minimal
+            self.source, self.image_dir, self.stream, self.release, self.minimal
         )
-        if unverified is not None:
-            return self._adopt(unverified, on_progress)
+        for image in unverified:
+            adopted = self._adopt(image, on_progress)
+            if adopted is not None:
+                return adopted
         if self.offline:
             raise self._offline_error(f"{self.stream.value} image of {self.release!r}")
         return self.newest(on_progress)
@@ -83,14 +94,83 @@ class Supply:
             return str(stored)
 
     def _find_stored(self) -> Path | None:
-        return releases.find_stored(self.image_dir, self.stream, self.release, self.minimal)
+        return releases.find_stored(
+            self.source, self.image_dir, self.stream, self.release, self.minimal
+        )
 
     def _pinned(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
-        """Give the build that it has to be, and no other."""
-        if self.offline and not releases.is_complete(pin, self.image_dir):
-            raise self._offline_error(f"build {pin.serial} of {self.release!r}, which is pinned,")
-        image = releases.fetch_image(pin, self.source, self.image_dir, on_progress=on_progress)
+        """Return the build that it has to be, and no other.
+
+        The lock chooses among what the signed catalog offers, and adds nothing to it.
+        """
+        if not self.source.verified:
+            return self._believed(pin, on_progress)
+        pinned = f"{self.lock} pins {self.release!r} to the build {pin.serial} of {pin.release!r}"
+        _log.info("%s", pinned)
+        if store.is_of_the_future(pin.serial):
+            raise ImageVerificationError(f"{pinned}, whose day is still to come")
+        if releases.was_found_as(pin, self.release, self.source, self.image_dir):
+            return str(releases.image_path(pin, self.image_dir))
+        if self.offline and not releases.is_complete(pin, self.source, self.image_dir):
+            raise self._offline_pin_error(pin)
+        entry = self._find_signed(pin, pinned)
+        image = releases.fetch_image(entry, self.source, self.image_dir, on_progress=on_progress)
         return str(image)
+
+    def _believed(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
+        """Return the build as the lock has it: nothing is verified, and the log says so."""
+        if self.offline and not releases.is_complete(pin, self.source, self.image_dir):
+            raise self._offline_pin_error(pin)
+        _log.warning(
+            "WHAT %s SAYS OF %r IS BELIEVED AS IT IS (image_verification = 'disabled' in [qemu]): "
+            "the build %s from %s, which no signed catalog was asked for",
+            self.lock,
+            self.release,
+            pin.serial,
+            shown_url(pin.url),
+        )
+        image = releases.fetch_image(
+            pin, self.source, self.image_dir, on_progress=on_progress, vouched=False
+        )
+        return str(image)
+
+    def _find_signed(self, pin: CatalogEntry, pinned: str) -> CatalogEntry:
+        """Find a pinned build in the signed catalog: in the one that was kept, or the server's.
+
+        Raises:
+            ImageNotFoundError: The server may not be asked, or has no such build.
+            ImageVerificationError: It has another one of that serial, or calls it otherwise.
+        """
+        kept = read_kept_catalog(self.source, self.stream, minimal=self.minimal)
+        entry = kept.find_signed(pin) if kept else None
+        if entry is not None and self.release in entry.names:
+            return entry
+        if self.offline:
+            raise self._offline_pin_error(pin)
+        catalog = fetch_catalog(self.source, self.stream, minimal=self.minimal)
+        entry = catalog.find_signed(pin)
+        if entry is None:
+            try:
+                signed = catalog.find(pin.release, pin.serial)
+            except ImageNotFoundError as error:
+                raise ImageNotFoundError(
+                    resource_name=self.release,
+                    message=f"{pinned}, which is not offered. {error}. 'pycloudlib images lock "
+                    "--update' pins the newest",
+                ) from error
+            raise ImageVerificationError(
+                f"{pinned} as {_describe(pin)}, but {catalog.url} has signed it as "
+                f"{_describe(signed)}"
+            )
+        if self.release not in entry.names:
+            raise ImageVerificationError(
+                f"{pinned}, which {catalog.url} calls {', '.join(entry.names)}, not "
+                f"{self.release!r}. 'pycloudlib images lock --update' pins what is called so now"
+            )
+        return entry
+
+    def _offline_pin_error(self, pin: CatalogEntry) -> ImageNotFoundError:
+        return self._offline_error(f"build {pin.serial} of {self.release!r}, which is pinned,")
 
     def _offline_error(self, wanted: str) -> ImageNotFoundError:
         return ImageNotFoundError(
@@ -99,13 +179,27 @@ class Supply:
             f"in [qemu]). There are: {self._list_others()}",
         )
 
-    def _adopt(self, image: Path, on_progress: ProgressCallback) -> str:
-        """Give an image that another program left, verified as if it were downloaded."""
+    def _adopt(self, image: Path, on_progress: ProgressCallback) -> str | None:
+        """Return an image that another program left, verified as if it were downloaded.
+
+        One that cannot be verified because no server can be asked is used where nothing is known
+        of it, as the original pycloudlib would. Return None for others.
+        """
         if not self.offline:
             try:
                 return self._fetch(image.parent.name, on_progress)
-            except (ImageBuildError, ImageNotFoundError) as error:
+            except ImageNotFoundError as error:
+                _log.warning("%s is not used: %s", image, error)
+                return None
+            except ImageBuildError as error:
                 _log.info("%s", error)
+        if (
+            store.find_record(image) is not None
+            or store.find_unprotected(image) is not None
+            or store.is_of_the_future(image.parent.name)
+        ):
+            _log.warning("%s is not used: it was not verified, and cannot be now", image)
+            return None
         _log.warning("%s was not downloaded by this package, and is used unverified", image)
         return str(image)
 
@@ -122,3 +216,7 @@ class Supply:
             for stored in store.list_images(self.image_dir)
         ]
         return ", ".join(others) or "none"
+
+
+def _describe(entry: CatalogEntry) -> str:
+    return f"{entry.release} {entry.version} with SHA-256 {entry.sha256} and {entry.size} bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections import Counter
 from collections.abc import Sequence
@@ -206,8 +207,9 @@ class QemuImages(BaseCloud):
 
         Errors are those of `lock_image`; the lock stays as it was then.
         """
-        pins = self._image_lock.pins
-        return self._update_lock([(pin.stream, pin.release, pin.minimal) for pin in pins])
+        lock = self._image_lock
+        pinned = [(pin.stream, pin.release, pin.minimal) for pin in lock.pins]
+        return self._update_lock(pinned, lock.list_aliases())
 
     def images(self) -> list[StoredImage]:
         """List the images in `image_dir`, downloaded or built, of each the newest build first."""
@@ -293,9 +295,17 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
 
         minimal = _is_minimal(image_type)
-        pin = self._image_lock.find(stream, release, minimal=minimal)
-        offline = self.settings.offline
-        return Supply(stream, release, minimal, self.image_dir, self._image_source, offline, pin)
+        lock = self._image_lock
+        return Supply(
+            stream,
+            release,
+            minimal,
+            self.image_dir,
+            self._image_source,
+            offline=self.settings.offline,
+            pin=lock.find(stream, release, minimal=minimal),
+            lock=lock.path,
+        )
 
     @property
     def _image_source(self) -> ImageSource:
@@ -315,16 +325,26 @@ class QemuImages(BaseCloud):
 
         return ImageLock.read(self.settings.image_lock or Path(FILE).absolute())
 
-    def _update_lock(self, wanted: Sequence[tuple[Stream, str, bool]]) -> list[str]:
-        from pycloudlib.images.catalog import find_entry  # noqa: PLC0415 - seldom
+    def _update_lock(
+        self,
+        wanted: Sequence[tuple[Stream, str, bool]],
+        aliases: Sequence[tuple[Stream, str, bool]] = (),
+    ) -> list[str]:
+        from pycloudlib.images.catalog import check_release_form, fetch_catalog  # noqa: PLC0415
 
         lock, source = self._image_lock, self._image_source
-        entries = [
-            find_entry(source, stream, release, minimal=minimal)
-            for stream, release, minimal in wanted
-        ]
+        for _, release, _ in wanted:
+            check_release_form(release)
+        catalogs = {
+            (stream, minimal): fetch_catalog(source, stream, minimal=minimal)
+            for stream, minimal in dict.fromkeys((stream, minimal) for stream, _, minimal in wanted)
+        }
+        entries = [catalogs[stream, minimal].find(release) for stream, release, minimal in wanted]
+        for stream, alias, minimal in aliases:
+            with contextlib.suppress(ImageNotFoundError):  # nothing is called so any more
+                entries.append(catalogs[stream, minimal].find(alias))
         lock.write_with(entries)
-        return [entry.serial for entry in entries]
+        return [entry.serial for entry in dict.fromkeys(entries)]
 
 
 def _is_minimal(image_type: ImageType) -> bool:
