@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib.deadline import positive
+from pycloudlib.deadline import Deadline, positive
 from pycloudlib.documents import shown
 from pycloudlib.errors import GuestRefusedError
 from pycloudlib.guest import commands, filecopy, ssh
@@ -58,10 +58,12 @@ class BaseInstance(Readiness):
         # They do not hold on to the instance, whose end closes them.
         weak = weakref.ref(self)
 
-        def connect() -> paramiko.SSHClient:
+        def connect(deadline: Deadline | None) -> paramiko.SSHClient:
             instance = weak()
             assert instance is not None
-            return instance._ssh_connect()
+            # The hook takes no deadline.
+            with contextlib.nullcontext() if deadline is None else keeping(deadline):
+                return instance._ssh_connect()
 
         self._connections = Connections(connect)
 
@@ -256,7 +258,7 @@ class BaseInstance(Readiness):
             description: What it is for; logged.
             use_sudo: Whether to run it as root.
             get_pty: Whether to give it a terminal.
-            timeout: Seconds it may take; no limit by default.
+            timeout: Seconds it may take, connecting included; no limit by default.
             no_log: Whether the command, which may have secrets in it, is left out of the log and
                 of errors.
             **kwargs: Accepted for older programs and logged.
@@ -395,7 +397,12 @@ class BaseInstance(Readiness):
         Raises:
             paramiko.SSHException: The machine cannot be reached.
         """
-        return ssh.connect(self._endpoint(), self._host_keys(), banner_timeout=self.banner_timeout)
+        return ssh.connect(
+            self._endpoint(),
+            self._host_keys(),
+            banner_timeout=self.banner_timeout,
+            deadline=current_deadline(),
+        )
 
     def _ssh(
         self,

@@ -320,9 +320,7 @@ def stream(
             channel.exec_command(to_bytes(command))
     pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
     threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
-    if _have_ended(pumps, deadline, on_wait) and channel.status_event.wait(
-        None if deadline is None else deadline.remaining
-    ):
+    if _have_ended(pumps, deadline, on_wait) and _has_status(channel, deadline, on_wait):
         return channel.exit_status
     limit = 0.0 if deadline is None else deadline.limit
     raise PycloudlibTimeoutError(
@@ -389,6 +387,52 @@ def _have_ended(
             on_wait()
     _raise_first(pumps)
     return True
+
+
+def _has_status(
+    channel: paramiko.Channel, deadline: Deadline | None, on_wait: Callable[[], None]
+) -> bool:
+    """Wait until the exit status has come, or never will; say whether that was in time."""
+    while not channel.status_event.wait(_limit(_ON_WAIT_INTERVAL, deadline)):
+        if deadline is not None and deadline.expired:
+            return False
+        on_wait()
+    return True
+
+
+@contextlib.contextmanager
+def ended_early(check: Callable[[], None], hang_up: Callable[[], object]) -> Iterator[None]:
+    """End a block that waits for the guest as soon as nobody will answer there any more.
+
+    Args:
+        check: Called every so often; raises when that is so. Its error leaves the block.
+        hang_up: Closes what is waited on in the block; called in another thread.
+    """
+    over = threading.Event()
+    errors: list[Exception] = []
+
+    def watch() -> None:
+        while not over.wait(_ON_WAIT_INTERVAL):
+            try:
+                check()
+            except Exception as error:  # noqa: BLE001 - raised in the thread that waits
+                errors.append(error)
+                with contextlib.suppress(OSError, EOFError):
+                    hang_up()
+                return
+
+    watcher = threading.Thread(target=watch, name="lookout", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except Exception as error:
+        if errors:
+            raise errors[0] from error
+        raise
+    finally:
+        over.set()
+    if errors:
+        raise errors[0]
 
 
 def _raise_first(pumps: tuple[_Pump, ...]) -> None:

@@ -70,10 +70,10 @@ class Connections:
     """The connections to one machine. Safe to use from several threads, and after a fork.
 
     Args:
-        connect: Opens a new connection.
+        connect: Opens a new connection, by the deadline if there is one.
     """
 
-    def __init__(self, connect: Callable[[], paramiko.SSHClient]) -> None:
+    def __init__(self, connect: Callable[[Deadline | None], paramiko.SSHClient]) -> None:
         self._connect = connect
         self._share = _SHARE
         self._begin()
@@ -187,6 +187,8 @@ class Connections:
 
     def _take(self, deadline: Deadline | None) -> _Connection:
         """Take a place on a connection; one thread at a time opens a new one."""
+        import paramiko  # noqa: PLC0415 - heavy
+
         with self._changed:
             while (connection := self._find_room()) is None and self._connecting:
                 if deadline is not None and deadline.expired:
@@ -201,7 +203,13 @@ class Connections:
             self._connecting = True
         opened = None
         try:
-            opened = _Connection(self._connect())
+            opened = _Connection(self._connect(deadline))
+        except paramiko.SSHException as error:
+            if deadline is None or not deadline.expired or not _is_late(error):
+                raise
+            raise PycloudlibTimeoutError(
+                f"No SSH connection could be opened within {deadline.limit:g} s: {error}"
+            ) from error
         finally:
             with self._changed:
                 self._connecting = False
@@ -239,6 +247,11 @@ class Connections:
             self._changed.notify_all()
         if over:
             connection.client.close()
+
+
+def _is_late(error: Exception) -> bool:
+    """Whether a connection failed since its time was over, and not by what the machine said."""
+    return isinstance(error.__cause__, TimeoutError)
 
 
 _all: weakref.WeakSet[Connections] = weakref.WeakSet()

@@ -6,11 +6,14 @@ error that clients catch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import select
 import shlex
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +36,11 @@ logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 # of the key exchange; giving up early would only make it begin anew.
 ANSWER_LIMIT = 60.0
 """Seconds that a server which is there may take for an answer."""
+LOGIN_LIMIT = 2 * ANSWER_LIMIT
+"""Seconds that the whole way from the banner to being logged in may take."""
 _BANNER_START = b"SSH-"
+# RFC 4253, 4.2: with the carriage return and the line feed at its end.
+_LONGEST_BANNER_LINE = 255
 # Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
 # to and from a guest that runs under KVM. The guest has no more work than before.
 _FIRST_CIPHER = "aes128-gcm@openssh.com"
@@ -131,7 +138,7 @@ def connect(
     host_keys: HostKeys | None,
     *,
     banner_timeout: float,
-    again: bool = False,
+    deadline: Deadline | None = None,
 ) -> paramiko.SSHClient:
     """Log in.
 
@@ -139,16 +146,40 @@ def connect(
         endpoint: Where and as whom.
         host_keys: What to hold the host key against; None accepts any.
         banner_timeout: Seconds until the server has to have shown itself.
-        again: Whether a new host key has been accepted just before.
+        deadline: Until when the login has to have ended, whatever the server says meanwhile; it
+            may take `banner_timeout` and `LOGIN_LIMIT` where that is sooner.
 
     Raises:
         paramiko.SSHException: No connection; says with what and why. Its cause is a
             `HostKeyRefusedError` if it is the host key, an `InvalidKeyError` if the key to log in
-            with cannot be used.
+            with cannot be used, a `TimeoutError` if its time was over.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
+    whole = Deadline.after(banner_timeout + LOGIN_LIMIT)
+    if deadline is not None and deadline.remaining < whole.remaining:
+        whole = deadline
     key = _open_key(endpoint)
+    client = _log_in(endpoint, key, host_keys, banner_timeout, whole)
+    if client is None:
+        # A host key that was not known has been accepted.
+        client = _log_in(endpoint, key, host_keys, banner_timeout, whole)
+    if client is None:
+        # Its own they may be, but there need not be an end of them.
+        raise paramiko.SSHException(f"{endpoint}: another host key is shown on each connection")
+    return client
+
+
+def _log_in(
+    endpoint: Endpoint,
+    key: paramiko.PKey | None,
+    host_keys: HostKeys | None,
+    banner_timeout: float,
+    deadline: Deadline,
+) -> paramiko.SSHClient | None:
+    """Log in once; None where that is to be tried again, as another host key has been accepted."""
+    import paramiko  # noqa: PLC0415 - heavy
+
     client = paramiko.SSHClient()
     client.set_log_channel(_TRANSPORT_LOG)
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
@@ -157,37 +188,38 @@ def connect(
         if entry is not None and entry.key is not None:
             client.get_host_keys().add(name, entry.key.get_name(), entry.key)
     try:
-        connection = open_with_banner(endpoint.host, endpoint.port, banner_timeout)
+        limit = max(deadline.capped(banner_timeout), 0.001)
+        connection = open_with_banner(endpoint.host, endpoint.port, limit)
         client.set_missing_host_key_policy(_policy(host_keys, connection))
-        client.connect(
-            endpoint.host,
-            endpoint.port,
-            endpoint.username,
-            # Ours alone: others, in files or an agent, would use up the tries that a server allows.
-            pkey=key,
-            look_for_keys=False,
-            allow_agent=False,
-            sock=connection,
-            transport_factory=_open_transport,
-            timeout=ANSWER_LIMIT,
-            banner_timeout=ANSWER_LIMIT,
-            auth_timeout=ANSWER_LIMIT,
-        )
+        with _shut_at(deadline, connection):
+            client.connect(
+                endpoint.host,
+                endpoint.port,
+                endpoint.username,
+                # Ours alone: others, in files or an agent, would use up the tries that a server
+                # allows.
+                pkey=key,
+                look_for_keys=False,
+                allow_agent=False,
+                sock=connection,
+                transport_factory=_open_transport,
+                timeout=ANSWER_LIMIT,
+                banner_timeout=ANSWER_LIMIT,
+                auth_timeout=ANSWER_LIMIT,
+            )
     except paramiko.BadHostKeyException as error:
         accepted = host_keys is not None and host_keys.accepts(_line(error.key), connection)
         client.close()
-        if accepted and not again:
-            return connect(endpoint, host_keys, banner_timeout=banner_timeout, again=True)
         if accepted:
-            # Its own they may be, but there need not be an end of them.
-            raise paramiko.SSHException(
-                f"{endpoint}: another host key is shown on each connection"
-            ) from error
+            return None
         raise paramiko.SSHException(
             f"{endpoint}: host key changed: {_line(error.key)} was shown, and not by the machine, "
             f"whose key is {_line(error.expected_key)}"
         ) from HostKeyRefusedError(str(error))
     except HostKeyRefusedError as error:
+        client.close()
+        raise paramiko.SSHException(f"{endpoint}: {error}") from error
+    except _LateError as error:
         client.close()
         raise paramiko.SSHException(f"{endpoint}: {error}") from error
     except paramiko.AuthenticationException as error:
@@ -204,6 +236,49 @@ def connect(
         client.close()
         raise
     return client
+
+
+class _LateError(TimeoutError):
+    """The time for the whole of a login was over."""
+
+
+@contextlib.contextmanager
+def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
+    """Shut a connection down at a deadline, if the block has not ended by then.
+
+    paramiko limits the time between two answers: a server that says little, but often, would never
+    be given up.
+
+    Raises:
+        _LateError: The deadline came first.
+    """
+    late = threading.Event()
+
+    def shut() -> None:
+        late.set()
+        with contextlib.suppress(OSError):  # closed meanwhile
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(deadline.remaining, shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, EOFError, _paramiko_errors()) as error:
+        if late.is_set():
+            # What paramiko made of it is none of the server's words.
+            raise _LateError(
+                f"the login did not end within {deadline.limit:.0f} s: {error}"
+            ) from None
+        raise
+    finally:
+        timer.cancel()
+
+
+def _paramiko_errors() -> type[Exception]:
+    import paramiko  # noqa: PLC0415 - heavy
+
+    return paramiko.SSHException
 
 
 def is_refusal(error: Exception) -> bool:
@@ -252,13 +327,13 @@ def _open_key(endpoint: Endpoint) -> paramiko.PKey | None:
 
 
 def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
-    """Connect and wait for the first bytes of an SSH server's banner, leaving them unread.
+    """Connect and wait for the line in which an SSH server names itself, leaving it unread.
 
     A connection alone proves nothing: user-mode networking accepts it long before the guest's
     sshd is up.
 
     Raises:
-        OSError: No connection, or no banner within `timeout` seconds.
+        OSError: No connection, or no such line within `timeout` seconds.
     """
     deadline = Deadline.after(timeout)
     sock = moved_socket(socket.create_connection((host, port), timeout))
@@ -266,21 +341,37 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
     # back until the kernel of the other side acknowledges the one before, some 40 ms later.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        while True:
-            sock.settimeout(max(deadline.remaining, 0.001))
-            start = sock.recv(len(_BANNER_START), socket.MSG_PEEK)
-            if not start:
-                raise NoServerError("the connection was closed before SSH's banner")
-            if start == _BANNER_START:
-                return sock
-            if not _BANNER_START.startswith(start):
-                raise ConnectionError(f"not an SSH server: it began with {start!r}")
-    except TimeoutError:
-        sock.close()
-        raise NoBannerError(f"no SSH banner within {timeout:.0f} s") from None
+        _await_banner(sock, deadline)
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+def _await_banner(sock: socket.socket, deadline: Deadline) -> None:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN | select.POLLRDHUP)
+    line = b""
+    while True:
+        # Only more than is known already wakes us up.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(line) + 1)
+        events = poller.poll(deadline.remaining * 1000)
+        told = f", but {line!r} alone" if line else ""
+        if not events:
+            raise NoBannerError(f"no SSH banner within {deadline.limit:.0f} s{told}")
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            line = sock.recv(_LONGEST_BANNER_LINE, socket.MSG_PEEK)
+        if line[: len(_BANNER_START)] != _BANNER_START[: len(line)]:
+            raise ConnectionError(f"not an SSH server: it began with {line[:20]!r}")
+        if b"\n" in line:
+            break
+        if events[0][1] & ~select.POLLIN:
+            raise NoServerError(f"the connection was closed before SSH's banner{told}")
+        if len(line) == _LONGEST_BANNER_LINE:
+            raise ConnectionError(f"not an SSH server: a line that began with {line[:20]!r}")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    sock.settimeout(max(deadline.remaining, 0.001))
 
 
 def _policy(host_keys: HostKeys | None, connection: socket.socket) -> paramiko.MissingHostKeyPolicy:

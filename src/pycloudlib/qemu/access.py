@@ -34,7 +34,7 @@ from pycloudlib.qemu.helperlink import HelperLink
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import LOOPBACK
 from pycloudlib.rawtext import to_bytes
-from pycloudlib.readiness import command_limit
+from pycloudlib.readiness import command_limit, current_deadline
 from pycloudlib.result import Result
 
 if TYPE_CHECKING:
@@ -289,7 +289,9 @@ class GuestAccess(DiagnosedInstance):
         """Wait for an SSH server that was told to begin anew."""
         if not self._ssh_begins_anew:
             return
-        deadline = Deadline.after(_BANNER_LIMIT)
+        whole = current_deadline()
+        limit = _BANNER_LIMIT if whole is None else whole.capped(_BANNER_LIMIT)
+        deadline = Deadline.after(limit)
         while True:
             try:
                 ssh.open_with_banner(self.ip, int(self.port), max(deadline.remaining, 0.1)).close()
