@@ -311,11 +311,15 @@ class GuestAccess(DiagnosedInstance):
         Raises:
             MachineEndedError: It is off.
             HostDiskFullError: It stands still, since the host has no room for its disk.
+            MachinePausedError: It is waited for, and paused for long.
             BootFailedError: Its boot goes no further.
             KernelPanicError: Nothing in it goes on.
         """
         self.machine.check_on()
         self.machine.check_disk()
+        if self._watch is not None:
+            # A command may be running while its caller pauses the machine, and resumes it.
+            self.machine.check_pause()
         if self._watch is None:
             self.machine.check_kernel()
         elif self._watch.dead_end is not None:

@@ -30,6 +30,12 @@ from pycloudlib.qemu.start import LaunchError
 _CONSOLE_LINES = 12
 _EVENTS = 8
 _QMP_LIMIT = 2.0
+# QEMU's words (RunState, qapi/run-state.json) for a machine whose processors do not run, beyond
+# those of which the cause is known.
+STANDS_STILL = frozenset(
+    ("paused", "prelaunch", "suspended", "postmigrate", "finish-migrate", "inmigrate",
+     "save-vm", "restore-vm", "internal-error", "watchdog", "shutdown", "debug", "colo")
+)  # fmt: skip
 # A machine that is waited for boots twice if user-data has it boot again.
 _MANY_BOOTS = 4
 
@@ -255,7 +261,7 @@ def _find_in_state(facts: Facts, _error: BaseException | None) -> tuple[Cause, s
         return Cause.HOST_DISK, "QEMU has stopped the machine: status io-error"
     if facts.status == "guest-panicked":
         return Cause.KERNEL_PANIC, "status guest-panicked"
-    if facts.status in ("paused", "prelaunch", "suspended"):
+    if facts.status in STANDS_STILL:
         return Cause.STANDS_STILL, f"status {facts.status}"
     return None
 

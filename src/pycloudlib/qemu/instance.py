@@ -20,13 +20,14 @@ from pycloudlib.qemu import copies, hotplug
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.access import GuestAccess
 from pycloudlib.qemu.layers import LayerStore
-from pycloudlib.qemu.machine import Machine, State
+from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
 from pycloudlib.readiness import keeping, ready_limit
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
+_STOP_LOOK = 1.0
 # How long it may take to begin a reboot.
 _REBOOT_LIMIT = 60.0
 # Minutes until a machine has to be ready: many times what a boot takes on a busy host.
@@ -112,6 +113,7 @@ class QemuInstance(GuestAccess):
             MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
             BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
             HostDiskFullError: The host has no room for the machine's disk.
+            MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
             PycloudlibTimeoutError: The machine could not be reached in time.
         """
         # What is wrong with it is told before anything is done.
@@ -251,13 +253,18 @@ class QemuInstance(GuestAccess):
         """Wait until the machine is off.
 
         Raises:
+            MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
             PycloudlibTimeoutError: It still runs after two minutes.
         """
         deadline = Deadline.after(_SHUTDOWN_LIMIT)
-        if not self.machine.wait_for_end(deadline):
-            raise PycloudlibTimeoutError(
-                f"{self.name} still runs after {deadline.limit:.0f} s of waiting for its stop"
-            )
+        while not self.machine.wait_for_end(Deadline.after(deadline.capped(_STOP_LOOK))):
+            if deadline.expired:
+                raise PycloudlibTimeoutError(
+                    f"{self.name} still runs after {deadline.limit:.0f} s of waiting for its stop"
+                )
+            # Its guest cannot do anything then.
+            with contextlib.suppress(MachineEndedError):
+                self.machine.check_pause()
 
     def add_network_interface(self, **kwargs: Any) -> str:
         """Plug a network interface into the running machine.

@@ -52,6 +52,7 @@ _ACPI_SHARE = 0.9
 # Seconds in which a port may be busy that another program only looks at, and between two tries.
 _PORT_PATIENCE = 1.0
 _PORT_INTERVAL = 0.05
+_PAUSE_PATIENCE = 10.0
 
 
 @enum.unique
@@ -112,6 +113,10 @@ class Machine:
         rundir: The instance's directory.
         spec: What machine it is.
         binary: The QEMU binary.
+
+    Attributes:
+        pause_patience: Seconds for which a machine that is waited for may be paused; that it is for
+            a save or a copy does not count.
     """
 
     def __init__(self, rundir: RunDirectory, spec: MachineSpec, binary: Path) -> None:
@@ -125,6 +130,7 @@ class Machine:
         self._panics = PanicWatch(rundir.console_log)
         self._boots = BootFinder(rundir.console_log)
         self._owner_pid = os.getpid()
+        self.pause_patience = _PAUSE_PATIENCE
 
     @property
     def state(self) -> State:
@@ -317,6 +323,17 @@ class Machine:
         panic = self._panics.look(self.console_start)
         if panic is not None:
             raise KernelPanicError(self.spec.name, *panic)
+
+    def check_pause(self) -> None:
+        """Raise when the machine is paused, and has been for more than `pause_patience` seconds.
+
+        Raises:
+            MachinePausedError: It is; names QEMU's status.
+            MachineEndedError: It is off.
+        """
+        qemu = self._qemu
+        if qemu is not None:
+            qemu.check_pause(self.pause_patience, self.rundir.is_locked)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
         """Wait until QEMU is gone; say whether it was in time.

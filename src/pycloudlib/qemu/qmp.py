@@ -108,8 +108,8 @@ class LoopThread:
 
         self.loop.call_soon_threadsafe(self.loop.add_reader, descriptor, fire)
 
-    def stop(self) -> None:
-        """End the sessions that are open, and the thread."""
+    def end_sessions(self) -> None:
+        """End the sessions that are open; others may be opened still."""
         import asyncio  # noqa: PLC0415 - heavy
 
         async def end_sessions() -> None:
@@ -120,8 +120,6 @@ class LoopThread:
 
         with contextlib.suppress(TimeoutError):
             self.run(end_sessions(), 2 * _STOP_LIMIT)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(_STOP_LIMIT)
 
     def forget(self, process: object, descriptor: int) -> None:
         """Watch a descriptor no more; its owner is kept until that has happened."""
@@ -132,11 +130,15 @@ class LoopThread:
         self.loop.call_soon_threadsafe(remove, process)
 
 
-def _stop_thread() -> None:
-    """End the sessions before the interpreter ends; the machines run on."""
+def _end_sessions() -> None:
+    """End the sessions before the interpreter ends; the machines run on.
+
+    A program's exit handlers that were registered earlier come later. So the loop runs on, and
+    tells of processes that end: who wants something of a QEMU then opens a session for it.
+    """
     thread = LoopThread._instance
     if thread is not None:
-        thread.stop()
+        thread.end_sessions()
 
 
 def _forget_parents_thread() -> None:
@@ -145,7 +147,7 @@ def _forget_parents_thread() -> None:
     LoopThread._instance = None
 
 
-atexit.register(_stop_thread)
+atexit.register(_end_sessions)
 os.register_at_fork(after_in_child=_forget_parents_thread)
 
 
@@ -158,6 +160,11 @@ class QmpSession:
         self._thread = thread
         self._ending = False
         thread.sessions.add(self)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or is just ending."""
+        return self._ending
 
     @classmethod
     def open(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.descriptors import make_socket
+from pycloudlib.descriptors import make_socket, moved
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
@@ -236,6 +237,21 @@ class RunDirectory:
             if not self._spec_file.exists():
                 raise self._deleted()
             yield
+
+    def is_locked(self) -> bool:
+        """Whether somebody holds the power lock, as who saves or copies the machine does."""
+        try:
+            descriptor = moved(os.open(self.path / "power.lock", os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

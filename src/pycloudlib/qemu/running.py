@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ _LOOK_LIMIT = 5.0
 ROOM = 64 << 20
 """Bytes that have to be free for a machine to go on that stood still for want of room."""
 _KEPT_EVENTS = 200
+# Seconds between two looks at a QEMU whose events another process hears.
+_LOOK_INTERVAL = 1.0
 
 
 @enum.unique
@@ -97,6 +100,22 @@ class MachineElsewhereError(QmpError):
         )
 
 
+class MachinePausedError(PycloudlibTimeoutError, CloudError):
+    """The machine is paused and stays so, so that what was waited for does not happen.
+
+    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+
+    Attributes:
+        status: QEMU's own word for its state (`paused`, `prelaunch`, `postmigrate` …).
+    """
+
+    def __init__(self, name: str, status: str, seconds: float) -> None:
+        self.status = status
+        super().__init__(
+            f"{name} is paused, and has been for {seconds:.0f} s: QEMU's status is {status!r}"
+        )
+
+
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
     """Give a callback that calls a method as long as somebody else holds on to its object."""
     weak = weakref.WeakMethod(method)
@@ -134,6 +153,8 @@ class RunningQemu:
         self._state = state
         self._end: ProcessEnd | None = None
         self._without_room = False
+        self._paused_since: float | None = None
+        self._looked = -_LOOK_INTERVAL
         self._unpublished: StartedQemu | None = None
         self._session: QmpSession | None = None
         self._events: list[Event] = []
@@ -228,7 +249,7 @@ class RunningQemu:
             MachineEndedError: QEMU is gone.
             QmpError: It did not answer in time; says who is in the way.
         """
-        kept = self._session
+        kept = self._kept_session
         if kept is not None:
             yield kept
             return
@@ -237,6 +258,12 @@ class RunningQemu:
             yield opened
         finally:
             opened.close()
+
+    @property
+    def _kept_session(self) -> QmpSession | None:
+        """The session that is kept; none of a program that is at its end."""
+        session = self._session
+        return None if session is None or session.ended else session
 
     def _open_another(self, timeout: float) -> QmpSession:
         deadline = Deadline.after(timeout)
@@ -280,17 +307,54 @@ class RunningQemu:
             f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
         )
 
-    def look(self) -> None:
+    def look(self, timeout: float = _LOOK_LIMIT) -> None:
         """Ask what it is doing, where another process hears its events.
+
+        Args:
+            timeout: Seconds that QEMU may take to answer.
 
         Raises:
             QmpError: QEMU did not answer.
         """
-        if self._session is not None:
+        if self._kept_session is not None:
             return
-        status = self.execute("query-status", timeout=_LOOK_LIMIT)
+        self._looked = time.monotonic()
+        status = self.execute("query-status", timeout=timeout)
         self._without_room = status["status"] == "io-error"
         self._follow(running=status["running"])
+
+    def check_pause(self, patience: float, is_meant: Callable[[], bool]) -> None:
+        """Raise when it is paused, and has been for so long that nobody is about to resume it.
+
+        Args:
+            patience: Seconds for which it may be.
+            is_meant: Says whether it is paused by something that resumes it.
+
+        Raises:
+            MachinePausedError: It is; names QEMU's status.
+            MachineEndedError: It is gone.
+        """
+        if self._kept_session is None and time.monotonic() - self._looked >= _LOOK_INTERVAL:
+            with contextlib.suppress(QmpError):
+                self.look(_LOOK_INTERVAL)
+        since = self._paused_since
+        if since is None or self._without_room:
+            return
+        if is_meant():
+            # What comes after it has its own time.
+            self._paused_since = time.monotonic()
+            return
+        paused = time.monotonic() - since
+        if paused < patience:
+            return
+        try:
+            status = self.execute("query-status", timeout=_LOOK_INTERVAL)
+        except QmpError:
+            return
+        if status["running"]:
+            self._follow(running=True)
+        else:
+            raise MachinePausedError(self._name, status["status"], paused)
 
     def check_disk(self) -> None:
         """Let it go on that stood still for want of room on the host, if there is some now.
@@ -365,6 +429,10 @@ class RunningQemu:
         with self._changed:
             if self._state is not State.OFF:
                 self._state = State.RUNNING if running else State.PAUSED
+                if running:
+                    self._paused_since = None
+                elif self._paused_since is None:
+                    self._paused_since = time.monotonic()
                 self._changed.notify_all()
         self.on_change()
 
