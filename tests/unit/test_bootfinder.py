@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.guest.bootphases import BootFinder, BootWatch, Phase
+from pycloudlib.guest.bootphases import Phase
+from pycloudlib.guest.bootwatch import BootWatch
+from pycloudlib.guest.console import Console
 
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"
@@ -43,12 +45,12 @@ def test_present_boot_is_found_however_the_console_grows(
     before: bytes, present: bytes, run_start: int, step: int, tmp_path: Path
 ) -> None:
     log = tmp_path / "console.log"
-    finder = BootFinder(log)
-    assert finder.find(run_start) == run_start
+    console = Console(log, lambda: run_start)
+    assert console.look().boot_start == run_start
     content = b"x" * run_start + before + present
     for end in range(run_start, len(content) + step, step):
         log.write_bytes(content[:end])
-        found = finder.find(run_start)
+        found = console.look().boot_start
     # The escape codes before the firmware's first line belong to nobody.
     first = present.removeprefix(b"\x1bc\x1b[2J")
     expected = len(content) - len(first)
@@ -77,38 +79,32 @@ def test_present_boot_is_found_however_the_console_grows(
 @pytest.mark.parametrize("step", [1, 7, 100_000])
 def test_boots_are_counted(console: bytes, boots: int, step: int, tmp_path: Path) -> None:
     log = tmp_path / "console.log"
-    finder = BootFinder(log)
-    assert finder.count(0) == 1
     before = BOOT + DONE
+    own, both = Console(log, lambda: len(before)), Console(log)
+    assert own.look().boots == 1
     for end in range(0, len(console) + step, step):
         log.write_bytes(before + console[:end])
-        count = finder.count(len(before))
+        count = own.look().boots
     assert count == boots
     if console.startswith(BOOT):
-        assert finder.count(0) == boots + 1
+        assert both.look().boots == boots + 1
 
 
 def test_boots_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_bytes(BOOT + DONE + BOOT)
-    finder = BootFinder(log)
     start = len(BOOT + DONE + BOOT)
-    assert finder.find(start) == start
-    assert finder.find(0) == len(BOOT + DONE) + BOOT.index(b"SeaBIOS")
-
-
-def test_long_console_is_looked_through(tmp_path: Path) -> None:
-    log = tmp_path / "console.log"
-    before = BOOT + b"y" * ((1 << 20) - len(BOOT) - 10)
-    log.write_bytes(before + BOOT + b"z" * (3 << 20))
-    assert BootFinder(log).find(0) == len(before) + BOOT.index(b"SeaBIOS")
+    console = Console(log, lambda: start)
+    assert console.look().boot_start == start
+    start = 0
+    assert console.look().boot_start == len(BOOT + DONE) + BOOT.index(b"SeaBIOS")
 
 
 def test_watch_goes_on_where_user_data_prints_of_a_boot(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     final = b"Cloud-init v. 22.4.2 running 'modules:final' at Mon\r\n"
     log.write_bytes(BOOT + final + PRINTED)
-    with BootWatch(log, 0, time.monotonic()) as watch:
+    with BootWatch(Console(log), 0, time.monotonic()) as watch:
         pass
     assert watch.phase is Phase.CLOUD_INIT_FINAL
     assert watch.timeline[0].phase is Phase.FIRMWARE
@@ -119,14 +115,14 @@ def test_watch_begins_anew_with_a_boot_of_the_guests_own(tmp_path: Path) -> None
     """Nothing of the boot before counts: not its end, not what it died of."""
     log = tmp_path / "console.log"
     log.write_bytes(BOOT + DONE)
-    with BootWatch(log, 0, time.monotonic()) as watch:
+    with BootWatch(Console(log), 0, time.monotonic()) as watch:
         pass
     assert watch.phase is Phase.CLOUD_INIT_DONE
     panic = (
         b"[    1.0] Kernel panic - not syncing: VFS\r\n---[ end Kernel panic - not syncing ]---\r\n"
     )
     log.write_bytes(BOOT + DONE + BOOT + panic + BOOT)
-    with BootWatch(log, 0, time.monotonic()) as watch:
+    with BootWatch(Console(log), 0, time.monotonic()) as watch:
         pass
     assert watch.phase is Phase.SYSTEMD
     assert watch.dead_end is None

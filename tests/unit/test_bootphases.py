@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootphases import BootWatch, Phase, clean_line, find_phase
+from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
+from pycloudlib.guest.bootwatch import BootWatch
+from pycloudlib.guest.console import Console
+from tests.unit.test_deadends import told
 
 FIRMWARE = (
     b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
@@ -44,7 +47,7 @@ WHOLE_BOOT = FIRMWARE + LOADER + KERNEL + INITRD + SYSTEMD + b"".join(CLOUD_INIT
 def watch_file(log: Path, content: bytes, offset: int = 0) -> BootWatch:
     """Give a watch that has seen a whole file."""
     log.write_bytes(content)
-    with BootWatch(log, offset, time.monotonic()) as watch:
+    with BootWatch(Console(log), offset, time.monotonic()) as watch:
         pass
     return watch
 
@@ -132,7 +135,7 @@ def test_machine_that_said_nothing_has_no_phase(tmp_path: Path) -> None:
 
 
 def test_log_may_not_exist(tmp_path: Path) -> None:
-    with BootWatch(tmp_path / "missing.log", 0, time.monotonic()) as watch:
+    with BootWatch(Console(tmp_path / "missing.log"), 0, time.monotonic()) as watch:
         pass
 
     assert watch.phase is None
@@ -172,7 +175,7 @@ def test_line_that_is_left_open_counts(tmp_path: Path) -> None:
 def test_times_are_seconds_since_power_on(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_bytes(WHOLE_BOOT)
-    with BootWatch(log, 0, time.monotonic() - 1000) as watch:
+    with BootWatch(Console(log), 0, time.monotonic() - 1000) as watch:
         pass
 
     seconds = [start.seconds for start in watch.timeline]
@@ -199,7 +202,7 @@ def test_growing_log_is_followed(tmp_path: Path) -> None:
             assert looked.wait(deadline - time.monotonic()), reports
             looked.clear()
 
-    with BootWatch(log, 0, time.monotonic(), report) as watch:
+    with BootWatch(Console(log), 0, time.monotonic(), report) as watch:
         wait_until(lambda: bool(reports))
         assert reports[0] == (None, "")
         append(FIRMWARE + b"[    0.000000] Linux ver")
@@ -242,14 +245,14 @@ def test_what_cloud_init_warns_of_is_kept_over_boots(tmp_path: Path) -> None:
 def test_dead_end_of_a_later_boot_is_seen(tmp_path: Path) -> None:
     watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + FIRMWARE + b"No bootable device.\r\n")
 
-    assert watch.dead_end == (Cause.NO_BOOTABLE_DISK, "No bootable device.")
+    assert told(watch) == (Cause.NO_BOOTABLE_DISK, "No bootable device.")
 
 
 def test_guest_that_has_halted_is_seen_after_its_boot(tmp_path: Path) -> None:
     halted = b"[  130.2] reboot: System halted\r\n"
     watch = watch_file(tmp_path / "console.log", WHOLE_BOOT + halted)
 
-    assert watch.dead_end == (Cause.HALTED, "[  130.2] reboot: System halted")
+    assert told(watch) == (Cause.HALTED, "[  130.2] reboot: System halted")
 
 
 def test_what_is_printed_after_the_boot_ends_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootphases import BootWatch
+from pycloudlib.guest.bootwatch import BootWatch
+from pycloudlib.guest.console import Console
 from pycloudlib.guest.deadends import find_sign
 
 FIRMWARE = "SeaBIOS (version 1.16.2-debian-1.16.2-1)"
@@ -92,9 +93,15 @@ def test_what_does_not_end_a_boot_is_told_when_asked(line: str, cause: Cause) ->
 
 def watch(log: Path) -> BootWatch:
     """Follow a log up to where it is now."""
-    with BootWatch(log, 0, 0.0) as followed:
+    with BootWatch(Console(log), 0, 0.0) as followed:
         pass
     return followed
+
+
+def told(watch: BootWatch) -> tuple[Cause, str] | None:
+    """What ends a boot, and the line that tells."""
+    found = watch.dead_end
+    return None if found is None else (found.cause, found.line)
 
 
 def test_watch_tells_of_it(tmp_path: Path) -> None:
@@ -103,13 +110,13 @@ def test_watch_tells_of_it(tmp_path: Path) -> None:
     assert watch(log).dead_end is None
     with log.open("a") as file:
         file.write(f"{PANIC}\r\n")
-    assert watch(log).dead_end == (Cause.KERNEL_PANIC, PANIC)
+    assert told(watch(log)) == (Cause.KERNEL_PANIC, PANIC)
 
 
 def test_watch_sees_a_prompt_whose_line_is_open(tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     log.write_text(f"{KERNEL}\n\n(initramfs) ")
-    assert watch(log).dead_end == (Cause.EMERGENCY_SHELL, "(initramfs)")
+    assert told(watch(log)) == (Cause.EMERGENCY_SHELL, "(initramfs)")
 
 
 def test_after_cloud_inits_end_nothing_ends_a_boot(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest import userdata
-from pycloudlib.guest.bootphases import BootWatch, Phase, clean_line, find_phase
+from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
+from pycloudlib.guest.bootwatch import BootWatch
 from pycloudlib.guest.cloudinit import parse_status
+from pycloudlib.guest.console import Console
 from pycloudlib.guest.helper import HelperConnection, HelperError
 from pycloudlib.guest.hostkeys import HostKey
 from pycloudlib.guest.network import parse_address
@@ -274,7 +276,7 @@ def test_boot_is_followed_alike_in_any_pieces(
     whole, split = tmp_path / "whole", tmp_path / "split"
     whole.write_bytes(content)
     split.write_bytes(b"")
-    watches = [BootWatch(path, 0, 0) for path in (whole, split)]
+    watches = [BootWatch(Console(path), 0, 0) for path in (whole, split)]
     watches[0]._look()
     for start in range(0, len(content), size):
         with split.open("ab") as file:
@@ -303,7 +305,7 @@ def test_console_that_never_ends_its_line_is_followed(
 ) -> None:
     log = tmp_path / "console.log"
     log.write_bytes(line + end)
-    watch = BootWatch(log, 0, 0)
+    watch = BootWatch(Console(log), 0, 0)
     begun = os.times().user
     watch._look()
     find_phase(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pycloudlib.cli.machines import Found, find_machine, list_machines, open_mac
 from pycloudlib.cli.output import print_facts, print_json, print_table
 from pycloudlib.cli.session import Session, command, json_option
 from pycloudlib.cli.values import MachineName
+from pycloudlib.guest.console import start_of_last
 
 # Seconds between two looks at a log that is followed.
 _LOOK = 0.2
@@ -89,14 +91,18 @@ def logs(session: Session, name: str, follow: bool, lines: int | None, qemu: boo
 def _read(file: Path, lines: int | None, followed: Found | None) -> Iterator[bytes]:
     """Give the content of a log, and what comes while the machine runs that is followed."""
     position = 0
+    identity: tuple[int, int] | None = None
     while True:
         # Before the look, so that the machine's last words are not missed.
         goes_on = followed is not None and followed.pid is not None
         try:
             with file.open("rb") as log:
+                facts = os.fstat(log.fileno())
                 if lines is not None:
-                    position = _start_of_last(log.read(), lines)
-                    lines = None
+                    position, lines = start_of_last(log, lines), None
+                elif identity != (facts.st_dev, facts.st_ino) or facts.st_size < position:
+                    position = 0  # another file, or one that was truncated
+                identity = (facts.st_dev, facts.st_ino)
                 log.seek(position)
                 while chunk := log.read(_CHUNK):
                     position += len(chunk)
@@ -106,11 +112,6 @@ def _read(file: Path, lines: int | None, followed: Found | None) -> Iterator[byt
         if not goes_on:
             return
         time.sleep(_LOOK)
-
-
-def _start_of_last(content: bytes, lines: int) -> int:
-    kept = content.splitlines(keepends=True)
-    return len(content) - sum(map(len, kept[len(kept) - min(lines, len(kept)) :]))
 
 
 @command("diagnose", short_help="Tell what is going on with a machine.")

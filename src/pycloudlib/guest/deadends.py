@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pycloudlib.diagnosis import Cause
+from pycloudlib.guest.bootphases import begins_boot
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,6 @@ _FAILURE = re.compile(
     _KERNEL + r"(?:BUG: |Oops: |[Uu]nable to handle |general protection fault|double fault|"
     r"stack segment|invalid opcode|int3|traps: |kernel BUG at |Kernel panic - not syncing)"
 )
-# A boot begins with one of these: what was before is another boot's.
-_BEGINNING = re.compile(r"SeaBIOS|^\[ *0\.000000\] Linux version ")
 
 
 def find_sign(
@@ -96,13 +95,18 @@ def find_kernel_failure(lines: Sequence[str]) -> int | None:
     """
     failed = None
     for number, line in enumerate(lines):
-        if _BEGINNING.search(line):
+        if begins_boot(line):
             failed = None
-        elif failed is None and _FAILURE.search(line):
+        elif failed is None and begins_failure(line):
             failed = number
     return failed
 
 
+def begins_failure(line: str) -> bool:
+    """Whether a kernel begins to say in a line why it fails."""
+    return _FAILURE.search(line) is not None
+
+
 def _latest_boot(lines: Sequence[str]) -> Iterator[str]:
-    begins = [number for number, line in enumerate(lines) if _BEGINNING.search(line)]
+    begins = [number for number, line in enumerate(lines) if begins_boot(line)]
     return (line for line in lines[begins[-1] if begins else 0 :] if line)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import (
-    BootFailedError,
     CloudError,
     InstanceNotFoundError,
     KernelPanicError,
@@ -21,7 +20,8 @@ from pycloudlib.errors import (
 )
 from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, runconfig, ssh
-from pycloudlib.guest.bootphases import BootWatch, Phase
+from pycloudlib.guest.bootphases import Phase
+from pycloudlib.guest.bootwatch import BootWatch
 from pycloudlib.guest.commands import in_errors
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.guest.hostkeys import MachineHostKeys
@@ -322,8 +322,8 @@ class GuestAccess(DiagnosedInstance):
             self.machine.check_pause()
         if self._watch is None:
             self.machine.check_kernel()
-        elif self._watch.dead_end is not None:
-            raise BootFailedError(self.name, *self._watch.dead_end)
+        else:
+            self.machine.check_boot(self._watch.offset)
 
     def _has_settled(self) -> object:
         watch = self._watch
@@ -373,6 +373,21 @@ class GuestAccess(DiagnosedInstance):
             self._wait_for_banner()
             return super()._ssh_connect()
 
+    @contextlib.contextmanager
+    def _ended_early(self) -> Iterator[None]:
+        with self._naming_end(), super()._ended_early():
+            yield
+
+    def check_answers(self) -> None:
+        """Raise when nobody in the guest will answer any more.
+
+        Raises:
+            MachineEndedError: It is off.
+            HostDiskFullError: It stands still, since the host has no room for its disk.
+            KernelPanicError: Nothing in it goes on.
+        """
+        self._check_alive()
+
     def _ssh(
         self,
         command: Sequence[str],
@@ -408,9 +423,16 @@ class GuestAccess(DiagnosedInstance):
             yield
         except (MachineEndedError, KernelPanicError) as error:
             raise paramiko.SSHException(str(error)) from error
+        except _GuestRebootedError as error:
+            raise paramiko.SSHException(f"{self.name} has begun to boot anew") from error
         except paramiko.SSHException as error:
             if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
                 raise paramiko.SSHException(
                     str(MachineEndedError(self.name, self.machine.end))
                 ) from error
+            if self._watch is None:
+                try:
+                    self.machine.check_kernel(decided=True)
+                except KernelPanicError as panic:
+                    raise paramiko.SSHException(str(panic)) from panic
             raise

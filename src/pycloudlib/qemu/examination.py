@@ -12,13 +12,8 @@ from typing import Any
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import InvalidKeyError, ToolError
 from pycloudlib.guest import ssh
-from pycloudlib.guest.bootphases import (
-    Phase,
-    clean_line,
-    find_phase,
-    read_console_tail,
-)
-from pycloudlib.guest.cloudinit import find_console_warning, merge_warnings
+from pycloudlib.guest.bootphases import Phase
+from pycloudlib.guest.cloudinit import merge_warnings
 from pycloudlib.guest.deadends import find_kernel_failure, find_sign
 from pycloudlib.qemu.accelerator import KvmUnavailableError
 from pycloudlib.qemu.machine import Machine, State
@@ -28,6 +23,7 @@ from pycloudlib.qemu.running import MachineEndedError
 from pycloudlib.qemu.start import LaunchError
 
 _CONSOLE_LINES = 12
+_LONGEST_SHOWN = 300
 _EVENTS = 8
 _QMP_LIMIT = 2.0
 # QEMU's words (RunState, qapi/run-state.json) for a machine whose processors do not run, beyond
@@ -65,7 +61,7 @@ class Facts:
         status: QEMU's own word for that; empty when it could not be asked.
         end: How QEMU ended.
         events: The latest QMP events.
-        console: The lines on the console of this power cycle.
+        console: Lines of the present boot on the console: the latest, and those that tell.
         phase: How far the boot got.
         copied: Whether it is a copy, of a machine that had booted.
         boots: How often the guest has booted in this power cycle.
@@ -92,18 +88,17 @@ class Facts:
                 status = machine.execute("query-status", timeout=_QMP_LIMIT)["status"]
             except (QmpError, MachineEndedError) as error:
                 status = str(error)
-        raw = _read_console(machine)
-        phases = [phase for phase in map(find_phase, raw) if phase is not None]
+        seen = machine.console.look()
         return cls(
             state,
             status,
             machine.end,
             machine.events,
-            tuple(map(clean_line, raw)),
-            phases[-1].value if phases else "",
+            tuple(machine.console.lines),
+            seen.phase.value if seen.phase else "",
             machine.rundir.fix_up.exists() or machine.rundir.fixed_up.exists(),
-            machine.boots,
-            merge_warnings(filter(None, map(find_console_warning, map(clean_line, raw)))),
+            seen.boots,
+            merge_warnings(seen.warnings(seen.boot_start)),
         )
 
 
@@ -137,13 +132,17 @@ def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
 
 def _shorten(console: Sequence[str], *, panic: bool) -> tuple[str, ...]:
     """Keep of the console what tells: its end, and how a panic began, far above its end."""
-    lines = [line for line in console if line]
+    lines = [_shorten_line(line) for line in console if line]
     last = lines[-_CONSOLE_LINES:]
     begun = find_kernel_failure(lines) if panic else None
     if begun is None or begun >= len(lines) - _CONSOLE_LINES:
         return tuple(last)
     first = lines[begun : len(lines) - _CONSOLE_LINES][:_CONSOLE_LINES]
     return (*first, "…", *last)
+
+
+def _shorten_line(line: str) -> str:
+    return line if len(line) <= _LONGEST_SHOWN else line[:_LONGEST_SHOWN] + "…"
 
 
 def diagnose_launch(error: BaseException) -> Diagnosis | None:
@@ -310,11 +309,3 @@ def _tell_event(event: Event) -> str:
     data: dict[str, Any] = dict(event.data)
     facts = " ".join(f"{name}={value}" for name, value in data.items())
     return f"{event.name} {facts}".strip()
-
-
-def _read_console(machine: Machine) -> list[bytes]:
-    try:
-        tail = read_console_tail(machine.rundir.console_log, machine.console_start)
-        return tail.split(b"\n")
-    except FileNotFoundError:
-        return []

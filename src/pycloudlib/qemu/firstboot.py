@@ -26,7 +26,8 @@ from pycloudlib.files import copy_private, write_private
 from pycloudlib.guest import firstboot as correction
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest import userdata
-from pycloudlib.guest.bootphases import BootWatch, Phase
+from pycloudlib.guest.bootphases import Phase
+from pycloudlib.guest.bootwatch import BootWatch
 from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.checkpoint import find_memory
@@ -165,7 +166,7 @@ def make_starting_point(
 def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
     """Wait until the machine has stopped before it reads its seed."""
     qemu = machine.qemu()
-    with BootWatch(machine.rundir.console_log, 0, machine.powered_on) as watch:
+    with BootWatch(machine.console, 0, machine.powered_on) as watch:
         while True:
             try:
                 qemu.wait_for_event(_is_at_seed, Deadline.after(deadline.capped(_LOOK)))

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import network
-from pycloudlib.guest.bootphases import BootWatch, Phase, PhaseStart
+from pycloudlib.guest.bootphases import Phase, PhaseStart
+from pycloudlib.guest.bootwatch import BootWatch
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.qemu import copies, hotplug
@@ -408,7 +409,7 @@ class QemuInstance(GuestAccess):
                 activity = f"booting: {phase.value if phase else 'power-on'}"
                 on_progress(Progress(activity, line, done=elapsed, unit="s"))
 
-        watch = BootWatch(machine.rundir.console_log, console_start, begun, report)
+        watch = BootWatch(machine.console, console_start, begun, report)
         outer, self._watch = self._watch, watch
         try:
             with self.explaining("the machine to be ready", limit, ask=True), watch:

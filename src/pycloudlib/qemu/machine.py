@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pycloudlib.deadline import Deadline, positive
-from pycloudlib.errors import CloudError, InstanceNotFoundError, KernelPanicError
-from pycloudlib.guest.bootphases import BootFinder
-from pycloudlib.guest.panics import PanicWatch
+from pycloudlib.diagnosis import Cause
+from pycloudlib.errors import (
+    BootFailedError,
+    CloudError,
+    InstanceNotFoundError,
+    KernelPanicError,
+)
+from pycloudlib.guest.console import Console, DeadEnd
 from pycloudlib.qemu.command import Origin
+from pycloudlib.qemu.deadendcheck import DeadEndCheck, Verdict
 from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.memory import choose_memory
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess, is_open_elsewhere
@@ -53,6 +59,9 @@ _ACPI_SHARE = 0.9
 _PORT_PATIENCE = 1.0
 _PORT_INTERVAL = 0.05
 _PAUSE_PATIENCE = 10.0
+# Seconds in which it is decided whether a guest is dead, and between two looks.
+_DOUBT_LIMIT = 6.0
+_DOUBT_INTERVAL = 0.1
 
 
 @enum.unique
@@ -127,8 +136,8 @@ class Machine:
         self._qemu: RunningQemu | None = None
         self._starting = False
         self._powered_on = time.monotonic()
-        self._panics = PanicWatch(rundir.console_log)
-        self._boots = BootFinder(rundir.console_log)
+        self.console = Console(rundir.console_log, rundir.read_console_start)
+        self._dead_ends = DeadEndCheck(self.execute, self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
         self.pause_patience = _PAUSE_PATIENCE
 
@@ -166,12 +175,12 @@ class Machine:
     @property
     def console_start(self) -> int:
         """Where in the console log its present boot begins, in bytes, whoever started it."""
-        return self._boots.find(self.rundir.read_console_start())
+        return self.console.look().boot_start
 
     @property
     def boots(self) -> int:
         """How often its guest has booted since it was switched on, as its console tells."""
-        return self._boots.count(self.rundir.read_console_start())
+        return self.console.look().boots
 
     @property
     def pid(self) -> int | None:
@@ -314,15 +323,43 @@ class Machine:
         if qemu is not None:
             qemu.check_disk()
 
-    def check_kernel(self) -> None:
+    def check_kernel(self, *, decided: bool = False) -> None:
         """Raise when the guest's kernel has panicked, and does not boot again by itself.
+
+        Args:
+            decided: Whether to wait until it is decided, where the console says so: some seconds.
 
         Raises:
             KernelPanicError: It has.
         """
-        panic = self._panics.look(self.console_start)
-        if panic is not None:
-            raise KernelPanicError(self.spec.name, *panic)
+        panic = self._find_panic()
+        deadline = Deadline.after(_DOUBT_LIMIT if decided else 0)
+        while panic is not None:
+            verdict = self._dead_ends.judge(panic)
+            if verdict is Verdict.CONFIRMED:
+                raise KernelPanicError(self.spec.name, panic.cause, panic.line)
+            if verdict is Verdict.REFUTED or deadline.expired:
+                return
+            time.sleep(deadline.capped(_DOUBT_INTERVAL))
+            panic = self._find_panic()
+
+    def check_boot(self, since: int) -> None:
+        """Raise when the boot goes no further by itself.
+
+        Args:
+            since: Where in the console's log that has to be told, at the earliest.
+
+        Raises:
+            BootFailedError: It does not, by the console and by what else can be seen.
+        """
+        found = self.console.look().find_dead_end(since)
+        if found is not None and self._dead_ends.judge(found) is Verdict.CONFIRMED:
+            raise BootFailedError(self.spec.name, found.cause, found.line)
+
+    def _find_panic(self) -> DeadEnd | None:
+        found = self.console.look().find_dead_end(kernels=True)
+        is_panic = found is not None and found.cause in (Cause.KERNEL_PANIC, Cause.GUEST_MEMORY)
+        return found if is_panic else None
 
     def check_pause(self) -> None:
         """Raise when the machine is paused, and has been for more than `pause_patience` seconds.
