@@ -327,7 +327,8 @@ class BaseInstance(Readiness):
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
-        filecopy.push(self._connections, local_path, remote_path, on_progress)
+        with self._ended_early():
+            filecopy.push(self._connections, local_path, remote_path, on_progress)
 
     def pull_file(
         self,
@@ -348,7 +349,8 @@ class BaseInstance(Readiness):
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
-        filecopy.pull(self._connections, remote_path, local_path, on_progress)
+        with self._ended_early():
+            filecopy.pull(self._connections, remote_path, local_path, on_progress)
 
     def update(self) -> Result:
         """Refresh the package lists and upgrade all packages."""
@@ -426,6 +428,10 @@ class BaseInstance(Readiness):
             on_wait=self._lookout(),
         )
         return Result(_text(out), _text(err), status)
+
+    def _ended_early(self) -> contextlib.AbstractContextManager[None]:
+        """End a block that waits for the guest as soon as nobody will answer there any more."""
+        return commands.ended_early(self._lookout(), self._forget_client)
 
     def _find_boot_id(self) -> str:
         """Give the boot id, or an empty text when the machine cannot be asked."""

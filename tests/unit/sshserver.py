@@ -280,6 +280,9 @@ class LocalInstance(BaseInstance):
         )
         return client
 
+    def check_answers(self) -> None:
+        """Raise when nobody will answer any more; a test says when."""
+
     def close(self) -> None:
         self._forget_client()
         for transport in self.transports:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import paramiko
 import pytest
+from paramiko.sftp import SFTP_FAILURE
 
-from pycloudlib.cli import inside
+from pycloudlib.cli import inside, transfer
 from pycloudlib.cli.failures import ExitCode
 from pycloudlib.cli.session import Session
 from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.errors import KernelPanicError
+from tests.unit import sshserver
 from tests.unit.clirun import Outcome
 from tests.unit.clirun import run as run_cli
 from tests.unit.sshserver import LocalInstance
 
+HANGS = 100.0
 Capture = pytest.CaptureFixture[str]
 
 
@@ -31,7 +35,6 @@ def guest(tmp_path: Path) -> Path:
 @pytest.fixture
 def web(guest: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalInstance]:
     instance = LocalInstance(guest)
-    instance.machine = SimpleNamespace(check_on=lambda: None)  # type: ignore[attr-defined]
 
     def open_it(_session: Session, name: str) -> LocalInstance:
         assert name == "web"
@@ -122,3 +125,80 @@ def test_what_is_not_there_to_copy_is_named(
 
     assert done.code == ExitCode.FAILURE
     assert done.err == f"Error: No such file or directory: {tmp_path / 'nothing'}\n"
+
+
+PANIC = KernelPanicError("web", Cause.KERNEL_PANIC, "---[ end Kernel panic ]---")
+
+
+def panics_once(path: Path, web: LocalInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine's kernel panic when there is a file, at which a command of it stops."""
+
+    def check() -> None:
+        if path.exists():
+            raise PANIC
+
+    monkeypatch.setattr(web, "check_answers", check)
+
+
+@pytest.mark.parametrize("arguments", [["exec", "web"], ["shell", "web"]], ids=["exec", "shell"])
+def test_command_ends_with_the_guests_kernel(
+    web: LocalInstance,
+    capfd: Capture,
+    guest: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    panics_once(guest / "panicked", web, monkeypatch)
+    script = "touch panicked; exec sleep 300"
+    words = ["sh", "-c", script] if arguments[0] == "exec" else []
+    done = run(capfd, *arguments, *words, stdin=script.encode())
+    assert done.code == ExitCode.FAILURE
+    assert "The kernel of web has panicked" in done.err
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_copy_ends_with_the_guests_kernel(
+    web: LocalInstance,
+    capfd: Capture,
+    guest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+) -> None:
+    """Its program in the guest stops before it reads or writes anything."""
+    panics_once(guest / "panicked", web, monkeypatch)
+    monkeypatch.setattr(transfer, "_program", lambda: "sh -c 'touch panicked; exec sleep 300' x")
+    (tmp_path / "file").write_text("content")
+    where = {"push": (str(tmp_path / "file"), "web:"), "pull": ("web:file", str(tmp_path / "new"))}
+    done = run(capfd, "copy", *where[direction])
+    assert done.code == ExitCode.FAILURE
+    assert "The kernel of web has panicked" in done.err
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_file_of_a_guest_whose_kernel_panics_is_not_waited_for(
+    web: LocalInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def stall(*_: object) -> int:
+        begun.set()
+        over.wait(HANGS)
+        return SFTP_FAILURE
+
+    def check() -> None:
+        if begun.is_set():
+            raise PANIC
+
+    (tmp_path / "file").write_text("content")
+    monkeypatch.setattr(sshserver._Files, "open", stall)
+    monkeypatch.setattr(sshserver._Files, "lstat", stall)
+    monkeypatch.setattr(sshserver._Files, "stat", stall)
+    monkeypatch.setattr(web, "_check_alive", check)
+    copies = {
+        "push": lambda: web.push_file(tmp_path / "file", "there"),
+        "pull": lambda: web.pull_file("file", tmp_path / "here"),
+    }
+    with pytest.raises(KernelPanicError):
+        copies[direction]()
+    over.set()

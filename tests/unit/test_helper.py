@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import threading
@@ -335,3 +336,27 @@ def test_program_and_its_installation_go_together() -> None:
     assert "python3 /run/pycloudlib/helper.py" in helper.install_script()
     assert helper.program().startswith('"""')
     assert helper.once_command().endswith(" once")
+
+
+@pytest.mark.parametrize("chunk", [b"x" * (1 << 16), b'{"id": 1, "out": "' + b" " * 60_000])
+def test_line_without_an_end_is_not_taken_for_ever(connect: Connect, chunk: bytes) -> None:
+    def script(peer: Peer) -> None:
+        peer.request()
+        with contextlib.suppress(OSError):
+            while True:
+                peer.say(chunk)
+
+    connection, _ = connect(script)
+    with pytest.raises(HelperError, match="a line without an end"):
+        run(connection)
+
+
+def test_reason_of_any_length_is_told_in_brief(connect: Connect) -> None:
+    def script(peer: Peer) -> None:
+        peer.request()
+        peer.answer(error="no " * 100_000)
+
+    connection, _ = connect(script)
+    with pytest.raises(HelperError, match="no no") as caught:
+        run(connection)
+    assert len(str(caught.value)) < 3000

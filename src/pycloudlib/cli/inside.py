@@ -74,13 +74,17 @@ def shell(session: Session, name: str) -> int:
 def _run(session: Session, name: str, command_line: str | None, tty: bool | None) -> int:
     instance = open_running(session, name)
     on_terminal = terminal.is_terminal(_STDIN, _STDOUT) if tty is None else tty
-    with _connected(session, instance) as client:
+    with (
+        _connected(session, instance) as client,
+        instance.explaining(f"the end of what runs in {instance.name}"),
+    ):
         if on_terminal:
-            remote = SshTerminal(
-                commands.open_session(client), command_line, terminal.terminal_size()
-            )
-            terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
-            status = remote.wait()
+            with commands.ended_early(instance.check_answers, client.close):
+                remote = SshTerminal(
+                    commands.open_session(client), command_line, terminal.terminal_size()
+                )
+                terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
+                status = remote.wait()
         else:
             # What is typed is another program's, unless a shell is to read it.
             reads = command_line is None or not terminal.is_terminal(_STDIN)
@@ -90,7 +94,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
                 stdin=functools.partial(os.read, _STDIN) if reads else None,
                 stdout=functools.partial(_write, _STDOUT),
                 stderr=functools.partial(_write, _STDERR),
-                on_wait=instance.machine.check_on,
+                on_wait=instance.check_answers,
             )
     return status if status >= 0 else ExitCode.CONNECTION_LOST
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pycloudlib.errors import GuestRefusedError, PycloudlibError
@@ -181,20 +182,31 @@ class _Command:
     def __init__(self, instance: QemuInstance, *arguments: str | bytes) -> None:
         self._name = instance.name
         self._client = instance._ssh_connect()
+        # A guest whose kernel is no more closes no connection.
+        self._lookout = commands.ended_early(instance.check_answers, self._client.close)
         words = [os.fsdecode(argument) for argument in arguments]
         try:
             self.channel = commands.open_session(self._client)
-            self.channel.exec_command(os.fsencode(f"exec {_program()} {shlex.join(words)}"))
+            with commands.hung_up_on(self.channel, None):
+                self.channel.exec_command(os.fsencode(f"exec {_program()} {shlex.join(words)}"))
         except BaseException:
             self._client.close()
             raise
 
     def __enter__(self) -> _Command:
+        self._lookout.__enter__()
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.channel.close()
-        self._client.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._lookout.__exit__(kind, error, traceback)
+        finally:
+            self._client.close()
 
     def input(self, count: _Count) -> contextlib.AbstractContextManager[BinaryIO]:
         """Give what it reads."""

@@ -37,6 +37,9 @@ _SEND_LIMIT = 60.0
 # Beyond what a helper says: exit status and seconds, and bytes of an output at a time.
 _LARGEST_NUMBER = 2.0**53
 _LONGEST_PIECE = 1 << 24
+# An answer has some hundred bytes; what was sent to whoever was connected before may come first.
+_LONGEST_LINE = 4 << 20
+_LONGEST_REASON = 2000
 # The connection stays when the helper ends, so that is looked at this often.
 _LOOK = 0.5
 
@@ -250,6 +253,8 @@ class HelperConnection:
     def _receive(self, number: int, deadline: Deadline | None) -> dict[str, Any]:
         while True:
             while b"\n" not in self._buffer:
+                if len(self._buffer) > _LONGEST_LINE:
+                    raise HelperError("what is in the guest sends a line without an end")
                 self._fill(deadline)
             line, _, rest = self._buffer.partition(b"\n")
             self._buffer = rest
@@ -264,7 +269,8 @@ class HelperConnection:
                     self._read(_length(answer, output), deadline)
                 continue
             if "error" in answer:
-                raise HelperRefusedError(f"the helper in the guest: {answer['error']}")
+                reason = str(answer["error"])[:_LONGEST_REASON]
+                raise HelperRefusedError(f"the helper in the guest: {reason}")
             return answer
 
     def _read(self, size: int, deadline: Deadline | None) -> bytes:
