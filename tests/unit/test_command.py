@@ -9,6 +9,7 @@ import pytest
 
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.command import Channels, Features, Origin, build_command
+from pycloudlib.qemu.memory import Memory
 from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
 
 CHANNELS = Channels(
@@ -100,6 +101,17 @@ def properties_of(value: str) -> dict[str, str]:
 
 def test_whole_command_line() -> None:
     assert build(FULL) == GOLDEN
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_kept_memory_is_opened_for_reading_alone_where_qemu_can(read_only: bool) -> None:
+    origin = Origin(Memory(file=Path("/a,b/memory")), state=12)
+    features = Features(read_only_memory=read_only)
+    argv = build_command("/usr/bin/qemu-system-x86_64", SPEC, CHANNELS, features, origin)
+    (backend,) = values_of(argv, "-object")
+    kept = properties_of(backend)
+    assert (kept["share"], kept["mem-path"]) == ("off", "/a,b/memory")
+    assert (kept.get("readonly"), kept.get("rom")) == (("on", "off") if read_only else (None, None))
 
 
 def test_machine_that_stops_at_its_seed_has_the_same_devices() -> None:

@@ -18,8 +18,9 @@ from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.handover import hand_over
 from pycloudlib.qemu.hotplug import list_plugged
 from pycloudlib.qemu.identity import find_proc_directory
+from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.machine import Machine, State, uninterrupted
-from pycloudlib.qemu.memory import SHARED, Memory, find_shared_memory, keep
+from pycloudlib.qemu.memory import BACKEND, SHARED, Memory, find_shared_memory, keep
 from pycloudlib.qemu.ownership import owner_file
 from pycloudlib.qemu.qmp import QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
@@ -40,6 +41,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
 
     Raises:
         MachineEndedError: It is off.
+        KeptMemoryError: It has a device that would change the memory of its copies.
         CloudError: It could not be saved, and goes on; says why.
     """
     _check_can_be_saved(machine)
@@ -79,6 +81,8 @@ def _check_can_be_saved(machine: Machine) -> None:
         raise CloudError(
             f"{machine.spec.name} is {machine.state.value}; it can be saved when it runs"
         )
+    with machine.session() as session:
+        check_machine(machine.spec.name, session)
     plugged = list_plugged(machine)
     if plugged:
         raise CloudError(
@@ -155,7 +159,8 @@ def find_memory(machine: Machine) -> Path:
 
 def _has_shared_memory(machine: Machine) -> bool:
     return any(
-        device["id"] == "ram0" and device.get("share") for device in machine.execute("query-memdev")
+        device["id"] == BACKEND and device.get("share")
+        for device in machine.execute("query-memdev")
     )
 
 

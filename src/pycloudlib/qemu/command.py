@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.memory import SHARED, Memory
+from pycloudlib.qemu.memory import BACKEND, SHARED, Memory
 from pycloudlib.qemu.ports import LOOPBACK
 from pycloudlib.qemu.spec import MachineSpec
 
@@ -24,9 +24,15 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a QEMU build can do, as it says itself."""
+    """What a QEMU build can do, as it says itself.
+
+    Attributes:
+        sandbox: Whether it confines itself.
+        read_only_memory: Whether it maps memory of a file that it cannot write to (from 8.2 on).
+    """
 
     sandbox: bool = True
+    read_only_memory: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +113,12 @@ def build_command(
         binary,
         "-name", f"guest={spec.name}",
         "-no-user-config", "-nodefaults",
-        "-machine", "pc,graphics=off,memory-backend=ram0",
+        "-machine", f"pc,graphics=off,memory-backend={BACKEND}",
         "-accel", accel_option(spec.accelerator),
         "-cpu", spec.accelerator.cpu_model,
         "-smp", str(spec.instance_type.cpus),
         "-m", f"{spec.memory_kib}K",
-        "-object", _memory(origin.memory, channels.memory, spec.memory_kib),
+        "-object", _memory(origin.memory, channels.memory, spec.memory_kib, features),
         "-display", "none",
         *(("-sandbox", SANDBOX) if features.sandbox else ()),
         "-chardev", f"socket,id=control,fd={channels.control}",
@@ -162,11 +168,13 @@ def escape(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _memory(memory: Memory, shared: int | None, kibibytes: int) -> str:
-    """Give the backend of the memory: of one id for all kinds, by which a state is fitted to it."""
-    common = f"id=ram0,size={kibibytes}K"
+def _memory(memory: Memory, shared: int | None, kibibytes: int, features: Features) -> str:
+    """Return the backend of the memory."""
+    common = f"id={BACKEND},size={kibibytes}K"
     if memory.file is not None:
-        return f"memory-backend-file,{common},share=off,mem-path={escape(memory.file)}"
+        # Opened for reading, and mapped so that the guest can write to its own copy.
+        kept = ",readonly=on,rom=off" if features.read_only_memory else ""
+        return f"memory-backend-file,{common},share=off{kept},mem-path={escape(memory.file)}"
     if shared is not None:
         return f"memory-backend-file,{common},share=on,mem-path=/proc/self/fd/{shared}"
     return f"memory-backend-ram,{common}"

@@ -13,7 +13,10 @@ from pycloudlib.qemu.command import SANDBOX, Features
 _log = logging.getLogger(__name__)
 
 _LIMIT_SECONDS = 30
-_GOODBYE = b'{"execute": "qmp_capabilities"} {"execute": "quit"}\n'
+_TALK = (
+    b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
+    b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
+)
 
 
 @functools.cache
@@ -23,19 +26,20 @@ def find_features(binary: Path) -> Features:
     Raises:
         CloudSetupError: It is not QEMU, or cannot run here.
     """
-    if not _says_goodbye(binary):
+    said = _talk(binary)
+    if said is None:
         raise CloudSetupError(
             f"qemu_binary {str(binary)!r} does not answer as QEMU does; expected "
             "qemu-system-x86_64 or a path to one"
         )
-    sandbox = _says_goodbye(binary, "-sandbox", SANDBOX)
+    sandbox = _talk(binary, "-sandbox", SANDBOX) is not None
     if not sandbox:
         _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
-    return Features(sandbox=sandbox)
+    return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in said)
 
 
-def _says_goodbye(binary: Path, *options: str) -> bool:
-    """Start the binary without a machine and talk to it."""
+def _talk(binary: Path, *options: str) -> bytes | None:
+    """Start the binary without a machine and talk to it; None if it does not answer as QEMU."""
     # fmt: off
     argv = [
         str(binary), "-no-user-config", "-nodefaults",
@@ -46,7 +50,7 @@ def _says_goodbye(binary: Path, *options: str) -> bool:
     # fmt: on
     try:
         answer = subprocess.run(
-            argv, input=_GOODBYE, capture_output=True, timeout=_LIMIT_SECONDS, check=False
+            argv, input=_TALK, capture_output=True, timeout=_LIMIT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise CloudSetupError(
@@ -54,5 +58,5 @@ def _says_goodbye(binary: Path, *options: str) -> bool:
             "out of breath?"
         ) from None
     except OSError:
-        return False
-    return answer.returncode == 0 and b'"QMP"' in answer.stdout
+        return None
+    return answer.stdout if answer.returncode == 0 and b'"QMP"' in answer.stdout else None

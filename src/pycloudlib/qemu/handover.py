@@ -23,6 +23,7 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import make_socket_pair, moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.command import Origin, ssh_rule
+from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.machine import Machine, MachineEndedError
 from pycloudlib.qemu.memory import Memory, find_shared_memory
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
@@ -91,7 +92,15 @@ def _successor(machine: Machine, memory: Memory) -> Iterator[tuple[RunningQemu, 
 
 
 def receive(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
-    """Let a QEMU that was started with `Origin.state` take its state from that descriptor."""
+    """Let a QEMU that was started with `Origin.state` take its state from that descriptor.
+
+    Raises:
+        KeptMemoryError: It would change the memory that it goes on from.
+        QmpError: It refused.
+    """
+    if memory.file is not None:
+        with qemu.session() as session:
+            check_machine(qemu.name, session)
     _set_capabilities(qemu, with_memory=memory.file is None)
     qemu.execute("migrate-incoming", {"uri": f"fd:{descriptor}"})
 

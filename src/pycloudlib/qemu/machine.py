@@ -24,6 +24,7 @@ from pycloudlib.guest.console import Console, DeadEnd
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.deadendcheck import DeadEndCheck, Verdict
 from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.keptmemory import check_command
 from pycloudlib.qemu.memory import choose_memory
 from pycloudlib.qemu.process import ProcessEnd, QemuProcess, is_open_elsewhere
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
@@ -248,10 +249,13 @@ class Machine:
         Raises:
             MachineEndedError: The machine is off.
             QmpError: QEMU refused the command, or did not answer.
+            KeptMemoryError: The machine goes on from memory that is kept for others, too, and
+                would change it (a balloon).
             ValueError: `timeout` is not a positive number.
         """
         timeout = positive("timeout", timeout, "seconds")
         with self.session(timeout) as session:
+            check_command(self.spec.name, session, command, arguments)
             return session.execute(command, arguments, timeout=timeout)
 
     @contextlib.contextmanager

@@ -22,6 +22,9 @@ from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.identity import find_proc_directory
 from pycloudlib.rawtext import read_kernel_file
 
+BACKEND = "ram0"
+"""QEMU's name of a machine's memory, of one name for all kinds: by it a state is fitted to it."""
+
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _NAME = "pycloudlib-guest-memory"
 # What is looked at for having nothing in it, and left out.

@@ -14,6 +14,7 @@ from pycloudlib.images import store
 from pycloudlib.qemu import copies, firstboot
 from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.keptmemory import KeptMemoryError, check_machine
 from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, PowerOn
 from pycloudlib.qemu.live import QemuLive
 from pycloudlib.qemu.ports import PortRegistry
@@ -169,13 +170,16 @@ class QemuReady(QemuLive):
             return launch_new(image, options)
         key = build_key(image, options, host)
         saved = cache.find(key, host)
-        if saved is None:
+        if saved is None and cache.why_unfit(key) is None:
             with cache.making(key, self._tell_waiting):
                 saved = cache.find(key, host)
-                if saved is None:
+                if saved is None and cache.why_unfit(key) is None:
                     instance = launch_new(image, options)
                     self._keep_warm(instance, key)
                     return instance
+        if saved is None:
+            self._log.warning("Nothing is kept ready: %s", cache.why_unfit(key))
+            return launch_new(image, options)
         # What the user-data asks for has been done in the saved machine.
         request = copies.CopyRequest(options.name_with(self.tag), saved, fresh_identity)
         copy = self._try_copy(request, options.username)
@@ -187,12 +191,17 @@ class QemuReady(QemuLive):
 
         self._log.info("Booting %s, to be saved for later launches", instance.name)
         try:
+            with instance.machine.session() as session:
+                check_machine(instance.name, session)
             instance.wait_until_well()
             image = self._save(instance)
             try:
                 self._warm_cache.add(key, self.find_saved(image))
             finally:
                 self.delete_image(image)
+        except KeptMemoryError as error:
+            self._warm_cache.note_unfit(key, Unfit(str(error)))
+            self._log.warning("%s is not kept for later launches: %s", instance.name, error)
         except (PycloudlibException, OSError, paramiko.SSHException) as error:
             self._log.warning("%s is not kept for later launches: %s", instance.name, error)
         except BaseException:

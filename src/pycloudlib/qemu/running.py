@@ -211,6 +211,11 @@ class RunningQemu:
         self.kill()
 
     @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._name
+
+    @property
     def state(self) -> State:
         """What it is doing."""
         return self._state
