@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import json
 import math
 import os
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +27,7 @@ _T = TypeVar("_T")
 _LONGEST_SHOWN = 200
 _TOO_DEEP = "it is nested too deeply"
 
-# Values that a YAML text may stand for. Aliases let a few lines stand for billions of them, which
+# Values that a YAML text may hold, and stand for. Aliases let a few lines stand for billions, which
 # are not there until something walks through them, merges or writes them.
 _MOST_VALUES = 1_000_000
 
@@ -55,7 +57,11 @@ def parse_yaml(text: str | bytes) -> Any:
 
     try:
         # The one in C, where there is one: user-data may be large.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        # A value takes a character at least, and far more memory than that.
+        if len(text) > _MOST_VALUES:
+            _check_length(yaml.parse(text, kind))
+        loader = kind(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -70,6 +76,16 @@ def parse_yaml(text: str | bytes) -> Any:
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # What is not the library's own error comes from a value such as `!!int ""`.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _check_length(events: Iterable[yaml.Event]) -> None:
+    """Make sure that a YAML text does not write out too many values.
+
+    Raises:
+        ValueError: It does.
+    """
+    if sum(1 for _ in itertools.islice(events, _MOST_VALUES)) == _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES} values, which are the most expected")
 
 
 def _has_aliases(text: str | bytes) -> bool:

@@ -20,6 +20,7 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "newgidmap": "uidmap",
     "newuidmap": "uidmap",
+    "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
@@ -27,6 +28,8 @@ PACKAGES = {
     "unshare": "util-linux",
 }
 """The Debian and Ubuntu package of each program."""
+
+_LIMITS = (f"--as={4 << 30}", "--cpu=120")
 
 # Where administrators' programs live; an ordinary user's PATH on Debian leaves them out.
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -56,6 +59,7 @@ def run_tool(
     *,
     input_bytes: bytes = b"",
     accepted: Sequence[int] = (0,),
+    bounded: bool = False,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a short host program to its end.
 
@@ -64,6 +68,8 @@ def run_tool(
         argv: The program, as `find_tool` finds it, and its arguments.
         input_bytes: What it reads on standard input; nothing by default.
         accepted: The exit statuses that are no error.
+        bounded: Whether it reads what others have made: it may then take 4 GiB of address space and
+            two minutes of processor time, and is an error beyond that.
 
     Returns:
         The finished process with its `stdout` and `stderr` as bytes.
@@ -73,7 +79,10 @@ def run_tool(
         ToolError: It ended with an error.
     """
     command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
-    finished = subprocess.run(command, capture_output=True, check=False, input=input_bytes)
+    limits = [str(find_tool("prlimit")), *_LIMITS, "--"] if bounded else []
+    finished = subprocess.run(
+        [*limits, *command], capture_output=True, check=False, input=input_bytes
+    )
     if finished.returncode not in accepted:
         output = (finished.stderr + finished.stdout).decode(errors="replace")
         raise ToolError(step, command, finished.returncode, output)

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.errors import PycloudlibException
+from pycloudlib.errors import PycloudlibException, ToolError
 from pycloudlib.progress import Progress, ignore_progress
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image, parse_size
@@ -206,6 +207,25 @@ def test_image_with_an_external_data_file_is_refused(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", image, "1M")
 
     assert str(data) in refusal(image)
+
+
+def test_image_may_not_ask_for_all_memory(
+    tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, real = make_image(), shutil.which("qemu-img")
+    script = tmp_path / "programs" / "qemu-img"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nulimit -v >>{tmp_path}/limits\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    inspect_image(image)
+    assert (tmp_path / "limits").read_text().split() == [str(4 << 20)] * 2, "in KiB"
+
+
+def test_program_that_takes_too_much_memory_is_an_error() -> None:
+    greedy = ["python3", "-c", "bytearray(5 << 30)"]
+    with pytest.raises(ToolError, match="MemoryError"):
+        run_tool("reading it", greedy, bounded=True)
 
 
 @pytest.mark.parametrize("image_format", ["vmdk", "vdi", "vhdx", "qed", "qcow"])

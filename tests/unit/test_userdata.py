@@ -9,6 +9,7 @@ from email.mime.text import MIMEText
 
 import pytest
 
+from pycloudlib import documents
 from pycloudlib.guest import userdata
 
 SCRIPT = b"#!/bin/sh\necho hello\n"
@@ -116,7 +117,7 @@ def test_what_is_no_archive_is_told(archive: bytes) -> None:
         list(userdata.split(b"#cloud-config-archive\n" + archive, "that name"))
 
 
-BOMB = gzip.compress(bytes(100 * 1024**2))
+BOMB = gzip.compress(bytes(20 * 1024**2))
 
 
 def archive(*contents: bytes) -> bytes:
@@ -187,3 +188,56 @@ def test_aliases_of_an_ordinary_document_are_read() -> None:
     document = b"a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: *a}\n"
     both = {"x": [1, 2]}
     assert userdata.load_yaml(document, "x") == {"a": both, "b": both, "c": {**both, "y": both}}
+
+
+MANY = 1_000_001
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        (b"MIME-Version: 1.0\n\n" + b"\n" * (10 * MANY), "more than can be read"),
+        (
+            b"MIME-Version: 1.0\n"
+            + b"".join(
+                b'Content-Type: multipart/mixed; boundary="%d"\n\n--%d\n' % (depth, depth)
+                for depth in range(50)
+            )
+            + b"\n" * MANY,
+            "more than can be read",
+        ),
+        (
+            b'MIME-Version: 1.0\nContent-Type: multipart/mixed; x="' + b";" * 50_000 + b"\n\nx",
+            "a header of 50",
+        ),
+        (
+            b"MIME-Version: 1.0\nContent-Type: multipart/mixed" + b";\n x" * 50_000 + b"\n\nx",
+            "a header of 200",
+        ),
+    ],
+    ids=["lines", "boundaries", "header", "folded header"],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_what_is_written_out_is_bounded(document: bytes, reason: str, pack: type[bytes]) -> None:
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match=reason):
+            take_apart(pack(document))
+
+
+@pytest.mark.parametrize("entries", [b"[" + b"x," * 6000 + b"]", b"-\n" * 6000, b"- {x}\n" * 3000])
+def test_values_that_are_written_out_are_bounded(
+    entries: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_MOST_VALUES", 5000)
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="it has more than 5000 values"):
+            take_apart(b"#cloud-config-archive\n" + entries)
+
+
+def test_large_ordinary_document_is_read() -> None:
+    lines = b"aGVsbG8gd29ybGQsIGhlbGxvIHdvcmxkLCBoZWxsbyB3b3JsZA==\n" * 60_000
+    config = b"#cloud-config\nwrite_files:\n- content: |\n" + lines.replace(b"aG", b"   aG")
+    assert split(gzip.compress(mime(text(config)))) == [config]
+    files = userdata.load_yaml(config, "x")
+    assert isinstance(files, dict)
+    assert files["write_files"][0]["content"].encode() == lines

@@ -6,6 +6,7 @@ https://docs.cloud-init.io/en/latest/explanation/format.html
 from __future__ import annotations
 
 import email
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,8 +53,15 @@ _KIND_OF_ARCHIVES = "text/cloud-config-archive"
 
 # Bytes that may come out of user-data, all of its parts together: cloud-init holds all of it in the
 # guest's memory, several times over. A few kilobytes of gzip can stand for gigabytes.
-_MOST_BYTES = 64 * 1024**2
+_MOST_BYTES = 16 * 1024**2
 _MOST_PARTS = 10_000
+# Of MIME documents: how long a header may be, which the library reads again for each ";" in it; and
+# how often a line may be looked at, which it is for each boundary that is open.
+_LONGEST_HEADER = 4096
+_HEADER = re.compile(
+    rb"^content-[^:\s]*[ \t]*:[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*", re.IGNORECASE | re.MULTILINE
+)
+_MOST_LOOKS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +154,34 @@ def parts(document: bytes, name: str) -> list[Part]:
         _add(found, Part(UNKNOWN, "", document), name, bounds)
         return found
     try:
-        message = email.message_from_string(document.decode())
+        message = email.message_from_string(_within_bounds(document, name).decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is a MIME document that is not UTF-8: {error}") from error
     for part in _walk(message, name):
         _add(found, part, name, bounds)
     return found
+
+
+def _within_bounds(document: bytes, name: str) -> bytes:
+    """Return a MIME document that can be read in the time that its length deserves.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    lines = document.count(b"\n") + document.count(b"\r")
+    boundaries = document.lower().count(b"boundary")
+    if lines * (1 + boundaries) > _MOST_LOOKS:
+        raise ValueError(
+            f"{name} is a MIME document of {lines} lines with {boundaries} boundaries, which are "
+            "more than can be read"
+        )
+    for header in _HEADER.finditer(document):
+        if len(header[0]) > _LONGEST_HEADER:
+            raise ValueError(
+                f"{name} is a MIME document with a header of {len(header[0])} bytes, expected "
+                f"{_LONGEST_HEADER} at most"
+            )
+    return document
 
 
 def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
@@ -267,7 +297,8 @@ def _parts(document: bytes, name: str) -> list[bytes]:
     """Give what the parts of a MIME document carry, and the parts of parts."""
     try:
         payloads = [
-            part.get_payload(decode=True) for part in email.message_from_bytes(document).walk()
+            part.get_payload(decode=True)
+            for part in email.message_from_bytes(_within_bounds(document, name)).walk()
         ]
     except RecursionError:
         raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
