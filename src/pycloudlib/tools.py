@@ -50,7 +50,10 @@ def find_tool(name: str) -> Path:
 
 
 def _search_path() -> str:
-    return os.pathsep.join((os.environ.get("PATH", os.defpath), *_SBIN))
+    # An empty entry, or a relative one, would let the directory that a program runs in choose what
+    # checks signatures and what runs machines.
+    named = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join((*filter(os.path.isabs, named), *_SBIN))
 
 
 def run_tool(

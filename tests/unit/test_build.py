@@ -130,6 +130,15 @@ class TestCache:
 
         assert provide(image_dir, FakeMaker()) != first
 
+    @pytest.mark.parametrize("part", [Path, store.record_path, store.initrd_path])
+    def test_an_image_that_others_could_change_is_built_again(
+        self, part: Callable[[Path], Path], image_dir: Path
+    ) -> None:
+        first = provide(image_dir, FakeMaker())
+        part(first).chmod(0o666)
+
+        assert provide(image_dir, FakeMaker()) != first
+
     def test_deleting_an_image_leaves_nothing_of_it(self, image_dir: Path) -> None:
         image = provide(image_dir, FakeMaker())
 

@@ -80,6 +80,30 @@ def test_no_file_at_all_is_fine() -> None:
     assert parse_config() == {}
 
 
+def test_file_in_the_current_directory_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pycloudlib.toml", ".config/pycloudlib.toml"):
+        write(tmp_path / "project" / name, '[qemu]\nimage_verification = "disabled"\n')
+    monkeypatch.chdir(tmp_path / "project")
+    for home in (None, "", "."):
+        if home is None:
+            monkeypatch.delenv("HOME")
+        else:
+            monkeypatch.setenv("HOME", home)
+        monkeypatch.setenv("XDG_CONFIG_HOME", ".config")
+        assert parse_config() == {}
+
+
+def test_keyring_is_not_looked_for_in_the_current_directory(
+    tmp_path: Path, make_cloud: MakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "keys.asc", "keys")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"image_keyring .* is 'keys.asc', expected an absolute"):
+        make_cloud('[qemu]\nimage_keyring = "keys.asc"\n').images()
+
+
 @pytest.mark.parametrize("path", ["~/mine.toml", "$HOME/mine.toml", "${HOME}/mine.toml"])
 def test_home_and_variables_in_the_files_name_are_expanded(
     path: str, home: Path, monkeypatch: pytest.MonkeyPatch

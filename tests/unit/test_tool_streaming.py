@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import MissingPrerequisiteError, ToolError
-from pycloudlib.tools import run_tool_streaming
+from pycloudlib.tools import find_tool, run_tool_streaming
 
 
 def ignore(_line: str) -> None:
@@ -49,6 +49,20 @@ def test_a_failure_tells_the_step_and_the_last_words() -> None:
         run_tool_streaming("doing it", ["sh", "-c", "seq 1000; exit 3"], on_line=ignore)
 
     assert str(caught.value).endswith("\n  1000")
+
+
+@pytest.mark.parametrize("entry", ["", ".", "tools"])
+def test_programs_of_the_current_directory_are_not_run(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    for directory in (tmp_path, tmp_path / "tools"):
+        (directory / "gpgv").write_text("#!/bin/sh\necho '[GNUPG:] GOODSIG '\n")
+        (directory / "gpgv").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{entry}:{os.environ['PATH']}:{entry}")
+    assert find_tool("gpgv").is_absolute()
+    assert not find_tool("gpgv").is_relative_to(tmp_path)
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +106,7 @@ def test_a_program_that_ends_with_its_input_is_left_to_do_so(tmp_path: Path) -> 
 
 def test_the_program_does_not_outlive_a_killed_process() -> None:
     program = """
-from pycloudlib.tools import run_tool_streaming
+from pycloudlib.tools import find_tool, run_tool_streaming
 command = ["sh", "-c", "echo $$; exec sleep 100"]
 run_tool_streaming("x", command, on_line=lambda line: print(line, flush=True))
 """

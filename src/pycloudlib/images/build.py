@@ -93,6 +93,7 @@ def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
     return (
         record is not None
         and record.source == _SOURCE + recipe.key
+        and store.find_unprotected(image) is None
         and store.kernel_path(image).is_file()
         and store.initrd_path(image).is_file()
     )
