@@ -254,18 +254,19 @@ class ImageVerificationError(PycloudlibError):
 
 
 class ImageInUseError(CloudError):
-    """An image cannot be deleted because others are built on it.
+    """An image cannot be deleted or replaced because others are built on it.
 
     Attributes:
         image_id: The image.
-        users: The instances and images that are built on it, by name.
+        users: The instances and images that are built on it, by name; of those that have none
+            here, what they are.
     """
 
     def __init__(self, image_id: str, users: Sequence[str]) -> None:
         self.image_id = image_id
         self.users = list(users)
         super().__init__(
-            f"The image {image_id} is not deleted: {', '.join(self.users)} built on it. "
+            f"The image {image_id} stays as it is: {', '.join(self.users)} built on it. "
             "Delete them first"
         )
 

@@ -8,14 +8,19 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download, store
+from pycloudlib.errors import (
+    ImageBuildError,
+    ImageInUseError,
+    ImageNotFoundError,
+    ImageVerificationError,
+)
+from pycloudlib.images import download, store, uses
 from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import fetch_image, find_stored, image_path
 from pycloudlib.images.source import ImageSource, Stream
@@ -172,6 +177,30 @@ def test_wrong_image_is_replaced_and_kept_aside(
     kept = image.with_name(f"{image.name}.replaced")
     assert kept.read_bytes() == b"somebody's changed image"
     assert str(kept) in caplog.text
+
+
+@pytest.mark.parametrize("name", [lambda image: image, store.kernel_path])
+def test_wrong_file_that_is_in_use_is_not_replaced(
+    server: ImageServer,
+    entry: CatalogEntry,
+    image_dir: Path,
+    tmp_path: Path,
+    name: Callable[[Path], Path],
+) -> None:
+    image = fetch_image(entry, server.source, image_dir)
+    file = name(image)
+    file.write_bytes(b"changed")
+    store.record_path(image).unlink()
+    disk = tmp_path / "vm" / "vm.qcow2"
+    disk.parent.mkdir()
+    disk.touch()
+    uses.record(disk, [file])
+    with pytest.raises(ImageInUseError, match="vm built on it"):
+        fetch_image(entry, server.source, image_dir)
+    assert file.read_bytes() == b"changed"
+    shutil.rmtree(disk.parent)
+    fetch_image(entry, server.source, image_dir)
+    assert file.read_bytes() != b"changed"
 
 
 def test_wrong_image_stays_when_the_right_one_cannot_be_had(

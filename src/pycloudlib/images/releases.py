@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.files import create_directories, exclusive_lock
-from pycloudlib.images import store
+from pycloudlib.images import store, uses
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
     Digest,
@@ -145,6 +145,7 @@ def fetch_image(
     Raises:
         ImageBuildError: Something could not be downloaded or written.
         ImageVerificationError: Something is not what its publisher signed.
+        ImageInUseError: A file of its name is not it, and machines are built on that.
         ImageNotFoundError: No kernel is published with the image.
         MissingPrerequisiteError: `gpgv` is not installed.
     """
@@ -187,10 +188,12 @@ def _fetch(
                 download_file(
                     client, file.url, file.partial, file.expected, on_progress=on_progress
                 )
-            if not source.verified:
-                # First: what has no record is taken for an image that the original left.
-                store.write_record(image, _make_record(entry, vouchers))
-            _put_in_place(missing)
+            # What machines are built on is not taken from under them, though it be damaged.
+            with uses.removing(*(file.target for file in reversed(missing))):
+                if not source.verified:
+                    # First: what has no record is taken for an image that the original left.
+                    store.write_record(image, _make_record(entry, vouchers))
+                _put_in_place(missing)
         elif (known := _find_whole(image)) is not None:
             # All of it is what both say that it is.
             vouchers = tuple(dict.fromkeys((*known.vouchers, *vouchers)))

@@ -13,6 +13,7 @@ from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.files import copy_private
+from pycloudlib.images import uses
 from pycloudlib.key import bring_along
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.handover import hand_over
@@ -60,6 +61,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
                     pause = hand_over(machine, shared, kept_state=directory / "state")
                 # From here on the machine's old disk is a layer that it is built on.
                 undo.callback(owner_file(image).unlink)
+                undo.callback(uses.forget, image)
                 undo.callback(image.unlink)
                 undo.callback(shutil.rmtree, directory)
                 return image, pause
@@ -67,6 +69,8 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
             image, pause = uninterrupted(freeze)
             keep(memory, savedmachine.directory_of(image) / "memory", release=True)
             saved = _write(_describe(machine, image, helper), machine.rundir)
+            # By now it is known which kernel it needs.
+            layers.record_uses(image)
             undo.pop_all()
     finally:
         os.close(memory)

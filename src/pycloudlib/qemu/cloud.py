@@ -18,7 +18,7 @@ from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
 from pycloudlib.guest import loginkey
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.hostkeypool import HostKeyPool
-from pycloudlib.images import store
+from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu import disk, layers, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
@@ -174,7 +174,18 @@ class Qemu(QemuReady):
             None if name is None else self._check_name(name),
             disk_size_gib,
         )
-        image = store.resolve(image_id, self.image_dir)
+        with uses.holding_image(image_id, self.image_dir) as image:
+            return self._launch(image, options, warm, fast_boot, fresh_identity)
+
+    def _launch(
+        self,
+        image: Path,
+        options: LaunchOptions,
+        warm: bool,
+        fast_boot: bool | None,
+        fresh_identity: bool | None,
+    ) -> QemuInstance:
+        """Start a machine from an image that nobody deletes meanwhile."""
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
         with explaining_launch(), self.settings.naming("working_dir", "state_dir"):
             saved = savedmachine.find(image)
@@ -186,7 +197,7 @@ class Qemu(QemuReady):
                     image, options, launch_new, fresh_identity=fresh_identity is not False
                 )
             if fresh_identity:
-                self._log.info("fresh_identity: %s boots, so it is somebody of its own", image_id)
+                self._log.info("fresh_identity: %s boots, so it is somebody of its own", image)
             return launch_new(image, options)
 
     def _check_name(self, name: str) -> str:
@@ -231,8 +242,9 @@ class Qemu(QemuReady):
         """
         request = beginning.request
         store.note_use(request.image.path)
+        kernels = () if request.kernel_boot is None else request.kernel_boot.files
         user = username or _default_user(request.image.path)
-        with contextlib.ExitStack() as stack:
+        with uses.holding(*kernels), contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key = self._key_for(rundir)
@@ -245,6 +257,7 @@ class Qemu(QemuReady):
                 stack,
                 beginning.switch_on,
             )
+            layers.record_uses(rundir.disk)
             instance = self._make_instance(machine, key, user)
             self.created_instances.append(instance)
             stack.pop_all()

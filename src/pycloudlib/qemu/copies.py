@@ -18,6 +18,7 @@ from pycloudlib.files import copy_private, write_private
 from pycloudlib.guest import hostkeys
 from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
+from pycloudlib.images import uses
 from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.handover import feed, receive, wait_for_state
@@ -129,8 +130,9 @@ def roll_back(machine: Machine, saved: SavedMachine) -> None:
     """
     store = layers.LayerStore(machine.rundir.path.parent)
     # What the disk of before is built on is needed until the machine runs.
-    with store.keeping_all():
+    with uses.holding(saved.image), store.keeping_all():
         uninterrupted(lambda: _roll_back(machine, saved))
+        layers.record_uses(machine.rundir.disk)
 
 
 def _roll_back(machine: Machine, saved: SavedMachine) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
 from pycloudlib.files import expand_user, is_directory, is_file
-from pycloudlib.images import store
+from pycloudlib.images import store, uses
 from pycloudlib.images.store import StoredImage
 from pycloudlib.progress import ProgressCallback
 from pycloudlib.progressdisplay import showing_progress
@@ -284,9 +284,10 @@ class QemuImages(BaseCloud):
         """
         image = store.locate(image_id, self.image_dir)
         if is_file(image):
-            layers.check_unused(image, self.working_dir)
-            store.delete(image, self.image_dir)
+            with layers.deleting(image, self.working_dir):
+                store.delete(image, self.image_dir)
         if layers.is_snapshot(image):
+            uses.forget(image)
             layers.LayerStore(image.parent.parent).collect()
         if image_id in self.created_images:
             self.created_images.remove(image_id)
@@ -295,6 +296,8 @@ class QemuImages(BaseCloud):
         from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
 
         minimal = _is_minimal(image_type)
+        # A download may have to replace a file, which those have to be known for that are built on.
+        layers.record_missing_uses(self.working_dir)
         lock = self._image_lock
         return Supply(
             stream,

@@ -15,15 +15,22 @@ import contextlib
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.files import create_private_directory, exclusive_lock, tells_of_no_file
-from pycloudlib.qemu import disk
+from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.files import (
+    create_private_directory,
+    exclusive_lock,
+    is_file,
+    tells_of_no_file,
+)
+from pycloudlib.images import store, uses
+from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
 from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.spec import MachineSpec
 
 MAXIMUM_DEPTH = 16
 """Layers that a disk is built on before they are merged into one; see `performance.md`."""
@@ -32,6 +39,7 @@ _QCOW2_HEADER = struct.Struct(">4sIQI")
 _LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
 _CLOUD_PREFIX = "pycl-qemu-"
 _SNAPSHOTS = "snapshots"
+_LAYERS = "layers"
 _LOCK = ".lock"
 
 
@@ -53,7 +61,7 @@ class LayerStore:
     @property
     def layers(self) -> Path:
         """Where the layers are."""
-        return self.parent_dir / "layers"
+        return self.parent_dir / _LAYERS
 
     @contextlib.contextmanager
     def freezing(self, overlay: Path, image_name: str, *, in_use: bool = False) -> Iterator[Path]:
@@ -93,8 +101,12 @@ class LayerStore:
             undo.callback(layer.replace, overlay)
             # One rename: at any moment the machine has a whole disk under the same name.
             fresh.replace(overlay)
+            undo.callback(uses.forget, image)
+            record_uses(image)
             yield image
             undo.pop_all()
+            # Of a disk whose layers were merged, some are used no more.
+            record_uses(overlay)
 
     def freeze(self, overlay: Path, image_name: str) -> Path:
         """Make an image of a powered-off machine's overlay; see `freezing`."""
@@ -104,10 +116,14 @@ class LayerStore:
     def collect(self) -> None:
         """Remove the layers on which nothing is built any more."""
         with contextlib.suppress(FileNotFoundError), self._lock():
-            needed = {file for tip in _tips(self.parent_dir.parent) for file in chain(tip)[1:]}
+            # By identity: a disk may name its layers by another way to the same directory.
+            needed = {
+                _find_name(file) for tip in _tips(self.parent_dir.parent) for file in chain(tip)[1:]
+            }
             for layer in self.layers.glob("*.qcow2"):
-                if layer not in needed:
+                if _find_name(layer) not in needed:
                     layer.unlink()
+            uses.forget_gone(self.snapshots)
 
     def remove_if_empty(self) -> None:
         """Remove the directories of layers and snapshots that have nothing in them."""
@@ -138,6 +154,46 @@ def too_deep(overlay: Path) -> Path | None:
     return files[-1] if len(files) - 1 > MAXIMUM_DEPTH else None
 
 
+def record_uses(tip: Path) -> None:
+    """Record, beside each image that a machine or a snapshot is built on, that it is used.
+
+    Its layers are left out: nobody deletes them but `LayerStore.collect`.
+
+    Args:
+        tip: The machine's disk, or the snapshot's.
+    """
+    uses.record(tip, (file for file in _list_needed(tip) if file.parent.name != _LAYERS))
+
+
+def record_missing_uses(working_dir: Path) -> None:
+    """Record the uses of machines and snapshots that were made by a version which did not."""
+    # The directory may be one that cannot be read, and a machine may just be deleted.
+    with contextlib.suppress(OSError):
+        for tip in _tips(working_dir):
+            if not uses.is_recorded(tip):
+                record_uses(tip)
+
+
+@contextlib.contextmanager
+def deleting(image: Path, working_dir: Path) -> Iterator[None]:
+    """Delete an image in the block, which nothing is built on, nor begins to be meanwhile.
+
+    Args:
+        image: The image.
+        working_dir: Where directories of clouds are; others' are known by their records alone.
+
+    Raises:
+        ImageInUseError: It is in use; names by what.
+    """
+    files = _list_deleted(image)
+    with uses.removing(
+        *files,
+        by_name=shares_file(image),
+        find_more=lambda: find_users(image, working_dir),
+    ):
+        yield
+
+
 def check_unused(image: Path, working_dir: Path) -> None:
     """Make sure that no instance or snapshot is built on an image.
 
@@ -148,16 +204,76 @@ def check_unused(image: Path, working_dir: Path) -> None:
     Raises:
         ImageInUseError: Some are; names them.
     """
-    users = find_users(image, working_dir)
-    if users:
-        raise ImageInUseError(str(image), users)
+    with deleting(image, working_dir):
+        pass
 
 
 def find_users(image: Path, working_dir: Path) -> list[str]:
-    """Name the instances and snapshots that are built on an image."""
+    """Name the instances and snapshots of a directory that are built on an image.
+
+    Those that use its kernel are among them.
+    """
+    identify = _find_name if shares_file(image) else _find_file
+    own = _find_name(image)
+    wanted = {identify(file) for file in _list_deleted(image)} - {None}
     return sorted(
-        tip.stem for tip in _tips(working_dir) if tip != image and image in chain(tip)[1:]
+        tip.stem
+        for tip in _tips(working_dir)
+        if _find_name(tip) != own
+        and not wanted.isdisjoint(identify(file) for file in _list_needed(tip))
     )
+
+
+def shares_file(image: Path) -> bool:
+    """Whether an image is one of several names of a file, each of which can be deleted by itself.
+
+    Snapshots are, and machines that are kept ready.
+    """
+    return is_snapshot(image) or image.parent.parent.name == "warm"
+
+
+def _list_deleted(image: Path) -> list[Path]:
+    """List an image and what is deleted with it and may be used without it."""
+    beside = (store.kernel_path(image), store.initrd_path(image))
+    # A snapshot has links to those of its base.
+    return [image, *(file for file in beside if is_file(file) and not file.is_symlink())]
+
+
+def _list_needed(tip: Path) -> Iterable[Path]:
+    """List the files that a machine, or a machine from a snapshot, cannot do without."""
+    yield from chain(tip)[1:]
+    spec = _find_spec(tip)
+    if spec is not None and spec.kernel_boot is not None:
+        yield from spec.kernel_boot.files
+
+
+def _find_spec(tip: Path) -> MachineSpec | None:
+    if is_snapshot(tip):
+        saved = savedmachine.find(tip)
+        return None if saved is None else saved.spec
+    try:
+        return RunDirectory(tip.parent).read_spec()
+    except InstanceNotFoundError:
+        return None
+
+
+def _find_name(file: Path) -> tuple[int, int, str] | None:
+    """Identify a name of a file, by whichever path it is given; None when its directory is gone."""
+    place = Path(os.path.realpath(file))
+    try:
+        facts = place.parent.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, place.name
+
+
+def _find_file(file: Path) -> tuple[int, int] | None:
+    """Identify a file, by whichever of its names it is given; None when it is not there."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def is_snapshot(image: Path) -> bool:

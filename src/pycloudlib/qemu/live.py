@@ -16,7 +16,7 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import expand_user
 from pycloudlib.guest import loginkey, runconfig
 from pycloudlib.guest.helper import NewKey
-from pycloudlib.images import store
+from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, bring_along
 from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu import checkpoint, copies, layers, savedmachine
@@ -201,6 +201,7 @@ class QemuLive(QemuImages):
 
         Raises:
             CloudError: It did not come to run; nothing is left of it.
+            ImageNotFoundError: The saved machine is deleted.
         """
         saved = request.saved
         user = username or saved.login.username
@@ -211,7 +212,10 @@ class QemuLive(QemuImages):
             else:
                 copies.wake(machine, saved)
 
-        with contextlib.ExitStack() as stack:
+        with (
+            uses.holding_image(str(saved.image), self.image_dir),
+            contextlib.ExitStack() as stack,
+        ):
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key, new_key = self._key_of_copy(rundir, request)
             request = dataclasses.replace(request, new_key=new_key)
@@ -224,6 +228,7 @@ class QemuLive(QemuImages):
                 stack,
                 switch_on,
             )
+            layers.record_uses(rundir.disk)
             instance = self._make_instance(machine, key, user)
             instance.put_right_soon()
             self.created_instances.append(instance)

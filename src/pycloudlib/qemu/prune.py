@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.images import store
+from pycloudlib.images import store, uses
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, is_cut_off, owner_file
@@ -82,8 +82,10 @@ class Pruning:
             over -= free
             for image in sorted(free):
                 with _reporting(image):
-                    store.delete(image, self.image_dir)
+                    with layers.deleting(image, self.working_dir):
+                        store.delete(image, self.image_dir)
                     savedmachine.delete(image)
+                    uses.forget(image)
                     owner_file(image).unlink(missing_ok=True)
                     yield image
 

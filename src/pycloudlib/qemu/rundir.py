@@ -19,6 +19,7 @@ from pycloudlib.descriptors import make_socket, moved
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
+from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, find_proc_directory
 from pycloudlib.qemu.ownership import owner_file
@@ -277,6 +278,7 @@ class RunDirectory:
             raise NotADirectoryError(errno.ENOTDIR, "a link, not a directory", str(self.path))
         with contextlib.suppress(FileNotFoundError):
             self._spec_file.unlink()
+        uses.forget(self.disk)
         for tries_left in reversed(range(_REMOVALS)):
             try:
                 self._remove_all()

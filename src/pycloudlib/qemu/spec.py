@@ -62,6 +62,11 @@ class KernelBoot:
     initrd: Path | None
     cmdline: str
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The kernel, and the initrd if there is one."""
+        return (self.kernel,) if self.initrd is None else (self.kernel, self.initrd)
+
 
 @dataclass(frozen=True, slots=True)
 class MachineSpec:

@@ -1,0 +1,398 @@
+"""Who uses an image: recorded beside the image, for whoever is about to delete or replace it.
+
+The path by which an image is named, the directory that a cloud works in and the user do not matter:
+all that counts is with the file itself.
+
+- Beside it lies a record for each disk that is built on it, `.NAME.TOKEN.used`. That is a hard
+  link of a file that is kept with the disk: when the disk's directory goes, however it does, the
+  record has one name left and counts no more. Where no hard link can be made, as between file
+  systems, it is `.NAME.TOKEN.used-elsewhere`, and counts as long as the disk is where it says.
+- A launch holds a lock on the file from the choice of the image until its own record is there.
+- A running QEMU has locks of its own on every file that its disk consists of.
+
+A directory that this user must not write to gets no records; the locks need no more than to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pwd
+import re
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib.descriptors import moved
+from pycloudlib.documents import decode, parse_json
+from pycloudlib.errors import ImageInUseError, ImageNotFoundError
+from pycloudlib.files import create_private_directory, write_private
+from pycloudlib.images import store
+from pycloudlib.rawtext import to_bytes
+
+_log = logging.getLogger(__name__)
+
+_BESIDE = ".uses"
+_LINKED = "used"
+_ELSEWHERE = "used-elsewhere"
+_TOKEN = re.compile("[0-9a-f]{16}")
+_ENDING = re.compile(rf"{_TOKEN.pattern}\.(?P<kind>{_LINKED}|{_ELSEWHERE})")
+_LONGEST_NAME = 200
+# Seconds for which a record counts that cannot be judged: another user's, or another container's.
+_UNKNOWN_AGE = 30 * 86400
+
+# struct flock of Linux on x86-64: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+# QEMU locks bytes from 100 on (block/file-posix.c). These are far from them, and from any data.
+_FIRST_BYTE = 1 << 40
+_TO_THE_END = 0
+_NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+LAUNCHING = "a machine that is being launched"
+RUNNING = "a machine that runs"
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a record says.
+
+    Attributes:
+        disk: The disk that is built on the image, or that needs the kernel.
+        record: Where the record is.
+        host: The host whose paths these are.
+    """
+
+    disk: str
+    record: str
+    host: str
+
+    @classmethod
+    def read(cls, file: Path) -> _Record:
+        """Read one.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is damaged.
+        """
+        return decode(cls, parse_json(file.read_bytes()))
+
+    def write(self, file: Path) -> None:
+        """Write it to a new file."""
+        write_private(file, json.dumps(dataclasses.asdict(self)) + "\n")
+
+
+@contextlib.contextmanager
+def holding(*files: Path) -> Iterator[None]:
+    """Keep files from being deleted or replaced in the block.
+
+    Raises:
+        FileNotFoundError: One of them is not there (any more).
+    """
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.enter_context(_holding(file))
+        yield
+
+
+@contextlib.contextmanager
+def holding_image(image_id: str, image_dir: Path) -> Iterator[Path]:
+    """Find the image file that an id names, and keep it from being deleted in the block.
+
+    Raises:
+        ImageNotFoundError: There is no such file (any more); says where it was looked for.
+    """
+    image = store.resolve(image_id, image_dir)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(holding(image))
+        except FileNotFoundError:
+            raise ImageNotFoundError(
+                image_id, message=f"No image {image_id!r}: {image} was deleted just now"
+            ) from None
+        yield image
+
+
+@contextlib.contextmanager
+def removing(
+    *files: Path, by_name: bool = False, find_more: Callable[[], Sequence[str]] = list
+) -> Iterator[None]:
+    """Delete or replace files in the block, which nobody starts to use meanwhile.
+
+    Args:
+        *files: An image and what goes with it; those that are not there are passed over.
+        by_name: Whether these are names of files that have others, each with users of its own.
+        find_more: Finds users that no record names.
+
+    Raises:
+        ImageInUseError: Some are in use; names by whom.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(_excluding(file, by_name=by_name)) for file in files]
+        users = {user for file in files for user in find_users(file)} | set(find_more())
+        # A machine that has a record, and runs, is named once.
+        users = users or {user for user in locks if user is not None}
+        if users:
+            raise ImageInUseError(str(files[0]), sorted(users))
+        yield
+
+
+def record(disk: Path, files: Iterable[Path]) -> None:
+    """Record that a disk is built on files, or needs them; what was recorded of it before goes.
+
+    Where no record can be written, there is none.
+    """
+    directory = _kept_with(disk)
+    before = _list_kept(directory)
+    for file in {Path(os.path.realpath(file)) for file in files}:
+        try:
+            create_private_directory(directory)
+            _record(disk, file, directory)
+        except OSError as error:
+            level = logging.DEBUG if error.errno in _NOT_WRITABLE else logging.WARNING
+            _log.log(level, "No record beside %s that %s uses it: %s", file, disk, error)
+    for kept in before:
+        _forget(kept)
+
+
+def is_recorded(disk: Path) -> bool:
+    """Whether anything was recorded of a disk."""
+    return _kept_with(disk).is_dir()
+
+
+def forget(disk: Path) -> None:
+    """Remove what was recorded of a disk, which is being deleted; that nothing was is no error."""
+    directory = _kept_with(disk)
+    for kept in _list_kept(directory):
+        _forget(kept)
+    with contextlib.suppress(OSError):  # there is none, or something else is in it
+        directory.rmdir()
+
+
+def forget_gone(directory: Path) -> None:
+    """Remove what was recorded of disks of a directory that are there no more."""
+    for kept in directory.glob(f"*{_BESIDE}"):
+        disk = kept.with_name(kept.name.removesuffix(_BESIDE))
+        if not os.path.lexists(disk):
+            forget(disk)
+
+
+def find_users(file: Path) -> list[str]:
+    """Name the users of a file that have records beside it; records that do not count go."""
+    file = Path(os.path.realpath(file))
+    users = []
+    for found in _records_of(file):
+        if _counts(found):
+            users.append(_describe_user(found))
+        else:
+            with contextlib.suppress(OSError):  # another user's, or gone
+                found.unlink()
+    return users
+
+
+def _record(disk: Path, file: Path, directory: Path) -> None:
+    token = secrets.token_hex(8)
+    beside = file.with_name(f"{_start(file)}{token}.{_LINKED}")
+    kept = directory / token
+    _Record(str(disk), str(beside), _host()).write(kept)
+    try:
+        try:
+            os.link(kept, beside)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            beside = beside.with_name(f"{_start(file)}{token}.{_ELSEWHERE}")
+            said = _Record(str(disk), str(beside), _host())
+            said.write(kept)
+            said.write(beside)
+    except OSError:
+        kept.unlink(missing_ok=True)
+        raise
+
+
+def _forget(kept: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        beside = Path(_Record.read(kept).record)
+        # Whatever else it says, it names no other file than one of these.
+        if kept.name in beside.name and _ENDING.search(beside.name):
+            beside.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        kept.unlink()
+
+
+def _list_kept(directory: Path) -> list[Path]:
+    try:
+        return [file for file in directory.iterdir() if _TOKEN.fullmatch(file.name)]
+    except OSError:
+        return []
+
+
+def _kept_with(disk: Path) -> Path:
+    return disk.with_name(disk.name + _BESIDE)
+
+
+def _start(file: Path) -> str:
+    name = os.fsencode(file.name)
+    whole = len(name) <= _LONGEST_NAME
+    return f".{file.name if whole else hashlib.sha256(name).hexdigest()}."
+
+
+def _records_of(file: Path) -> list[Path]:
+    start = _start(file)
+    try:
+        beside = [*file.parent.iterdir()]
+    except OSError:
+        return []
+    return [
+        found
+        for found in beside
+        if found.name.startswith(start) and _ENDING.fullmatch(found.name[len(start) :])
+    ]
+
+
+def _counts(found: Path) -> bool:
+    """Whether a record stands for a disk that there is."""
+    try:
+        facts = found.lstat()
+    except FileNotFoundError:
+        return False
+    if found.suffix == f".{_LINKED}":
+        return facts.st_nlink > 1
+    try:
+        said = _Record.read(found)
+        os.lstat(said.disk)
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(found):
+            return False
+        if said.host == _host():
+            return False
+    except (OSError, ValueError):
+        pass  # it is another user's, or damaged
+    else:
+        return True
+    return time.time() - facts.st_mtime < _UNKNOWN_AGE
+
+
+def _describe_user(found: Path) -> str:
+    try:
+        return Path(_Record.read(found).disk).stem
+    except (OSError, ValueError):
+        pass
+    try:
+        return f"a machine of the user {pwd.getpwuid(found.lstat().st_uid).pw_name}"
+    except (OSError, KeyError):
+        return "a machine of another user"
+
+
+def _host() -> str:
+    """Tell apart hosts, and containers, which have paths of their own."""
+    with contextlib.suppress(OSError, ValueError):
+        told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+        if told:
+            return told
+    return socket.gethostname()
+
+
+@contextlib.contextmanager
+def _holding(file: Path) -> Iterator[None]:
+    file = Path(os.path.realpath(file))
+    while True:
+        try:
+            descriptor = moved(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        except PermissionError:
+            # Whoever reads it says so; and the locks of others are none of its business.
+            yield
+            return
+        with _closing(descriptor):
+            _lock(descriptor, fcntl.F_RDLCK, _byte_of(file), 1, wait=True)
+            # Whoever had it locked may have deleted it.
+            if _is_at(descriptor, file):
+                yield
+                return
+
+
+@contextlib.contextmanager
+def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
+    """Lock a file against those who begin to use it; yield who uses it by the locks there are."""
+    place = Path(os.path.realpath(file))
+    descriptor = _open(place)
+    if descriptor is None:
+        yield None
+        return
+    start, length = (_byte_of(place), 1) if by_name else (_FIRST_BYTE, _TO_THE_END)
+    with _closing(descriptor):
+        if not _lock(descriptor, fcntl.F_WRLCK, start, length) or _is_locked(
+            descriptor, start, length
+        ):
+            yield LAUNCHING
+        elif not by_name and _is_locked(descriptor, 0, _FIRST_BYTE):
+            yield RUNNING
+        else:
+            yield None
+
+
+def _open(file: Path) -> int | None:
+    # Only who may write to a file can lock it; to see others' locks, reading is enough.
+    for flags in (os.O_RDWR, os.O_RDONLY):
+        with contextlib.suppress(OSError):
+            return moved(os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK))
+    return None
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    """Give up a descriptor's locks, which a child process may have open, too, and close it."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            _lock(descriptor, fcntl.F_UNLCK, _FIRST_BYTE, _TO_THE_END)
+        os.close(descriptor)
+
+
+def _byte_of(file: Path) -> int:
+    """Choose the byte to lock for a name of a file: each of its names has one of its own."""
+    name = b"%d/%s" % (file.parent.stat().st_ino, to_bytes(file.name))
+    return _FIRST_BYTE + int.from_bytes(hashlib.sha256(name).digest()[:5], "big")
+
+
+def _lock(descriptor: int, kind: int, start: int, length: int, *, wait: bool = False) -> bool:
+    """Lock bytes of a file, of whichever process; False when others have them locked."""
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    try:
+        fcntl.fcntl(descriptor, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        # The file system has no locks, or this one cannot be had; there is only what is recorded.
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_locked(descriptor: int, start: int, length: int) -> bool:
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        kind = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0]
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return bool(kind != fcntl.F_UNLCK)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
