@@ -14,7 +14,6 @@ from pycloudlib.cli.doctor import Check, Outcome, judge
 from pycloudlib.cli.hostfacts import (
     HostFacts,
     find_other_packages,
-    parse_available,
     parse_version,
 )
 from tests.unit.clirun import run
@@ -161,9 +160,11 @@ def test_version_is_read(text: str, version: tuple[int, ...]) -> None:
     assert parse_version(text) == version
 
 
-def test_available_memory_is_read() -> None:
-    assert parse_available("MemTotal: 100 kB\nMemAvailable:    2048 kB\n") == 2 << 20
-    assert parse_available("") == 0
+def test_what_programs_may_use_here_is_told() -> None:
+    facts = dataclasses.replace(HEALTHY, processors=2, memory=4 * GIB, free_memory=3 * GIB)
+    told = {check.name: check.detail for check in judge(facts)}
+    assert told["memory"] == "3 GiB available of 4 GiB that programs may use here"
+    assert told["processors"].startswith("2 ")
 
 
 def test_another_package_on_the_path_is_found(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def judge(facts: HostFacts) -> list[Check]:
     checks += _tools(facts)
     checks += [_room(facts, name) for name in facts.room]
     checks += _key(facts)
+    checks += _processors(facts)
     checks += [_memory(facts), _ports(facts), _server(facts), _leftovers(facts), _package(facts)]
     return checks
 
@@ -149,8 +150,16 @@ def _key(facts: HostFacts) -> Iterator[Check]:
         yield Check("SSH key", Outcome.OK, facts.key)
 
 
+def _processors(facts: HostFacts) -> Iterator[Check]:
+    if facts.processors:
+        detail = f"{facts.processors} that programs may keep busy here, as many machines at once"
+        yield Check("processors", Outcome.OK, detail)
+
+
 def _memory(facts: HostFacts) -> Check:
     detail = f"{size_in_words(facts.free_memory)} available"
+    if facts.memory:
+        detail += f" of {size_in_words(facts.memory)} that programs may use here"
     remedy = "end other programs or machines, or launch smaller ones (--memory 512M)"
     if facts.free_memory < _LEAST_MEMORY:
         return Check("memory", Outcome.PROBLEM, detail, remedy)

@@ -20,13 +20,14 @@ from pycloudlib.cli.session import TAG
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
 from pycloudlib.guest import loginkey
+from pycloudlib.hostlimits import HostLimits
 from pycloudlib.images.download import open_client, shown_url
 from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
 from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
 from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
 from pycloudlib.qemu.settings import DIRECTORIES, QemuSettings
-from pycloudlib.rawtext import from_bytes, read_kernel_file
+from pycloudlib.rawtext import from_bytes
 from pycloudlib.tools import PACKAGES, find_tool
 from pycloudlib.userdirs import find_obstacle
 
@@ -63,7 +64,9 @@ class HostFacts:
         key: Which SSH key machines get; empty where that cannot be told.
         key_problem: What is wrong with it; empty if nothing is.
         unusable: For each that cannot be written to, by its key, why.
-        free_memory: Bytes of memory that are available.
+        free_memory: Bytes of memory that are available, to what this program may use.
+        memory: Bytes of memory that this program may use in all; 0 if nothing tells.
+        processors: How many it may keep busy; 0 if nothing tells.
         free_ports: Ports that no machine has and nobody listens on.
         ports: How many there are in all.
         server: The image server; empty if it was not asked.
@@ -90,6 +93,8 @@ class HostFacts:
     key: str = ""
     key_problem: str = ""
     free_memory: int = 0
+    memory: int = 0
+    processors: int = 0
     free_ports: int = 0
     ports: int = LAST_PORT - FIRST_PORT + 1
     server: str = ""
@@ -114,6 +119,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         directories = {}
     wanted = ask_server and not settings.offline
     server = settings.image_mirror or DEFAULT_MIRROR
+    limits = HostLimits.read()
     return HostFacts(
         configuration=source,
         configuration_problem=problem,
@@ -135,7 +141,9 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         },
         key=key,
         key_problem=key_problem,
-        free_memory=parse_available(read_kernel_file("/proc/meminfo")),
+        free_memory=limits.available,
+        memory=limits.memory,
+        processors=limits.processors,
         free_ports=_count_free_ports(settings.state_dir),
         server=shown_url(server) if wanted else "",
         server_problem=_ask_server(settings, server) if wanted else "",
@@ -197,12 +205,6 @@ def parse_version(text: str) -> tuple[int, ...]:
     """Read what `qemu-system-x86_64 --version` says; empty if it tells no version."""
     match = re.search(r"version ([0-9]+(?:\.[0-9]+)+)", text)
     return tuple(map(int, match[1].split("."))) if match else ()
-
-
-def parse_available(meminfo: str) -> int:
-    """Read from /proc/meminfo how many bytes of memory are available; 0 if it does not tell."""
-    match = re.search(r"^MemAvailable:\s+([0-9]+) kB", meminfo, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
 
 
 def _in_group(name: str) -> bool:

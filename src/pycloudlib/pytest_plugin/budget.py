@@ -17,9 +17,10 @@ from pathlib import Path
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock
+from pycloudlib.hostlimits import HostLimits
 from pycloudlib.qemu.spec import InstanceType
 
-# Of the host's memory; the rest is for the host, and for the tests themselves.
+# Of the memory that there is; the rest is for the host, and for the tests themselves.
 _MEMORY_SHARE = 0.75
 # Only the process that waits longest looks for room.
 _LOOK_SECONDS = 0.1
@@ -42,9 +43,12 @@ class Room:
 
     @classmethod
     def of_host(cls) -> Room:
-        """Give what machines may use on this host: its processors, and most of its memory."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(len(os.sched_getaffinity(0)), int(memory * _MEMORY_SHARE) >> 20)
+        """Return what machines may use here: the processors, and most of the memory.
+
+        In a container that is what the container may use.
+        """
+        limits = HostLimits.read()
+        return cls(limits.processors, int(limits.memory * _MEMORY_SHARE) >> 20)
 
     @classmethod
     def of_machine(cls, instance_type: InstanceType) -> Room:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import expand_user
 from pycloudlib.guest import loginkey, runconfig
 from pycloudlib.guest.helper import NewKey
+from pycloudlib.hostlimits import HostLimits
 from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, bring_along
 from pycloudlib.progress import ProgressCallback
@@ -71,7 +71,7 @@ class QemuLive(QemuImages):
             name = chosen[number] if chosen else make_name(self.tag)
             return self._start_copy(copies.CopyRequest(name, saved, fresh_identity))
 
-        with ThreadPoolExecutor(min(count, 2 * (os.cpu_count() or 1))) as threads:
+        with ThreadPoolExecutor(min(count, 2 * HostLimits.read().processors)) as threads:
             attempts = [threads.submit(start, number) for number in range(count)]
         failed = [attempt for attempt in attempts if attempt.exception() is not None]
         copies_made = [attempt.result() for attempt in attempts if attempt not in failed]
