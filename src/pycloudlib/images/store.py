@@ -114,11 +114,12 @@ class StoredImage:
 
 def list_images(image_dir: Path) -> list[StoredImage]:
     """List the images in their places below `image_dir`, by release, the newest build first."""
-    found = [
-        _describe(image)
-        for image in image_dir.glob("*/*/*.img")
-        if image.is_file() and is_serial(image.parent.name)
-    ]
+    found = []
+    for image in image_dir.glob("*/*/*.img"):
+        if image.is_file() and is_serial(image.parent.name):
+            # Another process may delete it just now.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_describe(image))
     newest_first = sorted(found, key=lambda stored: serial_order(stored.serial), reverse=True)
     return sorted(newest_first, key=lambda stored: Path(stored.image_id).parent.parent.name)
 

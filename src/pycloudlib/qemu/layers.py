@@ -224,6 +224,12 @@ def find_users(image: Path, working_dir: Path) -> list[str]:
     )
 
 
+def is_built_on(tip: Path, image: Path) -> bool:
+    """Whether a disk is built on an image, by whichever path to it."""
+    name = _find_name(image)
+    return name in {_find_name(file) for file in chain(tip)[1:]}
+
+
 def shares_file(image: Path) -> bool:
     """Whether an image is one of several names of a file, each of which can be deleted by itself.
 
@@ -257,13 +263,13 @@ def _find_spec(tip: Path) -> MachineSpec | None:
         return None
 
 
-def _find_name(file: Path) -> tuple[int, int, str] | None:
-    """Identify a name of a file, by whichever path it is given; None when its directory is gone."""
+def _find_name(file: Path) -> tuple[int, int, str]:
+    """Identify a name of a file, by whichever path it is given."""
     place = Path(os.path.realpath(file))
     try:
         facts = place.parent.stat()
-    except OSError:
-        return None
+    except OSError:  # its directory is gone
+        return 0, 0, str(place)
     return facts.st_dev, facts.st_ino, place.name
 
 

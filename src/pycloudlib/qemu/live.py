@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.errors import CloudError, InstanceExistsError, PycloudlibException
 from pycloudlib.files import expand_user
 from pycloudlib.guest import loginkey, runconfig
 from pycloudlib.guest.helper import NewKey
@@ -191,7 +191,10 @@ class QemuLive(QemuImages):
         if obstacle is None:
             try:
                 return self._start_copy(request, username)
-            except (CloudError, PycloudlibTimeoutError, FileNotFoundError) as error:
+            except InstanceExistsError:
+                raise
+            except (PycloudlibException, ValueError, OSError) as error:
+                # A damaged file shows itself in many ways; what else is wrong shows in a boot, too.
                 obstacle = str(error)
         self._log.warning("%s cannot go on here: %s", request.saved.image, obstacle)
         return None

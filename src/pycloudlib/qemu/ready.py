@@ -9,8 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.errors import CloudError, PycloudlibException, PycloudlibTimeoutError
-from pycloudlib.images import store
+from pycloudlib.errors import (
+    CloudError,
+    InstanceExistsError,
+    PycloudlibException,
+    PycloudlibTimeoutError,
+)
+from pycloudlib.files import is_file
+from pycloudlib.images import store, uses
 from pycloudlib.qemu import copies, firstboot
 from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
 from pycloudlib.qemu.instance import QemuInstance
@@ -32,6 +38,9 @@ from pycloudlib.qemu.warm import (
 
 # Seconds after which an image that took too long is tried again: the host may have been busy.
 _TRY_AGAIN = 24 * 3600.0
+
+# How often something is looked for that others drop, or damage, just when it is to be used.
+_TRIES = 3
 
 Launch = Callable[[Path, LaunchOptions], QemuInstance]
 
@@ -106,13 +115,39 @@ class QemuReady(QemuLive):
     def _launch_fast(self, image: Path, options: LaunchOptions) -> QemuInstance:
         """Start a machine whose first boot begins at cloud-init, where that can be."""
         request = self._check_launch(image, options)
-        start = self._find_start(request)
-        if start is not None:
+        for _ in range(_TRIES):
+            start = self._find_start(request)
+            if start is None:
+                break
             try:
-                return self._start(FirstBoot(request, start), options.username)
-            except (CloudError, PycloudlibTimeoutError, FileNotFoundError) as error:
+                with uses.holding(start.image):
+                    instance = self._start(FirstBoot(request, start), options.username)
+            except InstanceExistsError:
+                raise
+            except (PycloudlibException, ValueError, OSError) as error:
+                if not is_file(start.image):
+                    continue  # dropped meanwhile, to make room
                 self._log.warning("%s cannot begin at cloud-init: %s", request.name, error)
+                instance = self._start(PowerOn(request), options.username)
+                # The machine is all right, so it is what was kept.
+                self._give_up_start(request, start, error)
+                return instance
+            self._warm_cache.note_success(start)
+            return instance
         return self._start(PowerOn(request), options.username)
+
+    def _give_up_start(
+        self, request: LaunchRequest, start: SavedMachine, error: BaseException
+    ) -> None:
+        """Remove where first boots began, which did not work; the next launch makes it anew."""
+        cache = self._warm_cache
+        if not cache.has_worked(start):
+            # It would be no better. But the host may have been busy.
+            unfit = Unfit(
+                f"what was made to begin at did not work: {error}", time.time() + _TRY_AGAIN
+            )
+            cache.note_unfit(build_start_key(request, self._host), unfit)
+        cache.retire(start)
 
     def _find_start(self, request: LaunchRequest) -> SavedMachine | None:
         """Find where a machine's first boot can begin; made if need be; None where it cannot."""
@@ -169,21 +204,32 @@ class QemuReady(QemuLive):
             self._log.info("No machines are kept ready (warm_cache_mib = 0 in [qemu])")
             return launch_new(image, options)
         key = build_key(image, options, host)
-        saved = cache.find(key, host)
-        if saved is None and cache.why_unfit(key) is None:
-            with cache.making(key, self._tell_waiting):
-                saved = cache.find(key, host)
-                if saved is None and cache.why_unfit(key) is None:
-                    instance = launch_new(image, options)
-                    self._keep_warm(instance, key)
-                    return instance
-        if saved is None:
-            self._log.warning("Nothing is kept ready: %s", cache.why_unfit(key))
-            return launch_new(image, options)
-        # What the user-data asks for has been done in the saved machine.
-        request = copies.CopyRequest(options.name_with(self.tag), saved, fresh_identity)
-        copy = self._try_copy(request, options.username)
-        return launch_new(image, options) if copy is None else copy
+        refused: SavedMachine | None = None
+        for _ in range(_TRIES):
+            saved = cache.find(key, host)
+            if saved is None or saved == refused:
+                if cache.why_unfit(key) is not None:
+                    break
+                with cache.making(key, self._tell_waiting):
+                    saved = cache.find(key, host)
+                    if saved in (None, refused) and cache.why_unfit(key) is None:
+                        instance = launch_new(image, options)
+                        if saved is not None:
+                            # The machine is all right, so it is what was kept.
+                            cache.retire(saved)
+                        self._keep_warm(instance, key)
+                        return instance
+            if saved is None:
+                break
+            # What the user-data asks for has been done in the saved machine.
+            request = copies.CopyRequest(options.name_with(self.tag), saved, fresh_identity)
+            copy = self._try_copy(request, options.username)
+            if copy is not None:
+                return copy
+            refused = saved
+        if (unfit := cache.why_unfit(key)) is not None:
+            self._log.warning("Nothing is kept ready: %s", unfit)
+        return launch_new(image, options)
 
     def _keep_warm(self, instance: QemuInstance, key: str) -> None:
         """Save a machine when it is ready, for later launches; without it, they boot."""

@@ -68,6 +68,7 @@ class SavedMachine:
         memory_mark: By which a change of its memory is noticed: size and time, since reading
             all of it would take longer than all else together.
         state_mark: The same of its state.
+        disk_mark: The same of the image; empty of one that was saved by an older version.
     """
 
     image: Path
@@ -79,6 +80,7 @@ class SavedMachine:
     rtc_lag: float | None = None
     memory_mark: str = ""
     state_mark: str = ""
+    disk_mark: str = ""
 
     @property
     def is_starting_point(self) -> bool:
@@ -119,10 +121,19 @@ class SavedMachine:
         """Say why it cannot go on here; None when it can."""
         if host != self.host:
             return "it was saved by another QEMU, on another processor or with another accelerator"
-        for file, mark in ((self.memory, self.memory_mark), (self.state, self.state_mark)):
-            if not file.is_file():
+        marks = {
+            self.memory: self.memory_mark,
+            self.state: self.state_mark,
+            self.image: self.disk_mark,
+        }
+        for file, mark in marks.items():
+            try:
+                changed = mark and _mark(file) != mark
+            except OSError as error:
+                if not tells_of_no_file(error):
+                    raise
                 return f"{file} is missing"
-            if _mark(file) != mark:
+            if changed:
                 return f"{file} was changed since"
         return None
 
@@ -139,6 +150,7 @@ class _KeptFacts:
     rtc_lag: float | None
     memory_mark: str
     state_mark: str
+    disk_mark: str = ""
 
 
 def directory_of(image: Path) -> Path:
@@ -254,6 +266,7 @@ def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
         login=login,
         memory_mark=_mark(saved.memory),
         state_mark=_mark(saved.state),
+        disk_mark=_mark(saved.image),
     )
     facts = {
         "format": FORMAT,
@@ -265,6 +278,7 @@ def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
         "rtc_lag": saved.rtc_lag,
         "memory_mark": marked.memory_mark,
         "state_mark": marked.state_mark,
+        "disk_mark": marked.disk_mark,
     }
     # Written last: with it, the saved machine is whole.
     with replace_atomically(saved.directory / _FACTS) as temporary:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +22,15 @@ from pathlib import Path
 
 from pycloudlib._version import __version__
 from pycloudlib.documents import decode, parse_json
-from pycloudlib.errors import CloudError
-from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock, write_private
-from pycloudlib.images import store
+from pycloudlib.errors import CloudError, ImageInUseError
+from pycloudlib.files import (
+    create_private_directory,
+    exclusive_lock,
+    is_file,
+    trying_lock,
+    write_private,
+)
+from pycloudlib.images import store, uses
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.launch import (
     Host,
@@ -39,6 +46,9 @@ _log = logging.getLogger(__name__)
 _DIRECTORY = "warm"
 _DISK = "disk.img"
 _UNFIT = ".unfit"
+_GONE = ".gone"
+# Between a key and what tells apart a second machine under it, while the first one's disk is used.
+_AGAIN = "+"
 _BLOCK = 512  # stat(2): the unit of st_blocks
 
 
@@ -175,52 +185,82 @@ class WarmCache:
 
     def find(self, key: str, host: Host) -> SavedMachine | None:
         """Find a machine; None when there is none, or it cannot go on here (any more)."""
-        image = self.directory / key / _DISK
-        saved = savedmachine.find(image)
-        if saved is None:
-            return None
-        missing = [str(file) for file in layers.chain(image) if not file.is_file()]
-        obstacle = saved.find_obstacle(
-            savedmachine.host_fingerprint(host.binary, host.accelerator)
-        ) or (f"{missing[0]} is missing" if missing else None)
-        if obstacle is not None:
-            _log.warning("The warm machine %s is not used: %s", image, obstacle)
-            self.drop(key)
-            return None
-        # When it was last used is told by the time of its directory.
-        os.utime(image.parent)
-        return saved
+        for entry in self._entries_of(key):
+            image = entry / _DISK
+            saved = savedmachine.find(image)
+            if saved is None:
+                continue
+            missing = [str(file) for file in layers.chain(image) if not file.is_file()]
+            obstacle = saved.find_obstacle(
+                savedmachine.host_fingerprint(host.binary, host.accelerator)
+            ) or (f"{missing[0]} is missing" if missing else None)
+            if obstacle is not None:
+                _log.warning("The warm machine %s is not used: %s", image, obstacle)
+                self.retire(saved)
+                continue
+            # When it was last used is told by the time of its directory, which may go just now.
+            with contextlib.suppress(OSError):
+                os.utime(entry)
+            return saved
+        return None
 
     def add(self, key: str, saved: SavedMachine) -> None:
         """Keep a machine that was saved; what was least used goes if there is no room.
 
         Raises:
             TooLargeError: It is larger than the cache may be.
-            OSError: It could not be written, or one that machines are built on is in its place.
+            OSError: It could not be written.
         """
         size = _size(saved.image, saved.directory)
         if size > self.bound:
             raise TooLargeError(size, self.bound)
         self.prune(self.bound - size)
         create_private_directory(self.directory)
-        made = self.directory / f".{key}.new"
-        shutil.rmtree(made, ignore_errors=True)  # of one that was cut off
+        # Not one name for all: whoever else makes the same, without the lock, keeps its own.
+        made = self.directory / f".{key}{_AGAIN}{secrets.token_hex(4)}.new"
         made.mkdir(mode=0o700)
         # What is there already was not found, so it is of no use.
         self.drop(key)
+        entry = self.directory / key
+        if os.path.lexists(entry):
+            # Machines of today are built on its disk, which stays where it is.
+            entry = entry.with_name(made.name[1:].removesuffix(".new"))
         try:
             # The same file under another name, as with every layer of a disk.
             os.link(saved.image, made / _DISK)
-            savedmachine.copy(saved, made / _DISK, self.directory / key / _DISK)
-            made.rename(self.directory / key)
+            savedmachine.copy(saved, made / _DISK, entry / _DISK)
+            made.rename(entry)
         except BaseException:
-            shutil.rmtree(made)
+            shutil.rmtree(made, ignore_errors=True)
             raise
+
+    def retire(self, saved: SavedMachine) -> None:
+        """Let nobody find a machine any more; its disk stays while machines are built on that."""
+        if not self._drop_entry(saved.image.parent):
+            with contextlib.suppress(OSError):  # it is being removed
+                savedmachine.delete(saved.image)
+
+    def note_success(self, saved: SavedMachine) -> None:
+        """Remember that a machine went on from one."""
+        with contextlib.suppress(OSError):  # it is being removed, or the disk is full
+            self._success(saved).touch(mode=0o600)
+
+    def has_worked(self, saved: SavedMachine) -> bool:
+        """Whether a machine ever went on from one."""
+        return is_file(self._success(saved))
+
+    @staticmethod
+    def _success(saved: SavedMachine) -> Path:
+        return saved.image.with_name("worked")
 
     def note_unfit(self, key: str, unfit: Unfit) -> None:
         """Remember that a machine cannot be kept ready."""
-        create_private_directory(self.directory)
-        write_private(self._unfit(key), json.dumps(dataclasses.asdict(unfit)))
+        try:
+            create_private_directory(self.directory)
+            write_private(self._unfit(key), json.dumps(dataclasses.asdict(unfit)))
+        except OSError as error:
+            # It is tried again then, which takes time and does no harm.
+            _log.warning("%s cannot be written: %s", self._unfit(key), error)
 
     def why_unfit(self, key: str) -> str | None:
         """Say why a machine cannot be kept ready, if that is known."""
@@ -236,10 +276,12 @@ class WarmCache:
     def entries(self) -> list[WarmImage]:
         """List the machines, the one that was used last first."""
         found = []
-        for entry in self.directory.glob(f"*/{_DISK}"):
-            saved = savedmachine.find(entry)
-            if saved is not None:
-                found.append(_describe(entry, saved))
+        for image in self._list(f"*/{_DISK}"):
+            # Any of them may be dropped by another process, at any moment.
+            with contextlib.suppress(FileNotFoundError):
+                saved = savedmachine.find(image)
+                if saved is not None and not image.parent.name.startswith("."):
+                    found.append(_describe(image, saved))
         return sorted(found, key=lambda warm: warm.last_used, reverse=True)
 
     def prune(self, bound: int) -> list[str]:
@@ -254,7 +296,7 @@ class WarmCache:
         dropped, taken = [], 0
         for warm in self.entries():
             taken += warm.size
-            if taken > bound and self.drop(warm.key):
+            if taken > bound and self._drop_entry(Path(warm.image_id).parent):
                 taken -= warm.size
                 dropped.append(warm.key)
         self.remove_useless(forget=bound == 0)
@@ -262,17 +304,25 @@ class WarmCache:
 
     def remove_useless(self, *, forget: bool = False) -> None:
         """Remove what is no machine (any more): damaged, of another format, cut off."""
-        for entry in self.directory.glob("[!.]*"):
+        for entry in self._list("[!.]*"):
             if entry.is_dir() and savedmachine.find(entry / _DISK) is None:
-                self.drop(entry.name)
+                self._drop_entry(entry)
+        for gone in self._list(f".*{_GONE}"):
+            _remove_tree(gone)
         if forget:
-            for note in self.directory.glob(f"*{_UNFIT}"):
+            for note in self._list(f"*{_UNFIT}"):
                 note.unlink(missing_ok=True)
-        made = {left.name[1:].removesuffix(".new") for left in self.directory.glob(".*.new")}
-        for key in made | {lock.stem for lock in self.directory.glob("*.lock")}:
-            with trying_lock(self._lock(key)) as held:
+        made = self._list(".*.new")
+        keys = {left.name[1:].removesuffix(".new").partition(_AGAIN)[0] for left in made}
+        for key in keys | {lock.stem for lock in self._list("*.lock")}:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                trying_lock(self._lock(key)) as held,
+            ):
                 if held:  # whoever was making it is no more
-                    shutil.rmtree(self.directory / f".{key}.new", ignore_errors=True)
+                    for left in made:
+                        if left.name.startswith((f".{key}{_AGAIN}", f".{key}.new")):
+                            _remove_tree(left)
                     self._lock(key).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something is in it, or it is not there
             self.directory.rmdir()
@@ -280,24 +330,55 @@ class WarmCache:
     def forget(self, image: Path) -> None:
         """Drop an image that was deleted, if it is here, and the machines that are built on it."""
         if image.parent.parent == self.directory:
-            self.drop(image.parent.name)
+            self._drop_entry(image.parent)
         for warm in self.entries():
-            if image in layers.chain(Path(warm.image_id)):
-                self.drop(warm.key)
+            if layers.is_built_on(Path(warm.image_id), image):
+                self._drop_entry(Path(warm.image_id).parent)
 
     def drop(self, key: str) -> bool:
-        """Remove an entry; False when machines are built on it, which keep it."""
-        entry = self.directory / key
-        if self._is_built_on(entry / _DISK):
+        """Remove what is kept under a key; False when machines are built on it, which keep it."""
+        kept = [entry for entry in self._entries_of(key) if not self._drop_entry(entry)]
+        return not kept
+
+    def _drop_entry(self, entry: Path) -> bool:
+        image = entry / _DISK
+        try:
+            # Launches that begin from it hold it.
+            with uses.removing(image, by_name=True, find_more=lambda: self._find_users(image)):
+                gone = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}{_GONE}")
+                # At once, so that nobody finds half of it.
+                entry.rename(gone)
+        except ImageInUseError:
             return False
-        shutil.rmtree(entry, ignore_errors=True)
+        except FileNotFoundError:
+            return True  # dropped by another process
+        _remove_tree(gone)
         return True
 
-    def _is_built_on(self, image: Path) -> bool:
-        others = (disk for disk in self.directory.glob(f"*/{_DISK}") if disk != image)
-        return bool(layers.find_users(image, self.working_dir)) or any(
-            image in layers.chain(disk) for disk in others
-        )
+    def _find_users(self, image: Path) -> list[str]:
+        others = (other for other in self._list(f"*/{_DISK}") if other.parent != image.parent)
+        return [
+            *layers.find_users(image, self.working_dir),
+            *(other.parent.name for other in others if layers.is_built_on(other, image)),
+        ]
+
+    def _entries_of(self, key: str) -> list[Path]:
+        """List the directories that are kept under a key: the first one, and those made later."""
+        first = self.directory / key
+        return [*([first] if os.path.lexists(first) else []), *self._list(f"{key}{_AGAIN}*")]
+
+    def _list(self, pattern: str) -> list[Path]:
+        """List what is in the cache, which another process may remove meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return [*self.directory.glob(pattern)]
+        return []
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _mib(size: int) -> int:
@@ -311,7 +392,7 @@ def _facts(file: Path) -> list[str | int]:
 
 def _describe(image: Path, saved: SavedMachine) -> WarmImage:
     return WarmImage(
-        key=image.parent.name,
+        key=image.parent.name.partition(_AGAIN)[0],
         image_id=str(image),
         base=str(layers.chain(image)[-1]),
         instance_type=str(saved.spec.instance_type),
