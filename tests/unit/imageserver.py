@@ -180,6 +180,15 @@ class ImageServer:
         products[f"com.ubuntu.cloud:server:{VERSIONS[release]}:amd64"]["aliases"] = ""
         self._sign_products(stream, minimal=False)
 
+    def sign_again(self, stream: Stream, release: str, serial: str, content: bytes) -> None:
+        """Let the catalog have another image for a build."""
+        product = self._catalogs[stream, False][
+            f"com.ubuntu.cloud:server:{VERSIONS[release]}:amd64"
+        ]
+        disk = product["versions"][serial]["items"]["disk1.img"]
+        disk |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        self._sign_products(stream, minimal=False)
+
     def sign_sums(self, directory: str, files: dict[str, bytes]) -> None:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         sums = "".join(f"{digest} *{name}\n" for name, digest in digests.items()).encode()

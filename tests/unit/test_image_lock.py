@@ -383,6 +383,27 @@ def test_false_image_that_was_believed_once_is_replaced_by_the_signed_one(
     assert offline.released_image("noble") == str(image)
 
 
+def test_signed_image_is_not_replaced_by_what_is_not(
+    cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
+) -> None:
+    image = Path(cloud.released_image("noble"))
+    kernel = store.kernel_path(image).read_bytes()
+    write_lock(project, host_image(server, OLD))
+    disabled = make_cloud(server, project.parent / "images", DISABLED)
+    with pytest.raises(ImageVerificationError, match="for which trusted keys have vouched"):
+        disabled.released_image("noble")
+    with new_signing_key() as theirs, running_image_server(theirs, project) as hostile:
+        path = hostile.path_of(hostile.add_image(Stream.RELEASED, "noble", OLD).url)
+        hostile.files[path] += b"hostile"
+        hostile.sign_again(Stream.RELEASED, "noble", OLD, hostile.files[path])
+        (project / "pycloudlib.lock").unlink()
+        with pytest.raises(ImageVerificationError, match="for which trusted keys have vouched"):
+            make_cloud(hostile, project.parent / "images").released_image("noble", refresh=True)
+    assert image.read_bytes() == server.files[server.path_of(released.url)]
+    assert store.kernel_path(image).read_bytes() == kernel
+    assert cloud.released_image("noble") == str(image)
+
+
 def test_what_nobody_signed_is_no_release_for_those_who_verify(
     cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
 ) -> None:

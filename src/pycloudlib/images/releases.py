@@ -24,7 +24,7 @@ from pycloudlib.images.download import (
     shown_url,
 )
 from pycloudlib.images.signature import load_trusted_keys, verify_detached
-from pycloudlib.images.source import ImageSource, Stream
+from pycloudlib.images.source import UNVERIFIED, ImageSource, Stream
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
@@ -177,6 +177,7 @@ def _fetch(
     vouchers = (source.voucher,) if vouched else ()
     with _new_directory(image.parent), open_client(source.login) as client:
         _check_protected(image)
+        _check_place(image, entry)
         files = [
             *_find_boot_files(client, entry, source, image),
             _File(entry.url, image, Digest(entry.sha256, entry.size)),
@@ -212,6 +213,25 @@ def _check_protected(image: Path) -> None:
         raise ImageBuildError(
             f"{unprotected} belongs to another user or can be written by all, who could change "
             "the image after it was verified; remove it, or take the permission away (chmod o-w)"
+        )
+
+
+def _check_place(image: Path, entry: CatalogEntry) -> None:
+    """Make sure that what is signed stays where it is: machines may be built on it.
+
+    Raises:
+        ImageVerificationError: There is another image in the place of this one, and a key vouches
+            for it.
+    """
+    known = _find_whole(image)
+    if known is None or known.sha256 == entry.sha256:
+        return
+    if set(known.vouchers) - {UNVERIFIED}:
+        raise ImageVerificationError(
+            f"{image} is here with SHA-256 {known.sha256}, for which trusted keys have vouched "
+            f"({', '.join(known.vouchers)}), and is not replaced by one from "
+            f"{shown_url(entry.url)} with SHA-256 {entry.sha256}. Delete it, or use another "
+            "image_dir"
         )
 
 
