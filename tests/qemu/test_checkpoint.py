@@ -17,7 +17,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import checkpoint, handover, layers, memory, savedmachine
+from pycloudlib.qemu import checkpoint, handover, layers, memory, recovery, savedmachine
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError, State
@@ -426,7 +426,7 @@ def test_lost_ssh_port_leaves_the_machine_on_a_disk_that_is_there(
     running: QemuInstance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By then the new QEMU is the machine, and writes to the new overlay."""
-    monkeypatch.setattr(handover, "ssh_rule", lambda _spec: "tcp:127.0.0.1:nowhere-:22")
+    monkeypatch.setattr(recovery, "ssh_rule", lambda _spec: "tcp:127.0.0.1:nowhere-:22")
     save(running)
     assert "has lost its SSH port" in caplog.text
     pid = running.machine.pid

@@ -15,7 +15,7 @@ from pathlib import Path
 from pycloudlib import Qemu
 from pycloudlib.cli.session import TAG
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import layers, prune
+from pycloudlib.qemu import layers, recovery
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.rundir import RunDirectory
@@ -60,14 +60,14 @@ class Found:
     @property
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off."""
-        for process in prune.find_processes(self.rundir):
+        for process in recovery.find_processes(self.rundir):
             return process.pid
         return None
 
     @property
     def place(self) -> str:
         """Where it runs, or may run, if that cannot be seen from here; empty of any other."""
-        process = prune.find_elsewhere(self.rundir)
+        process = recovery.find_elsewhere(self.rundir)
         return "" if process is None else process.place
 
     @property
@@ -101,6 +101,7 @@ def _directories(parent: Path) -> Iterator[Path]:
 def _describe(tag: str, path: Path) -> Found:
     rundir = RunDirectory(path)
     try:
+        recovery.settle_abandoned(rundir)
         return Found(tag, rundir, rundir.read_spec())
     except InstanceNotFoundError as error:
         owner = Ownership.find(path)
@@ -175,7 +176,7 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
         return errors
     try:
         with found.rundir.lock():
-            prune.end_machine(found.rundir)
+            recovery.end_processes(found.rundir)
             found.rundir.remove()
     except InstanceNotFoundError:
         pass  # another process was quicker

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
@@ -45,15 +46,16 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
         KeptMemoryError: It has a device that would change the memory of its copies.
         CloudError: It could not be saved, and goes on; says why.
     """
-    _check_can_be_saved(machine)
-    _merge_layers(machine)
+    store = layers.LayerStore(machine.rundir.path.parent)
+    with _changing(machine):
+        _merge_layers(machine)
     memory = _open_shared_memory(machine)
     try:
         with contextlib.ExitStack() as undo:
 
             def freeze() -> tuple[Path, float | None]:
-                store = layers.LayerStore(machine.rundir.path.parent)
                 with (
+                    _changing(machine),
                     store.freezing(machine.rundir.disk, image_name, in_use=True) as image,
                     savedmachine.new_directory(savedmachine.directory_of(image)) as directory,
                 ):
@@ -71,12 +73,21 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
             saved = _write(_describe(machine, image, helper), machine.rundir)
             # By now it is known which kernel it needs.
             layers.record_uses(image)
+            store.complete(image, machine.rundir.path)
             undo.pop_all()
     finally:
         os.close(memory)
     stood = "" if pause is None else f"; the guest stood still for {pause * 1000:.0f} ms"
     _log.info("Saved %s as %s%s", machine.spec.name, image, stood)
     return saved
+
+
+@contextlib.contextmanager
+def _changing(machine: Machine) -> Iterator[None]:
+    """Keep others from changing a machine that can be saved."""
+    with machine.changing():
+        _check_can_be_saved(machine)
+        yield
 
 
 def _check_can_be_saved(machine: Machine) -> None:
@@ -137,13 +148,18 @@ def _name_lowest(session: QmpSession) -> str:
 def _open_shared_memory(machine: Machine) -> int:
     """Open the machine's memory; it is moved into shared memory first if it is elsewhere."""
     if not _has_shared_memory(machine):
-        pause = uninterrupted(lambda: hand_over(machine, SHARED))
+        pause = uninterrupted(lambda: _move_memory(machine))
         _log.info(
             "Moved %s into memory that can be saved; the guest stood still for %.0f ms",
             machine.spec.name,
             (pause or 0) * 1000,
         )
     return moved(os.open(find_memory(machine), os.O_RDWR | os.O_CLOEXEC))
+
+
+def _move_memory(machine: Machine) -> float | None:
+    with _changing(machine):
+        return hand_over(machine, SHARED)
 
 
 def find_memory(machine: Machine) -> Path:

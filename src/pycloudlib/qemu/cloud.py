@@ -20,7 +20,7 @@ from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, generate_key_pair
-from pycloudlib.qemu import disk, layers, savedmachine
+from pycloudlib.qemu import disk, layers, recovery, savedmachine
 from pycloudlib.qemu.accelerator import choose_accelerator
 from pycloudlib.qemu.diagnosed import explaining_launch
 from pycloudlib.qemu.instance import QemuInstance
@@ -282,6 +282,7 @@ class Qemu(QemuReady):
                 "has the form <path>::<ssh port>::<telnet port>",
             )
         login = rundir.read_login()
+        recovery.settle_abandoned(rundir)
         machine = Machine(rundir, spec, Path(self.qemu_binary))
         key_pair = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         return self._make_instance(machine, key_pair, username or login.username)
@@ -341,10 +342,12 @@ class Qemu(QemuReady):
                 instance.name,
             )
         instance.shutdown()
-        base = layers.chain(instance.instance_path)[-1]
-        image = layers.LayerStore(instance.instance_dir.parent).freeze(
-            instance.instance_path, f"{make_name(instance.name)}.img"
-        )
+        # Who switches it on meanwhile would have it write into the image.
+        with instance.machine.staying_off():
+            base = layers.chain(instance.instance_path)[-1]
+            image = layers.LayerStore(instance.instance_dir.parent).freeze(
+                instance.instance_path, f"{make_name(instance.name)}.img"
+            )
         store.inherit(image, base, source=f"snapshot of {instance.name}")
         self.created_images.append(str(image))
         self._log.info("Snapshot of %s: %s", instance.name, image)

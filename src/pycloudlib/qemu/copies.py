@@ -130,7 +130,7 @@ def roll_back(machine: Machine, saved: SavedMachine) -> None:
     """
     store = layers.LayerStore(machine.rundir.path.parent)
     # What the disk of before is built on is needed until the machine runs.
-    with uses.holding(saved.image), store.keeping_all():
+    with machine.changing(), uses.holding(saved.image), store.keeping_all():
         uninterrupted(lambda: _roll_back(machine, saved))
         layers.record_uses(machine.rundir.disk)
 

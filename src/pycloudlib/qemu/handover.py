@@ -15,18 +15,18 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import make_socket_pair, moved
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.command import Origin, ssh_rule
+from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.machine import Machine, MachineEndedError
 from pycloudlib.qemu.memory import Memory, find_shared_memory
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
+from pycloudlib.qemu.recovery import forward_ssh, go_on
 from pycloudlib.qemu.running import RunningQemu
 
 _log = logging.getLogger(__name__)
@@ -40,14 +40,13 @@ _DOWNTIME_MS = 10
 _BANDWIDTH = 1 << 40
 # After the state, QEMU waits for nothing any more.
 _RESUME_LIMIT = 30.0
-_LOOK = 0.01
-_SETTLED = (None, "none", "cancelled", "failed", "completed")
 
 
 def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = None) -> float | None:
     """Let a new QEMU go on with a running machine.
 
     Not to be interrupted: at its end exactly one of the two is the machine. See `uninterrupted`.
+    The caller keeps others from changing the machine meanwhile (`Machine.changing`).
 
     Args:
         machine: The machine.
@@ -62,7 +61,7 @@ def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = Non
         MachineEndedError: The machine is off.
         CloudError: It did not work; the machine goes on where it was.
     """
-    with machine.rundir.power_lock(), machine.session() as session:
+    with machine.session() as session:
         predecessor = machine.qemu()
         if memory.file is not None:
             _check_is_own(machine, predecessor, memory.file)
@@ -70,7 +69,8 @@ def hand_over(machine: Machine, memory: Memory, *, kept_state: Path | None = Non
         with _successor(machine, memory) as (successor, incoming):
             deadline = Deadline.after(_LIMIT_SECONDS)
             _move(machine, session, successor, incoming, memory, kept_state, deadline)
-        _forward_ssh(machine, successor)
+        forward_ssh(machine.spec, successor)
+        machine.rundir.forget_handover()
     return _pause(predecessor.events[begun:], successor.events)
 
 
@@ -193,19 +193,9 @@ def _is_decided(event: Event) -> bool:
 
 
 def _go_on(session: QmpSession, machine: Machine, *, ran: bool) -> None:
-    """Let the machine go on where it was, whether it had stopped already or not."""
-    deadline = Deadline.after(_RESUME_LIMIT)
+    """Let the machine go on where it was."""
     try:
-        with contextlib.suppress(QmpError):
-            session.execute("migrate_cancel")
-        while session.execute("query-migrate").get("status") not in _SETTLED:
-            if deadline.expired:
-                break
-            time.sleep(_LOOK)
-        # Also when QEMU has let the guest run again by itself: only this gives it its disks back.
-        session.execute("cont")
-        if not ran:
-            session.execute("stop")
+        go_on(session, ran=ran)
         machine.rundir.write_process(machine.qemu().process.identity)
     except (QmpError, MachineEndedError) as error:
         _log.error("%s cannot go on: %s", machine.spec.name, error)
@@ -219,18 +209,6 @@ def _check_is_own(machine: Machine, qemu: RunningQemu, memory: Path) -> None:
             f"{machine.spec.name} was switched off and on, or saved by somebody else, while it was "
             "to be saved; it goes on"
         )
-
-
-def _forward_ssh(machine: Machine, qemu: RunningQemu) -> None:
-    """Forward the SSH port: the predecessor had it until its end."""
-    rule = ssh_rule(machine.spec)
-    try:
-        answer = qemu.execute("human-monitor-command", {"command-line": f"hostfwd_add net0 {rule}"})
-    except QmpError as error:
-        answer = str(error)
-    if answer.strip():
-        # The machine goes on, and whoever called cannot undo that: so it is no exception.
-        _log.error("%s goes on, but has lost its SSH port: %s", machine.spec.name, answer.strip())
 
 
 def _pause(before: tuple[Event, ...], after: tuple[Event, ...]) -> float | None:

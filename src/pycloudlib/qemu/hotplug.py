@@ -41,6 +41,11 @@ def plug_interface(machine: Machine) -> PluggedInterface:
         MachineEndedError: The machine is off.
         CloudError: QEMU refused, or there are too many.
     """
+    with machine.changing():
+        return _plug_interface(machine)
+
+
+def _plug_interface(machine: Machine) -> PluggedInterface:
     number = _free_number(machine)
     interface = PluggedInterface(f"hotnet{number}", make_mac())
     machine.execute(
@@ -85,6 +90,11 @@ def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     Raises:
         PycloudlibTimeoutError: The guest did not let go of it.
     """
+    with machine.changing():
+        _unplug_interface(machine, interface)
+
+
+def _unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     machine.execute("device_del", {"id": interface.name})
     deadline = Deadline.after(_UNPLUG_LIMIT)
     # Looked at, not waited for as an event: another process's machine tells us no events.

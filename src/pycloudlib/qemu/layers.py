@@ -67,7 +67,8 @@ class LayerStore:
     def freezing(self, overlay: Path, image_name: str, *, in_use: bool = False) -> Iterator[Path]:
         """Make an image of a machine's overlay; the machine goes on in a new one.
 
-        Whatever goes wrong in the block, the machine has its overlay back.
+        Whatever goes wrong in the block, the machine has its overlay back. The image goes with this
+        program until it is `complete`. The caller keeps others from changing the machine.
 
         Args:
             overlay: The machine's disk.
@@ -89,9 +90,9 @@ class LayerStore:
         with self._lock(), contextlib.ExitStack() as undo:
             if not in_use:
                 _limit_depth(overlay)
-            found = Ownership.find(overlay.parent)
             undo.callback(owner_file(image).unlink, missing_ok=True)
-            claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
+            # Until it is complete, nobody has a use for it.
+            claim(image, Orphans.REAP)
             for name in (layer, image):
                 _link(overlay, name)
                 undo.callback(name.unlink, missing_ok=True)
@@ -111,7 +112,19 @@ class LayerStore:
     def freeze(self, overlay: Path, image_name: str) -> Path:
         """Make an image of a powered-off machine's overlay; see `freezing`."""
         with self.freezing(overlay, image_name) as image:
-            return image
+            pass
+        self.complete(image, overlay.parent)
+        return image
+
+    def complete(self, image: Path, machine: Path) -> None:
+        """Note that an image is complete: what becomes of it, becomes of its machine.
+
+        Args:
+            image: The image.
+            machine: The directory of the machine that it was made of.
+        """
+        found = Ownership.find(machine)
+        claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
 
     def collect(self) -> None:
         """Remove the layers on which nothing is built any more."""

@@ -21,6 +21,7 @@ from pycloudlib.errors import (
     KernelPanicError,
 )
 from pycloudlib.guest.console import Console, DeadEnd
+from pycloudlib.qemu import recovery
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.deadendcheck import DeadEndCheck, Verdict
 from pycloudlib.qemu.identity import ProcessIdentity
@@ -205,17 +206,50 @@ class Machine:
             InstanceNotFoundError: The machine is deleted.
             CloudError: It runs already, or does not answer.
         """
-        with self.rundir.power_lock():
+        with self.changing():
             self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), settle)
 
     def power_on_again(self) -> None:
-        """Start QEMU of a machine that has run before, and whose ports are known.
+        """Start QEMU of a machine that has run before, and whose ports are known, unless it runs.
 
         Errors are those of `power_on`; a port that another program holds is tried for a while.
         """
-        with self.rundir.power_lock():
+        with self.changing():
+            if self.state in (State.RUNNING, State.PAUSED):
+                return  # another program was quicker
             origin = Origin(choose_memory(self.spec.accelerator))
             _when_ports_are_free(lambda: self._power_on(origin, None))
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep all others from changing the machine in the block: its power, QEMU, disk, devices.
+
+        What another program has left half done is settled first.
+
+        Raises:
+            InstanceNotFoundError: The machine is deleted.
+        """
+        with self.rundir.power_lock():
+            recovery.settle(self.rundir)
+            yield
+
+    @contextlib.contextmanager
+    def staying_off(self) -> Iterator[None]:
+        """Keep a machine that is off from being switched on in the block.
+
+        Raises:
+            InstanceNotFoundError: It is deleted.
+            CloudError: It is on, as another program has switched it on.
+        """
+        with self.changing():
+            self.check_here()
+            state = self.state
+            if state is not State.OFF:
+                raise CloudError(
+                    f"{self.spec.name} has to be off for this, and is {state.value}: another "
+                    "program has switched it on meanwhile"
+                )
+            yield
 
     def begin_anew(
         self,
@@ -223,14 +257,13 @@ class Machine:
         origin: Origin,
         settle: Callable[[RunningQemu], None],
     ) -> None:
-        """End QEMU, do something, and start another; nobody else can start one in between.
+        """End QEMU, do something, and start another; the caller is `changing` the machine.
 
         Arguments and errors are those of `power_on`; `prepare` is what is done.
         """
-        with self.rundir.power_lock():
-            self.kill()
-            prepare()
-            _when_ports_are_free(lambda: self._power_on(origin, settle))
+        self.kill()
+        prepare()
+        _when_ports_are_free(lambda: self._power_on(origin, settle))
 
     def execute(
         self,
@@ -324,7 +357,9 @@ class Machine:
             HostDiskFullError: There is none still.
         """
         qemu = self._qemu
-        if qemu is not None:
+        if qemu is None or not qemu.without_room:
+            return
+        with contextlib.suppress(InstanceNotFoundError), self.changing():
             qemu.check_disk()
 
     def check_kernel(self, *, decided: bool = False) -> None:
@@ -410,7 +445,8 @@ class Machine:
             self.execute("quit", timeout=max(deadline.remaining, 1.0))
             if self.wait_for_end(deadline):
                 return PowerOff.QUIT
-        self.kill()
+        with contextlib.suppress(InstanceNotFoundError), self.changing():
+            self.kill()
         return PowerOff.KILL
 
     def kill(self) -> None:
@@ -432,8 +468,8 @@ class Machine:
             CloudError: The kernel did not end it, or it runs elsewhere; the directory stays.
         """
         with contextlib.suppress(InstanceNotFoundError), self.rundir.lock():
-            self._kill_successor()
             self.kill()
+            recovery.end_processes(self.rundir)
             self.rundir.remove()
 
     def go_on_in(self, successor: RunningQemu) -> None:
@@ -445,7 +481,6 @@ class Machine:
             predecessor.kill()
 
     def _power_on(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
-        self._kill_successor()
         with self._changed:
             state = self.state
             if state is not State.OFF:
@@ -460,16 +495,6 @@ class Machine:
         finally:
             self._starting = False
             self._notify()
-
-    def _kill_successor(self) -> None:
-        """End a QEMU that was to take over from another, when its owner ended before it did."""
-        identity = self.rundir.find_successor()
-        if identity is None:
-            return
-        process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
-        if process is not None:
-            process.kill()
-        self.rundir.forget_successor()
 
     def _start(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
         begun = time.monotonic()
@@ -500,6 +525,7 @@ class Machine:
 
     def _catch_up(self) -> None:
         """Take over the QEMU that another process started, if one runs now."""
+        recovery.settle_abandoned(self.rundir)
         with self._changed:
             if self._owner_pid != os.getpid():
                 # A forked child has no part in its parent's session and threads.

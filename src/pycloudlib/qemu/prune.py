@@ -10,17 +10,12 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
-from pycloudlib.qemu import layers, savedmachine
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu import layers, recovery, savedmachine
 from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, is_cut_off, owner_file
 from pycloudlib.qemu.ports import PortRegistry
-from pycloudlib.qemu.process import QemuProcess, is_open_elsewhere
 from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.running import MachineElsewhereError
 
 _log = logging.getLogger(__name__)
-
-_KILL_LIMIT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +55,18 @@ class Pruning:
 
     def _prune_directories(self, parent_dir: Path) -> Iterator[Path]:
         for directory in sorted(parent_dir.iterdir()):
-            if not directory.is_dir() or directory.is_symlink() or not self._is_over(directory):
+            if not directory.is_dir() or directory.is_symlink():
                 continue
+            rundir = RunDirectory(directory)
             with _reporting(directory):
-                rundir = RunDirectory(directory)
+                recovery.settle_abandoned(rundir)
+                if not self._is_over(directory):
+                    continue
                 with rundir.lock():
                     # Another program may have taken it over before the lock was ours.
                     if not self._is_over(directory):
                         continue
-                    end_machine(rundir)
+                    recovery.end_processes(rundir)
                     rundir.remove()
                 yield directory
 
@@ -97,57 +95,16 @@ class Pruning:
             return True
         rundir = RunDirectory(directory)
         owner = Ownership.find(directory)
-        if owner is None or find_elsewhere(rundir) is not None:
+        if owner is None or recovery.find_elsewhere(rundir) is not None:
             return False
-        return owner.is_over or (self.stopped and not owner.process.alive and not _runs(rundir))
+        return owner.is_over or (
+            self.stopped and not owner.process.alive and not any(recovery.find_processes(rundir))
+        )
 
 
 def _is_over(owned: Path) -> bool:
     owner = Ownership.find(owned)
     return owner is not None and owner.is_over
-
-
-def _runs(rundir: RunDirectory) -> bool:
-    return any(True for _ in find_processes(rundir))
-
-
-def end_machine(rundir: RunDirectory) -> None:
-    """End whatever runs the machine of a directory, and wait until it is gone.
-
-    The caller has the machine's lock.
-
-    Raises:
-        CloudError: It did not end.
-        MachineElsewhereError: It runs where it cannot be ended from here.
-    """
-    elsewhere = find_elsewhere(rundir)
-    if elsewhere is not None:
-        raise MachineElsewhereError(rundir.path.name, elsewhere)
-    for process in find_processes(rundir):
-        process.kill()
-        if not process.wait(_KILL_LIMIT):
-            raise CloudError(f"QEMU, pid {process.pid}, did not end")
-
-
-def find_processes(rundir: RunDirectory) -> Iterator[QemuProcess]:
-    """Find the QEMUs that run the machine of a directory, by what is written there alone."""
-    for identity in _read_identities(rundir):
-        process = QemuProcess.attach(identity, rundir.disk, rundir.qemu_log)
-        if process is not None:
-            yield process
-
-
-def find_elsewhere(rundir: RunDirectory) -> ProcessIdentity | None:
-    """Find a QEMU that runs the machine of a directory, or may, where it cannot be seen."""
-    for identity in _read_identities(rundir):
-        if is_open_elsewhere(identity, rundir.disk):
-            return identity
-    return None
-
-
-def _read_identities(rundir: RunDirectory) -> list[ProcessIdentity]:
-    found = (rundir.find_process(), rundir.find_successor())
-    return [identity for identity in found if identity is not None]
 
 
 @contextlib.contextmanager

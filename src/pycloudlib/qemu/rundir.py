@@ -18,7 +18,13 @@ from pathlib import Path
 from pycloudlib.descriptors import make_socket, moved
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import exclusive_lock, replace_atomically, tells_of_no_file, write_private
+from pycloudlib.files import (
+    exclusive_lock,
+    replace_atomically,
+    tells_of_no_file,
+    trying_lock,
+    write_private,
+)
 from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, find_proc_directory
@@ -148,6 +154,10 @@ class RunDirectory:
         return self.path / "first-boot.py"
 
     @property
+    def _lock_file(self) -> Path:
+        return self.path / "power.lock"
+
+    @property
     def _spec_file(self) -> Path:
         return self.path / _SPEC_FILE
 
@@ -158,6 +168,10 @@ class RunDirectory:
     @property
     def _successor_file(self) -> Path:
         return self.path / "successor.json"
+
+    @property
+    def _predecessor_file(self) -> Path:
+        return self.path / "predecessor.json"
 
     @property
     def _console_start_file(self) -> Path:
@@ -214,17 +228,51 @@ class RunDirectory:
         except (OSError, ValueError):
             return 0
 
+    @property
+    def in_handover(self) -> bool:
+        """Whether the machine is handed over from one process to another, or was to be."""
+        return self._successor_file.exists()
+
     def write_successor(self, identity: ProcessIdentity) -> None:
-        """Keep which process is to take the machine over, in case that it never does."""
+        """Keep which process is to take the machine over, and from which one."""
+        predecessor = self.find_process()
+        if predecessor is not None:
+            _write(self._predecessor_file, _identity_text(predecessor), synced=False)
         _write(self._successor_file, _identity_text(identity), synced=False)
 
     def find_successor(self) -> ProcessIdentity | None:
-        """Read which process was to take the machine over; None when none was cut off in it."""
+        """Read which process is to take the machine over; None when none is."""
         return _find_identity(self._successor_file)
 
-    def forget_successor(self) -> None:
-        """Take note that nobody is to take the machine over."""
+    def find_predecessor(self) -> ProcessIdentity | None:
+        """Read from which process the machine is taken over; None when it is not."""
+        return _find_identity(self._predecessor_file)
+
+    def list_processes(self) -> list[ProcessIdentity]:
+        """Read which processes run the machine, or ran it last: in a hand-over, two do."""
+        found = (self.find_process(), self.find_successor(), self.find_predecessor())
+        return list(dict.fromkeys(identity for identity in found if identity is not None))
+
+    def forget_handover(self) -> None:
+        """Take note that one process alone runs the machine."""
         self._successor_file.unlink(missing_ok=True)
+        self._predecessor_file.unlink(missing_ok=True)
+
+    @property
+    def sockets(self) -> tuple[Path, Path, Path]:
+        """What QEMU listens on."""
+        return self.attach_socket, self.qmp_socket, self.helper_socket
+
+    def publish_sockets(self) -> None:
+        """Give the sockets of a process that takes the machine over their names."""
+        for file in self.sockets:
+            with contextlib.suppress(FileNotFoundError):
+                next_socket(file).replace(file)
+
+    def discard_sockets(self) -> None:
+        """Remove the sockets of a process that was to take the machine over."""
+        for file in self.sockets:
+            next_socket(file).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def power_lock(self) -> Iterator[None]:
@@ -255,6 +303,20 @@ class RunDirectory:
         return False
 
     @contextlib.contextmanager
+    def trying_lock(self) -> Iterator[bool]:
+        """Have the lock of `power_lock` if nobody has it now; yield whether we have.
+
+        Raises:
+            InstanceNotFoundError: The instance is deleted.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(trying_lock(self._lock_file))
+            except FileNotFoundError:
+                raise self._deleted() from None
+            yield held and self._spec_file.exists()
+
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Do as `power_lock` does, for what is no machine (any more), too.
 
@@ -263,7 +325,7 @@ class RunDirectory:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(exclusive_lock(self.path / "power.lock"))
+                stack.enter_context(exclusive_lock(self._lock_file))
             except FileNotFoundError:
                 raise self._deleted() from None
             yield
@@ -343,9 +405,19 @@ class StagedSocket:
     file: Path
 
     @classmethod
-    def listen(cls, file: Path) -> StagedSocket:
-        """Make a socket beside the file that it is to be, and listen on it."""
-        staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    def listen(cls, file: Path, *, takes_over: bool = False) -> StagedSocket:
+        """Make a socket beside the file that it is to be, and listen on it.
+
+        Args:
+            file: The name that it is to have.
+            takes_over: Whether it is that of a process that takes the machine over: others can
+                find it then, if its program ends before it has its name.
+        """
+        if takes_over:
+            staged = next_socket(file)
+            staged.unlink(missing_ok=True)
+        else:
+            staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         listener = make_socket(socket.AF_UNIX)
         try:
             # A unix socket's address has 107 bytes at most, which a path may exceed.
@@ -366,6 +438,11 @@ class StagedSocket:
     def discard(self) -> None:
         """Take its name away, if it has only the staged one."""
         self.staged.unlink(missing_ok=True)
+
+
+def next_socket(file: Path) -> Path:
+    """Name the socket that is to take the place of another one when the machine is taken over."""
+    return file.with_name(f".{file.name}.next")
 
 
 @contextlib.contextmanager

@@ -200,15 +200,14 @@ class RunningQemu:
         if self._unpublished is not None:
             self._unpublished.publish()
             self._unpublished = None
-            self._rundir.forget_successor()
 
     def abandon(self) -> None:
         """End one that was to replace another and will not."""
         if self._unpublished is not None:
             self._unpublished.discard()
             self._unpublished = None
-            self._rundir.forget_successor()
         self.kill()
+        self._rundir.forget_handover()
 
     @property
     def name(self) -> str:
@@ -224,6 +223,11 @@ class RunningQemu:
     def end(self) -> ProcessEnd | None:
         """How it ended; None while it runs."""
         return self._end
+
+    @property
+    def without_room(self) -> bool:
+        """Whether it stands still since the host had no room for its disk."""
+        return self._without_room
 
     @property
     def events(self) -> tuple[Event, ...]:

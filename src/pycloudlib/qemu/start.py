@@ -102,8 +102,8 @@ def start_qemu(
         ours.callback(control.close)
         theirs.callback(peer.close)
         sockets = []
-        for file in (rundir.attach_socket, rundir.qmp_socket, rundir.helper_socket):
-            staged = StagedSocket.listen(file)
+        for file in rundir.sockets:
+            staged = StagedSocket.listen(file, takes_over=origin.replaces)
             ours.callback(staged.listener.close)
             ours.callback(staged.discard)
             sockets.append(staged)
