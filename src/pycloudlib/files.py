@@ -1,23 +1,20 @@
-"""Files that appear whole or not at all, that only their owner reads, and that lock."""
+"""Files that appear whole or not at all, and that only their owner reads."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib.descriptors import moved, opener
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.rawtext import to_bytes
-
-_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
@@ -280,59 +277,6 @@ def create_private_directory(path: Path) -> Path:
             "working_dir"
         )
     return path
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock that other threads and processes wait for; it ends with this process, too.
-
-    The file may be removed by whoever holds the lock.
-
-    Args:
-        path: The lock's file; made when missing.
-        on_wait: Called when somebody else holds it.
-
-    Raises:
-        FileNotFoundError: The file's directory does not exist.
-    """
-    while True:
-        descriptor = moved(os.open(path, _LOCK_FLAGS, 0o600))
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if on_wait is not None:
-                    on_wait()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, path):
-                continue  # removed while this one waited: the lock is another file now
-            yield
-            return
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def trying_lock(path: Path) -> Iterator[bool]:
-    """Hold a lock of `exclusive_lock` if nobody holds it now; yield whether it is held.
-
-    Raises:
-        FileNotFoundError: The file's directory does not exist.
-    """
-    descriptor = moved(os.open(path, _LOCK_FLAGS, 0o600))
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield _is_at(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    return _is_file(os.fstat(descriptor), path)
 
 
 def _is_file(facts: os.stat_result, path: Path) -> bool:

@@ -54,6 +54,67 @@ def test_a_dead_machine_can_be_deleted(unstarted: QemuInstance) -> None:
     assert is_gone(unstarted, pid)
 
 
+def test_delete_waits_for_no_child_that_was_forked_meanwhile(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a child has copies of all that was open, locks included, for as long as it lives."""
+    ours, childs = os.pipe()
+    children: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            os.close(childs)
+            os.read(ours, 1)
+            os._exit(0)
+        children.append(child)
+
+    with unstarted.machine.rundir.lock():
+        forks = threading.Thread(target=fork)
+        forks.start()
+        forks.join()
+    try:
+        deletes = threading.Thread(target=unstarted.delete, daemon=True)
+        deletes.start()
+        deletes.join(60)
+        assert not deletes.is_alive()
+        assert os.waitpid(children[0], os.WNOHANG) == (0, 0)
+    finally:
+        os.close(childs)
+        os.close(ours)
+        os.waitpid(children[0], 0)
+
+
+def test_processes_that_outlive_a_lock_do_not_have_it(
+    tiny_image: Path, working_dir: Path, tmp_path: Path
+) -> None:
+    """QEMU, and the guardian that is started with the first machine."""
+    program = textwrap.dedent(
+        f'''
+        import io, os
+        from pathlib import Path
+        from pycloudlib import Qemu
+        from pycloudlib.locks import exclusive_lock
+        from pycloudlib.qemu import guardian
+        config = io.StringIO("""
+        [qemu]
+        working_dir = "{working_dir}"
+        accelerator = "tcg"
+        """)
+        with Qemu("locks", timestamp_suffix=False, config_file=config) as cloud:
+            with exclusive_lock(Path({str(tmp_path / "lock")!r})):
+                machine = cloud.launch({str(tiny_image)!r}, launch_args={UNSTARTED!r})
+                for pid in (machine.machine.pid, guardian._guardian.pid):
+                    print(*(os.readlink(file) for file in Path(f"/proc/{{pid}}/fd").iterdir()))
+        '''
+    )
+    shown = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
+    qemu, guardian = (line.split() for line in shown.stdout.decode().splitlines())
+    assert any(file.endswith("/seed.iso") for file in qemu)
+    assert any(file.startswith("pipe:") for file in guardian)
+    assert [file for file in qemu + guardian if file.endswith("lock")] == []
+
+
 def test_delete_from_many_threads_at_once(unstarted: QemuInstance) -> None:
     pid = unstarted.machine.pid
     results: list[list[Exception]] = []

@@ -250,7 +250,7 @@ def test_one_is_kept_while_others_wait_for_it(
     saved = save(running)
 
     def make() -> None:
-        with cache.making("key", lambda: None):
+        with cache.making("key", lambda _holder: None):
             cache.add("key", saved)
 
     assert finish(make)
@@ -263,7 +263,7 @@ def test_pruning_does_not_wait_for_one_that_is_being_made(cache: WarmCache, add:
     making = threading.Event()
 
     def make() -> None:
-        with cache.making("new", lambda: None):
+        with cache.making("new", lambda _holder: None):
             making.set()
             made.wait(60)
 
@@ -277,7 +277,7 @@ def test_pruning_does_not_wait_for_one_that_is_being_made(cache: WarmCache, add:
 
 
 def test_locks_of_what_is_gone_go_too(cache: WarmCache) -> None:
-    with cache.making("key", lambda: None):
+    with cache.making("key", lambda _holder: None):
         assert list(cache.directory.iterdir()) != []
     assert list(cache.directory.iterdir()) == []
     assert cache.prune(0) == []
@@ -289,10 +289,10 @@ def test_others_wait_while_one_is_made(cache: WarmCache) -> None:
     order: list[str] = []
 
     def second() -> None:
-        with cache.making("key", waiting.set):
+        with cache.making("key", lambda _holder: waiting.set()):
             order.append("second")
 
-    with ThreadPoolExecutor(1) as thread, cache.making("key", lambda: None):
+    with ThreadPoolExecutor(1) as thread, cache.making("key", lambda _holder: None):
         thread.submit(second)
         assert waiting.wait(60)
         order.append("first")

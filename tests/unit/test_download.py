@@ -513,7 +513,9 @@ def test_two_images_are_transferred_side_by_side(
     waits = threading.Event()
 
     def tell(report: Progress) -> None:
-        if report.activity == "waiting for another process that downloads this image":
+        if report.activity == (
+            "waiting for another process that downloads this image: another thread of this process"
+        ):
             waits.set()
 
     with ThreadPoolExecutor(2) as threads:

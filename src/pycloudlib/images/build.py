@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
-from pycloudlib.files import create_directories, exclusive_lock
+from pycloudlib.files import create_directories
 from pycloudlib.images import confinement, diskimage, rootfs, store
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
 from pycloudlib.images.workshop import (
@@ -27,6 +27,7 @@ from pycloudlib.images.workshop import (
     open_workshop,
     remove_stale_workshops,
 )
+from pycloudlib.locks import exclusive_lock
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.tools import find_tool
 
@@ -120,8 +121,11 @@ def _provide_image(
     if before is not None and not refresh:
         return before
     create_directories(image_dir)
-    waiting = Progress("waiting for another process that builds an image")
-    with exclusive_lock(image_dir / _LOCK_NAME, on_wait=lambda: on_progress(waiting)):
+
+    def report_wait(holder: str) -> None:
+        on_progress(Progress(f"waiting for another process that builds an image: {holder}"))
+
+    with exclusive_lock(image_dir / _LOCK_NAME, report_wait):
         # Another process may have built it while this one waited.
         now = find_built_image(recipe, image_dir)
         if now is not None and now != before:

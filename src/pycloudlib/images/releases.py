@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.files import create_directories, exclusive_lock
+from pycloudlib.files import create_directories
 from pycloudlib.images import store, uses
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
@@ -25,6 +25,7 @@ from pycloudlib.images.download import (
 )
 from pycloudlib.images.signature import load_trusted_keys, verify_detached
 from pycloudlib.images.source import UNVERIFIED, ImageSource, Stream
+from pycloudlib.locks import exclusive_lock
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
@@ -154,15 +155,15 @@ def fetch_image(
         if vouched:
             _update_names(image, entry)
         return image
-    waiting = Progress("waiting for another process that downloads this image")
+
+    def report_wait(holder: str) -> None:
+        on_progress(Progress(f"waiting for another process that downloads this image: {holder}"))
+
     # One for each image, outside its directory, which may not be there yet.
     lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
-    with _new_directory(image_dir), exclusive_lock(lock, on_wait=lambda: on_progress(waiting)):
-        try:
-            if not is_complete(entry, source, image_dir):
-                _fetch(entry, source, image, on_progress, vouched=vouched)
-        finally:
-            lock.unlink()
+    with _new_directory(image_dir), exclusive_lock(lock, report_wait, remove=True):
+        if not is_complete(entry, source, image_dir):
+            _fetch(entry, source, image, on_progress, vouched=vouched)
     return image
 
 

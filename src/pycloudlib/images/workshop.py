@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from pycloudlib.images import confinement
 from pycloudlib.images.rootfs import Handover, remove_tree
+from pycloudlib.locks import directory_lock
 
 _WORKSHOP_PREFIX = ".build-"
 _SCRATCH_PREFIX = "pycloudlib-build-"
@@ -44,7 +44,7 @@ def open_workshop(image_dir: Path) -> Iterator[Workshop]:
         product.mkdir(mode=0o700)
         shared.mkdir()
         shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
-        with _open_locked(shared) as descriptor:
+        with directory_lock(shared) as descriptor:
             yield Workshop(directory, product, Handover(shared, descriptor))
     finally:
         _remove_workshop(directory)
@@ -77,7 +77,7 @@ def remove_stale_workshops(image_dir: Path) -> None:
     """Remove what killed builds left; under the build lock nobody else owns a workshop."""
     for directory in image_dir.glob(f"{_WORKSHOP_PREFIX}*/"):
         # The programs of a killed build hold its handover's lock for the instant they outlive it.
-        with contextlib.suppress(FileNotFoundError), _open_locked(directory / "handover"):
+        with contextlib.suppress(FileNotFoundError), directory_lock(directory / "handover"):
             pass
         _remove_workshop(directory)
 
@@ -88,19 +88,3 @@ def _remove_workshop(directory: Path) -> None:
         if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
             remove_tree("removing temporary files (rm)", scratch)
     shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def _open_locked(directory: Path) -> Iterator[int]:
-    """Open a directory and lock it; programs that inherit the descriptor keep the lock."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Above the numbers that shells use for themselves.
-        descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 100)
-    finally:
-        os.close(opened)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.files import create_private_directory, exclusive_lock, trying_lock
+from pycloudlib.files import create_private_directory
 from pycloudlib.hostlimits import HostLimits
+from pycloudlib.locks import exclusive_lock, trying_lock
 from pycloudlib.qemu.spec import InstanceType
 
 # Of the memory that there is; the rest is for the host, and for the tests themselves.
@@ -131,7 +132,7 @@ class Budget:
         deadline = Deadline.after(self._limit)
         told: list[str] = []
 
-        def tell() -> None:
+        def tell(_process: str = "") -> None:
             if not told:
                 told.append(self._holders())
                 on_wait(told[0])
@@ -154,8 +155,7 @@ class Budget:
                 return False
             share = _Share(room, os.getpid())
             file = self._directory / share.file_name()
-            stack.enter_context(exclusive_lock(file))
-            stack.callback(file.unlink)
+            stack.enter_context(exclusive_lock(file, remove=True))
             self._held += 1
             stack.callback(self._count_less)
             return True

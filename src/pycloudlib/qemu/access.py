@@ -18,7 +18,6 @@ from pycloudlib.errors import (
     PycloudlibError,
     PycloudlibTimeoutError,
 )
-from pycloudlib.files import exclusive_lock
 from pycloudlib.guest import firstboot, helper, runconfig, ssh
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.guest.bootwatch import BootWatch
@@ -28,6 +27,7 @@ from pycloudlib.guest.hostkeys import MachineHostKeys
 from pycloudlib.guest.logins import tell_logins
 from pycloudlib.guest.seed import read_iso
 from pycloudlib.key import KeyPair
+from pycloudlib.locks import exclusive_lock
 from pycloudlib.qemu import peer
 from pycloudlib.qemu.diagnosed import DiagnosedInstance
 from pycloudlib.qemu.helperlink import HelperLink

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import write_private
 from pycloudlib.guest.commands import in_errors
@@ -24,6 +20,7 @@ from pycloudlib.guest.helper import (
     HelperError,
     HelperRefusedError,
 )
+from pycloudlib.locks import trying_lock
 from pycloudlib.qemu import sockets
 from pycloudlib.qemu.machine import Machine
 from pycloudlib.rawtext import to_bytes
@@ -170,7 +167,8 @@ class HelperLink:
     def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
         """Connect; None when it is not there, or somebody else is connected and not waited for."""
         limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
-        with _turn(self._machine.rundir.path / "helper.lock", wait=wait) as ours:
+        turn = Deadline.after(_FIX_LIMIT if wait else 0)
+        with trying_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
             if not (ours and self._is_ready(limit)):
                 yield None
                 return
@@ -186,28 +184,6 @@ class HelperLink:
             return sockets.connect(self._machine.rundir.helper_socket, deadline)
         except OSError as error:
             raise HelperError(f"the helper cannot be reached: {error}") from error
-
-
-@contextlib.contextmanager
-def _turn(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Take turns among threads and processes; say whether it is ours now."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = moved(os.open(path, flags, 0o600))
-    try:
-        deadline = Deadline.after(_FIX_LIMIT if wait else 0)
-        while not (ours := _try_lock(descriptor)) and not deadline.expired:
-            time.sleep(_APPEAR_LOOK)
-        yield ours
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _text(output: bytearray) -> str:

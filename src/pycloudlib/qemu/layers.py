@@ -20,13 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.files import (
-    create_private_directory,
-    exclusive_lock,
-    is_file,
-    tells_of_no_file,
-)
+from pycloudlib.files import create_private_directory, is_file, tells_of_no_file
 from pycloudlib.images import store, uses
+from pycloudlib.locks import exclusive_lock
 from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
 from pycloudlib.qemu.rundir import RunDirectory

@@ -19,11 +19,11 @@ from pycloudlib.descriptors import make_socket
 from pycloudlib.errors import CloudError
 from pycloudlib.files import (
     create_private_directory,
-    exclusive_lock,
     replace_atomically,
     tells_of_no_file,
     write_private,
 )
+from pycloudlib.locks import exclusive_lock
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000

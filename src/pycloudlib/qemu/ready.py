@@ -255,5 +255,5 @@ class QemuReady(QemuLive):
             instance.delete()
             raise
 
-    def _tell_waiting(self) -> None:
-        self._log.info("Waiting for another launch of the same machine to boot it")
+    def _tell_waiting(self, holder: str) -> None:
+        self._log.info("Waiting for another launch of the same machine to boot it: %s", holder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -15,18 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.descriptors import make_socket, moved
+from pycloudlib.descriptors import make_socket
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import InstanceNotFoundError
-from pycloudlib.files import (
-    exclusive_lock,
-    replace_atomically,
-    tells_of_no_file,
-    trying_lock,
-    write_private,
-)
+from pycloudlib.files import replace_atomically, tells_of_no_file, write_private
 from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
+from pycloudlib.locks import exclusive_lock, is_locked, trying_lock
 from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, find_proc_directory
 from pycloudlib.qemu.ownership import owner_file
 from pycloudlib.qemu.spec import MachineSpec
@@ -289,18 +283,7 @@ class RunDirectory:
 
     def is_locked(self) -> bool:
         """Whether somebody holds the power lock, as who saves or copies the machine does."""
-        try:
-            descriptor = moved(os.open(self.path / "power.lock", os.O_RDONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self._lock_file)
 
     @contextlib.contextmanager
     def trying_lock(self) -> Iterator[bool]:

@@ -23,14 +23,9 @@ from pathlib import Path
 from pycloudlib._version import __version__
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.files import (
-    create_private_directory,
-    exclusive_lock,
-    is_file,
-    trying_lock,
-    write_private,
-)
+from pycloudlib.files import create_private_directory, is_file, write_private
 from pycloudlib.images import store, uses
+from pycloudlib.locks import exclusive_lock, trying_lock
 from pycloudlib.qemu import layers, savedmachine
 from pycloudlib.qemu.launch import (
     Host,
@@ -166,7 +161,7 @@ class WarmCache:
         return self.working_dir / _DIRECTORY
 
     @contextlib.contextmanager
-    def making(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    def making(self, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Keep others that ask for the same machine waiting while it is made."""
         lock = self._lock(key)
         with contextlib.ExitStack() as stack:
@@ -174,10 +169,8 @@ class WarmCache:
                 create_private_directory(self.directory)
                 # Somebody who prunes may remove the directory that has nothing in it yet.
                 with contextlib.suppress(FileNotFoundError):
-                    stack.enter_context(exclusive_lock(lock, on_wait))
+                    stack.enter_context(exclusive_lock(lock, on_wait, remove=True))
                     break
-            # Who waits for it finds out that it is gone, and makes it anew.
-            stack.callback(lock.unlink, missing_ok=True)
             yield
 
     def _lock(self, key: str) -> Path:
