@@ -157,3 +157,41 @@ def test_document_that_may_decide_about_host_keys_leaves_them_to_the_guest(kind:
 @pytest.mark.parametrize("kind", DECIDE_NOT)
 def test_other_documents_do_not(kind: str) -> None:
     assert not are_decided_by(DECIDE_NOT[kind], "user_data")
+
+
+def test_line_that_is_cut_off_is_passed_over_wherever_it_is_cut(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for line in (_ecdsa_line(), _line(paramiko.RSAKey.generate(1024)), ED25519):
+        assert ssh._read_host_key("vm", line) is not None
+        for cut in range(len(line)):
+            assert ssh._read_host_key("vm", line[:cut]) is None, line[:cut]
+    assert "A pinned host key of vm is damaged and is not used: ssh-rsa AAAA" in caplog.text
+
+
+ED25519 = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ6kIwBjVqIePzJPCFV6cDMrNYF4BNlxaePuSkMPJjHI"
+
+
+def _line(key: paramiko.PKey) -> str:
+    return f"{key.get_name()} {key.get_base64()}"
+
+
+@pytest.mark.parametrize("content", ["{line:.40}", "{line:.40}\n{line}\n", "\0\0\0", "\xff\n"])
+def test_damaged_file_of_keys_is_no_obstacle(content: str, known_hosts: Path) -> None:
+    """As after a crash of the host: what the machine shows is pinned anew."""
+    key = paramiko.ECDSAKey.generate()
+    known_hosts.write_text(content.format(line=_line(key)), encoding="latin-1")
+    keys = keys_of(known_hosts, is_machine=True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            transport = paramiko.Transport(listener.accept()[0])
+            transport.add_server_key(key)
+            transport.start_server(event=threading.Event())
+
+        threading.Thread(target=serve, daemon=True).start()
+        endpoint = ssh.Endpoint("127.0.0.1", listener.getsockname()[1], "ubuntu", None)
+        # The host key is not what is wrong.
+        with pytest.raises(paramiko.SSHException, match="No authentication methods"):
+            ssh.connect(endpoint, keys, banner_timeout=30)
+    assert _line(key) in keys.pinned()

@@ -27,6 +27,8 @@ from pycloudlib.guest import loginkey
 if TYPE_CHECKING:
     import paramiko
 
+_log = logging.getLogger(__name__)
+
 # Each failure reaches the caller as an exception; paramiko's own log would tell it twice, with the
 # traceback of a thread that nobody knows.
 _TRANSPORT_LOG = f"{__name__}.transport"
@@ -184,9 +186,9 @@ def _log_in(
     client.set_log_channel(_TRANSPORT_LOG)
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
     for line in host_keys.pinned() if host_keys else ():
-        entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
-        if entry is not None and entry.key is not None:
-            client.get_host_keys().add(name, entry.key.get_name(), entry.key)
+        key_shown = _read_host_key(name, line)
+        if key_shown is not None:
+            client.get_host_keys().add(name, key_shown.get_name(), key_shown)
     try:
         limit = max(deadline.capped(banner_timeout), 0.001)
         connection = open_with_banner(endpoint.host, endpoint.port, limit)
@@ -279,6 +281,24 @@ def _paramiko_errors() -> type[Exception]:
     import paramiko  # noqa: PLC0415 - heavy
 
     return paramiko.SSHException
+
+
+def _read_host_key(name: str, line: str) -> paramiko.PKey | None:
+    """Read a pinned host key; None for a line that is none, as one that was cut off."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    try:
+        entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
+        key = None if entry is None else entry.key
+        # Of a number that is cut off, another number is read.
+        if key is not None and _line(key) != line:
+            key = None
+    except Exception as error:  # noqa: BLE001 - whatever is behind it parses what it is given
+        _log.debug("%s", error)
+        key = None
+    if key is None:
+        _log.warning("A pinned host key of %s is damaged and is not used: %s", name, line[:60])
+    return key
 
 
 def is_refusal(error: Exception) -> bool:
