@@ -20,6 +20,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.cli import inside
+from pycloudlib.cli.remotes import SerialConsole
 from pycloudlib.deadline import Deadline
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
@@ -34,6 +35,7 @@ from pycloudlib.qemu.qmp import QmpError
 from pycloudlib.qemu.rundir import RunDirectory, short_path
 from pycloudlib.qemu.start import LaunchError, PortTakenError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
+from tests.qemu.saved import SMALL
 
 pytestmark = pytest.mark.qemu
 
@@ -48,6 +50,29 @@ def processes_of(directory: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+# Prints the line at 0x7c40 on the serial port, over and over.
+PRINTER = "31c08ed8be407cbafd03eca82074fbacbaf803ee3c0a75efebea"
+TELNET_LIKE = b"\xff\xfb\x01 a \xff\xfa\x18 b \xff\xf0 c \xff\xff d \xff\n"
+
+
+def test_console_shows_what_a_guest_prints_that_looks_like_telnet(
+    cloud: Qemu, tmp_path: Path
+) -> None:
+    """QEMU's greeting is telnet's, and nothing else that comes."""
+    image = tmp_path / "printer.img"
+    sector = (bytes.fromhex(PRINTER).ljust(0x40, b"\0") + TELNET_LIKE).ljust(510, b"\0")
+    image.write_bytes((sector + b"\x55\xaa").ljust(1 << 20, b"\0"))
+    machine = cloud.launch(str(image), SMALL)
+    shown = b""
+    with contextlib.closing(SerialConsole(machine.ip, int(machine.telnet_port))) as console:
+        while TELNET_LIKE * 3 not in shown:
+            chunk = console.receive()
+            assert chunk is not None
+            shown += chunk
+            assert len(shown) < 1 << 22, shown[-200:]
+    assert not shown.startswith(b"\xff\xfb\x01\xff\xfb\x03")
 
 
 def test_a_start_that_fails_can_be_tried_again(unstarted: QemuInstance) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.cli.remotes import SerialConsole, SshTerminal, strip_telnet
+from pycloudlib.cli.remotes import Greeting, SerialConsole, SshTerminal
 from pycloudlib.guest import commands
 from tests.unit.sshserver import LocalInstance
 
@@ -193,30 +193,33 @@ def test_shell_on_a_terminal_takes_what_is_typed(instance: LocalInstance) -> Non
         assert remote.wait() == 3
 
 
+GREETING = b"\xff\xfb\x01\xff\xfb\x03\xff\xfb\x00\xff\xfd\x00"
+
+
 @pytest.mark.parametrize(
-    ("data", "text", "pending"),
+    "said",
     [
-        (b"plain", b"plain", b""),
-        (b"\xff\xfb\x01\xff\xfd\x00login:", b"login:", b""),
-        (b"a\xff\xffb", b"a\xffb", b""),
-        (b"a\xff\xfa\x18\x01\xff\xf0b", b"ab", b""),
-        (b"a\xff\xf9b", b"ab", b""),
-        (b"abc\xff", b"abc", b"\xff"),
-        (b"abc\xff\xfb", b"abc", b"\xff\xfb"),
-        (b"abc\xff\xfa\x18", b"abc", b"\xff\xfa\x18"),
-        (b"\xff\xff\xff", b"\xff", b"\xff"),
+        b"",
+        b"login: ",
+        b"\xff",
+        b"\xff\xff",
+        b"a\xff\xfb\x01b",
+        b"\xff\xfa\x18 hidden \xff\xf0 shown",
+        b"\xff\xfa hidden for ever",
+        b"\xff\xfb\x01",
     ],
 )
-def test_telnet_s_own_words_are_taken_out(data: bytes, text: bytes, pending: bytes) -> None:
-    assert strip_telnet(data) == (text, pending)
-
-
-def test_telnet_is_understood_wherever_it_is_cut() -> None:
-    data = b"\xff\xfb\x01a\xff\xffb\xff\xfa\x18\x01\xff\xf0c\xff\xf9d\xff\xfd\x03"
+def test_greeting_alone_is_taken_out_wherever_it_is_cut(said: bytes) -> None:
+    """What comes after it is the guest's, which may look like telnet."""
+    data = GREETING + said
     for cut in range(len(data) + 1):
-        first, pending = strip_telnet(data[:cut])
-        second, rest = strip_telnet(pending + data[cut:])
-        assert (first + second, rest) == (b"a\xffbcd", b""), cut
+        greeting = Greeting()
+        assert greeting.take_out(data[:cut]) + greeting.take_out(data[cut:]) == said, cut
+
+
+@pytest.mark.parametrize("said", [b"login: ", b"\xfflogin: ", b"\xff\xf1 x", b"\xfe"])
+def test_server_that_does_not_greet_is_shown_as_it_is(said: bytes) -> None:
+    assert Greeting().take_out(said) == said
 
 
 def test_serial_console_speaks_telnet() -> None:

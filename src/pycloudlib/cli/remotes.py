@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 16
 _CONNECT_LIMIT = 10.0
-# RFC 854: commands of two bytes, of three, and subnegotiations; 0xff 0xff is a byte of its own.
-_TELNET = re.compile(rb"\xff(?:([\xff])|[\xf0-\xf9]|[\xfb-\xfe].|\xfa.*?\xff\xf0)", re.DOTALL)
-_CUT_OFF = re.compile(rb"\xff(?:[\xfb-\xfe]?|\xfa.*)\Z", re.DOTALL)
+# What QEMU says when somebody connects (chardev/char-socket.c): four times IAC, WILL or DO, and an
+# option (RFC 854). All that comes after is the guest's, as it is: QEMU doubles no 0xff.
+_WORD_LENGTH = 3
+_GREETING_WORDS = 4
+_WORD_START = re.compile(rb"(?:\xff(?:[\xfb-\xfe].?)?)?", re.DOTALL)
 
 
 class SshTerminal:
@@ -79,7 +81,7 @@ class SerialConsole:
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_connection((host, port), _CONNECT_LIMIT)
         self._socket.settimeout(None)
-        self._pending = b""
+        self._greeting = Greeting()
 
     def close(self) -> None:
         """Leave it."""
@@ -90,15 +92,14 @@ class SerialConsole:
         return self._socket.fileno()
 
     def receive(self) -> bytes | None:
-        """Give what has come, without telnet's own words; None at the end."""
+        """Give what has come, without QEMU's greeting; None at the end."""
         try:
             chunk = self._socket.recv(_CHUNK)
         except ConnectionResetError:
             return None
         if not chunk:
             return None
-        text, self._pending = strip_telnet(self._pending + chunk)
-        return text
+        return self._greeting.take_out(chunk)
 
     def send(self, data: bytes) -> None:
         """Send what was typed."""
@@ -108,13 +109,29 @@ class SerialConsole:
         """Do nothing: a serial line knows no size."""
 
 
-def strip_telnet(data: bytes) -> tuple[bytes, bytes]:
-    """Take telnet's own words out; give the text, and the beginning of a word that is cut off."""
-    text = _TELNET.sub(lambda match: match[1] or b"", data)
-    if b"\xff" not in data:
-        return text, b""
-    # Where the data was cut in the middle of a word, that begins after all whole ones.
-    end = max((match.end() for match in _TELNET.finditer(data)), default=0)
-    cut = _CUT_OFF.search(data, end)
-    pending = cut[0] if cut else b""
-    return text[: len(text) - len(pending)], pending
+class Greeting:
+    """The telnet words by which QEMU greets whoever connects.
+
+    Nothing later is taken for telnet's: a guest could hide what it prints from people, or let an
+    endless word be kept here.
+    """
+
+    def __init__(self) -> None:
+        self._words_left = _GREETING_WORDS
+        self._pending = b""
+
+    def take_out(self, data: bytes) -> bytes:
+        """Return what has come without the greeting, which may come in pieces."""
+        data = self._pending + data
+        self._pending = b""
+        while self._words_left:
+            word = data[:_WORD_LENGTH]
+            if not _WORD_START.fullmatch(word):
+                self._words_left = 0
+            elif len(word) < _WORD_LENGTH:
+                self._pending = word
+                return b""
+            else:
+                data = data[_WORD_LENGTH:]
+                self._words_left -= 1
+        return data
