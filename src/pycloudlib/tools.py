@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,34 @@ _LIMITS = (f"--as={4 << 30}", "--cpu=120")
 
 # Where administrators' programs live; an ordinary user's PATH on Debian leaves them out.
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+
+# What a program may need to run at all: where things are, for whom, in which language, and, for a
+# QEMU that is given a window or sound, how to reach the desktop. All else is the caller's own:
+# tokens of a CI service, passwords, settings of other programs.
+_PASSED_ON = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|LOCPATH|TZ|TMPDIR"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+|(?:A|L|UB|T)SAN_OPTIONS"
+    r"|QEMU_MODULE_DIR|QEMU_AUDIO_DRV|XDG_\w+_(?:DIRS?|HOME)"
+    r"|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY|DBUS_SESSION_BUS_ADDRESS|(?:SDL|GDK|PULSE|PIPEWIRE)_\w+"
+)
+# For those that fetch something; a proxy's address may have a password in it.
+_FOR_DOWNLOADS = re.compile(
+    r"(?:https?|ftp|all|no)_proxy|APT_CONFIG|SSL_CERT_(?:FILE|DIR)", re.IGNORECASE
+)
+
+
+def environment(*, downloads: bool = False) -> dict[str, str]:
+    """Return the environment for programs of the host: what they need of this process's own.
+
+    Args:
+        downloads: Whether the program fetches something, and needs to know the proxies.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _PASSED_ON.fullmatch(name) or (downloads and _FOR_DOWNLOADS.fullmatch(name))
+    }
 
 
 def find_tool(name: str) -> Path:
@@ -84,7 +113,11 @@ def run_tool(
     command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
     limits = [str(find_tool("prlimit")), *_LIMITS, "--"] if bounded else []
     finished = subprocess.run(
-        [*limits, *command], capture_output=True, check=False, input=input_bytes
+        [*limits, *command],
+        capture_output=True,
+        check=False,
+        env=environment(),
+        input=input_bytes,
     )
     if finished.returncode not in accepted:
         output = (finished.stderr + finished.stdout).decode(errors="replace")
@@ -114,7 +147,7 @@ def run_tool_streaming(
         step: What it is run for, as it should read in an error.
         argv: The program, as `find_tool` finds it, and its arguments.
         on_line: Called with each line of its output and of its errors, as they come.
-        env: Environment variables beside those of this process.
+        env: Environment variables beside those that every program gets, see `environment`.
         pass_fds: File descriptors that it inherits.
         ends_with_stdin: The program ends itself, and everything it has started, once its standard
             input ends. It is then left to do so; any other program is killed.
@@ -130,7 +163,7 @@ def run_tool_streaming(
     process = subprocess.Popen(
         [*guard, *command],
         cwd="/",
-        env={**os.environ, "PATH": _search_path(), **(env or {})},
+        env={**environment(), "PATH": _search_path(), **(env or {})},
         encoding="utf-8",
         errors="replace",
         pass_fds=pass_fds,

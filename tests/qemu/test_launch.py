@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -26,11 +27,12 @@ from pycloudlib.errors import (
     PycloudlibTimeoutError,
 )
 from pycloudlib.key import generate_ed25519
-from pycloudlib.qemu import ports
+from pycloudlib.qemu import features, guardian, ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.rundir import short_path
 from pycloudlib.qemu.start import LaunchError
+from pycloudlib.rawtext import from_bytes
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.saved import mode, run, runs, save
 
@@ -227,6 +229,48 @@ def test_key_of_the_user_s_own_is_not_copied_once_another_was_made(
     assert cloud.clean() == []
     assert not Path(str(made)).exists()
     assert cloud.key_pair.private_key_path == str(tmp_path / "own"), "it is still in use"
+
+
+def test_host_s_programs_get_what_they_need_of_the_environment_alone(
+    cloud: Qemu, tiny_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what a CI service gives its jobs: anybody who gets hold of QEMU had that, too."""
+    secrets = ("CI_JOB_TOKEN", "AWS_SECRET_ACCESS_KEY", "https_proxy", "ODD")
+    for name in secrets:
+        monkeypatch.setenv(name, "a secret")
+    monkeypatch.setenv("QEMU_MODULE_DIR", str(tmp_path))
+    monkeypatch.setenv("LC_TIME", "C.UTF-8")
+    monkeypatch.setattr(guardian, "_guardian", None)
+    features.find_features.cache_clear()
+    # Each says what it has got, and is what it is called after.
+    said = tmp_path / "said"
+    said.mkdir()
+    for name in ("qemu-img", "qemu-system-x86_64"):
+        program = tmp_path / name
+        real = shutil.which(name)
+        program.write_text(f'#!/bin/sh\nenv >{said}/{name}.$$\nexec {real} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cloud.qemu_binary = str(tmp_path / "qemu-system-x86_64")
+
+    machine = run(cloud, tiny_image)
+    image = cloud.snapshot(machine, memory=True)
+    cloud.export_image(image, tmp_path / "exported.img", compress=False)
+
+    watcher = guardian._guardian
+    assert watcher is not None
+    environ = Path(f"/proc/{watcher.pid}/environ").read_bytes()
+    os.kill(watcher.pid, signal.SIGKILL)
+    os.waitpid(watcher.pid, 0)
+    os.close(watcher.lifeline)
+    got = [file.read_text() for file in said.iterdir()]
+    got.append(from_bytes(environ))
+    assert len(got) >= 6, "two looks at QEMU, two QEMUs, the disk's overlay, its export"
+    for text in got:
+        assert "a secret" not in text
+        assert not [name for name in secrets if f"{name}=" in text]
+        for name in ("QEMU_MODULE_DIR", "LC_TIME", "PATH", "HOME"):
+            assert f"{name}=" in text
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])

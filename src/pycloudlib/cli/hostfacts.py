@@ -28,7 +28,7 @@ from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
 from pycloudlib.qemu.settings import DIRECTORIES, QemuSettings
 from pycloudlib.rawtext import from_bytes
-from pycloudlib.tools import PACKAGES, find_tool
+from pycloudlib.tools import PACKAGES, environment, find_tool
 from pycloudlib.userdirs import find_obstacle
 
 # Stands for directories where there is no home for them, and has nothing in it.
@@ -195,7 +195,11 @@ def _find(program: str) -> str:
 def _ask_version(qemu: str) -> tuple[int, ...]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
-            [qemu, "--version"], capture_output=True, check=True, timeout=_VERSION_LIMIT
+            [qemu, "--version"],
+            capture_output=True,
+            check=True,
+            timeout=_VERSION_LIMIT,
+            env=environment(),
         )
         return parse_version(from_bytes(done.stdout))
     return ()

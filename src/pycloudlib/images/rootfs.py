@@ -27,7 +27,7 @@ from pycloudlib.images.recipe import (
     list_packages,
     list_unwanted_files,
 )
-from pycloudlib.tools import find_tool
+from pycloudlib.tools import environment, find_tool
 
 KEYRING = Path(__file__).parent / "keys" / "debian-archive.gpg"
 """The keys that sign bookworm and trixie, as Debian's package debian-archive-keyring has them.
@@ -107,7 +107,7 @@ def install_packages(
         step,
         build_mmdebstrap_command(recipe, rootfs, keyring, inside_user_namespace=not is_root()),
         on_line=on_line,
-        env={"TMPDIR": str(rootfs.parent)},
+        env={**environment(downloads=True), "TMPDIR": str(rootfs.parent)},
         pass_fds=(handover.descriptor,),
     )
 

@@ -25,6 +25,7 @@ from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.files import create_directories, replace_atomically, write_private
 from pycloudlib.rawtext import read_kernel_file
+from pycloudlib.tools import environment
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env=environment(),
         )
         try:
             # Over the soft limit the kernel ends it with SIGXCPU; no core file is worth keeping.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.command import SANDBOX, Features
+from pycloudlib.tools import environment
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,12 @@ def _talk(binary: Path, *options: str) -> bytes | None:
     # fmt: on
     try:
         answer = subprocess.run(
-            argv, input=_TALK, capture_output=True, timeout=_LIMIT_SECONDS, check=False
+            argv,
+            input=_TALK,
+            capture_output=True,
+            timeout=_LIMIT_SECONDS,
+            check=False,
+            env=environment(),
         )
     except subprocess.TimeoutExpired:
         raise CloudSetupError(

@@ -17,6 +17,7 @@ import threading
 from dataclasses import dataclass
 from importlib import resources
 
+from pycloudlib import tools
 from pycloudlib.descriptors import make_pipe, moved
 from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.ownership import Orphans, at_normal_end
@@ -63,15 +64,14 @@ _guardian: Guardian | None = None
 
 
 def environment(orphans: Orphans) -> dict[str, str]:
-    """Give the environment of a process that belongs to this program.
+    """Return the environment of a QEMU that belongs to this program.
 
     Args:
         orphans: What becomes of it when the program ends.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != _MARK}
     if orphans is Orphans.KEEP:
-        return inherited
-    return {**inherited, _MARK: f"{_find_guardian().token} {orphans.value}"}
+        return tools.environment()
+    return {**tools.environment(), _MARK: f"{_find_guardian().token} {orphans.value}"}
 
 
 def _find_guardian() -> Guardian:
@@ -100,7 +100,7 @@ def _start(token: str) -> Guardian:
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-IS", "-c", program, str(os.getpid()), token],
-            {},
+            tools.environment(),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, theirs, 0),
                 (os.POSIX_SPAWN_DUP2, me, 3),

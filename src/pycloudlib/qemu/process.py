@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib import tools
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.identity import ProcessIdentity, World, find_proc_directory
@@ -89,7 +90,7 @@ class QemuProcess:
             argv: The command line.
             pass_fds: Descriptors that it inherits.
             log: Where its output goes, at the end of what is there.
-            environment: Its environment; by default this process's own.
+            environment: Its environment; by default what every program gets.
 
         Raises:
             CloudError: The binary cannot be executed.
@@ -104,7 +105,7 @@ class QemuProcess:
                 stderr=descriptor,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                env=environment,
+                env=tools.environment() if environment is None else environment,
             )
         except OSError as error:
             raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error
