@@ -95,6 +95,8 @@ def test_machine_lives_in_a_directory_whose_name_is_no_text(raw_cloud: Qemu, ima
     assert runs(vm)
     kept = keep_artifacts(raw_cloud.working_dir / "kept", vm.machine, ValueError(vm.id))
     assert os.fsencode(vm.id) in (kept / "error.txt").read_bytes()
+    odd = keep_artifacts(raw_cloud.working_dir / "kept", vm.machine, ValueError("\ud800"))
+    assert b"ud800" in (odd / "error.txt").read_bytes()
     assert runs(vm), "QEMU was said what it cannot read"
 
 

@@ -18,7 +18,7 @@ from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.qmp import QmpError
 from pycloudlib.qemu.rundir import short_path
 from pycloudlib.qemu.running import MachineEndedError
-from pycloudlib.rawtext import shown
+from pycloudlib.rawtext import shown, to_bytes
 
 _SCREEN_LIMIT = 10.0
 
@@ -54,7 +54,7 @@ def keep_artifacts(
             for event in machine.events
         ]
         texts = {
-            "error.txt": shown(f"{type(error).__name__}: {error}\n"),
+            "error.txt": _writable(f"{type(error).__name__}: {error}\n"),
             "machine.json": machine.spec.to_json() + "\n",
             "events.json": json.dumps(events, indent=1, default=str) + "\n",
             **more,
@@ -66,6 +66,15 @@ def keep_artifacts(
                 copy_private(log, place / log.name)
         _take_picture(machine, place / "screen.png")
     return target
+
+
+def _writable(text: str) -> str:
+    """Return a text that has bytes: bytes that are no text stay as they are, all else is shown."""
+    try:
+        to_bytes(text)
+    except UnicodeEncodeError:
+        return shown(text)
+    return text
 
 
 def _make_directory(directory: Path, stem: str) -> Path:
