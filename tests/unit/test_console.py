@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pycloudlib.cli import looking
 from pycloudlib.diagnosis import Cause
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.guest.console import Console, start_of_last
@@ -280,3 +281,25 @@ def test_last_lines_of_a_gibibyte_take_no_memory(log: Path) -> None:
         assert start_of_last(file, 2) == (1 << 30) + 1
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
+
+
+class Followed:
+    """A machine that runs; its log is followed."""
+
+    pid = 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_log_that_is_followed_is_read_anew_when_it_is_truncated(log: Path, replaced: bool) -> None:
+    log.write_bytes(b"one\ntwo\f\vtwo\nthree\n")
+    followed = looking._read(log, 2, Followed())  # type: ignore[arg-type]
+    assert next(followed) == b"two\f\vtwo\nthree\n"
+    if replaced:
+        new = log.with_name("new")
+        new.write_bytes(b"another log, which is as long")
+        new.replace(log)
+    else:
+        log.write_bytes(b"another")
+    assert next(followed) == log.read_bytes()
+    append(log, b" line\n")
+    assert next(followed) == b" line\n"

@@ -34,7 +34,6 @@ class Machine:
         self.problem: Exception | None = None
         self.listener = listener
         self.check = DeadEndCheck(
-            self.execute,
             self.console,
             listener.getsockname()[1],
             answer_limit=0.2,
@@ -59,7 +58,7 @@ class Machine:
         return found
 
     def judge(self) -> Verdict:
-        return self.check.judge(self.found())
+        return self.check.judge(self.found(), self.execute)
 
     def answers(self, content: bytes | None) -> None:
         """Let each connection be answered; by None it is reset."""

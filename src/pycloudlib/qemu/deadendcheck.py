@@ -37,8 +37,7 @@ class DeadEndCheck:
     end no wait for a machine that does anything. Safe to use from several threads.
 
     Args:
-        execute: Executes a QMP command of the machine.
-        console: Its console.
+        console: The machine's console.
         port: The local port of its SSH server.
         answer_limit: Seconds that its SSH server may take to show that the machine lives.
         clock: Tells the time in seconds, from some moment on.
@@ -46,14 +45,12 @@ class DeadEndCheck:
 
     def __init__(
         self,
-        execute: Callable[..., Any],
         console: Console,
         port: int,
         *,
         answer_limit: float = _SSH_LIMIT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._execute = execute
         self._console = console
         self._port = port
         self._answer_limit = answer_limit
@@ -64,8 +61,12 @@ class DeadEndCheck:
         self._activity: object = None
         self._verdict = Verdict.UNDECIDED
 
-    def judge(self, found: DeadEnd) -> Verdict:
+    def judge(self, found: DeadEnd, execute: Callable[..., Any]) -> Verdict:
         """Decide on a dead end; it takes some seconds from the first time on.
+
+        Args:
+            found: What the console says.
+            execute: Executes a QMP command of the machine.
 
         Raises:
             MachineEndedError: The machine is off.
@@ -73,11 +74,11 @@ class DeadEndCheck:
         if not self._lock.acquire(blocking=False):
             return Verdict.UNDECIDED  # another thread is at it
         try:
-            return self._judge(found)
+            return self._judge(found, execute)
         finally:
             self._lock.release()
 
-    def _judge(self, found: DeadEnd) -> Verdict:
+    def _judge(self, found: DeadEnd, execute: Callable[..., Any]) -> Verdict:
         if found.offset != self._offset:
             self._offset, self._verdict, self._activity = found.offset, Verdict.UNDECIDED, None
             if self._answers(found):
@@ -87,9 +88,9 @@ class DeadEndCheck:
         printed = self._console.look().position
         if self._verdict is Verdict.CONFIRMED and self._activity == printed:
             return self._verdict
-        activity = (printed, self._count_disk_operations())
+        activity = (printed, _count_disk_operations(execute))
         # One that is paused cannot do anything, whatever is the matter with it.
-        if not self._runs():
+        if not _runs(execute):
             self._activity = None
             return Verdict.UNDECIDED
         if activity != self._activity:
@@ -103,25 +104,6 @@ class DeadEndCheck:
             self._verdict, self._activity = Verdict.CONFIRMED, printed
         return self._verdict
 
-    def _runs(self) -> bool:
-        try:
-            return bool(self._execute("query-status", timeout=_QMP_LIMIT)["running"])
-        except PycloudlibTimeoutError:
-            raise  # the machine is off
-        except CloudError:
-            return True  # nobody can tell just now
-
-    def _count_disk_operations(self) -> tuple[int, ...]:
-        try:
-            stats = [
-                drive["stats"] for drive in self._execute("query-blockstats", timeout=_QMP_LIMIT)
-            ]
-        except PycloudlibTimeoutError:
-            raise  # the machine is off
-        except CloudError:
-            return ()  # nobody can tell just now
-        return tuple(each["rd_operations"] + each["wr_operations"] for each in stats)
-
     def _answers(self, found: DeadEnd) -> bool:
         """Whether the guest answers to a connection."""
         try:
@@ -132,3 +114,22 @@ class DeadEndCheck:
             # Its kernel has refused the connection, which one that has ended does not.
             return found.is_kernels
         return True
+
+
+def _runs(execute: Callable[..., Any]) -> bool:
+    try:
+        return bool(execute("query-status", timeout=_QMP_LIMIT)["running"])
+    except PycloudlibTimeoutError:
+        raise  # the machine is off
+    except CloudError:
+        return True  # nobody can tell just now
+
+
+def _count_disk_operations(execute: Callable[..., Any]) -> tuple[int, ...]:
+    try:
+        stats = [drive["stats"] for drive in execute("query-blockstats", timeout=_QMP_LIMIT)]
+    except PycloudlibTimeoutError:
+        raise  # the machine is off
+    except CloudError:
+        return ()  # nobody can tell just now
+    return tuple(each["rd_operations"] + each["wr_operations"] for each in stats)

@@ -139,7 +139,7 @@ class Machine:
         self._starting = False
         self._powered_on = time.monotonic()
         self.console = Console(rundir.console_log, rundir.read_console_start)
-        self._dead_ends = DeadEndCheck(self.execute, self.console, spec.ssh_port)
+        self._dead_ends = DeadEndCheck(self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
         self.pause_patience = _PAUSE_PATIENCE
 
@@ -374,7 +374,7 @@ class Machine:
         panic = self._find_panic()
         deadline = Deadline.after(_DOUBT_LIMIT if decided else 0)
         while panic is not None:
-            verdict = self._dead_ends.judge(panic)
+            verdict = self._dead_ends.judge(panic, self.execute)
             if verdict is Verdict.CONFIRMED:
                 raise KernelPanicError(self.spec.name, panic.cause, panic.line)
             if verdict is Verdict.REFUTED or deadline.expired:
@@ -392,7 +392,7 @@ class Machine:
             BootFailedError: It does not, by the console and by what else can be seen.
         """
         found = self.console.look().find_dead_end(since)
-        if found is not None and self._dead_ends.judge(found) is Verdict.CONFIRMED:
+        if found is not None and self._dead_ends.judge(found, self.execute) is Verdict.CONFIRMED:
             raise BootFailedError(self.spec.name, found.cause, found.line)
 
     def _find_panic(self) -> DeadEnd | None:
