@@ -477,11 +477,11 @@ def test_a_helper_whose_socket_others_hold_is_not_waited_for(
     rundir.helper_mark.write_text("ubuntu")
     look = link._chardev
     # Nothing in this guest can open the port.
-    monkeypatch.setattr(link, "_chardev", lambda: {**look(), "frontend-open": True})
+    monkeypatch.setattr(link, "_chardev", lambda limit: {**look(limit), "frontend-open": True})
     monkeypatch.setattr(helperlink, "_FIX_LIMIT", 0.3)
     with holding(rundir.helper_socket):
         seen = Deadline.after(60)
-        while sockets.is_free(look()):
+        while sockets.is_free(look(30)):
             assert not seen.expired
         assert link.execute(["true"], "ubuntu", b"", None) is None
         with pytest.raises(HelperError, match=f"process {os.getpid()} "):

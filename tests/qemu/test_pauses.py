@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 
+import paramiko
 import pytest
 
 from pycloudlib.diagnosis import Cause
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.files import write_private
+from pycloudlib.guest.helper import FixUp
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.running import MachinePausedError
@@ -95,3 +101,23 @@ def test_command_that_runs_is_not_ended_by_a_pause(running: QemuInstance) -> Non
     running.machine.pause_patience = 1e-9
     running.machine.execute("stop")
     running.check_answers()
+
+
+def test_qemu_that_stands_still_holds_up_no_limit(running: QemuInstance) -> None:
+    """Neither of a command nor of a wait, by whichever way the guest is asked."""
+    machine = running.machine
+    write_private(machine.rundir.helper_mark, running.username)
+    write_private(machine.rundir.fix_up, FixUp().to_json())
+    pid = machine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        with pytest.raises((PycloudlibTimeoutError, paramiko.SSHException)):
+            running.execute("true", timeout=0.3)
+        with pytest.raises(PycloudlibTimeoutError):
+            running.wait(ready_timeout=0.3 / 60)
+        assert time.monotonic() - begun < 25, "QEMU is given half a minute for each answer"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    machine.rundir.helper_mark.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from pycloudlib.qemu.helperlink import HelperLink
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.ports import LOOPBACK
 from pycloudlib.rawtext import to_bytes
-from pycloudlib.readiness import command_limit, current_deadline
+from pycloudlib.readiness import command_limit, current_deadline, keeping
 from pycloudlib.result import Result
 
 if TYPE_CHECKING:
@@ -45,9 +45,16 @@ _END_GRACE = 0.5
 _BANNER_LIMIT = 30.0
 _BANNER_PAUSE = 0.05
 _SYNC_LIMIT = 60.0
+_FIX_LIMIT = 60.0
 _SHOWN_COMMAND = 100
 # The first that is leased in QEMU's user-mode network (qemu(1), -netdev user, dhcpstart).
 _GUEST_ADDRESS = "10.0.2.15"
+
+
+def _capped(seconds: float) -> float:
+    """Return the time for a step: at most some seconds, never more than its wait has left."""
+    whole = current_deadline()
+    return seconds if whole is None else max(whole.capped(seconds), 0.1)
 
 
 class _GuestRebootedError(Exception):
@@ -169,7 +176,7 @@ class GuestAccess(DiagnosedInstance):
                     f"{rundir.fix_up} is damaged, so that {self.name} cannot be put right: {error}"
                 ) from error
             try:
-                self._helper.fix(fix_up)
+                self._helper.fix(fix_up, _capped(_FIX_LIMIT))
             except HelperError as error:
                 self._log.info("%s is put right by SSH: %s", self.name, error)
                 self._put_right_by_ssh(fix_up)
@@ -269,15 +276,16 @@ class GuestAccess(DiagnosedInstance):
         """Wait until commands can be executed: by the helper, where one runs, or else over SSH."""
         import paramiko  # noqa: PLC0415 - heavy
 
-        if old_boot_id is None and self._helper.expected:
-            with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
-                self._put_right()
-                if self._by_helper(["true"], b"", _BANNER_LIMIT) is not None:
-                    self._wait_for_banner()
-                    return
-        super()._wait_for_execute(old_boot_id, timeout)
-        self._check_first_boot()
-        self._put_right()
+        with keeping(self._deadline(timeout)):
+            if old_boot_id is None and self._helper.expected:
+                with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
+                    self._put_right()
+                    if self._by_helper(["true"], b"", _capped(_BANNER_LIMIT)) is not None:
+                        self._wait_for_banner()
+                        return
+            super()._wait_for_execute(old_boot_id)
+            self._check_first_boot()
+            self._put_right()
 
     def _by_helper(
         self, command: Sequence[str], stdin: bytes, timeout: float | None
@@ -289,9 +297,7 @@ class GuestAccess(DiagnosedInstance):
         """Wait for an SSH server that was told to begin anew."""
         if not self._ssh_begins_anew:
             return
-        whole = current_deadline()
-        limit = _BANNER_LIMIT if whole is None else whole.capped(_BANNER_LIMIT)
-        deadline = Deadline.after(limit)
+        deadline = Deadline.after(_capped(_BANNER_LIMIT))
         while True:
             try:
                 ssh.open_with_banner(self.ip, int(self.port), max(deadline.remaining, 0.1)).close()

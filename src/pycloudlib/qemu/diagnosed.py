@@ -82,8 +82,10 @@ class DiagnosedInstance(BaseInstance):
     ) -> None:
         """Add a diagnosis to an error, and keep artifacts; what goes wrong here is only logged."""
         try:
-            diagnosis = examination.diagnose(Facts.collect(self.machine), error)
-            if ask:
+            facts = Facts.collect(self.machine)
+            diagnosis = examination.diagnose(facts, error)
+            # A guest whose QEMU does not answer does not answer either.
+            if ask and facts.status == "running":
                 diagnosis = self._ask_guest(diagnosis)
             explain(
                 error,

@@ -23,6 +23,7 @@ from pycloudlib.guest.helper import (
 from pycloudlib.locks import trying_lock
 from pycloudlib.qemu import sockets
 from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.running import ANSWER_LIMIT
 from pycloudlib.rawtext import to_bytes
 from pycloudlib.result import Result
 
@@ -52,9 +53,13 @@ class HelperLink:
         """Whether it is believed to run: it was started, and the guest has not been rebooted."""
         return self._machine.rundir.helper_mark.exists()
 
-    def appears(self) -> bool:
-        """Say whether something in the guest has the helper's port open."""
-        return bool(self._chardev()["frontend-open"])
+    def appears(self, timeout: float = ANSWER_LIMIT) -> bool:
+        """Say whether something in the guest has the helper's port open.
+
+        Args:
+            timeout: Seconds that QEMU may take to tell.
+        """
+        return bool(self._chardev(timeout)["frontend-open"])
 
     def expect(self, user: str) -> bool:
         """Wait for a helper that was just started; say whether it came.
@@ -75,20 +80,25 @@ class HelperLink:
         """Take note that it runs no more."""
         self._machine.rundir.helper_mark.unlink(missing_ok=True)
 
-    def fix(self, fix_up: FixUp) -> None:
+    def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:
         """Put a copy right.
+
+        Args:
+            fix_up: What is put right.
+            limit: Seconds that it may take.
 
         Raises:
             HelperError: It could not be done.
             PycloudlibTimeoutError: The helper did not answer in time.
         """
-        with self._connection(wait=True) as connection:
+        deadline = Deadline.after(min(limit, _FIX_LIMIT))
+        with self._connection(wait=True, deadline=deadline) as connection:
             if connection is None:
                 users = sockets.tell_clients(self._machine.rundir.helper_socket)
                 raise HelperError(
                     f"no helper runs in {self._machine.spec.name}, or others use it{users}"
                 )
-            connection.fix(fix_up, Deadline.after(_FIX_LIMIT))
+            connection.fix(fix_up, deadline)
 
     def execute(
         self, argv: Sequence[str], user: str, stdin: bytes, timeout: float | None
@@ -105,7 +115,7 @@ class HelperLink:
         if len(stdin) > LARGEST_STDIN or not self._serves(user):
             return None
         deadline = None if timeout is None else Deadline.after(timeout)
-        with self._connection(wait=False) as connection:
+        with self._connection(wait=False, deadline=deadline) as connection:
             if connection is None:
                 return None
             try:
@@ -130,15 +140,19 @@ class HelperLink:
         except (FileNotFoundError, IsADirectoryError):
             return False
 
-    def _is_ready(self, limit: Deadline) -> bool:
+    def _is_ready(self, limit: Deadline, deadline: Deadline | None) -> bool:
         """Wait until it is there and free; a machine that has just woken up knows it in a moment.
 
         Its socket may be another program's, behind which QEMU would let us wait unheard.
+
+        Args:
+            limit: Until when it has to be free.
+            deadline: Until when QEMU has to have told.
         """
         appearing = Deadline.after(_WAKING_LIMIT)
         try:
             while True:
-                chardev = self._chardev()
+                chardev = self._chardev(_answer_limit(deadline))
                 if not chardev["frontend-open"]:
                     if appearing.expired:
                         _log.debug("The helper of %s is gone", self._machine.spec.name)
@@ -155,28 +169,34 @@ class HelperLink:
             # Whoever uses SSH next is told how the machine ended.
             return False
 
-    def _still_there(self) -> bool:
+    def _still_there(self, deadline: Deadline | None) -> bool:
         self._machine.check_disk()
         self._machine.check_kernel()
         try:
-            return self.appears()
+            return self.appears(_answer_limit(deadline))
         except CloudError:
-            return False
+            # Whether it is gone is not known where QEMU had no time to tell.
+            return deadline is not None and deadline.expired
 
     @contextlib.contextmanager
-    def _connection(self, *, wait: bool) -> Iterator[HelperConnection | None]:
+    def _connection(
+        self, *, wait: bool, deadline: Deadline | None
+    ) -> Iterator[HelperConnection | None]:
         """Connect; None when it is not there, or somebody else is connected and not waited for."""
         limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
-        turn = Deadline.after(_FIX_LIMIT if wait else 0)
+        if deadline is not None and (wait or deadline.remaining < limit.remaining):
+            limit = deadline
+        turn = limit if wait else Deadline.after(0)
         with trying_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
-            if not (ours and self._is_ready(limit)):
+            if not (ours and self._is_ready(limit, deadline)):
                 yield None
                 return
-            with HelperConnection(self._connect(limit), self._still_there) as connection:
+            sock = self._connect(limit)
+            with HelperConnection(sock, lambda: self._still_there(deadline)) as connection:
                 yield connection
 
-    def _chardev(self) -> Mapping[str, Any]:
-        chardevs = self._machine.execute("query-chardev")
+    def _chardev(self, timeout: float) -> Mapping[str, Any]:
+        chardevs = self._machine.execute("query-chardev", timeout=timeout)
         return next(dev for dev in chardevs if dev["label"] == "helper")
 
     def _connect(self, deadline: Deadline) -> socket.socket:
@@ -184,6 +204,11 @@ class HelperLink:
             return sockets.connect(self._machine.rundir.helper_socket, deadline)
         except OSError as error:
             raise HelperError(f"the helper cannot be reached: {error}") from error
+
+
+def _answer_limit(deadline: Deadline | None) -> float:
+    """Return the seconds that QEMU may take for an answer."""
+    return ANSWER_LIMIT if deadline is None else max(deadline.capped(ANSWER_LIMIT), 0.1)
 
 
 def _text(output: bytearray) -> str:
