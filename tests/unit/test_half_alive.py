@@ -7,15 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import paramiko
 import pytest
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest import ssh
+from pycloudlib.guest import commands, ssh
 from pycloudlib.guest.commands import ended_early
 from pycloudlib.key import KeyPair
+from tests.unit.sshserver import LocalInstance
 from tests.unit.test_base_classes import Instance
 
 # Whatever takes longer hangs; a limit of a test is a fraction of a second.
@@ -224,3 +226,25 @@ def test_wait_of_a_block_ends_with_its_machine() -> None:
 def test_block_that_nothing_ends_is_left_alone() -> None:
     with pytest.raises(OSError, match="its own"), ended_early(lambda: None, pytest.fail):
         raise OSError("its own")
+
+
+def test_command_whose_status_never_comes_is_not_waited_for(tmp_path: Path) -> None:
+    """Its server has ended both outputs, and tells of no end."""
+    looks = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            raise PycloudlibTimeoutError("it is gone")
+
+    machine = LocalInstance(tmp_path)
+    with contextlib.closing(machine), machine._connections.session() as session:
+        channel = session.channel
+        channel.exec_command = lambda command: channel.event.set()  # type: ignore[method-assign]
+        channel.in_buffer.close()
+        channel.in_stderr_buffer.close()
+        with pytest.raises(PycloudlibTimeoutError, match="it is gone"):
+            commands.stream(channel, "true", stdout=len, stderr=len, on_wait=check)
+        deadline = Deadline.after(0.1)
+        with pytest.raises(PycloudlibTimeoutError, match=r"within 0\.1 s"):
+            commands.stream(channel, "true", stdout=len, stderr=len, deadline=deadline)
