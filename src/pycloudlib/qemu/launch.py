@@ -19,7 +19,7 @@ from pycloudlib.guest.hostkeypool import HostKeyPool
 from pycloudlib.images import store
 from pycloudlib.qemu import disk
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.machine import Machine, uninterrupted
 from pycloudlib.qemu.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.ports import PortLease, PortRegistry
 from pycloudlib.qemu.rundir import RunDirectory
@@ -238,15 +238,21 @@ def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orpha
     Raises:
         InstanceExistsError: There is an instance of that name.
     """
+    rundir = RunDirectory(path)
+
+    def create() -> None:
+        create_owned_directory(path, orphans)
+        stack.callback(rundir.remove)
+
     stack.callback(_remove_if_empty, path.parent)
     try:
-        rundir = RunDirectory(create_owned_directory(path, orphans))
+        # There is no moment at which it is made and nobody removes it.
+        uninterrupted(create)
     except OSError as error:
         # One of that name was not there when it was looked for.
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise InstanceExistsError(path.name, path) from error
         raise
-    stack.callback(rundir.remove)
     return rundir
 
 
@@ -357,20 +363,21 @@ def start_machine(
         CloudError: No free ports.
     """
     for tries_left in reversed(range(_PORT_TRIES)):
-        with contextlib.ExitStack() as attempt:
-            lease = host.ports.acquire(rundir.path)
-            attempt.callback(host.ports.release, lease, rundir.path)
-            spec = describe(lease)
-            rundir.write_spec(spec)
-            machine = Machine(rundir, spec, host.binary)
-            attempt.callback(machine.kill)
-            try:
-                switch_on(machine)
-            except PortTakenError:
-                if not tries_left:
-                    raise
-                continue
-            stack.push(attempt.pop_all())
+        # Within the caller's from the beginning: there is no moment at which it is in neither.
+        attempt = stack.enter_context(contextlib.ExitStack())
+        lease = host.ports.acquire(rundir.path)
+        attempt.callback(host.ports.release, lease, rundir.path)
+        spec = describe(lease)
+        rundir.write_spec(spec)
+        machine = Machine(rundir, spec, host.binary)
+        attempt.callback(machine.kill)
+        try:
+            switch_on(machine)
+        except PortTakenError:
+            if not tries_left:
+                raise
+            attempt.close()
+        else:
             return machine
     raise AssertionError("unreachable: the last try returns or raises")
 

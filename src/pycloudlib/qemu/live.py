@@ -77,10 +77,15 @@ class QemuLive(QemuImages):
         copies_made = [attempt.result() for attempt in attempts if attempt not in failed]
         if failed:
             for copy in copies_made:
-                copy.delete()
+                for error in copy.delete():
+                    self._log.warning("%s stays until clean(): %s", copy.name, error)
+            self._delete_soon(str(saved.image))
             failed[0].result()
         # The copies have its memory open; the disk that they are built on goes with the cloud.
-        savedmachine.delete(saved.image)
+        try:
+            savedmachine.delete(saved.image)
+        except OSError as error:
+            self._log.warning("%s stays until clean(): %s", saved.directory, error)
         return copies_made
 
     def find_saved(self, image_id: str) -> SavedMachine:
@@ -131,11 +136,17 @@ class QemuLive(QemuImages):
             ImageInUseError: Instances or snapshots are built on it; names them.
         """
         image = store.locate(image_id, self.image_dir)
+        ours = image_id in self.created_images
         super().delete_image(image_id, **kwargs)
-        savedmachine.delete(image)
-        if layers.is_snapshot(image):
-            # Last, so that whatever is cut off before is found by it.
-            owner_file(image).unlink(missing_ok=True)
+        try:
+            savedmachine.delete(image)
+            if layers.is_snapshot(image):
+                # Last, so that whatever is cut off before is found by it.
+                owner_file(image).unlink(missing_ok=True)
+        except BaseException:
+            if ours:
+                self.created_images.append(image_id)  # `clean` tries again
+            raise
 
     def _save(self, instance: QemuInstance, path: Path | None = None) -> str:
         """Save a running instance; give the image's id."""
@@ -153,8 +164,18 @@ class QemuLive(QemuImages):
         try:
             self.export_image(image, path, compress=False)
         finally:
-            self.delete_image(image)
+            self._delete_soon(image)
         return str(path)
+
+    def _delete_soon(self, image: str) -> None:
+        """Delete an image of ours that has done its work; what fails is left to `clean()`.
+
+        What was made of it is whole, and the caller's.
+        """
+        try:
+            self.delete_image(image)
+        except (OSError, CloudError) as error:
+            self._log.warning("%s stays until clean(): %s", image, error)
 
     def _launch_saved(
         self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.files import create_private_directory, replace_atomically, write_private
+from pycloudlib.locks import directory_lock
 from pycloudlib.qemu.identity import NotedProcess, ProcessIdentity, World
 
 OWNER_SUFFIX = ".owner"
@@ -104,8 +105,14 @@ def owner_file(owned: Path) -> Path:
 
 def claim(owned: Path, orphans: Orphans) -> None:
     """Note that something belongs to this program."""
-    Ownership(ProcessIdentity.own(), orphans).write(owned)
+    with _changing_note(owned):
+        Ownership(ProcessIdentity.own(), orphans).write(owned)
     _register(owned)
+
+
+def _changing_note(owned: Path) -> contextlib.AbstractContextManager[int]:
+    """Keep other programs from changing whose something is, for a moment."""
+    return directory_lock(owner_file(owned).parent)
 
 
 def create_owned_directory(path: Path, orphans: Orphans) -> Path:
@@ -175,7 +182,8 @@ def _leave() -> None:
     me = ProcessIdentity.own()
     while _owned:
         owned = _owned.pop()
-        found = Ownership.find(owned)
-        if found is not None and found.process == me and not found.left:
-            with contextlib.suppress(OSError):  # it is being removed
+        with contextlib.suppress(OSError), _changing_note(owned):  # it may be being removed
+            found = Ownership.find(owned)
+            # Another program may have it by now.
+            if found is not None and found.process == me and not found.left:
                 Ownership(me, found.orphans, left=True).write(owned)

@@ -111,9 +111,15 @@ class QemuProcess:
             raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error
         finally:
             os.close(descriptor)
-        pidfd = moved(os.pidfd_open(child.pid))
-        # A child that has ended already keeps its pid until it is reaped.
-        identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0, World.own())
+        try:
+            # A child that has ended already keeps its pid until it is reaped.
+            identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0, World.own())
+            pidfd = moved(os.pidfd_open(child.pid))
+        except BaseException:
+            # As where there are too many open files: nobody would know of it.
+            child.kill()
+            child.wait()
+            raise
         return cls(identity, child.pid, pidfd, log, log_start, child)
 
     @classmethod

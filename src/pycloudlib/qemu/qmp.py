@@ -70,7 +70,11 @@ class LoopThread:
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="pycloudlib-qmp", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.loop.close()
+            raise
 
     @classmethod
     def get(cls) -> LoopThread:

@@ -159,7 +159,6 @@ class RunningQemu:
         self._session: QmpSession | None = None
         self._events: list[Event] = []
         self._changed = threading.Condition()
-        self._owner_pid = os.getpid()
         # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
         on_end = weakly(self.note_end)
 
@@ -167,6 +166,8 @@ class RunningQemu:
             on_end()
 
         LoopThread.get().watch(process.fileno(), tell)
+        # Last: it is what `__del__` gives up.
+        self._owner_pid = os.getpid()
 
     @classmethod
     def start(
@@ -180,7 +181,14 @@ class RunningQemu:
             CloudError: It does not answer.
         """
         started = start_qemu(binary, spec, rundir, origin)
-        qemu = cls(spec.name, rundir, started.process, State.STARTING)
+        try:
+            qemu = cls(spec.name, rundir, started.process, State.STARTING)
+        except BaseException:
+            # As where no thread can be had to watch it.
+            started.discard()
+            started.process.kill()
+            started.process.end()
+            raise
         try:
             if origin.replaces:
                 rundir.write_successor(started.process.identity)
