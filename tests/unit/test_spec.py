@@ -8,6 +8,8 @@ import pytest
 
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.spec import (
+    LAYERS,
+    SNAPSHOTS,
     InstanceType,
     KernelBoot,
     MachineSpec,
@@ -15,6 +17,7 @@ from pycloudlib.qemu.spec import (
     complete_cmdline,
     make_mac,
     make_name,
+    may_be_machine,
 )
 
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -96,6 +99,21 @@ def test_name_that_is_no_host_name_is_refused(name: str) -> None:
 def test_name_of_a_cloud_s_own_directory_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="directory of theirs"):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    "directory",
+    [LAYERS, SNAPSHOTS, ".keys-0123abcd", ".web.17-4.new", "keys-1", "warm", "24"],
+)
+def test_name_is_refused_or_found(directory: str) -> None:
+    """What a machine may be called is what is taken for one, and the other way round."""
+    try:
+        check_name(directory)
+    except ValueError:
+        refused = True
+    else:
+        refused = False
+    assert may_be_machine(directory) is not refused
 
 
 def test_name_that_is_no_text_is_refused() -> None:

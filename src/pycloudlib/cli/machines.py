@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,7 @@ from pycloudlib.qemu import layers, recovery
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.ownership import Ownership
 from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.spec import MachineSpec
-
-# What stands beside the directories of machines: see layers.py; and the keys of a cloud, hidden.
-_NO_MACHINES = re.compile(r"layers|snapshots|\..*")
+from pycloudlib.qemu.spec import MachineSpec, may_be_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]
 
 def _directories(parent: Path) -> Iterator[Path]:
     for path in parent.iterdir():
-        if path.is_dir() and not _NO_MACHINES.fullmatch(path.name):
+        if path.is_dir() and may_be_machine(path.name):
             yield path
 
 

@@ -26,7 +26,7 @@ from pycloudlib.locks import exclusive_lock
 from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
 from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.spec import MachineSpec
+from pycloudlib.qemu.spec import LAYERS, SNAPSHOTS, MachineSpec
 
 MAXIMUM_DEPTH = 16
 """Layers that a disk is built on before they are merged into one; see `performance.md`."""
@@ -34,8 +34,6 @@ MAXIMUM_DEPTH = 16
 _QCOW2_HEADER = struct.Struct(">4sIQI")
 _LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
 _CLOUD_PREFIX = "pycl-qemu-"
-_SNAPSHOTS = "snapshots"
-_LAYERS = "layers"
 _LOCK = ".lock"
 
 
@@ -52,12 +50,12 @@ class LayerStore:
     @property
     def snapshots(self) -> Path:
         """Where the images made by snapshots are."""
-        return self.parent_dir / _SNAPSHOTS
+        return self.parent_dir / SNAPSHOTS
 
     @property
     def layers(self) -> Path:
         """Where the layers are."""
-        return self.parent_dir / _LAYERS
+        return self.parent_dir / LAYERS
 
     @contextlib.contextmanager
     def freezing(self, overlay: Path, image_name: str, *, in_use: bool = False) -> Iterator[Path]:
@@ -171,7 +169,7 @@ def record_uses(tip: Path) -> None:
     Args:
         tip: The machine's disk, or the snapshot's.
     """
-    uses.record(tip, (file for file in _list_needed(tip) if file.parent.name != _LAYERS))
+    uses.record(tip, (file for file in _list_needed(tip) if file.parent.name != LAYERS))
 
 
 def record_missing_uses(working_dir: Path) -> None:
@@ -293,7 +291,7 @@ def _find_file(file: Path) -> tuple[int, int] | None:
 
 def is_snapshot(image: Path) -> bool:
     """Say whether an image has its place among the snapshots of a cloud."""
-    return image.parent.name == _SNAPSHOTS and image.parent.parent.match(f"{_CLOUD_PREFIX}*")
+    return image.parent.name == SNAPSHOTS and image.parent.parent.match(f"{_CLOUD_PREFIX}*")
 
 
 def chain(tip: Path) -> list[Path]:
@@ -361,7 +359,7 @@ def cloud_directories(working_dir: Path) -> Iterator[Path]:
 def _tips(working_dir: Path) -> Iterator[Path]:
     """List the disks of all clouds' instances, and the images of their snapshots."""
     for parent_dir in cloud_directories(working_dir):
-        yield from parent_dir.glob(f"{_SNAPSHOTS}/*.img")
+        yield from parent_dir.glob(f"{SNAPSHOTS}/*.img")
         for rundir in RunDirectory.list_in(parent_dir):
             if rundir.disk.exists():
                 yield rundir.disk

@@ -15,7 +15,9 @@ from pycloudlib.qemu.accelerator import Accelerator
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
 # What stands beside the directories of instances; see layers.py.
-_RESERVED = ("layers", "snapshots")
+LAYERS = "layers"
+SNAPSHOTS = "snapshots"
+_RESERVED = (LAYERS, SNAPSHOTS)
 # Only an initrd finds a file system by its label; without one the kernel wants a device.
 _ROOT_BY_LABEL = "root=LABEL=cloudimg-rootfs ro"
 _ROOT_BY_DEVICE = "root=/dev/sda1 ro"
@@ -147,9 +149,17 @@ def check_name(name: str) -> str:
             f"name is {name!r}, expected a host name: 1 to 63 characters of a-z, 0-9 and '-', "
             "none of these last at either end"
         )
-    if name in _RESERVED:
+    if not may_be_machine(name):
         raise ValueError(f"name is {name!r}, which clouds call a directory of theirs; take another")
     return name
+
+
+def may_be_machine(directory: str) -> bool:
+    """Whether a directory of this name, in a cloud's, is a machine's: all but those of the cloud.
+
+    What is hidden is a cloud's, too: its keys, and what is not finished.
+    """
+    return directory not in _RESERVED and not directory.startswith(".")
 
 
 def make_mac() -> str:
