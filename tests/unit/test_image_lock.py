@@ -21,7 +21,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import store
+from pycloudlib.images import releases, store
 from pycloudlib.images.catalog import CatalogEntry, image_name
 from pycloudlib.images.lock import ImageLock
 from pycloudlib.images.source import Stream
@@ -528,6 +528,99 @@ def test_record_of_which_nobody_is_known_is_no_release(
     with pytest.raises(ImageNotFoundError):
         offline.released_image("noble")
     assert serial_of(cloud.released_image("noble")) == OLD
+
+
+def make_older(image: str, **changes: str) -> None:
+    """Give an image the record that versions without vouchers wrote."""
+    path = store.record_path(Path(image))
+    fields = ("release", "serial", "sha256", "size", "source", "default_user")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: record[name] for name in fields} | changes))
+
+
+@pytest.mark.parametrize("more", ["", "offline = true", DISABLED, f"offline = true\n{DISABLED}"])
+def test_image_of_an_older_version_is_used_without_any_network(
+    more: str, cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
+) -> None:
+    images = project.parent / "images"
+    image, daily = cloud.released_image("noble"), cloud.daily_image("noble")
+    make_older(image)
+    make_older(daily)
+    server.files.clear()
+    server.requests.clear()
+    later = make_cloud(server, images, more)
+    assert later.released_image("noble") == later.released_image("24.04") == image
+    assert server.requests == []
+    assert later.daily_image("noble") == daily
+
+
+def test_image_of_an_older_version_is_the_pinned_one_though_it_is_offered_no_more(
+    cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
+) -> None:
+    write_lock(project, released)
+    image = cloud.released_image("noble")
+    make_older(image)
+    server.files.clear()
+    for more in ("", "offline = true"):
+        later = make_cloud(server, project.parent / "images", more)
+        assert later.released_image("noble") == later.released_image("24.04") == image
+        with pytest.raises((ImageNotFoundError, ImageBuildError)):
+            later.released_image("lts")
+
+
+def test_image_of_an_older_version_is_used_where_nothing_can_be_written(
+    cloud: Qemu,
+    server: ImageServer,
+    released: CatalogEntry,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, daily = cloud.released_image("noble"), cloud.daily_image("noble")
+    make_older(image)
+    make_older(daily)
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise PermissionError("another user's")
+
+    for module, name in ((releases, "exclusive_lock"), (store, "write_record")):
+        monkeypatch.setattr(module, name, refuse)
+    assert cloud.released_image("noble") == image
+    assert cloud.released_image("noble", refresh=True) == image
+    assert cloud.daily_image("noble") == daily
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://elsewhere.example.com/releases/server/releases/noble/release-{0}/{1}",
+        "{2}/releases/server/releases/noble/release-20240101/{1}",
+        "{2}/../{0}/{1}",
+        "{2}.example.com/{0}/{1}",
+        "{2}@example.com/{0}/{1}",
+        "built 1234",
+    ],
+)
+def test_image_that_a_lock_brought_to_an_older_version_is_no_release(
+    source: str, cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
+) -> None:
+    image = cloud.released_image("noble")
+    file = Path(image).name
+    make_older(image, source=source.format(OLD, file, server.url))
+    offline = make_cloud(server, project.parent / "images", "offline = true")
+    with pytest.raises(ImageNotFoundError):
+        offline.released_image("noble")
+    assert cloud.released_image("noble") == image
+    assert offline.released_image("noble") == image, "it was verified"
+
+
+def test_build_of_the_future_is_no_release_of_an_older_version(
+    cloud: Qemu, server: ImageServer, released: CatalogEntry, project: Path
+) -> None:
+    image = Path(cloud.released_image("noble"))
+    source = released.url.replace(OLD, "20991231")
+    make_older(str(image), serial="20991231", source=source)
+    image.parent.rename(image.parent.with_name("20991231"))
+    assert cloud.released_image("noble") == str(image)
 
 
 def test_keys_of_another_configuration_do_not_vouch_for_this_one(

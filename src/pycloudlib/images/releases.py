@@ -88,7 +88,7 @@ def find_stored(
         if image.stem == image_name(stream, image.parent.parent.name, minimal=minimal)
         and (record := _find_whole(image)) is not None
         and release in (record.release, image.parent.parent.name, *record.names)
-        and source.believes(record.vouchers)
+        and _is_believed(record, source)
     ]
     return max(stored)[1] if stored else None
 
@@ -111,7 +111,7 @@ def find_unverified(
         image
         for image in (image_dir / directory).glob(f"*/{name}")
         if store.is_serial(image.parent.name)
-        and not ((record := _find_whole(image)) and source.believes(record.vouchers))
+        and not ((record := _find_whole(image)) and _is_believed(record, source))
     ]
     unverified.sort(key=lambda image: store.serial_order(image.parent.name), reverse=True)
     return unverified
@@ -243,7 +243,7 @@ def is_complete(entry: CatalogEntry, source: ImageSource, image_dir: Path) -> bo
     record = _find_whole(image)
     if record is None or record.sha256 != entry.sha256:
         return False
-    believed = not source.verified or source.voucher in record.vouchers
+    believed = not source.verified or _is_believed(record, source)
     return believed and store.kernel_path(image).is_file()
 
 
@@ -257,18 +257,37 @@ def was_found_as(pin: CatalogEntry, name: str, source: ImageSource, image_dir: P
         image_dir: Where images are kept.
     """
     record = _find_whole(image_path(pin, image_dir))
+    if record is None:
+        return False
+    # An older version recorded no names; a series has one version for ever.
+    version = UBUNTU_RELEASE_VERSION_MAP.get(record.release, "")
+    names = record.names or (record.release, version)
     return (
-        record is not None
-        and is_complete(pin, source, image_dir)
+        is_complete(pin, source, image_dir)
         and (record.release, record.size) == (pin.release, pin.size)
-        and {pin.release, pin.version, name} <= set(record.names)
+        and {pin.release, pin.version, name} <= set(names)
+    )
+
+
+def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
+    """Whether those vouch for an image who would have to now, if it were downloaded.
+
+    Older versions recorded nobody, and not only what they had found in a signed catalog: they
+    believed locks, too. What they fetched from its place on the mirror is the mirror's all the
+    same.
+    """
+    if record.vouchers or record.names:
+        return source.believes(record.vouchers)
+    return not store.is_of_the_future(record.serial) and source.has_build_at(
+        record.source, record.serial
     )
 
 
 def _update_names(image: Path, entry: CatalogEntry) -> None:
     """Let an image be found by what its release is called by now."""
     record = store.find_record(image)
-    if record is not None and record.names != entry.names:
+    # Without anybody who vouches, names would be those of a lock alone.
+    if record is not None and record.vouchers and record.names != entry.names:
         with contextlib.suppress(OSError):  # it may be another's image, which only they record
             store.write_record(image, dataclasses.replace(record, names=entry.names))
 

@@ -93,6 +93,12 @@ class ImageSource:
         """Whether an image is believed for which these vouch."""
         return self.voucher in vouchers if self.verified else bool(vouchers)
 
+    def has_build_at(self, url: str, serial: str) -> bool:
+        """Whether a URL is a place on the mirror where the build of a serial would be."""
+        base, path = f"{self.mirror.rstrip('/')}/", url.rpartition("/")[0]
+        is_there = url.startswith(base) and ".." not in url and "%" not in url
+        return is_there and path.rpartition("/")[2] in (serial, f"release-{serial}")
+
     def base_url(self, stream: Stream, *, minimal: bool) -> str:
         """Name the directory to which the paths in a catalog are relative."""
         variant = "minimal/" if minimal else ""

@@ -73,8 +73,9 @@ class ImageRecord:
         default_user: The login user that cloud-init creates in it.
         vouchers: Who vouches for a downloaded one (`ImageSource.voucher`): it was found in a
             catalog that they signed, and what stands beside it in a list that they signed. Nobody
-            for one of which that is not known: it is never taken for a release.
-        names: What its release is called, as its catalog had it ("noble", "24.04", "lts").
+            for one of which that is not known.
+        names: What its release is called, as its catalog had it ("noble", "24.04", "lts"). Older
+            versions recorded neither these nor vouchers.
     """
 
     release: str
