@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, becomes, hurry, qemus, runs, save
 
 pytestmark = pytest.mark.qemu
+
+
+@pytest.fixture(autouse=True)
+def ended(working_dir: Path) -> Iterator[None]:
+    """End what a program that was killed has left, also where a test fails."""
+    yield
+    for pid in qemus(working_dir):
+        os.kill(pid, signal.SIGKILL)
 
 
 def is_locked(rundir: RunDirectory) -> bool:
