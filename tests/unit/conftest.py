@@ -21,6 +21,7 @@ from tests.unit.imageserver import (
     new_signing_key,
     running_image_server,
 )
+from tests.unit.sshserver import LocalInstance
 
 # The same examples each time, however slow the machine is: a failure is of the change that is
 # tested. The fixtures of a test serve all of its examples.
@@ -53,6 +54,30 @@ def server(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with running_image_server(key, tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Path:
+    """Give the directory in which the commands of `local` run."""
+    directory = tmp_path / "guest"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """Give a directory beside it, to copy from and to."""
+    directory = tmp_path / "here"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def local(guest: Path) -> Iterator[LocalInstance]:
+    """Give a machine that is this host, behind an SSH server of the tests' own."""
+    instance = LocalInstance(guest)
+    yield instance
+    instance.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import paramiko
@@ -26,23 +25,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def guest(tmp_path: Path) -> Path:
-    directory = tmp_path / "guest"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def web(guest: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalInstance]:
-    instance = LocalInstance(guest)
-
+def web(local: LocalInstance, monkeypatch: pytest.MonkeyPatch) -> LocalInstance:
     def open_it(_session: Session, name: str) -> LocalInstance:
         assert name == "web"
-        return instance
+        return local
 
     monkeypatch.setattr(inside, "open_running", open_it)
-    yield instance
-    instance.close()
+    return local
 
 
 def run(capfd: Capture, *arguments: str, stdin: bytes = b"") -> Outcome:

@@ -15,7 +15,6 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -156,21 +155,14 @@ def read_all(remote: SshTerminal, end: bytes) -> bytes:
     return seen
 
 
-@pytest.fixture
-def instance(tmp_path: Path) -> Iterator[LocalInstance]:
-    instance = LocalInstance(tmp_path)
-    yield instance
-    instance.close()
-
-
-def test_command_on_a_terminal_knows_its_size_and_has_a_status(instance: LocalInstance) -> None:
-    with instance._ssh_connect() as client:
+def test_command_on_a_terminal_knows_its_size_and_has_a_status(local: LocalInstance) -> None:
+    with local._ssh_connect() as client:
         channel = commands.open_session(client)
         remote = SshTerminal(channel, "test -t 0 && stty size; read x; stty size; exit 9", (90, 30))
         assert b"30 90" in read_all(remote, b"30 90")
         remote.resize(100, 40)
         deadline = time.monotonic() + LIMIT
-        while instance.sizes[-1] != (100, 40):
+        while local.sizes[-1] != (100, 40):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         remote.send(b"\r")
@@ -181,8 +173,8 @@ def test_command_on_a_terminal_knows_its_size_and_has_a_status(instance: LocalIn
         assert remote.wait() == 9
 
 
-def test_shell_on_a_terminal_takes_what_is_typed(instance: LocalInstance) -> None:
-    with instance._ssh_connect() as client:
+def test_shell_on_a_terminal_takes_what_is_typed(local: LocalInstance) -> None:
+    with local._ssh_connect() as client:
         remote = SshTerminal(commands.open_session(client), None, (80, 24))
         remote.send(b"echo $((6 * 7))\r")
         assert b"42" in read_all(remote, b"42")

@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -36,24 +35,8 @@ from tests.unit.sshserver import LocalInstance
 
 
 @pytest.fixture
-def guest(tmp_path: Path) -> Path:
-    directory = tmp_path / "guest"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    directory = tmp_path / "here"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def instance(guest: Path) -> Iterator[QemuInstance]:
-    local = LocalInstance(guest)
-    yield cast("QemuInstance", local)
-    local.close()
+def instance(local: LocalInstance) -> QemuInstance:
+    return cast("QemuInstance", local)
 
 
 @pytest.fixture

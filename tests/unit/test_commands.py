@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import paramiko
@@ -18,10 +18,8 @@ from tests.unit.sshserver import LocalInstance
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[paramiko.SSHClient]:
-    instance = LocalInstance(tmp_path)
-    yield instance._ssh_connect()
-    instance.close()
+def client(local: LocalInstance) -> paramiko.SSHClient:
+    return local._ssh_connect()
 
 
 class Outputs:
@@ -86,11 +84,9 @@ def test_large_input_and_output_flow_at_once(client: paramiko.SSHClient, outputs
     assert outputs.out.getvalue() == data
 
 
-def test_output_comes_before_the_command_has_ended(
-    client: paramiko.SSHClient, tmp_path: Path
-) -> None:
+def test_output_comes_before_the_command_has_ended(client: paramiko.SSHClient, guest: Path) -> None:
     begun = threading.Event()
-    go = tmp_path / "go"
+    go = guest / "go"
 
     def take(chunk: bytes) -> None:
         begun.set()

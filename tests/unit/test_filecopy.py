@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,6 @@ from pycloudlib.progress import Progress
 from tests.unit.sshserver import FileServer, LocalInstance
 
 LARGE = os.urandom(300_000)
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Path:
-    directory = tmp_path / "guest"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    directory = tmp_path / "here"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def local(guest: Path) -> Iterator[LocalInstance]:
-    instance = LocalInstance(guest)
-    yield instance
-    instance.close()
 
 
 def names(directory: Path) -> list[str]:
