@@ -20,6 +20,7 @@ from pycloudlib.errors import (
     ImageNotFoundError,
     ImageVerificationError,
 )
+from pycloudlib.files import owner_opener
 from pycloudlib.images import download, store, uses
 from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import fetch_image, find_stored, image_path
@@ -393,6 +394,27 @@ def test_whole_file_that_was_not_renamed_is_not_transferred_again(
     leave_partial(entry, image_dir, server.files[path])
     assert fetch_image(entry, server.source, image_dir).is_file()
     assert path not in server.requests
+
+
+def test_partial_file_of_another_member_of_the_group_is_no_obstacle(
+    server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.cut_short.add(server.path_of(entry.url))
+    monkeypatch.setattr(download, "_PAUSES", ())
+    with pytest.raises(ImageBuildError):
+        fetch_image(entry, server.source, image_dir)
+    theirs = {path.stat().st_ino for path in image_dir.glob("*/*/.*.part")}
+    assert len(theirs) == 3
+
+    def open_own(path: str, flags: int) -> int:
+        if Path(path).exists() and Path(path).stat().st_ino in theirs:
+            raise PermissionError(path)
+        return owner_opener(path, flags)
+
+    monkeypatch.setattr(download, "owner_opener", open_own)
+    server.cut_short.clear()
+    image = fetch_image(entry, server.source, image_dir)
+    assert image.read_bytes() == server.files[server.path_of(entry.url)]
 
 
 @pytest.mark.parametrize("length", [1, 3])

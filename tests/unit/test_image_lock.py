@@ -702,6 +702,43 @@ def test_image_of_another_user_is_not_used(
     assert offline.released_image("noble") == str(image)
 
 
+GROUP = 4712
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_a_member_of_the_group_downloaded_is_used_where_that_is_shared(
+    server: ImageServer, released: CatalogEntry, project: Path, cloud: Qemu
+) -> None:
+    images = project.parent / "images"
+    os.chown(images, 4711, GROUP)
+    images.chmod(0o2775)
+    image = Path(cloud.released_image("noble"))
+    below = [image.parent.parent, image.parent, *image.parent.iterdir()]
+    for path in below:
+        assert path.stat().st_gid == GROUP
+        os.chown(path, 4713, GROUP)
+    for directory in below[:2]:
+        assert directory.stat().st_mode & 0o7777 == 0o2775, "others of the group add builds"
+        directory.chmod(0o2775)
+    offline = make_cloud(server, images, "offline = true")
+    assert offline.released_image("noble") == str(image)
+    # What somebody else could have made is not of the group, or in a directory of all.
+    for refused in (
+        lambda: os.chown(image, 4713, 4713),
+        lambda: images.chmod(0o2755),
+        lambda: images.chmod(0o775),
+        lambda: images.chmod(0o3777),
+        lambda: image.parent.parent.chmod(0o2777),
+    ):
+        refused()
+        with pytest.raises(ImageNotFoundError):
+            offline.released_image("noble")
+        os.chown(image, 4713, GROUP)
+        for directory in (images, image.parent.parent):
+            directory.chmod(0o2775)
+        assert offline.released_image("noble") == str(image)
+
+
 def test_nobody_else_may_write_what_was_downloaded_whatever_the_umask(
     server: ImageServer, released: CatalogEntry, project: Path, cloud: Qemu
 ) -> None:

@@ -249,7 +249,7 @@ def download_file(
         ImageBuildError: It could not be downloaded whole, or not be written.
         ImageVerificationError: What came is not what was expected.
     """
-    with open(partial, "ab+", opener=owner_opener) as file:
+    with _open_partial(partial) as file:
         transfer = _Transfer(file, url, expected, on_progress)
         try:
             _try_again(lambda: transfer.go_on(client), lambda: on_progress(_WAITING))
@@ -264,6 +264,15 @@ def download_file(
             download_file(client, url, partial, expected, on_progress=on_progress)
             return
         os.fsync(file.fileno())
+
+
+def _open_partial(partial: Path) -> IO[bytes]:
+    try:
+        return open(partial, "ab+", opener=owner_opener)
+    except PermissionError:
+        # Another member's of the group that shares the directory.
+        partial.unlink()
+        return open(partial, "ab+", opener=owner_opener)
 
 
 class _Transfer:

@@ -176,7 +176,11 @@ def _fetch(
     vouched: bool,
 ) -> None:
     vouchers = (source.voucher,) if vouched else ()
-    with _new_directory(image.parent), open_client(source.login) as client:
+    with _new_directory(image.parent) as made, open_client(source.login) as client:
+        for directory in reversed(made):
+            if store.is_shared_with_group(directory.parent):
+                # Its members add builds, whatever the umask of the first one is.
+                directory.chmod(0o2775)
         _check_protected(image)
         _check_place(image, entry)
         files = [
@@ -213,7 +217,8 @@ def _check_protected(image: Path) -> None:
     if unprotected is not None:
         raise ImageBuildError(
             f"{unprotected} belongs to another user or can be written by all, who could change "
-            "the image after it was verified; remove it, or take the permission away (chmod o-w)"
+            "the image after it was verified; remove it, or take the permission away (chmod o-w), "
+            "or share image_dir with a group (chmod g+ws)"
         )
 
 
@@ -408,13 +413,16 @@ def _set_aside(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(directory: Path) -> Iterator[None]:
-    """Make a directory; on failure, remove again what was made and is empty."""
+def _new_directory(directory: Path) -> Iterator[list[Path]]:
+    """Make a directory; on failure, remove again what was made and is empty.
+
+    The block gets what was made, the innermost first.
+    """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         # Others may use the images of a directory that is shared.
         create_directories(directory, 0o755)
-        yield
+        yield made
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):

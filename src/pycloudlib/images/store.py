@@ -208,16 +208,27 @@ def find_record(image: Path) -> ImageRecord | None:
 def find_unprotected(image: Path) -> Path | None:
     """Find what of an image in its place others could change: a file of it or its directory.
 
-    Those who may are this user, root, and the owner of `image_dir`.
+    Those who may are this user, root, the owner of `image_dir`, and the members of the group that
+    it is shared with.
     """
     beside = (image, kernel_path(image), initrd_path(image), record_path(image))
-    owners = {0, os.geteuid(), image.parents[2].stat().st_uid}
+    image_dir = image.parents[2].stat()
+    owners = {0, os.geteuid(), image_dir.st_uid}
+    # Only a member can have made what is of the group there.
+    is_shared = all(map(is_shared_with_group, image.parents[1:3]))
     for path in (image.parent, *beside):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
-            if found.st_uid not in owners or found.st_mode & stat.S_IWOTH:
+            is_members = is_shared and found.st_gid == image_dir.st_gid
+            if (found.st_uid not in owners and not is_members) or found.st_mode & stat.S_IWOTH:
                 return path
     return None
+
+
+def is_shared_with_group(directory: Path) -> bool:
+    """Whether a directory is shared with a group on purpose: whose all is that is made in it."""
+    mode = directory.stat().st_mode
+    return mode & (stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == stat.S_ISGID | stat.S_IWGRP
 
 
 def resolve(image_id: str, image_dir: Path) -> Path:
