@@ -723,17 +723,18 @@ def test_what_a_member_of_the_group_downloaded_is_used_where_that_is_shared(
     offline = make_cloud(server, images, "offline = true")
     assert offline.released_image("noble") == str(image)
     # What somebody else could have made is not of the group, or in a directory of all.
-    for refused in (
-        lambda: os.chown(image, 4713, 4713),
-        lambda: images.chmod(0o2755),
-        lambda: images.chmod(0o775),
-        lambda: images.chmod(0o3777),
-        lambda: image.parent.parent.chmod(0o2777),
+    for changed, mode, group in (
+        (image, 0o644, 4713),
+        (images, 0o2755, GROUP),
+        (images, 0o775, GROUP),
+        (images, 0o3777, GROUP),
+        (image.parent.parent, 0o2777, GROUP),
     ):
-        refused()
+        os.chown(changed, -1, group)
+        changed.chmod(mode)
         with pytest.raises(ImageNotFoundError):
             offline.released_image("noble")
-        os.chown(image, 4713, GROUP)
+        os.chown(image, -1, GROUP)
         for directory in (images, image.parent.parent):
             directory.chmod(0o2775)
         assert offline.released_image("noble") == str(image)
