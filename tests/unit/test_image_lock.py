@@ -420,6 +420,23 @@ def test_what_nobody_signed_is_no_release_for_those_who_verify(
     assert offline.released_image("noble") == image
 
 
+def test_what_nobody_signed_gives_no_names_to_what_is_signed(
+    cloud: Qemu, server: ImageServer, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jammy = server.add_image(Stream.RELEASED, "jammy", OLD, aliases="lts")
+    image = cloud.released_image("jammy")
+    offline = make_cloud(server, project.parent / "images", "offline = true")
+    disabled = make_cloud(server, project.parent / "images", DISABLED)
+    server.add_image(Stream.RELEASED, "jammy", OLD, aliases="noble")
+    assert disabled.released_image("noble") == image
+    write_lock(project, dataclasses.replace(jammy, aliases=("noble",)))
+    assert disabled.released_image("noble") == image
+    leave(project, monkeypatch)
+    assert offline.released_image("lts") == image
+    with pytest.raises(ImageNotFoundError):
+        offline.released_image("noble")
+
+
 def test_pin_is_told_of(
     cloud: Qemu, released: CatalogEntry, project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -427,6 +444,59 @@ def test_pin_is_told_of(
     with caplog.at_level(logging.INFO):
         cloud.released_image("noble")
     assert f"{project}/pycloudlib.lock pins 'noble' to the build {OLD}" in caplog.text
+
+
+def test_old_build_that_a_lock_chose_is_nobody_elses_newest(
+    cloud: Qemu,
+    server: ImageServer,
+    released: CatalogEntry,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.add_image(Stream.RELEASED, "noble", NEW)
+    write_lock(project, released)
+    pinned = cloud.released_image("noble")
+    assert serial_of(pinned) == OLD
+    leave(project, monkeypatch)
+    offline = make_cloud(server, project.parent / "images", "offline = true")
+    assert offline.released_image("noble") == pinned, "there is nothing else"
+    served = server.files.copy()
+    server.files.clear()
+    assert cloud.released_image("noble") == pinned, "there is nothing else"
+    server.files.update(served)
+    newest = cloud.released_image("noble")
+    assert serial_of(newest) == NEW
+    assert offline.released_image("noble") == newest
+    monkeypatch.chdir(project)
+    server.requests.clear()
+    assert cloud.released_image("noble") == pinned
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("first", ["lock", "user"])
+def test_build_that_others_chose_too_is_found_by_them(
+    first: str,
+    cloud: Qemu,
+    server: ImageServer,
+    released: CatalogEntry,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def use_lock() -> str:
+        monkeypatch.chdir(project)
+        return cloud.released_image("noble")
+
+    def use_none() -> str:
+        leave(project, monkeypatch)
+        return cloud.released_image("noble")
+
+    write_lock(project, released)
+    steps = (use_lock, use_none) if first == "lock" else (use_none, use_lock)
+    assert len({step() for step in steps}) == 1
+    server.add_image(Stream.RELEASED, "noble", NEW)
+    server.requests.clear()
+    assert serial_of(use_none()) == OLD
+    assert server.requests == []
 
 
 # -- other names ----------------------------------------------------------------------------------

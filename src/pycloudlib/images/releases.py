@@ -65,7 +65,13 @@ def image_path(entry: CatalogEntry, image_dir: Path) -> Path:
 
 
 def find_stored(
-    source: ImageSource, image_dir: Path, stream: Stream, release: str, minimal: bool = False
+    source: ImageSource,
+    image_dir: Path,
+    stream: Stream,
+    release: str,
+    minimal: bool = False,
+    *,
+    pinned: bool = False,
 ) -> Path | None:
     """Find the newest image of a release that is on disk, without any network.
 
@@ -77,6 +83,7 @@ def find_stored(
         stream: Released or daily builds.
         release: Series, version, or another name that the catalog had for it ("lts").
         minimal: Whether the minimal variant is wanted.
+        pinned: Whether those count, too, which are here only since a lock has chosen them.
 
     Raises:
         ValueError: `release` cannot be the name of a release.
@@ -89,6 +96,7 @@ def find_stored(
         and (record := _find_whole(image)) is not None
         and release in (record.release, image.parent.parent.name, *record.names)
         and _is_believed(record, source)
+        and (pinned or not record.pinned)
     ]
     return max(stored)[1] if stored else None
 
@@ -123,7 +131,7 @@ def fetch_image(
     image_dir: Path,
     *,
     on_progress: ProgressCallback = ignore_progress,
-    vouched: bool = True,
+    pinned: bool = False,
 ) -> Path:
     """Bring an image to `image_dir`, with its kernel, its initrd and its record.
 
@@ -137,8 +145,8 @@ def fetch_image(
         source: The keys that signed the catalog, and have to have signed the kernel's checksums.
         image_dir: Where images are kept; made if missing.
         on_progress: Told of each piece of each file, in bytes.
-        vouched: Whether the build is from the source's catalog. Otherwise nobody vouches for it,
-            and it is never found as a release.
+        pinned: Whether a lock has chosen the build. Where nothing is verified, it may be in no
+            catalog: then nobody vouches for it, and it is never found as a release.
 
     Returns:
         The path of the image.
@@ -152,8 +160,7 @@ def fetch_image(
     """
     image = image_path(entry, image_dir)
     if is_complete(entry, source, image_dir):
-        if vouched:
-            _update_names(image, entry)
+        _update_record(image, entry, source, pinned=pinned)
         return image
 
     def report_wait(holder: str) -> None:
@@ -163,7 +170,7 @@ def fetch_image(
     lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
     with _new_directory(image_dir), exclusive_lock(lock, report_wait, remove=True):
         if not is_complete(entry, source, image_dir):
-            _fetch(entry, source, image, on_progress, vouched=vouched)
+            _fetch(entry, source, image, on_progress, pinned=pinned)
     return image
 
 
@@ -173,9 +180,9 @@ def _fetch(
     image: Path,
     on_progress: ProgressCallback,
     *,
-    vouched: bool,
+    pinned: bool,
 ) -> None:
-    vouchers = (source.voucher,) if vouched else ()
+    vouchers = (source.voucher,) if source.verified or not pinned else ()
     with _new_directory(image.parent) as made, open_client(source.login) as client:
         for directory in reversed(made):
             if store.is_shared_with_group(directory.parent):
@@ -198,13 +205,14 @@ def _fetch(
             with uses.removing(*(file.target for file in reversed(missing))):
                 if not source.verified:
                     # First: what has no record is taken for an image that the original left.
-                    store.write_record(image, _make_record(entry, vouchers))
+                    store.write_record(image, _make_record(entry, vouchers, pinned=pinned))
                 _put_in_place(missing)
         elif (known := _find_whole(image)) is not None:
             # All of it is what both say that it is.
+            pinned = pinned and (known.pinned or not known.vouchers)
             vouchers = tuple(dict.fromkeys((*known.vouchers, *vouchers)))
         # Last: an image that has its record is complete.
-        store.write_record(image, _make_record(entry, vouchers))
+        store.write_record(image, _make_record(entry, vouchers, pinned=pinned))
 
 
 def _check_protected(image: Path) -> None:
@@ -232,7 +240,7 @@ def _check_place(image: Path, entry: CatalogEntry) -> None:
     known = _find_whole(image)
     if known is None or known.sha256 == entry.sha256:
         return
-    if set(known.vouchers) - {UNVERIFIED}:
+    if _is_signed(known):
         raise ImageVerificationError(
             f"{image} is here with SHA-256 {known.sha256}, for which trusted keys have vouched "
             f"({', '.join(known.vouchers)}), and is not replaced by one from "
@@ -288,13 +296,23 @@ def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
     )
 
 
-def _update_names(image: Path, entry: CatalogEntry) -> None:
-    """Let an image be found by what its release is called by now."""
+def _update_record(image: Path, entry: CatalogEntry, source: ImageSource, *, pinned: bool) -> None:
+    """Let an image be found by what its release is called by now, and by all who have asked."""
     record = store.find_record(image)
-    # Without anybody who vouches, names would be those of a lock alone.
-    if record is not None and record.vouchers and record.names != entry.names:
+    if record is None or not record.vouchers:
+        return
+    # What nobody signed gives no names to what somebody did, and a lock gives none at all.
+    if not source.verified and (pinned or _is_signed(record)):
+        return
+    now = dataclasses.replace(record, names=entry.names, pinned=record.pinned and pinned)
+    if now != record:
         with contextlib.suppress(OSError):  # it may be another's image, which only they record
-            store.write_record(image, dataclasses.replace(record, names=entry.names))
+            store.write_record(image, now)
+
+
+def _is_signed(record: store.ImageRecord) -> bool:
+    """Whether a key vouches for an image."""
+    return bool(set(record.vouchers) - {UNVERIFIED})
 
 
 def _find_whole(image: Path) -> store.ImageRecord | None:
@@ -316,7 +334,9 @@ def _find_whole(image: Path) -> store.ImageRecord | None:
     return record if record.serial == image.parent.name else None
 
 
-def _make_record(entry: CatalogEntry, vouchers: tuple[str, ...]) -> store.ImageRecord:
+def _make_record(
+    entry: CatalogEntry, vouchers: tuple[str, ...], *, pinned: bool
+) -> store.ImageRecord:
     return store.ImageRecord(
         release=entry.release,
         serial=entry.serial,
@@ -325,6 +345,7 @@ def _make_record(entry: CatalogEntry, vouchers: tuple[str, ...]) -> store.ImageR
         source=shown_url(entry.url),
         vouchers=vouchers,
         names=entry.names,
+        pinned=pinned,
     )
 
 

@@ -76,6 +76,8 @@ class ImageRecord:
             for one of which that is not known.
         names: What its release is called, as its catalog had it ("noble", "24.04", "lts"). Older
             versions recorded neither these nor vouchers.
+        pinned: Whether nobody but a lock has chosen this build: whoever has no such lock gets it
+            only where the newest cannot be had.
     """
 
     release: str
@@ -86,6 +88,7 @@ class ImageRecord:
     default_user: str = DEFAULT_USER
     vouchers: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

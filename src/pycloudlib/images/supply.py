@@ -55,6 +55,8 @@ class Supply:
     def stored_or_fetched(self, on_progress: ProgressCallback) -> str:
         """Give the newest that is here, without any network; else the server's newest.
 
+        What is here only since a lock has chosen it, which is not in force now, comes last.
+
         Raises:
             ImageNotFoundError: There is none here, and the server may not be asked.
             ImageBuildError: It could not be downloaded.
@@ -72,9 +74,12 @@ class Supply:
             adopted = self._adopt(image, on_progress)
             if adopted is not None:
                 return adopted
-        if self.offline:
+        if not self.offline:
+            return self.newest_or_stored(on_progress)
+        chosen_by_lock = self._find_stored(pinned=True)
+        if chosen_by_lock is None:
             raise self._offline_error(f"{self.stream.value} image of {self.release!r}")
-        return self.newest(on_progress)
+        return str(chosen_by_lock)
 
     def newest(self, on_progress: ProgressCallback) -> str:
         """Give the server's newest; downloaded unless that very build is here."""
@@ -87,15 +92,15 @@ class Supply:
         try:
             return self.newest(on_progress)
         except ImageBuildError as error:
-            stored = None if self.pin else self._find_stored()
+            stored = None if self.pin else self._find_stored(pinned=True)
             if stored is None:
                 raise
             _log.warning("%s. Using %s, the newest that is here", error, stored)
             return str(stored)
 
-    def _find_stored(self) -> Path | None:
+    def _find_stored(self, *, pinned: bool = False) -> Path | None:
         return releases.find_stored(
-            self.source, self.image_dir, self.stream, self.release, self.minimal
+            self.source, self.image_dir, self.stream, self.release, self.minimal, pinned=pinned
         )
 
     def _pinned(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
@@ -114,7 +119,9 @@ class Supply:
         if self.offline and not releases.is_complete(pin, self.source, self.image_dir):
             raise self._offline_pin_error(pin)
         entry = self._find_signed(pin, pinned)
-        image = releases.fetch_image(entry, self.source, self.image_dir, on_progress=on_progress)
+        image = releases.fetch_image(
+            entry, self.source, self.image_dir, on_progress=on_progress, pinned=True
+        )
         return str(image)
 
     def _believed(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
@@ -130,7 +137,7 @@ class Supply:
             shown_url(pin.url),
         )
         image = releases.fetch_image(
-            pin, self.source, self.image_dir, on_progress=on_progress, vouched=False
+            pin, self.source, self.image_dir, on_progress=on_progress, pinned=True
         )
         return str(image)
 
