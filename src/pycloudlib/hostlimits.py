@@ -100,20 +100,21 @@ class _Groups:
 
     def of(self, controller: str) -> Iterator[Path]:
         """List the directories of the groups that limit this program, from its own upwards."""
-        for mount in self.mounts:
-            for name in (controller, _ALL_CONTROLLERS):
-                if name in mount.controllers and name in self.paths:
-                    yield from self._upwards(mount, self.paths[name])
+        for name in (controller, _ALL_CONTROLLERS):
+            if name in self.paths:
+                path = PurePosixPath(self.paths[name])
+                mounts = [mount for mount in self.mounts if name in mount.controllers]
+                # Others may show groups of others: of a container, on its host.
+                own = [mount for mount in mounts if path.is_relative_to(mount.top)]
+                for mount in own or mounts:
+                    yield from self._upwards(mount, path)
 
-    def _upwards(self, mount: _Mount, path: str) -> Iterator[Path]:
+    def _upwards(self, mount: _Mount, path: PurePosixPath) -> Iterator[Path]:
         top = self.root / mount.place.lstrip("/")
-        try:
-            below = PurePosixPath(path).relative_to(mount.top)
-        except ValueError:
-            # Named as another control group namespace has it; its own top is what is seen.
-            below = PurePosixPath()
-        if ".." in below.parts:
-            below = PurePosixPath()
+        # Named as another control group namespace has it, its own top is what is seen.
+        below = PurePosixPath()
+        if path.is_relative_to(mount.top) and ".." not in path.parts:
+            below = path.relative_to(mount.top)
         for group in (below, *below.parents):
             yield top / group
 

@@ -202,6 +202,22 @@ def test_container_sees_its_own_group_at_the_top(
     assert read(tmp_path, mounts, cgroup, groups) == HostLimits(8, 256 * MIB, 256 * MIB)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_other_mounts_of_other_groups_are_no_limit(tmp_path: Path, version: int) -> None:
+    if version == 2:
+        other = "41 23 0:28 /docker/c0ffee /srv/c0ffee rw - cgroup2 cgroup2 rw\n"
+        mounts, cgroup = other + V2 + other, "0::/user\n"
+        groups = v2("user", memory_max=str(512 * MIB), memory_current="0")
+    else:
+        other = "41 23 0:29 /docker/c0ffee /srv/c0ffee rw - cgroup cgroup rw,memory\n"
+        mounts, cgroup = other + V1 + other, "4:memory:/user\n"
+        groups = {"memory/user/memory.limit_in_bytes": str(512 * MIB)}
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        groups[f"../../../srv/c0ffee/{name}"] = str(64 * MIB)
+    limits = read(tmp_path, mounts, cgroup, groups)
+    assert limits == HostLimits(8, 512 * MIB, 512 * MIB)
+
+
 def test_files_that_cannot_be_read_limit_nothing(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup/memory.max").mkdir(parents=True)
     assert read(tmp_path, V2, "0::/\n", {}) == WHOLE
