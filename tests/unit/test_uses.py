@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -98,7 +99,8 @@ def test_use_that_cannot_be_judged_counts_for_a_month(
     if damage == "unreadable":
         record.write_text("{")
     else:
-        monkeypatch.setattr(uses, "_host", lambda: "another")
+        # A container, perhaps, with the machine-id of its image, as others of that have it.
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
     shutil.rmtree(disk.parent)
     assert len(try_removing(image)) == 1
     month_ago = time.time() - 31 * 86400

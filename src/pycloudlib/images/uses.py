@@ -295,12 +295,14 @@ def _describe_user(found: Path) -> str:
 
 
 def _host() -> str:
-    """Tell apart hosts, and containers, which have paths of their own."""
+    """Tell apart hosts, and containers, which have paths of their own.
+
+    Containers of one image may have one machine-id, hosts of one network the same name.
+    """
+    told = ""
     with contextlib.suppress(OSError, ValueError):
         told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
-        if told:
-            return told
-    return socket.gethostname()
+    return f"{told} {socket.gethostname()}"
 
 
 @contextlib.contextmanager
