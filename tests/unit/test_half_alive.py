@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,48 @@ NO_SERVER: dict[str, Says] = {
 }
 
 
+def _packet(payload: bytes) -> bytes:
+    """A packet in the clear (RFC 4253, 6)."""
+    padding = 12 - (1 + len(payload)) % 8
+    return struct.pack(">IB", 1 + len(payload) + padding, padding) + payload + bytes(padding)
+
+
+def _key_exchange() -> bytes:
+    message = paramiko.Message()
+    message.add_bytes(bytes([20]) + bytes(16))
+    for names in ("curve25519-sha256@libssh.org", "ssh-ed25519", *2 * ("aes128-ctr",)):
+        message.add_string(names)
+    for names in (*2 * ("hmac-sha2-256",), *2 * ("none",), "", ""):
+        message.add_string(names)
+    message.add_bytes(bytes(5))
+    return message.asbytes()
+
+
+def _key_reply(host_key: bytes, shared: bytes) -> bytes:
+    message = paramiko.Message()
+    message.add_byte(bytes([31]))
+    for part in (host_key, shared, b""):
+        message.add_string(part)
+    return message.asbytes()
+
+
+# Its text has to be UTF-8.
+DISCONNECT = bytes([1, 0, 0, 0, 2, 0, 0, 0, 1]) + b"\xff"
+NO_SSH: dict[str, Says] = {
+    "an empty packet": _says(BANNER, struct.pack(">IB", 12, 11) + bytes(11)),
+    "names that are no text": _says(BANNER, _packet(bytes([20]) + bytes(19) + b"\1\xff")),
+    "a goodbye that is no text": _says(BANNER, _packet(_key_exchange()), _packet(DISCONNECT)),
+    "a key exchange that is cut off": _says(
+        BANNER, _packet(_key_exchange()), _packet(_key_reply(b"", b""))
+    ),
+    "a host key that is none": _says(
+        BANNER,
+        _packet(_key_exchange()),
+        _packet(_key_reply(b"\0\0\0\x0bssh-ed25519\0\0\0\1x", b"\x09" + bytes(31))),
+    ),
+}
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Says], int]]:
     """A function that starts a server, and returns its port."""
@@ -146,6 +189,30 @@ def test_other_servers_are_told_at_once(
 ) -> None:
     with pytest.raises(paramiko.SSHException, match="not an SSH server"):
         ssh.connect(_endpoint(serve(says), key), None, banner_timeout=2 * HANGS)
+
+
+@pytest.mark.parametrize("says", NO_SSH.values(), ids=NO_SSH)
+def test_messages_that_are_none_are_errors_of_ssh(
+    serve: Callable[[Says], int], says: Says, key: KeyPair
+) -> None:
+    with pytest.raises(paramiko.SSHException, match="what the server sent is not SSH") as caught:
+        ssh.connect(_endpoint(serve(says), key), None, banner_timeout=2 * HANGS)
+    assert not isinstance(caught.value.__cause__, paramiko.SSHException)
+
+
+def test_messages_that_are_none_are_errors_of_ssh_after_the_login(tmp_path: Path) -> None:
+    machine = LocalInstance(tmp_path)
+    with contextlib.closing(machine):
+        client = machine._ssh_connect()
+        transport = machine.transports[0]
+
+        def answer(*_request: object) -> int:
+            transport._send_message(paramiko.Message(DISCONNECT))  # type: ignore[attr-defined]
+            return paramiko.common.OPEN_SUCCEEDED
+
+        transport.server_object.check_channel_request = answer  # type: ignore[union-attr, method-assign]
+        with pytest.raises(paramiko.SSHException, match="what the server sent is not SSH"):
+            commands.open_session(client)
 
 
 @pytest.mark.parametrize("says", [HALF_ALIVE["one letter"], HALF_ALIVE["a banner without an end"]])

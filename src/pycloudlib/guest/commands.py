@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.ssh import ANSWER_LIMIT
+from pycloudlib.guest.ssh import ANSWER_LIMIT, not_ssh
 from pycloudlib.rawtext import to_bytes
 
 if TYPE_CHECKING:
@@ -119,14 +119,16 @@ def _lost_on_the_way(deadline: Deadline | None) -> Iterator[None]:
         yield
     except paramiko.ChannelException:
         raise  # the server's own word
-    except (OSError, EOFError, paramiko.SSHException) as error:
+    except Exception as error:
         if deadline is not None and deadline.expired:
             raise PycloudlibTimeoutError(
                 f"The command did not begin within {deadline.limit:g} s"
             ) from error
         if isinstance(error, paramiko.SSHException):
             raise
-        raise paramiko.SSHException(f"the connection is gone: {error}") from error
+        # It is the transport's thread that reads what comes, and whatever it fails with.
+        why = error if isinstance(error, (OSError, EOFError)) else not_ssh(error)
+        raise paramiko.SSHException(f"the connection is gone: {why}") from error
 
 
 def run(
@@ -311,13 +313,14 @@ def stream(
         paramiko.SSHException: The connection is gone.
         PycloudlibTimeoutError: The command goes on past its deadline, or did not begin in time.
     """
+    line = None if command is None else to_bytes(command)
     with _lost_on_the_way(deadline), hung_up_on(channel, deadline):
         if get_pty:
             channel.get_pty()
-        if command is None:
+        if line is None:
             channel.invoke_shell()
         else:
-            channel.exec_command(to_bytes(command))
+            channel.exec_command(line)
     pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
     threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
     if _have_ended(pumps, deadline, on_wait) and _has_status(channel, deadline, on_wait):

@@ -234,10 +234,19 @@ def _log_in(
     except (OSError, EOFError, paramiko.SSHException) as error:
         client.close()
         raise paramiko.SSHException(f"{endpoint}: {error or type(error).__name__}") from error
+    except Exception as error:
+        client.close()
+        # Of a message that is none, paramiko raises what its parsing does: ValueError, IndexError.
+        raise paramiko.SSHException(f"{endpoint}: {not_ssh(error)}") from error
     except BaseException:
         client.close()
         raise
     return client
+
+
+def not_ssh(error: Exception) -> str:
+    """Say that a server has sent what is no SSH, by the error that reading it has raised."""
+    return f"what the server sent is not SSH ({type(error).__name__}: {error})"
 
 
 class _LateError(TimeoutError):
@@ -266,7 +275,7 @@ def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except (OSError, EOFError, _paramiko_errors()) as error:
+    except Exception as error:
         if late.is_set():
             # What paramiko made of it is none of the server's words.
             raise _LateError(
@@ -275,12 +284,6 @@ def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
         raise
     finally:
         timer.cancel()
-
-
-def _paramiko_errors() -> type[Exception]:
-    import paramiko  # noqa: PLC0415 - heavy
-
-    return paramiko.SSHException
 
 
 def _read_host_key(name: str, line: str) -> paramiko.PKey | None:
