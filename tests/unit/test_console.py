@@ -209,6 +209,44 @@ def test_boot_that_goes_on_from_an_emergency_shell_has_not_ended(log: Path) -> N
     assert cause_of(console) is Cause.EMERGENCY_SHELL
 
 
+INITRAMFS = b"Gave up waiting for root file system device.\r\nALERT!  Dropping to a shell!\r\n"
+NOISE = b"[   62.113] clocksource: Marking clocksource 'tsc' as unstable\r\n"
+
+
+@pytest.mark.parametrize("noise", [NOISE, NOISE * 400, b"\r\n" + NOISE, NOISE[:4], NOISE[:14]])
+@pytest.mark.parametrize("looks", [False, True])
+def test_kernel_that_speaks_leaves_a_prompt_what_it_is(
+    log: Path, noise: bytes, looks: bool
+) -> None:
+    log.write_bytes(FIRMWARE + KERNEL + INITRAMFS + b"(initramfs) ")
+    console = Console(log)
+    found = console.look().find_dead_end()
+    assert found is not None
+    if looks:
+        # It is seen letter by letter.
+        for byte in noise:
+            append(log, bytes([byte]))
+            console.look()
+    else:
+        append(log, noise)
+    append(log, b"" if noise.endswith(b"\n") else NOISE[4:] if len(noise) == 4 else NOISE[14:])
+    again = console.look().find_dead_end()
+    assert again is not None
+    assert (again.cause, again.offset) == (Cause.EMERGENCY_SHELL, found.offset)
+
+
+@pytest.mark.parametrize("later", [b"exit\r\n" + NOISE, NOISE + b"exit\r\n", NOISE + FINAL])
+def test_prompt_that_was_left_is_waited_at_no_more(log: Path, later: bytes) -> None:
+    log.write_bytes(FIRMWARE + KERNEL + INITRAMFS + b"(initramfs) " + later)
+    assert cause_of(Console(log)) is None
+
+
+def test_emergency_shell_is_told_behind_what_is_for_the_terminal(log: Path) -> None:
+    """As systemd from 256 on begins what a service says."""
+    log.write_bytes(BOOT + b"\x1b[!p\x1b]104\x07\x1b[?7h\x1b[1G\x1b[0J" + EMERGENCY)
+    assert cause_of(Console(log)) is Cause.EMERGENCY_SHELL
+
+
 def test_words_of_programs_are_none_of_a_kernel(log: Path) -> None:
     log.write_bytes(BOOT + b"\r\nwhat ---[ end Kernel panic means\r\n")
     assert cause_of(Console(log)) is None

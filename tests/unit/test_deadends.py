@@ -32,6 +32,7 @@ PANIC = (
         ),
         ("[  130.2] reboot: System halted", Cause.HALTED),
         ("(initramfs) ", Cause.EMERGENCY_SHELL),
+        ("(initramfs) [   62.113] random: crng init done", Cause.EMERGENCY_SHELL),
         (
             'You are in emergency mode. After logging in, type "journalctl -xb"',
             Cause.EMERGENCY_SHELL,
@@ -73,6 +74,7 @@ def test_earlier_boot_does_not_count(begins: str) -> None:
 def test_prompt_counts_only_as_the_last_line() -> None:
     assert find_sign([FIRMWARE, "grub> ", KERNEL], final=True) is None
     assert find_sign([FIRMWARE, "grub> ", "grub> "], final=True) is not None
+    assert find_sign([KERNEL, "(initramfs) ", "[   62.1] usb 1-1: new"], final=True) is not None
 
 
 @pytest.mark.parametrize(

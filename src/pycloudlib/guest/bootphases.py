@@ -6,8 +6,12 @@ import enum
 import re
 from dataclasses import dataclass
 
-# Colours and cursor movements, which systemd and firmware print.
-_CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[()][0-9AB]|c)|[\x00-\x08\x0b-\x1f\x7f]")
+# Colours and cursor movements, which systemd and firmware print, and what is for the terminal alone
+# (ECMA-48, 5.6; systemd from 256 on begins the output of a service so: its palette, who speaks).
+_CONTROL = re.compile(
+    rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[PX\]^_][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9AB]|c)"
+    rb"|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 # The firmware's first line, or that of a kernel that another one started (kexec); not what a
 # service prints of one, as systemd forwards it: cloud-init[700]: [    0.000000] Linux version

@@ -26,7 +26,7 @@ from pycloudlib.guest.bootphases import (
     is_kernels_start,
 )
 from pycloudlib.guest.cloudinit import find_console_warning
-from pycloudlib.guest.deadends import SIGNS, Sign, begins_failure
+from pycloudlib.guest.deadends import SIGNS, Sign, begins_failure, is_by_kernel
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +187,8 @@ class _Run:
         self.boot_start = position
         self.rebooted: float | None = None
         self.last_line = Line(position, "")
+        # The latest that is not the kernel's.
+        self._spoken = Line(position, "")
         # With where they were told last.
         self._warnings: dict[str, int] = {}
         self.phases: tuple[SeenPhase, ...] = ()
@@ -238,10 +240,12 @@ class _Run:
                 continue
             found = self._signs.get(sign)
             if sign.prompt:
-                waits = sign.pattern.search(self.last_line.text) is not None
+                waits = sign.pattern.search(self._spoken.text) is not None
+                # Nobody waits at it any more where the boot has gone further.
+                passed = bool(self.phases) and self.phases[-1].offset > self._spoken.offset
                 # What is on the console after cloud-init's end is of programs that run.
                 done = self.phase is Phase.CLOUD_INIT_DONE
-                found = self.last_line if waits and not done else None
+                found = self._spoken if waits and not (passed or done) else None
             elif sign in self._passed:
                 continue
             if found is not None and found.offset >= max(since, self.boot_start):
@@ -294,6 +298,9 @@ class _Run:
         line = Line(offset, _CUT + text if continued and text else text)
         if text:
             self.last_line = line
+            # Of an unfinished line the kernel's time may be cut off.
+            if not is_by_kernel(text) and (is_whole or not text.startswith("[")):
+                self._spoken = line
         phase = find_phase(raw)
         # Later on, what user-data prints may look like an earlier phase.
         if phase is not None and (self.phase is None or ORDER[phase] > ORDER[self.phase]):

@@ -18,7 +18,8 @@ class Sign:
         cause: What.
         pattern: The line.
         final: Whether nothing more comes after it: who waits for the machine need not any more.
-        prompt: Whether it is one that is waited at: only the last line of all can be that.
+        prompt: Whether it is one that is waited at: only the last line of all can be that, but for
+            what the kernel says of itself meanwhile.
     """
 
     cause: Cause
@@ -49,7 +50,7 @@ SIGNS = (
     # kernel/reboot.c: it is not switched off, and does nothing more.
     _sign(Cause.HALTED, _KERNEL + r"reboot: System halted"),
     # initramfs-tools (scripts/functions, panic()).
-    _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *$", prompt=True),
+    _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *(?:\[ *\d+\.\d+\] .*)?$", prompt=True),
     # systemd (units/emergency.service.in, rescue.service.in), and util-linux's sulogin.
     _sign(Cause.EMERGENCY_SHELL, r"^You are in (emergency|rescue) mode\."),
     _sign(Cause.EMERGENCY_SHELL, r"Cannot open access to console, the root account is locked"),
@@ -60,6 +61,7 @@ SIGNS = (
     _sign(Cause.GUEST_MEMORY, _KERNEL + r"Out of memory: Killed process", final=False),
     _sign(Cause.GUEST_DISK, r"No space left on device", final=False),
 )
+_BY_KERNEL = re.compile(_KERNEL)
 # What a kernel says first of all when it fails (BUG, Oops, an exception; kernel/panic.c, and of x86
 # arch/x86/kernel/dumpstack.c and traps.c). Registers and addresses follow, screens of them.
 _FAILURE = re.compile(
@@ -79,10 +81,11 @@ def find_sign(
         kernels: Whether to look only for what the kernel itself says.
     """
     boot = list(_latest_boot(lines))
+    waiting = [line for line in boot if not is_by_kernel(line)][-1:]
     for sign in SIGNS:
         if (final and not sign.final) or (kernels and not sign.kernels):
             continue
-        for line in boot[-1:] if sign.prompt else boot:
+        for line in waiting if sign.prompt else boot:
             if sign.pattern.search(line):
                 return sign, line
     return None
@@ -105,6 +108,11 @@ def find_kernel_failure(lines: Sequence[str]) -> int | None:
 def begins_failure(line: str) -> bool:
     """Whether a kernel begins to say in a line why it fails."""
     return _FAILURE.search(line) is not None
+
+
+def is_by_kernel(line: str) -> bool:
+    """Whether a line is the kernel's, which may speak while others wait for input."""
+    return _BY_KERNEL.match(line) is not None
 
 
 def _latest_boot(lines: Sequence[str]) -> Iterator[str]:
