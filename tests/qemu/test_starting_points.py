@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.qemu import firstboot, layers, ready, savedmachine
+from pycloudlib.qemu import deadendcheck, firstboot, layers, ready, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.warm import WarmCache
+from tests.conftest import MakeImage
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.reader import begins_there, launch, machines_in, prints, starts
 from tests.qemu.saved import mode, qemus, runs, touch
@@ -173,6 +175,22 @@ def test_guest_that_took_too_long_is_tried_again_later(
     for instance in [launch(cloud, tiny_image) for _ in range(2)]:
         instance.delete()
     assert len(made) == 2
+
+
+def test_guest_whose_boot_fails_is_tried_again_at_once(
+    cloud: Qemu,
+    make_image: MakeImage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It may have been chance, as a kernel's panic may; and nobody waits for it to the limit."""
+    monkeypatch.setattr(deadendcheck, "_SILENCE", 0.2)
+    instance = launch(cloud, make_image(content=b""))
+    assert "boots from its beginning" in caplog.text
+    assert Cause.NO_BOOTABLE_DISK.value in caplog.text
+    assert "did not open the seed" not in caplog.text
+    assert [*cloud.working_dir.glob("warm/**/*unfit*")] == []
+    instance.delete()
 
 
 def test_machine_is_not_rolled_back_to_one(cloud: Qemu, reader_image: Path) -> None:

@@ -304,10 +304,11 @@ WAITS = (
     Wait(
         "a guest to open its seed, where a starting point is made",
         "180 s with KVM, 600 s in emulation",
-        f"{_END}, a boot that is past it",
+        f"{_END}, a dead end of the boot, a boot that is past it",
         ("qemu.firstboot:_wait_for_seed", "qemu.firstboot:_measure_rtc_lag"),
         (
             "qemu/test_starting_points.py::test_guest_that_never_opens_its_seed_is_waited_for_once",
+            "qemu/test_starting_points.py::test_guest_whose_boot_fails_is_tried_again_at_once",
             "qemu/test_fast_boot.py::test_guest_that_dies_before_its_seed_boots_ordinarily",
         ),
         (("qemu.firstboot:_RTC_LIMIT", 5.0),),

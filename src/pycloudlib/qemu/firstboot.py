@@ -139,6 +139,7 @@ def make_starting_point(
 
     Raises:
         UnfitImageError: Its guest does not open the seed.
+        BootFailedError: Its boot goes no further.
         CloudError: It could not be started or saved.
     """
     # Whether each of the others is held back is its own affair.
@@ -164,7 +165,12 @@ def make_starting_point(
 
 
 def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
-    """Wait until the machine has stopped before it reads its seed."""
+    """Wait until the machine has stopped before it reads its seed.
+
+    Raises:
+        UnfitImageError: Its guest has not opened it in time, or is past that.
+        BootFailedError: The boot goes no further. It may in the next one: a kernel can panic once.
+    """
     qemu = machine.qemu()
     with BootWatch(machine.console, 0, machine.powered_on) as watch:
         while True:
@@ -174,6 +180,7 @@ def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
             except MachineEndedError:
                 raise
             except PycloudlibTimeoutError:
+                machine.check_boot(0)
                 late = watch.phase in _TOO_LATE or watch.last_line.endswith("login:")
                 if late or deadline.expired:
                     raise UnfitImageError(
