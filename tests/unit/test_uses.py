@@ -86,6 +86,27 @@ def test_use_counts_where_the_disk_is_not_seen(image: Path, disk: Path, tmp_path
     assert try_removing(image) == []
 
 
+def test_use_counts_in_a_home_that_was_copied_without_its_links(
+    image: Path, disk: Path, tmp_path: Path
+) -> None:
+    uses.record(disk, [image])
+    shutil.copytree(image.parent, tmp_path / "backup")
+    for directory in (tmp_path / "work", tmp_path / "images"):
+        directory.rename(tmp_path / "old")
+        shutil.copytree(tmp_path / "old", directory)
+        shutil.rmtree(tmp_path / "old")
+    assert try_removing(image) == ["vm"]
+    assert try_removing(tmp_path / "backup" / image.name) == [], "a copy of images alone"
+    uses.record(disk, [image])
+    assert try_removing(image) == ["vm"]
+    shutil.rmtree(disk.parent)
+    # Another machine of that name is not the same.
+    disk.parent.mkdir()
+    disk.touch()
+    assert try_removing(image) == []
+    assert list(image.parent.iterdir()) == [image]
+
+
 @pytest.mark.parametrize("damage", ["of another host", "unreadable"])
 def test_use_that_cannot_be_judged_counts_for_a_month(
     image: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, damage: str

@@ -57,6 +57,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 _FIRST_BYTE = 1 << 40
 _TO_THE_END = 0
 _NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 LAUNCHING = "a machine that is being launched"
@@ -209,7 +210,7 @@ def _record(disk: Path, file: Path, directory: Path) -> None:
         try:
             os.link(kept, beside)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            if error.errno not in _NO_LINKS:
                 raise
             beside = beside.with_name(f"{_start(file)}{token}.{_ELSEWHERE}")
             said = _Record(str(disk), str(beside), _host())
@@ -267,7 +268,7 @@ def _counts(found: Path) -> bool:
     except FileNotFoundError:
         return False
     if found.suffix == f".{_LINKED}":
-        return facts.st_nlink > 1
+        return facts.st_nlink > 1 or _was_copied(found)
     try:
         said = _Record.read(found)
         os.lstat(said.disk)
@@ -281,6 +282,19 @@ def _counts(found: Path) -> bool:
     else:
         return True
     return time.time() - facts.st_mtime < _UNKNOWN_AGE
+
+
+def _was_copied(found: Path) -> bool:
+    """Whether a record and the file that it was a link of were copied apart, to where they were.
+
+    As `rsync -a` and `cp -r` do with a home. A copy of the images alone is in nobody's use.
+    """
+    try:
+        said = _Record.read(found)
+        kept = _kept_with(Path(said.disk)) / found.name.split(".")[-2]
+        return found.samefile(said.record) and os.path.lexists(kept)
+    except (OSError, ValueError):
+        return False
 
 
 def _describe_user(found: Path) -> str:
