@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -239,6 +240,49 @@ def test_file_that_is_replaced_meanwhile_is_held_as_it_is_then(image: Path) -> N
         other.replace(image)
     launch.join(30)
     assert not launch.is_alive()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_who_removes_a_file_that_another_removes_waits(
+    image: Path, by_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+    monkeypatch.setattr("pycloudlib.images.uses.time.sleep", lambda _seconds: waits.set())
+    met: list[list[str]] = []
+    second = threading.Thread(target=lambda: met.append(try_removing(image, by_name=by_name)))
+    with uses.removing(image, by_name=by_name):
+        second.start()
+        assert waits.wait(30)
+        image.unlink()
+    second.join(30)
+    assert met == [[]]
+
+
+def test_file_that_is_replaced_by_another_is_removed_only_if_it_is_not_used_then(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = image.with_name("b.img")
+    other.touch()
+    waits = threading.Event()
+    monkeypatch.setattr("pycloudlib.images.uses.time.sleep", lambda _seconds: waits.set())
+    met: list[list[str]] = []
+    second = threading.Thread(target=lambda: met.append(try_removing(image)))
+    with contextlib.ExitStack() as stack:
+        with uses.removing(image):
+            second.start()
+            assert waits.wait(30)
+            stack.enter_context(uses.holding(other))
+            other.replace(image)
+        second.join(30)
+    assert met == [[uses.LAUNCHING]]
+
+
+def test_removal_that_does_not_end_is_not_waited_for_without_end(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses, "_REMOVAL_LIMIT", 0)
+    with uses.removing(image):
+        assert try_removing(image) == [uses.REMOVING]
 
 
 def test_missing_files_are_in_nobodys_use(tmp_path: Path) -> None:

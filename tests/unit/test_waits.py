@@ -408,6 +408,17 @@ WAITS = (
         ),
     ),
     Wait(
+        "another who deletes or replaces an image",
+        "10 s; it is told of then",
+        "its end, a kill too",
+        ("images.uses:_exclude",),
+        (
+            "unit/test_uses.py::test_who_removes_a_file_that_another_removes_waits",
+            "unit/test_uses.py::test_removal_that_does_not_end_is_not_waited_for_without_end",
+        ),
+        (("images.uses:_REMOVAL_LIMIT", 10.0),),
+    ),
+    Wait(
         "the plugin's budget of machines",
         "3600 s",
         "a machine that is given back, the end of a process that had one",

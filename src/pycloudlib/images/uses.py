@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import moved
 from pycloudlib.documents import decode, parse_json
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
@@ -60,7 +61,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.E
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+# Seconds to wait for another who removes a file, which takes moments, and between two looks.
+_REMOVAL_LIMIT = 10.0
+_LOOK_SECONDS = 0.01
+
 LAUNCHING = "a machine that is being launched"
+REMOVING = "a program that is deleting or replacing it"
 RUNNING = "a machine that runs"
 
 
@@ -130,6 +136,8 @@ def removing(
 ) -> Iterator[None]:
     """Delete or replace files in the block, which nobody starts to use meanwhile.
 
+    Others who do so are waited for.
+
     Args:
         *files: An image and what goes with it; those that are not there are passed over.
         by_name: Whether these are names of files that have others, each with users of its own.
@@ -139,7 +147,9 @@ def removing(
         ImageInUseError: Some are in use; names by whom.
     """
     with contextlib.ExitStack() as stack:
-        locks = [stack.enter_context(_excluding(file, by_name=by_name)) for file in files]
+        # In one order for all, so that no two wait for each other.
+        places = sorted({Path(os.path.realpath(file)) for file in files})
+        locks = [stack.enter_context(_excluding(place, by_name=by_name)) for place in places]
         users = {user for file in files for user in find_users(file)} | set(find_more())
         # A machine that has a record, and runs, is named once.
         users = users or {user for user in locks if user is not None}
@@ -340,21 +350,36 @@ def _holding(file: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
     """Lock a file against those who begin to use it; yield who uses it by the locks there are."""
-    place = Path(os.path.realpath(file))
-    descriptor = _open(place)
-    if descriptor is None:
-        yield None
-        return
-    start, length = (_byte_of(place), 1) if by_name else (_FIRST_BYTE, _TO_THE_END)
-    with _closing(descriptor):
-        if not _lock(descriptor, fcntl.F_WRLCK, start, length) or _is_locked(
-            descriptor, start, length
-        ):
-            yield LAUNCHING
-        elif not by_name and _is_locked(descriptor, 0, _FIRST_BYTE):
-            yield RUNNING
-        else:
-            yield None
+    while (descriptor := _open(file)) is not None:
+        with _closing(descriptor):
+            user = _exclude(descriptor, file, by_name=by_name)
+            # Whoever was waited for may have deleted or replaced it.
+            if user is not None or _is_at(descriptor, file):
+                yield user
+                return
+    yield None
+
+
+def _exclude(descriptor: int, file: Path, *, by_name: bool) -> str | None:
+    """Lock a file for one who removes it; return who uses it by the locks there are."""
+    try:
+        start, length = (_byte_of(file), 1) if by_name else (_FIRST_BYTE, _TO_THE_END)
+    except FileNotFoundError:
+        return None  # removed by now, with its directory
+    deadline = Deadline.after(_REMOVAL_LIMIT)
+    while True:
+        locked = _lock(descriptor, fcntl.F_WRLCK, start, length)
+        others = _find_lock(descriptor, start, length)
+        if others == fcntl.F_RDLCK:
+            return LAUNCHING
+        if locked and others == fcntl.F_UNLCK:
+            break
+        if deadline.expired:
+            return REMOVING
+        time.sleep(_LOOK_SECONDS)
+    if not by_name and _find_lock(descriptor, 0, _FIRST_BYTE) != fcntl.F_UNLCK:
+        return RUNNING
+    return None
 
 
 def _open(file: Path) -> int | None:
@@ -396,15 +421,15 @@ def _lock(descriptor: int, kind: int, start: int, length: int, *, wait: bool = F
     return True
 
 
-def _is_locked(descriptor: int, start: int, length: int) -> bool:
+def _find_lock(descriptor: int, start: int, length: int) -> int:
+    """Find the kind of a lock that others have on bytes of a file: F_UNLCK if there is none."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     try:
-        kind = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0]
+        return int(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0])
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return False
-    return bool(kind != fcntl.F_UNLCK)
+        return fcntl.F_UNLCK
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
