@@ -4,6 +4,9 @@ A program may run with its standard input and outputs closed, as daemons do. The
 lowest free number to what is opened next: a socket of ours would be 1, and take what is printed;
 handed to a child, it would be replaced by the child's own output. A library cannot open these for
 its program, who may be about to; so what is opened here is moved out of the way.
+
+A child that another thread forks has a copy of each socket: a port would stay taken, and a stream
+without an end, for as long as the child lives. So forked children close those that are made here.
 """
 
 from __future__ import annotations
@@ -12,9 +15,13 @@ import contextlib
 import fcntl
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 
 _FIRST = 3
+
+# Of this process, not of the children that it forks.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def moved(descriptor: int) -> int:
@@ -43,14 +50,28 @@ def moved_socket(new: socket.socket) -> socket.socket:
 
 
 def make_socket(family: socket.AddressFamily) -> socket.socket:
-    """Make a stream socket."""
-    return moved_socket(socket.socket(family, socket.SOCK_STREAM))
+    """Make a stream socket, which forked children have no part in."""
+    return _not_for_children(moved_socket(socket.socket(family, socket.SOCK_STREAM)))
 
 
 def make_socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Make two sockets that are connected to each other."""
-    ours, theirs = socket.socketpair()
-    return moved_socket(ours), moved_socket(theirs)
+    """Make two sockets that are connected to each other; forked children have no part in them."""
+    ours, theirs = (_not_for_children(moved_socket(end)) for end in socket.socketpair())
+    return ours, theirs
+
+
+def _not_for_children(sock: socket.socket) -> socket.socket:
+    _sockets.add(sock)
+    return sock
+
+
+def _close_parents_sockets() -> None:
+    for sock in list(_sockets):
+        with contextlib.suppress(OSError):
+            sock.close()
+
+
+os.register_at_fork(after_in_child=_close_parents_sockets)
 
 
 def make_pipe() -> tuple[int, int]:

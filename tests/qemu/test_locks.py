@@ -20,6 +20,7 @@ from pycloudlib.qemu import copies, disk, handover, hotplug, layers
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim
+from pycloudlib.qemu.process import QemuProcess
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.running import RunningQemu
 from pycloudlib.qemu.savedmachine import SavedMachine
@@ -379,3 +380,33 @@ def test_link_to_a_directory_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError):
         RunDirectory(link).remove()
     assert (mine / "file").exists()
+
+
+def test_child_that_is_forked_during_a_start_takes_no_port(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread forks a worker that lives long, while the console's port is listened on."""
+    ours, childs = os.pipe()
+    children: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            os.close(childs)
+            os.read(ours, 1)
+            os._exit(0)
+        children.append(child)
+
+    when(monkeypatch, QemuProcess, "start", fork)
+    try:
+        running.machine.kill()
+        running.start(wait=False)
+        running.machine.kill()
+        running.start(wait=False)
+        assert running.machine.state is State.RUNNING
+    finally:
+        os.close(ours)
+        os.close(childs)
+        for child in children:
+            os.waitpid(child, 0)
+    assert len(children) == 1

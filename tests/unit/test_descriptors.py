@@ -52,6 +52,34 @@ with open(f"{sys.argv[1]}/{closed}", "w") as result:
 """
 
 
+def test_forked_children_have_no_part_in_sockets() -> None:
+    listener = descriptors.make_socket(socket.AF_INET)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    address = listener.getsockname()
+    reader, writer = descriptors.make_socket_pair()
+    begun, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(begun[1], b"x")
+        os.close(go_on[1])
+        os.read(go_on[0], 1)
+        os._exit(0)
+    try:
+        os.read(begun[0], 1)
+        listener.close()
+        writer.close()
+        reader.settimeout(30)
+        assert reader.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address).close()
+    finally:
+        reader.close()
+        for end in (*begun, *go_on):
+            os.close(end)
+        os.waitpid(child, 0)
+
+
 def test_what_is_opened_is_out_of_the_way(tmp_path: Path) -> None:
     combinations = ["0", "1", "2", "01", "02", "12", "012"]
 
