@@ -40,15 +40,15 @@ _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 # QEMU that is given a window or sound, how to reach the desktop. All else is the caller's own:
 # tokens of a CI service, passwords, settings of other programs.
 _PASSED_ON = re.compile(
-    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|LOCPATH|TZ|TMPDIR"
-    r"|LD_LIBRARY_PATH|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+|(?:A|L|UB|T)SAN_OPTIONS"
-    r"|QEMU_MODULE_DIR|QEMU_AUDIO_DRV|XDG_\w+_(?:DIRS?|HOME)"
-    r"|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY|DBUS_SESSION_BUS_ADDRESS|(?:SDL|GDK|PULSE|PIPEWIRE)_\w+"
+    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|LOCPATH|LOCALE_ARCHIVE|TZ|TZDIR|TMPDIR"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|NIX_LD(?:_LIBRARY_PATH)?|GLIBC_TUNABLES|MALLOC_\w+"
+    r"|(?:A|L|UB|T)SAN_OPTIONS|SSL_CERT_(?:FILE|DIR)|XDG_\w+_(?:DIRS?|HOME)"
+    r"|QEMU_MODULE_DIR|QEMU_(?:AUDIO|ALSA|OSS|PA|SDL)_\w+"
+    r"|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY|ICEAUTHORITY|DBUS_SESSION_BUS_ADDRESS"
+    r"|(?:SDL|GDK|GTK|PULSE|PIPEWIRE|LIBGL|MESA|__EGL|__GLX)_\w+"
 )
 # For those that fetch something; a proxy's address may have a password in it.
-_FOR_DOWNLOADS = re.compile(
-    r"(?:https?|ftp|all|no)_proxy|APT_CONFIG|SSL_CERT_(?:FILE|DIR)", re.IGNORECASE
-)
+_FOR_DOWNLOADS = re.compile(r"(?:https?|ftp|all|no)_proxy|APT_CONFIG", re.IGNORECASE)
 
 
 def environment(*, downloads: bool = False) -> dict[str, str]:
@@ -74,6 +74,9 @@ def find_tool(name: str) -> Path:
     if found is None:
         package = PACKAGES.get(Path(name).name)
         hint = f"; on Debian and Ubuntu install the package {package!r}" if package else ""
+        passed_over = shutil.which(name)
+        if passed_over is not None:
+            hint += f" ({passed_over!r} is passed over: that entry of PATH is relative)"
         raise MissingPrerequisiteError(f"The program {name!r} was not found{hint}")
     return Path(found)
 

@@ -29,6 +29,14 @@ def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
         "XDG_CONFIG_HOME",
         "XDG_DATA_DIRS",
         "WAYLAND_DISPLAY",
+        "QEMU_AUDIO_DRV",
+        "QEMU_PA_SERVER",
+        "GTK_THEME",
+        "LIBGL_ALWAYS_SOFTWARE",
+        "SSL_CERT_FILE",
+        "LOCALE_ARCHIVE",
+        "NIX_LD",
+        "NIX_LD_LIBRARY_PATH",
     ],
 )
 def test_what_a_program_needs_is_passed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +53,8 @@ def test_what_a_program_needs_is_passed_on(name: str, monkeypatch: pytest.Monkey
         "AWS_SECRET_ACCESS_KEY",
         "PATH_TOKEN",
         "MY_LC_ALL",
+        "NIX_CONFIG",
+        "QEMU_TOKEN",
         "XDG_SESSION_ID",
         "PYTHONPATH",
         "PYCLOUDLIB_OWNER",

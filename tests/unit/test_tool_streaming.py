@@ -65,6 +65,20 @@ def test_programs_of_the_current_directory_are_not_run(
     assert not find_tool("gpgv").is_relative_to(tmp_path)
 
 
+def test_program_that_is_passed_over_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/qemu").symlink_to("/bin/true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "tools")
+    with pytest.raises(MissingPrerequisiteError, match=r"'tools/qemu' is passed over.*relative"):
+        find_tool("qemu")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(MissingPrerequisiteError, match=r"'qemu' was not found$"):
+        find_tool("qemu")
+
+
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr("pycloudlib.tools._SBIN", ())

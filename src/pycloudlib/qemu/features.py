@@ -14,6 +14,7 @@ from pycloudlib.tools import environment
 _log = logging.getLogger(__name__)
 
 _LIMIT_SECONDS = 30
+_LONGEST_SAID = 500
 _TALK = (
     b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
     b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
@@ -27,20 +28,24 @@ def find_features(binary: Path) -> Features:
     Raises:
         CloudSetupError: It is not QEMU, or cannot run here.
     """
-    said = _talk(binary)
-    if said is None:
+    said, problem = _talk(binary)
+    if problem:
         raise CloudSetupError(
-            f"qemu_binary {str(binary)!r} does not answer as QEMU does; expected "
+            f"qemu_binary {str(binary)!r} does not answer as QEMU does: {problem}; expected "
             "qemu-system-x86_64 or a path to one"
         )
-    sandbox = _talk(binary, "-sandbox", SANDBOX) is not None
+    sandbox = not _talk(binary, "-sandbox", SANDBOX)[1]
     if not sandbox:
         _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
     return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in said)
 
 
-def _talk(binary: Path, *options: str) -> bytes | None:
-    """Start the binary without a machine and talk to it; None if it does not answer as QEMU."""
+def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
+    """Start the binary without a machine and talk to it.
+
+    Returns:
+        What it answers, and what is wrong with that: empty if it answers as QEMU does.
+    """
     # fmt: off
     argv = [
         str(binary), "-no-user-config", "-nodefaults",
@@ -63,6 +68,11 @@ def _talk(binary: Path, *options: str) -> bytes | None:
             f"qemu_binary {str(binary)!r} did not answer within {_LIMIT_SECONDS} s; is this host "
             "out of breath?"
         ) from None
-    except OSError:
-        return None
-    return answer.stdout if answer.returncode == 0 and b'"QMP"' in answer.stdout else None
+    except OSError as error:
+        return b"", str(error)
+    if answer.returncode == 0 and b'"QMP"' in answer.stdout:
+        return answer.stdout, ""
+    words = (answer.stderr + answer.stdout).decode(errors="replace").strip()[-_LONGEST_SAID:]
+    status = answer.returncode
+    how = f"it ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+    return b"", f"{how}, and said: {words}" if words else how
