@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,38 @@ def test_snapshot_holds_what_the_disk_held_and_the_disk_goes_on(
     assert holds(disk, 2)
     assert chain(image)[1:] == [tiny_image]
     assert len(chain(disk)) == 3
+
+
+@pytest.mark.parametrize("moment", ["layers", "snapshots"])
+def test_snapshot_is_made_though_another_program_removes_empty_directories(
+    parent_dir: Path,
+    made: LayerStore,
+    tiny_image: Path,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes just when one of them has been made; it waits, if it has to, for the snapshot."""
+    disk = make_disk(parent_dir, "vm", tiny_image)
+    real = layers.create_private_directory
+    other = threading.Thread(target=made.remove_if_empty)
+
+    def create(directory: Path) -> None:
+        real(directory)
+        if directory.name == moment and not other.ident:
+            other.start()
+            other.join(30 if moment == "layers" else 0.1)
+
+    monkeypatch.setattr(layers, "create_private_directory", create)
+    image = made.freeze(disk, "first.img")
+    other.join(30)
+    assert chain(disk)[1].samefile(image)
+
+
+def test_empty_directories_are_removed(parent_dir: Path, made: LayerStore) -> None:
+    made.snapshots.mkdir()
+    made.remove_if_empty()
+    made.remove_if_empty()
+    assert list(parent_dir.iterdir()) == []
 
 
 def test_nothing_is_copied(parent_dir: Path, made: LayerStore, tiny_image: Path) -> None:

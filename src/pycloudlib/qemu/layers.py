@@ -76,12 +76,11 @@ class LayerStore:
         Raises:
             CloudError: The file system knows no hard links.
         """
-        create_private_directory(self.layers)
-        create_private_directory(self.snapshots)
         layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
         image = self.snapshots / image_name
         fresh = overlay.with_name(f".{layer.name}")
-        with self._lock(), contextlib.ExitStack() as undo:
+        with self.keeping_all(), contextlib.ExitStack() as undo:
+            create_private_directory(self.snapshots)
             if not in_use:
                 _limit_depth(overlay)
             undo.callback(owner_file(image).unlink, missing_ok=True)
@@ -134,18 +133,27 @@ class LayerStore:
 
     def remove_if_empty(self) -> None:
         """Remove the directories of layers and snapshots that have nothing in them."""
-        with contextlib.suppress(FileNotFoundError), self._lock():
-            if [file.name for file in self.layers.iterdir()] == [_LOCK]:
-                (self.layers / _LOCK).unlink()
-        for directory in (self.layers, self.snapshots):
-            with contextlib.suppress(OSError):  # something is in it, or it is gone already
-                directory.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            if self.snapshots.exists():  # whose lock is among the layers, too
+                self.layers.mkdir(mode=0o700, exist_ok=True)
+            with self._lock():
+                with contextlib.suppress(OSError):  # something is in it, or it is gone already
+                    self.snapshots.rmdir()
+                if [file.name for file in self.layers.iterdir()] == [_LOCK]:
+                    (self.layers / _LOCK).unlink()
+        with contextlib.suppress(OSError):
+            self.layers.rmdir()
 
     @contextlib.contextmanager
     def keeping_all(self) -> Iterator[None]:
-        """Keep others from collecting layers in the block."""
-        create_private_directory(self.layers)
-        with self._lock():
+        """Keep others from collecting layers, and from removing the directories, in the block."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                create_private_directory(self.layers)
+                # Another may remove it, which is empty still, just now.
+                with contextlib.suppress(FileNotFoundError):
+                    stack.enter_context(self._lock())
+                    break
             yield
 
     @contextlib.contextmanager
