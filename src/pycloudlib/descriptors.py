@@ -20,8 +20,9 @@ from collections.abc import Iterator
 
 _FIRST = 3
 
-# Of this process, not of the children that it forks.
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+# Of this process, not of the children that it forks. No WeakSet: a Ctrl-C that comes when one drops
+# a socket would be lost.
+_sockets: set[weakref.ref[socket.socket]] = set()
 
 
 def moved(descriptor: int) -> int:
@@ -61,14 +62,18 @@ def make_socket_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _not_for_children(sock: socket.socket) -> socket.socket:
-    _sockets.add(sock)
+    for gone in [known for known in list(_sockets) if known() is None]:
+        _sockets.discard(gone)
+    _sockets.add(weakref.ref(sock))
     return sock
 
 
 def _close_parents_sockets() -> None:
-    for sock in list(_sockets):
-        with contextlib.suppress(OSError):
-            sock.close()
+    for known in list(_sockets):
+        sock = known()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
 
 
 os.register_at_fork(after_in_child=_close_parents_sockets)
