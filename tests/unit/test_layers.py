@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import ImageInUseError
+from pycloudlib.files import create_private_directory
 from pycloudlib.qemu import layers
 from pycloudlib.qemu.disk import create_overlay, inspect_image
 from pycloudlib.qemu.layers import LayerStore, chain, check_unused
@@ -77,11 +78,10 @@ def test_snapshot_is_made_though_another_program_removes_empty_directories(
 ) -> None:
     """It comes just when one of them has been made; it waits, if it has to, for the snapshot."""
     disk = make_disk(parent_dir, "vm", tiny_image)
-    real = layers.create_private_directory
     other = threading.Thread(target=made.remove_if_empty)
 
     def create(directory: Path) -> None:
-        real(directory)
+        create_private_directory(directory)
         if directory.name == moment and not other.ident:
             other.start()
             other.join(30 if moment == "layers" else 0.1)
