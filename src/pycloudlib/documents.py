@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
 import json
 import math
@@ -30,6 +31,11 @@ _TOO_DEEP = "it is nested too deeply"
 # Values that a YAML text may hold, and stand for. Aliases let a few lines stand for billions, which
 # are not there until something walks through them, merges or writes them.
 _MOST_VALUES = 1_000_000
+# A longer text counts as several of them: whoever writes the values out repeats it each time.
+_CHARACTERS = 16
+# As many digits as Python reads (sys.int_info). A number of YAML may be written in base 60, too,
+# which is read in the square of the time.
+_LONGEST_NUMBER = 4300
 
 # Each with the words for it.
 _PLAIN_KINDS = {str: "a text", int: "a whole number", bool: "true or false"}
@@ -56,8 +62,7 @@ def parse_yaml(text: str | bytes) -> Any:
     import yaml  # noqa: PLC0415 - heavy
 
     try:
-        # The one in C, where there is one: user-data may be large.
-        kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        kind = _define_loader()
         # A value takes a character at least, and far more memory than that.
         if len(text) > _MOST_VALUES:
             _check_length(yaml.parse(text, kind))
@@ -76,6 +81,29 @@ def parse_yaml(text: str | bytes) -> Any:
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # What is not the library's own error comes from a value such as `!!int ""`.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+@functools.cache
+def _define_loader() -> type[yaml.SafeLoader]:
+    import yaml  # noqa: PLC0415 - heavy
+
+    # The one in C, where there is one: user-data may be large.
+    base: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):  # type: ignore[valid-type, misc]
+        pass
+
+    def construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> object:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise ValueError(
+                f"it has a number of {len(node.value)} characters, expected {_LONGEST_NUMBER} at "
+                "most"
+            )
+        return base.yaml_constructors[node.tag](loader, node)
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
+    return Loader
 
 
 def _check_length(events: Iterable[yaml.Event]) -> None:
@@ -106,7 +134,7 @@ def _check_size(root: yaml.Node) -> None:
         parts = _parts(node)
         if id(node) in above:  # all of its parts are known now
             above.remove(id(node))
-            sizes[id(node)] = 1 + sum(sizes[id(part)] for part in parts)
+            sizes[id(node)] = _own_size(node) + sum(sizes[id(part)] for part in parts)
             if sizes[id(node)] > _MOST_VALUES:
                 raise ValueError(
                     f"with its aliases it stands for more than {_MOST_VALUES} values, which are "
@@ -120,6 +148,10 @@ def _check_size(root: yaml.Node) -> None:
             if any(id(part) in above for part in parts):
                 raise ValueError("a value is a part of itself, by an alias")
             left += (part for part in parts if id(part) not in sizes)
+
+
+def _own_size(node: yaml.Node) -> int:
+    return 1 if isinstance(node.value, list) else 1 + len(node.value) // _CHARACTERS
 
 
 def _parts(node: yaml.Node) -> list[yaml.Node]:

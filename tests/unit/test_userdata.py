@@ -179,6 +179,32 @@ def test_aliases_do_not_stand_for_billions_of_values(entries: bytes) -> None:
             take_apart(document)
 
 
+@pytest.mark.parametrize("entry", [b"*a", b"{content: *a}", b"[*a, *a]"])
+def test_aliases_of_a_long_text_do_not_stand_for_gigabytes(entry: bytes) -> None:
+    text = b"- &a " + b"x" * 1_000_000 + b"\n"
+    document = b"#cloud-config-archive\n" + text + (b"- " + entry + b"\n") * 9000
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="with its aliases it stands for more than 1000000"):
+            take_apart(document)
+
+
+def test_archives_of_one_document_share_the_bounds() -> None:
+    archive = b"#cloud-config-archive\n- &a " + b"x" * 100_000 + b"\n" + b"- *a\n" * 99
+    assert sum(map(len, split(archive))) == 10_000_000
+    part = b"--B\nContent-Type: text/cloud-config-archive\n\n" + archive
+    document = b"MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=B\n\n" + part * 2
+    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+        with pytest.raises(ValueError, match="archives whose parts have more than 16777216 bytes"):
+            take_apart(document + b"--B--\n")
+
+
+@pytest.mark.parametrize("number", [b"1" + b":1" * 5000, b"0x" + b"f" * 5000, b"1" * 5000 + b".5"])
+def test_numbers_have_a_length_that_can_be_read(number: bytes) -> None:
+    with pytest.raises(ValueError, match=r"a number of [0-9]+ characters, expected 4300"):
+        userdata.load_yaml(b"a: " + number, "user_data")
+    assert userdata.load_yaml(b"[1:30, 0x1f, 1.5, 1:30.5]", "x") == [90, 31, 1.5, 90.5]
+
+
 def test_value_that_is_a_part_of_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="a value is a part of itself"):
         split(b"#cloud-config-archive\n- &a [*a]\n")

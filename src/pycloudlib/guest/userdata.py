@@ -108,15 +108,24 @@ class _Bounds:
         self._bytes -= len(content)
         return content
 
-    def count_part(self) -> None:
+    def count_part(self, content: bytes = b"") -> None:
         """Count a part.
 
+        Args:
+            content: What it consists of, if that is not in the document as it is: an archive's may
+                be there once, and stand for many by aliases.
+
         Raises:
-            ValueError: There are too many.
+            ValueError: There are too many, or they are too large.
         """
         self._parts -= 1
+        self._bytes -= len(content)
         if self._parts < 0:
             raise ValueError(f"{self._name} has more than {_MOST_PARTS} parts")
+        if self._bytes < 0:
+            raise ValueError(
+                f"{self._name} has archives whose parts have more than {_MOST_BYTES} bytes"
+            )
 
 
 def decompress(document: bytes, name: str) -> bytes:
@@ -214,7 +223,7 @@ def _add(found: list[Part], part: Part, name: str, bounds: _Bounds) -> None:
         kind = _find_kind(content) or kind
     if kind == _KIND_OF_ARCHIVES:
         for entry in _entries(content, name):
-            bounds.count_part()
+            bounds.count_part(entry.content)
             found.append(_named(entry, found))
     else:
         found.append(_named(Part(kind, part.name, content, part.merging), found))
@@ -276,9 +285,10 @@ def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[byte
     if not isinstance(entries, list):
         raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
     for entry in entries:
-        bounds.count_part()
         content = entry.get("content", "") if isinstance(entry, dict) else entry
-        yield content if isinstance(content, bytes) else str(content).encode()
+        part = content if isinstance(content, bytes) else str(content).encode()
+        bounds.count_part(part)
+        yield part
 
 
 def load_yaml(document: bytes, name: str) -> object:
