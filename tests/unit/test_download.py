@@ -475,6 +475,17 @@ def test_kernel_of_an_older_signed_build_is_refused(aging: ImageServer, image_di
     assert fetch_image(new, aging.source, image_dir).is_file(), "signed on the day of the build"
 
 
+def test_build_that_is_named_by_a_day_of_the_far_east_has_its_kernel(
+    aging: ImageServer, image_dir: Path
+) -> None:
+    aging.key.move_clock("20240820T110000!")
+    today = aging.add_image(Stream.RELEASED, "noble", "20240821")
+    assert fetch_image(today, aging.source, image_dir).is_file()
+    tomorrow = aging.add_image(Stream.RELEASED, "noble", "20240822")
+    with pytest.raises(ImageVerificationError, match="signed on 2024-08-20, before the build"):
+        fetch_image(tomorrow, aging.source, image_dir)
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
 def test_passing_failure_of_the_server_is_survived(
     status: int, server: ImageServer, entry: CatalogEntry, image_dir: Path
