@@ -410,3 +410,12 @@ def test_child_that_is_forked_during_a_start_takes_no_port(
         for child in children:
             os.waitpid(child, 0)
     assert len(children) == 1
+
+
+def test_cloud_that_has_just_cleaned_up_is_passed_over(
+    cloud: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = layers.cloud_directory(cloud.working_dir, "gone")
+    monkeypatch.setattr(layers, "cloud_directories", lambda _working_dir: iter([gone]))
+    assert list_machines(cloud.working_dir, everywhere=True) == []
+    assert cloud.prune() == []

@@ -89,9 +89,10 @@ def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]
 
 
 def _directories(parent: Path) -> Iterator[Path]:
-    for path in parent.iterdir():
-        if path.is_dir() and may_be_machine(path.name):
-            yield path
+    with contextlib.suppress(FileNotFoundError):  # its cloud has just cleaned up
+        for path in parent.iterdir():
+            if path.is_dir() and may_be_machine(path.name):
+                yield path
 
 
 def _describe(tag: str, path: Path) -> Found:

@@ -54,7 +54,11 @@ class Pruning:
         return removed
 
     def _prune_directories(self, parent_dir: Path) -> Iterator[Path]:
-        for directory in sorted(parent_dir.iterdir()):
+        try:
+            directories = sorted(parent_dir.iterdir())
+        except FileNotFoundError:
+            return  # another process has removed it
+        for directory in directories:
             if not directory.is_dir() or directory.is_symlink():
                 continue
             rundir = RunDirectory(directory)
