@@ -144,8 +144,8 @@ class _Lock:
             return True
         report = threading.Timer(_REPORT_AFTER, self._report)
         report.daemon = True
-        report.start()
         try:
+            report.start()
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         finally:
             report.cancel()

@@ -397,3 +397,33 @@ def test_full_disk_keeps_nobody_from_a_lock(path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "pwrite", refuse)
     with exclusive_lock(path):
         assert not is_free(path)
+
+
+def test_wait_that_is_cut_off_at_its_beginning_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[threading.Timer] = []
+    start = threading.Timer.start
+
+    def interrupted(timer: threading.Timer) -> None:
+        start(timer)
+        begun.append(timer)
+        raise KeyboardInterrupt
+
+    def hold() -> None:
+        with exclusive_lock(tmp_path / "lock"):
+            held.set()
+            end.wait(30)
+
+    held, end = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), exclusive_lock(tmp_path / "lock"):
+            pass
+    finally:
+        end.set()
+        holder.join()
+    assert [timer.finished.is_set() for timer in begun] == [True]
