@@ -41,3 +41,22 @@ def test_work_that_fails_is_not_undone() -> None:
 
     with pytest.raises(ValueError, match="no"):
         uninterrupted(fail, pytest.fail)
+
+
+def test_thread_whose_start_is_interrupted_ends_without_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        threads.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(pytest.fail)
+    (thread,) = threads
+    thread.join(30)
+    assert not thread.is_alive()

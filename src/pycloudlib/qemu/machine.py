@@ -90,6 +90,8 @@ def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None
 
     def run() -> None:
         begin.wait()
+        if ended.is_set():
+            return
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
@@ -97,7 +99,13 @@ def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None
         finally:
             ended.set()
 
-    threading.Thread(target=run, name="qemu-start", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="qemu-start", daemon=True).start()
+    except BaseException:
+        # It may have been started, and nobody is there to wait for the work.
+        ended.set()
+        begin.set()
+        raise
     interrupt: BaseException | None = None
     while not ended.is_set():
         try:
