@@ -46,7 +46,7 @@ users: [nobody]
         (b"#cloud-config\nusers: [{gecos: x}]\n", ("?",)),
         (b"#cloud-config-archive\n- 'users: [{name: bob}]'\n- 'users: [eve]'\n", ("bob", "eve")),
         (MIME, ("bob",)),
-        (gzip.compress(b"#cloud-config\nusers: [bob]\n"), ("bob",)),
+        (gzip.compress(b"#cloud-config\nusers: [bob]\n", mtime=0), ("bob",)),
         (b"#!/bin/sh\nusers: [bob]\n", None),
         (b"#cloud-config\nusers: [bob\n", None),
         (b"\x1f\x8bdamaged", None),

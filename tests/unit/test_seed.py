@@ -117,7 +117,7 @@ USER_DATA = {
     "MIME": make_multipart(),
     "archive": b"#cloud-config-archive\n- type: text/cloud-config\n  content: 'a: 1'\n",
     "jinja": b"## template: jinja\n#cloud-config\nruncmd: ['echo {{ v1.region }}']\n",
-    "gzip": gzip.compress(b"#cloud-config\nruncmd: [echo]\n"),
+    "gzip": gzip.compress(b"#cloud-config\nruncmd: [echo]\n", mtime=0),
     "no line end": b"#cloud-config\na: 1",
     "rubbish": bytes(range(256)),
     "empty": b"",
@@ -284,13 +284,13 @@ VENDOR_DATA: Mapping[str, tuple[Any, list[tuple[str, bytes]]]] = {
         [("text/jinja2", USER_DATA["jinja"])],
     ),
     "gzip": (
-        gzip.compress(b"#!/bin/sh\necho zipped\n"),
+        gzip.compress(b"#!/bin/sh\necho zipped\n", mtime=0),
         [("text/x-shellscript", b"#!/bin/sh\necho zipped\n")],
     ),
     "MIME": (make_multipart(), list(read_as_cloud_init(make_multipart()))),
     "MIME as text": (make_multipart().decode(), list(read_as_cloud_init(make_multipart()))),
     "zipped MIME": (
-        gzip.compress(make_multipart()),
+        gzip.compress(make_multipart(), mtime=0),
         list(read_as_cloud_init(make_multipart())),
     ),
 }

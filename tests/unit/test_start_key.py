@@ -103,10 +103,12 @@ def make_mime(content: str, kind: str = "cloud-config") -> str:
     [
         OTHERS_WORD,
         OTHERS_WORD.encode(),
-        gzip.compress(OTHERS_WORD.encode()),
+        gzip.compress(OTHERS_WORD.encode(), mtime=0),
         b"\x1f\x8bdamaged",
         make_mime(OTHERS_WORD),
-        gzip.compress(make_mime(OTHERS_WORD + "# ünïcode, so that it is encoded\n").encode()),
+        gzip.compress(
+            make_mime(OTHERS_WORD + "# ünïcode, so that it is encoded\n").encode(), mtime=0
+        ),
     ],
     ids=["text", "bytes", "gzip", "damaged", "MIME", "gzip of encoded MIME"],
 )

@@ -14,7 +14,7 @@ from pycloudlib.guest import userdata
 
 SCRIPT = b"#!/bin/sh\necho hello\n"
 CONFIG = b"#cloud-config\na: 1\n"
-DAMAGED = gzip.compress(SCRIPT)[:-6]
+DAMAGED = gzip.compress(SCRIPT, mtime=0)[:-6]
 
 
 def mime(*parts: Message) -> bytes:
@@ -38,7 +38,7 @@ def test_one_document_is_given_as_it_is(document: bytes) -> None:
 
 
 def test_compressed_document_is_decompressed() -> None:
-    assert split(gzip.compress(SCRIPT)) == [SCRIPT]
+    assert split(gzip.compress(SCRIPT, mtime=0)) == [SCRIPT]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
@@ -54,7 +54,7 @@ def test_parts_of_parts_are_documents_too() -> None:
 
 
 def test_compressed_part_is_decompressed() -> None:
-    part = MIMEApplication(gzip.compress(CONFIG), "gzip")
+    part = MIMEApplication(gzip.compress(CONFIG, mtime=0), "gzip")
     assert split(mime(part)) == [CONFIG]
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_archive_is_told(archive: bytes) -> None:
         list(userdata.split(b"#cloud-config-archive\n" + archive, "that name"))
 
 
-BOMB = gzip.compress(bytes(20 * 1024**2))
+BOMB = gzip.compress(bytes(20 * 1024**2), mtime=0)
 
 
 def archive(*contents: bytes) -> bytes:
@@ -126,7 +126,11 @@ def archive(*contents: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "document",
-    [BOMB, mime(MIMEApplication(BOMB, "gzip")), gzip.compress(BOMB[:20] + BOMB[20:]) + BOMB],
+    [
+        BOMB,
+        mime(MIMEApplication(BOMB, "gzip")),
+        gzip.compress(BOMB[:20] + BOMB[20:], mtime=0) + BOMB,
+    ],
     ids=["alone", "part", "second member"],
 )
 def test_what_compressed_data_stands_for_is_bounded(document: bytes) -> None:
@@ -137,7 +141,7 @@ def test_what_compressed_data_stands_for_is_bounded(document: bytes) -> None:
 
 def test_parts_are_bounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(userdata, "_MOST_BYTES", 2500)
-    one = MIMEApplication(gzip.compress(b"#" * 1000), "gzip")
+    one = MIMEApplication(gzip.compress(b"#" * 1000, mtime=0), "gzip")
     assert len(split(mime(one, one))) == 2
     for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
         with pytest.raises(ValueError, match="stands for more than"):
@@ -263,7 +267,7 @@ def test_values_that_are_written_out_are_bounded(
 def test_large_ordinary_document_is_read() -> None:
     lines = b"aGVsbG8gd29ybGQsIGhlbGxvIHdvcmxkLCBoZWxsbyB3b3JsZA==\n" * 60_000
     config = b"#cloud-config\nwrite_files:\n- content: |\n" + lines.replace(b"aG", b"   aG")
-    assert split(gzip.compress(mime(text(config)))) == [config]
+    assert split(gzip.compress(mime(text(config)), mtime=0)) == [config]
     files = userdata.load_yaml(config, "x")
     assert isinstance(files, dict)
     assert files["write_files"][0]["content"].encode() == lines

@@ -75,7 +75,7 @@ PARTS = (
     text(script("per-boot"), "x-shellscript-per-boot", "b.sh"),
     text(script("per-once"), "x-shellscript-per-once", "o.sh"),
     text("", "plain"),
-    MIMEApplication(gzip.compress(script("part-010").encode()), "gzip"),
+    MIMEApplication(gzip.compress(script("part-010").encode(), mtime=0), "gzip"),
 )
 EVERYTHING = mime(*PARTS)
 IN_ORDER = (
@@ -138,9 +138,9 @@ FORMS = (
         HOOK.replace("\n", "\r\n"),
         ("hook IID",),
     ),
-    Form("gzip", "gzip", gzip.compress(script().encode()), ("script",)),
+    Form("gzip", "gzip", gzip.compress(script().encode(), mtime=0), ("script",)),
     Form("MIME", "MIME", EVERYTHING, IN_ORDER),
-    Form("MIME, compressed", "MIME", gzip.compress(EVERYTHING), IN_ORDER),
+    Form("MIME, compressed", "MIME", gzip.compress(EVERYTHING, mtime=0), IN_ORDER),
     Form("MIME with CRLF", "MIME", EVERYTHING.replace(b"\n", b"\r\n"), IN_ORDER),
     Form(
         "parts of parts",
@@ -173,15 +173,27 @@ FORMS = (
     Form("half a character", "not UTF-8", script("\udcff"), (), "cannot be written as UTF-8"),
     Form("ELF", "anything else", b"\x7fELF\2\1\1\0\xff", (), r"begins with b'\\x7fELF"),
     Form("base64", "base64", base64.b64encode(script().encode()), (), _BASE64),
-    Form("base64 of gzip", "base64", base64.encodebytes(gzip.compress(b"#!/bin/sh")), (), _BASE64),
+    Form(
+        "base64 of gzip",
+        "base64",
+        base64.encodebytes(gzip.compress(b"#!/bin/sh", mtime=0)),
+        (),
+        _BASE64,
+    ),
     Form(
         "gzip twice",
         "anything else",
-        gzip.compress(gzip.compress(b"#!/bin/sh")),
+        gzip.compress(gzip.compress(b"#!/bin/sh", mtime=0), mtime=0),
         (),
         "takes nothing that begins",
     ),
-    Form("damaged gzip", "anything else", gzip.compress(b"#!/bin/sh")[:-5], (), "damaged gzip"),
+    Form(
+        "damaged gzip",
+        "anything else",
+        gzip.compress(b"#!/bin/sh", mtime=0)[:-5],
+        (),
+        "damaged gzip",
+    ),
     Form("JSON", "anything else", '{"runcmd": []}', (), "takes nothing that begins"),
     Form("blank in #cloud-config", "anything else", "# cloud-config\na: 1\n", (), "no blank"),
     Form("text", "anything else", "hello", (), "takes nothing that begins"),
