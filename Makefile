@@ -51,7 +51,7 @@ docs: setup  ## Build the documentation into build/docs, and check the code in i
 	$(PYTHON_IN_VENV) -m sphinx -q -W --keep-going -b html docs build/docs
 
 unit: setup  ## Run the tests without QEMU and network (seconds)
-	$(PYTEST) tests/unit $(PYTEST_ARGS)
+	$(PYTEST) -n 2 tests/unit $(PYTEST_ARGS)
 
 qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
 	$(PYTEST) tests/qemu $(PYTEST_ARGS)

@@ -249,7 +249,7 @@ class TestFailure:
     def test_missing_programs_are_named_all_at_once_with_their_packages(
         self, image_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def find_nothing(_name: str, path: str) -> None:
+        def find_nothing(_name: str, path: str | None = None) -> None:
             return None
 
         monkeypatch.setattr(shutil, "which", find_nothing)

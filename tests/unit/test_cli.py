@@ -223,6 +223,7 @@ def test_json_has_the_documented_keys(
         "pid": None,
         "created": told["created"],
         "directory": str(web.path),
+        "place": "",
     }
 
 

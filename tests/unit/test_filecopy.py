@@ -193,7 +193,9 @@ class TestPulledOnto:
 def test_what_was_there_stays_when_a_pull_fails(
     local: LocalInstance, guest: Path, here: Path
 ) -> None:
-    (guest / "source").write_bytes(LARGE)
+    # More than can have arrived before the first of it is looked at.
+    with (guest / "source").open("wb") as source:
+        source.truncate(256 << 20)
     (here / "kept").write_text("before")
 
     def cut(_report: Progress) -> None:
