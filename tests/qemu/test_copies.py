@@ -510,7 +510,7 @@ def leases(cloud: Qemu) -> list[str]:
     return sorted(
         file.name
         for file in cloud._ports.directory.iterdir()
-        if file.is_file() and str(cloud.parent_dir) in file.read_text()
+        if file.is_file() and os.fsencode(cloud.parent_dir) in file.read_bytes()
     )
 
 
