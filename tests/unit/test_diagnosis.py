@@ -27,6 +27,7 @@ from pycloudlib.qemu.process import ProcessEnd
 from pycloudlib.qemu.qmp import Event
 from pycloudlib.qemu.start import LaunchError
 
+PANICS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-panic"}, 0.0)
 GUESTS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, 1.0)
 HOSTS_END = Event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}, 1.0)
 
@@ -57,6 +58,7 @@ def off(exit_status: int | None, stderr: str = "", *events: Event) -> Facts:
         (off(1, "cannot set up guest memory 'ram0': Cannot allocate memory"), Cause.HOST_MEMORY),
         (off(-6, "kvm_buf_set_msrs: Assertion failed"), Cause.KVM_UNAVAILABLE),
         (off(0, "", GUESTS_END), Cause.POWERED_OFF),
+        (off(0, "", PANICS_END), Cause.KERNEL_PANIC),
         (off(0, "", HOSTS_END), Cause.SWITCHED_OFF),
         (off(None), Cause.SWITCHED_OFF),
         (facts(State.OFF, ""), Cause.SWITCHED_OFF),

@@ -243,12 +243,19 @@ def _find_in_end(facts: Facts, _error: BaseException | None) -> tuple[Cause, str
     end = facts.end
     if end is None or end.exit_status is None:
         return Cause.SWITCHED_OFF, "" if end is None else end.how
+    if any(_is_panic(event) for event in facts.events):
+        return Cause.KERNEL_PANIC, "QMP event SHUTDOWN, by the guest's panic"
     if any(_is_guests_end(event) for event in facts.events) and end.exit_status == 0:
         return Cause.POWERED_OFF, "QMP event SHUTDOWN, by the guest"
     if end.exit_status == 0:
         return Cause.SWITCHED_OFF, end.how
     cause = Cause.QEMU_KILLED if end.exit_status < 0 else Cause.QEMU_FAILED
     return _find_in_words(end.stderr) or (cause, end.how)
+
+
+def _is_panic(event: Event) -> bool:
+    """Whether QEMU has ended since its device for it (pvpanic) has told of a panic."""
+    return event.name == "SHUTDOWN" and event.data.get("reason") == "guest-panic"
 
 
 def _is_guests_end(event: Event) -> bool:
