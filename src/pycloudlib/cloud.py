@@ -20,6 +20,7 @@ from pycloudlib.files import expand_user
 from pycloudlib.guest import loginkey
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, generate_ed25519, login_name
+from pycloudlib.locks import renew_in_children
 from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class BaseCloud(ABC):
         self.config: dict[str, Any] = {}
         self._check_and_set_config(config_file, required_values)
         self._key_lock = threading.Lock()
+        renew_in_children(self, _key_lock=threading.Lock)
         self._key_pair = self._get_ssh_keys(
             public_key_path=self._configured_text("public_key_path"),
             private_key_path=self._configured_text("private_key_path"),

@@ -5,6 +5,9 @@ process has the opened file, and a fork copies that: a lock that is only closed 
 child that another thread has started meanwhile. So it is unlocked before it is closed, and forked
 children close their copies: a child has no part in its parent's locks. Programs that are executed
 inherit none, except a directory's lock that is handed to them on purpose.
+
+The locks of Python's `threading` are another matter: one that another thread holds at the moment of
+a fork stays held in the child for ever. Objects that a child may go on to use have theirs renewed.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ _NOTE_LIMIT = 200  # bytes
 # The locks that have a file open, or are about to. No lock of Python's guards it, since a Ctrl-C or
 # a fork could leave that held; each step is one of the interpreter's own.
 _opened: dict[int, weakref.ref[_Lock]] = {}
+# Whose Python locks forked children make anew, and by what each is made.
+_Makers = dict[str, Callable[[], object]]
+_renewed: list[tuple[weakref.ref[object], _Makers]] = []
 
 
 class _Lock:
@@ -315,6 +321,24 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def renew_in_children(owner: object, **makers: Callable[[], object]) -> None:
+    """Let forked children have locks of their own in the place of an object's Python locks.
+
+    Args:
+        owner: The object; one that can be referred to weakly.
+        **makers: What makes each lock (`threading.Condition`), by the name of its attribute.
+    """
+    _renewed[:] = [known for known in _renewed if known[0]() is not None]
+    _renewed.append((weakref.ref(owner), makers))
+
+
+def _renew_locks() -> None:
+    for reference, makers in list(_renewed):
+        owner = reference()
+        for name, make in makers.items() if owner is not None else ():
+            setattr(owner, name, make())
+
+
 def _leave_locks_to_parent() -> None:
     for reference in list(_opened.values()):
         lock = reference()
@@ -323,4 +347,5 @@ def _leave_locks_to_parent() -> None:
                 lock.abandon()
 
 
+os.register_at_fork(after_in_child=_renew_locks)
 os.register_at_fork(after_in_child=_leave_locks_to_parent)

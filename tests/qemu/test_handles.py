@@ -594,3 +594,35 @@ def test_private_address_is_the_one_that_qemu_leads_ssh_to(unstarted: QemuInstan
     told = unstarted.machine.execute("human-monitor-command", {"command-line": "info usernet"})
 
     assert re.search(rf"HOST_FORWARD.* {re.escape(unstarted.private_ip)} +22\b", str(told))
+
+
+def test_child_forked_while_another_thread_uses_the_machine_can_use_it(
+    unstarted: QemuInstance,
+) -> None:
+    """A lock that a thread holds at a fork would stay held in the child for ever."""
+    machine = unstarted.machine
+    used, over = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with machine._changed, machine.qemu()._changed, machine.console._lock:
+            used.set()
+            over.wait()
+
+    user = threading.Thread(target=use)
+    user.start()
+    used.wait()
+    try:
+        child = os.fork()
+        if child == 0:
+            # The kernel ends it if it hangs.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            try:
+                state = machine.state
+                machine.console.look()
+            finally:
+                os._exit(0 if state is State.RUNNING else 1)
+    finally:
+        over.set()
+        user.join()
+    assert os.waitpid(child, 0)[1] == 0

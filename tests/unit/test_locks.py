@@ -427,3 +427,44 @@ def test_wait_that_is_cut_off_at_its_beginning_is_not_reported(
         end.set()
         holder.join()
     assert [timer.finished.is_set() for timer in begun] == [True]
+
+
+class Counter:
+    """Something with a Python lock, as what programs hold of machines and clouds has."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.changed = threading.Condition()
+        locks.renew_in_children(self, lock=threading.Lock, changed=threading.Condition)
+
+
+def test_child_forked_while_another_thread_holds_a_python_lock_can_take_it() -> None:
+    counter = Counter()
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with counter.lock, counter.changed:
+            held.set()
+            over.wait()
+
+    def take() -> None:
+        assert counter.lock.acquire(timeout=0)
+        with counter.changed:
+            counter.changed.notify_all()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        with forked(take):
+            assert not counter.lock.acquire(timeout=0), "the parent's is what it was"
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_what_is_gone_is_not_kept_for_children() -> None:
+    before = len(locks._renewed)
+    for _ in range(10):
+        Counter()
+    assert len(locks._renewed) <= before + 1

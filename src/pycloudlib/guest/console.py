@@ -27,6 +27,7 @@ from pycloudlib.guest.bootphases import (
 )
 from pycloudlib.guest.cloudinit import find_console_warning
 from pycloudlib.guest.deadends import SIGNS, Sign, begins_failure, is_by_kernel
+from pycloudlib.locks import renew_in_children
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Console:
         self._log = log
         self._find_start = find_start
         self._lock = threading.Lock()
+        renew_in_children(self, _lock=threading.Lock)
         self._pid = os.getpid()
         self._run = _Run(0, 0)
         self._file: tuple[int, int] | None = None
@@ -117,7 +119,7 @@ class Console:
         """Read what is new, and return all that is known."""
         if self._pid != os.getpid():
             # Another thread of the parent may have been in the middle of it.
-            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._pid = os.getpid()
             self._run = _Run(-1, 0)
         with self._lock:
             try:

@@ -11,6 +11,7 @@ from typing import Any
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import ssh
 from pycloudlib.guest.console import Console, DeadEnd
+from pycloudlib.locks import renew_in_children
 from pycloudlib.qemu.ports import LOOPBACK
 
 # Seconds for which a machine that is at its end does nothing at all.
@@ -56,6 +57,7 @@ class DeadEndCheck:
         self._answer_limit = answer_limit
         self._clock = clock
         self._lock = threading.Lock()
+        renew_in_children(self, _lock=threading.Lock)
         self._offset = -1
         self._since = 0.0
         self._activity: object = None

@@ -16,6 +16,7 @@ from pycloudlib.guest import network
 from pycloudlib.guest.bootphases import Phase, PhaseStart
 from pycloudlib.guest.bootwatch import BootWatch
 from pycloudlib.key import KeyPair
+from pycloudlib.locks import renew_in_children
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.qemu import copies, hotplug
 from pycloudlib.qemu.accelerator import Accelerator
@@ -79,6 +80,7 @@ class QemuInstance(GuestAccess):
         self._registry = registry
         self._owner = owner
         self._delete_lock = threading.Lock()
+        renew_in_children(self, _delete_lock=threading.Lock)
         self._timeline: tuple[PhaseStart, ...] = ()
         # Where on the console, and when, it was last told to reboot.
         self._reboot = (0, 0.0)

@@ -21,6 +21,7 @@ from pycloudlib.errors import (
     KernelPanicError,
 )
 from pycloudlib.guest.console import Console, DeadEnd
+from pycloudlib.locks import renew_in_children
 from pycloudlib.qemu import recovery
 from pycloudlib.qemu.command import Origin
 from pycloudlib.qemu.deadendcheck import DeadEndCheck, Verdict
@@ -143,6 +144,7 @@ class Machine:
         self.spec = spec
         self.binary = binary
         self._changed = threading.Condition()
+        renew_in_children(self, _changed=threading.Condition)
         self._qemu: RunningQemu | None = None
         self._starting = False
         self._powered_on = time.monotonic()

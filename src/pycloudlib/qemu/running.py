@@ -16,6 +16,7 @@ from typing import Any
 
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.locks import renew_in_children
 from pycloudlib.qemu import sockets
 from pycloudlib.qemu.command import POWER_ON, Origin
 from pycloudlib.qemu.identity import ProcessIdentity
@@ -159,6 +160,7 @@ class RunningQemu:
         self._session: QmpSession | None = None
         self._events: list[Event] = []
         self._changed = threading.Condition()
+        renew_in_children(self, _changed=threading.Condition)
         # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
         on_end = weakly(self.note_end)
 
