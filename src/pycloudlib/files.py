@@ -257,6 +257,12 @@ def create_directories(path: Path, mode: int = 0o700) -> None:
             raise
 
 
+def is_shared_with_group(directory: Path) -> bool:
+    """Whether a directory is shared with a group on purpose: whose all is that is made in it."""
+    mode = directory.stat().st_mode
+    return mode & (stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == stat.S_ISGID | stat.S_IWGRP
+
+
 def create_private_directory(path: Path) -> Path:
     """Make a directory that only its owner can enter, and its parents where they are missing.
 

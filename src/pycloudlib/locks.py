@@ -27,6 +27,7 @@ from types import TracebackType
 from pycloudlib.deadline import Deadline
 from pycloudlib.descriptors import moved, opener
 from pycloudlib.errors import CloudSetupError
+from pycloudlib.files import is_shared_with_group
 from pycloudlib.rawtext import from_bytes, shown_on_one_line, to_bytes
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,13 @@ class _Lock:
         self._remove = remove
 
     def _open(self) -> int:
-        return moved(os.open(self._path, _FLAGS, 0o600))
+        if not is_shared_with_group(self._path.parent):
+            return moved(os.open(self._path, _FLAGS, 0o600))
+        # Its members wait for each other, whatever their umask.
+        descriptor = moved(os.open(self._path, _FLAGS, 0o660))
+        with contextlib.suppress(PermissionError):  # another member's
+            os.fchmod(descriptor, 0o660)
+        return descriptor
 
     def acquire(self) -> bool:
         """Wait for the lock; return whether it is held now."""

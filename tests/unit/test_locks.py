@@ -468,3 +468,13 @@ def test_what_is_gone_is_not_kept_for_children() -> None:
     for _ in range(10):
         Counter()
     assert len(locks._renewed) <= before + 1
+
+
+@pytest.mark.parametrize(("directory", "file"), [(0o2775, 0o660), (0o755, 0o600), (0o2777, 0o600)])
+def test_lock_in_a_directory_that_a_group_shares_is_the_groups(
+    path: Path, directory: int, file: int
+) -> None:
+    """Else the members of the group could not wait for each other."""
+    path.parent.chmod(directory)
+    with exclusive_lock(path):
+        assert path.stat().st_mode & 0o777 == file

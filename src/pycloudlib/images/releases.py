@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.files import create_directories
+from pycloudlib.files import create_directories, is_shared_with_group
 from pycloudlib.images import store, uses
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
@@ -186,7 +186,7 @@ def _fetch(
     vouchers = (source.voucher,) if source.verified or not pinned else ()
     with _new_directory(image.parent) as made, open_client(source.login) as client:
         for directory in reversed(made):
-            if store.is_shared_with_group(directory.parent):
+            if is_shared_with_group(directory.parent):
                 # Its members add builds, whatever the umask of the first one is.
                 directory.chmod(0o2775)
         _check_protected(image)

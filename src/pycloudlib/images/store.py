@@ -23,6 +23,7 @@ from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.files import (
     expand_user,
     is_file,
+    is_shared_with_group,
     read_bounded,
     remove_file,
     replace_atomically,
@@ -226,12 +227,6 @@ def find_unprotected(image: Path) -> Path | None:
             if (found.st_uid not in owners and not is_members) or found.st_mode & stat.S_IWOTH:
                 return path
     return None
-
-
-def is_shared_with_group(directory: Path) -> bool:
-    """Whether a directory is shared with a group on purpose: whose all is that is made in it."""
-    mode = directory.stat().st_mode
-    return mode & (stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == stat.S_ISGID | stat.S_IWGRP
 
 
 def resolve(image_id: str, image_dir: Path) -> Path:
