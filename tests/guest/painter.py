@@ -37,8 +37,10 @@ OWN = {
     "MACHINE-ID": read("/etc/machine-id").strip(),
     "INSTANCE-ID": read("/var/lib/cloud/data/instance-id").strip(),
     "MAC": "".join(run("cat /sys/class/net/e*/address")),
-    "HOST-KEY": read("/etc/ssh/ssh_host_ed25519_key.pub").split()[1],
 }
+# Of which types it has some is its user's affair.
+for key in Path("/etc/ssh").glob("ssh_host_*_key.pub"):
+    OWN[key.name] = read(str(key)).split()[1]
 # What no two boots have alike.
 CHANCE = (
     re.compile(r"(?<=systemd-private-)[0-9a-f]{32}"),
@@ -89,6 +91,10 @@ def files() -> Aspect:
             directories[:] = []
         for name in (*directories, *names):
             path = f"{top.rstrip('/')}/{name}"
+            # Empty where the vendor-data has no cloud-config, as that of a first boot that begins
+            # at cloud-init; without vendor-data there is none.
+            if name == "vendor-cloud-config.txt" and not Path(path).stat().st_size:
+                continue
             found[neutral(path)] = describe(path)
     return found
 
