@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ from pycloudlib.qemu.accelerator import (
     try_accelerator,
 )
 from tests.qemu.conftest import UNSTARTED, CloudMaker
+from tests.qemu.saved import becomes
 
 pytestmark = pytest.mark.qemu
 
@@ -126,3 +132,34 @@ def test_a_binary_that_is_not_qemu_is_a_clear_error(
     cloud = make_cloud(more=f'accelerator = "tcg"\nqemu_binary = "{binary}"\n')
     with pytest.raises(CloudSetupError, match="qemu-fake"):
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
+
+
+def test_qemu_that_is_asked_what_it_can_do_ends_though_its_program_is_killed(binary: Path) -> None:
+    program = (
+        "import os, signal, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from pycloudlib.qemu import features\n"
+        "def killed(process, *arguments, **options):\n"
+        "    print(process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "subprocess.Popen.communicate = killed\n"
+        "features.find_features(Path(sys.argv[1]))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, binary], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    process = Path("/proc", ended.stdout.strip())
+    try:
+        assert becomes(lambda: not is_alive(process))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def is_alive(process: Path) -> bool:
+    """Whether a process runs; one that nobody waits for may stay as a zombie."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text(encoding="utf-8")
+    except OSError:
+        return False

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.command import SANDBOX, Features
 from pycloudlib.tools import environment
@@ -55,14 +59,15 @@ def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
     ]
     # fmt: on
     try:
-        answer = subprocess.run(
-            argv,
-            input=_TALK,
-            capture_output=True,
-            timeout=_LIMIT_SECONDS,
-            check=False,
-            env=environment(),
-        )
+        with _written(_TALK) as talk:
+            answer = subprocess.run(
+                argv,
+                stdin=talk,
+                capture_output=True,
+                timeout=_LIMIT_SECONDS,
+                check=False,
+                env=environment(),
+            )
     except subprocess.TimeoutExpired:
         raise CloudSetupError(
             f"qemu_binary {str(binary)!r} did not answer within {_LIMIT_SECONDS} s; is this host "
@@ -76,3 +81,17 @@ def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
     status = answer.returncode
     how = f"it ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
     return b"", f"{how}, and said: {words}" if words else how
+
+
+@contextlib.contextmanager
+def _written(words: bytes) -> Iterator[int]:
+    """Yield a pipe that has all of the words: so who reads it ends, whatever becomes of us."""
+    reading, writing = (moved(end) for end in os.pipe())
+    try:
+        try:
+            os.write(writing, words)  # a pipe takes at least 4096 bytes at once
+        finally:
+            os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
