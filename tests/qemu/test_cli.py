@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.qemu.identity import ProcessIdentity
-from tests.qemu.saved import becomes
+from tests.qemu.saved import alive, becomes
 
 pytestmark = pytest.mark.qemu
 
@@ -88,10 +87,6 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     assert list((tmp_path / "machines").iterdir()) == []
 
 
-def is_alive(pid: int) -> bool:
-    return ProcessIdentity.find(pid) is not None
-
-
 def test_machine_lives_across_commands_until_it_is_deleted(cli: Cli, tiny_image: Path) -> None:
     assert cli.launch(tiny_image, "--name", "web", "--cpus", "2", "--disk", "3G") == "web"
 
@@ -101,11 +96,11 @@ def test_machine_lives_across_commands_until_it_is_deleted(cli: Cli, tiny_image:
     assert told["image"] == str(tiny_image)
     assert told["accelerator"] == "tcg"
     pid = told["pid"]
-    assert is_alive(pid)
+    assert alive(pid)
     assert "web   running  tiny.img  2     64 MiB  3 GiB" in cli.ok("list")
 
     assert cli.ok("delete", "web") == ""
-    assert not is_alive(pid)
+    assert not alive(pid)
     assert cli.names() == []
     assert cli.run("info", "web").returncode == 3
 

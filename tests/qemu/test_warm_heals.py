@@ -138,10 +138,8 @@ def test_one_that_was_saved_by_an_older_version_is_used(cloud: Qemu, warm: Launc
     assert is_copy(warm(), entry_of(cloud))
 
 
-def test_one_that_is_dropped_before_it_is_used_is_made_anew(
-    cloud: Qemu, warm: Launch, cache: WarmCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warm()
+def drop_first_found(cache: WarmCache, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Drop all that is kept once something is found, before it is used; return what was dropped."""
     look = WarmCache.find
     dropped: list[list[str]] = []
 
@@ -152,6 +150,14 @@ def test_one_that_is_dropped_before_it_is_used_is_made_anew(
         return found
 
     monkeypatch.setattr(WarmCache, "find", find_and_drop)
+    return dropped
+
+
+def test_one_that_is_dropped_before_it_is_used_is_made_anew(
+    cloud: Qemu, warm: Launch, cache: WarmCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm()
+    dropped = drop_first_found(cache, monkeypatch)
     assert runs(warm())
     assert len(dropped[0]) == 1
     assert is_copy(warm(), entry_of(cloud))
@@ -301,16 +307,7 @@ def test_start_that_is_dropped_before_it_is_used_is_made_anew(
     cloud: Qemu, cache: WarmCache, reader_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch(cloud, reader_image).delete()
-    look = WarmCache.find
-    dropped: list[list[str]] = []
-
-    def find_and_drop(self: WarmCache, *arguments: object) -> SavedMachine | None:
-        found = look(self, *arguments)  # type: ignore[arg-type]
-        if found is not None and not dropped:
-            dropped.append(cache.prune(0))
-        return found
-
-    monkeypatch.setattr(WarmCache, "find", find_and_drop)
+    dropped = drop_first_found(cache, monkeypatch)
     instance = launch(cloud, reader_image, "mine")
     assert len(dropped[0]) == 1
     assert begins_there(instance, starts(cloud)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,8 +154,7 @@ def _has_open(pid: int, file: Path) -> bool:
     wanted = file.stat()
     for link in (find_proc_directory(pid) / "fd").iterdir():
         with contextlib.suppress(OSError):
-            found = link.stat()
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+            if os.path.samestat(link.stat(), wanted):
                 return True
     return False
 
