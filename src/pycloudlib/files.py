@@ -263,20 +263,26 @@ def is_shared_with_group(directory: Path) -> bool:
     return mode & (stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == stat.S_ISGID | stat.S_IWGRP
 
 
-def create_private_directory(path: Path) -> Path:
-    """Make a directory that only its owner can enter, and its parents where they are missing.
+def create_private_directory(path: Path, *, parents: bool = True) -> Path:
+    """Make a directory that only its owner can enter, unless it is there.
+
+    Args:
+        path: The directory.
+        parents: Whether missing parents are made, too.
 
     Raises:
+        FileNotFoundError: Its parent is missing, and is not to be made.
         CloudSetupError: There is something else of that name, or a directory that others own or
             can write to.
     """
-    create_directories(path.parent)
+    if parents:
+        create_directories(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     try:
         private = is_private_directory(path)
     except FileNotFoundError:  # removed again by another process
-        return create_private_directory(path)
+        return create_private_directory(path, parents=parents)
     if not private:
         raise CloudSetupError(
             f"{path} is not a directory that belongs to this user alone; remove it, or use another "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -189,8 +190,9 @@ def test_leaving_a_cloud_tells_what_could_not_be_cleaned(
 
 
 def test_another_cloud_of_the_same_tag_keeps_its_machines(
-    make_cloud: CloudMaker, tiny_image: Path
+    make_cloud: CloudMaker, tiny_image: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "pycloudlib")
     ours, theirs = make_cloud("same"), make_cloud("same")
     mine = ours.launch(str(tiny_image), launch_args=UNSTARTED)
     other = theirs.launch(str(tiny_image), launch_args=UNSTARTED)
@@ -198,6 +200,8 @@ def test_another_cloud_of_the_same_tag_keeps_its_machines(
     assert not mine.instance_dir.exists()
     assert other.machine.state is State.PAUSED
     assert other.instance_dir.exists()
+    (kept,) = (line for line in caplog.messages if line.startswith(f"{ours.parent_dir} is kept: "))
+    assert other.name in kept
 
 
 def test_an_unclean_power_off_keeps_ports_disk_and_seed(unstarted: QemuInstance) -> None:

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.files import create_private_directory
+from pycloudlib.images import uses
 from pycloudlib.qemu import layers
 from pycloudlib.qemu.disk import create_overlay, inspect_image
 from pycloudlib.qemu.layers import LayerStore, chain, check_unused
+from pycloudlib.qemu.ownership import disown
+from pycloudlib.qemu.rundir import RunDirectory
 
 
 def write(disk: Path, pattern: int, offset: int = 0) -> None:
@@ -76,15 +82,15 @@ def test_snapshot_is_made_though_another_program_removes_empty_directories(
     moment: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It comes just when one of them has been made; it waits, if it has to, for the snapshot."""
+    """It comes just when one of them has been made, and waits for the snapshot."""
     disk = make_disk(parent_dir, "vm", tiny_image)
     other = threading.Thread(target=made.remove_if_empty)
 
-    def create(directory: Path) -> None:
-        create_private_directory(directory)
-        if directory.name == moment and not other.ident:
+    def create(directory: Path, *, parents: bool) -> None:
+        create_private_directory(directory, parents=parents)
+        if directory.name == moment:
             other.start()
-            other.join(30 if moment == "layers" else 0.1)
+            other.join(0.1)
 
     monkeypatch.setattr(layers, "create_private_directory", create)
     image = made.freeze(disk, "first.img")
@@ -97,6 +103,120 @@ def test_empty_directories_are_removed(parent_dir: Path, made: LayerStore) -> No
     made.remove_if_empty()
     made.remove_if_empty()
     assert list(parent_dir.iterdir()) == []
+
+
+def test_directories_of_earlier_versions_are_removed(parent_dir: Path, made: LayerStore) -> None:
+    made.layers.mkdir()
+    (made.layers / ".lock").touch()
+    made.remove_if_empty()
+    assert list(parent_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("act", [LayerStore.collect, LayerStore.remove_if_empty])
+def test_nothing_is_made_anew_by_another_program_that_removes(
+    parent_dir: Path,
+    made: LayerStore,
+    tiny_image: Path,
+    act: Callable[[LayerStore], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes just before each step of a removal, and just after the last one."""
+    disk = make_disk(parent_dir, "vm", tiny_image)
+    made.freeze(disk, "first.img").unlink()
+    RunDirectory(disk.parent).remove()
+    uses.forget_gone(made.snapshots)
+    disown(made.snapshots / "first.img")
+    made.collect()
+    others: list[threading.Thread] = []
+
+    def come(path: Path) -> None:
+        if path.is_relative_to(parent_dir):
+            others.append(threading.Thread(target=act, args=[made]))
+            others[-1].start()
+            others[-1].join(0.05)  # it may have to wait
+
+    before(monkeypatch, Path, "unlink", come)
+    before(monkeypatch, Path, "rmdir", come)
+    made.remove_if_empty()
+    for other in others:
+        other.join(30)
+    act(made)
+    parent_dir.rmdir()
+    assert others
+
+
+def before(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, act: Callable[..., object]
+) -> None:
+    """Do something each time just before a function of the main thread's is called."""
+    real = getattr(owner, name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            act(arguments[0])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(layers, "chain"), (uses, "create_private_directory"), (os, "link"), (os.path, "lexists")],
+)
+def test_machine_that_is_deleted_while_another_program_records_it_leaves_nothing(
+    working_dir: Path,
+    parent_dir: Path,
+    tiny_image: Path,
+    owner: object,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk = make_disk(parent_dir, "vm", tiny_image)
+
+    def delete(*_arguments: object) -> None:
+        monkeypatch.undo()
+        RunDirectory(disk.parent).remove()
+        parent_dir.rmdir()
+
+    before(monkeypatch, owner, name, delete)
+    layers.record_missing_uses(working_dir)
+    assert not parent_dir.exists()
+    assert find_records(tiny_image) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(uses, "forget"), (Path, "unlink"), (os, "scandir"), (Path, "rmdir")],
+)
+def test_machine_that_another_program_records_while_it_is_deleted_leaves_nothing(
+    parent_dir: Path,
+    tiny_image: Path,
+    owner: object,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk = make_disk(parent_dir, "vm", tiny_image)
+    layers.record_uses(disk)
+    recorded: list[object] = []
+    recording = False
+
+    def record(argument: object) -> None:
+        nonlocal recording
+        if not recording:
+            recording = True
+            layers.record_uses(disk)
+            recorded.append(argument)
+            recording = False
+
+    before(monkeypatch, owner, name, record)
+    RunDirectory(disk.parent).remove()
+    assert recorded
+    assert list(parent_dir.iterdir()) == []
+    assert find_records(tiny_image) == []
+
+
+def find_records(image: Path) -> list[Path]:
+    return list(image.parent.glob(f".{image.name}.*"))
 
 
 def test_nothing_is_copied(parent_dir: Path, made: LayerStore, tiny_image: Path) -> None:

@@ -161,19 +161,25 @@ def removing(
 def record(disk: Path, files: Iterable[Path]) -> None:
     """Record that a disk is built on files, or needs them; what was recorded of it before goes.
 
-    Where no record can be written, there is none.
+    Where no record can be written, there is none. Another program may delete the disk meanwhile:
+    who deletes one forgets it afterwards, and who records one looks afterwards whether it is still
+    there. So nothing is left, whichever of them is the last.
     """
     directory = _kept_with(disk)
     before = _list_kept(directory)
     for file in {Path(os.path.realpath(file)) for file in files}:
         try:
-            create_private_directory(directory)
+            # Without parents: those of a disk that is deleted are to stay away.
+            create_private_directory(directory, parents=False)
             _record(disk, file, directory)
         except OSError as error:
-            level = logging.DEBUG if error.errno in _NOT_WRITABLE else logging.WARNING
+            expected = error.errno in _NOT_WRITABLE or not os.path.lexists(disk)
+            level = logging.DEBUG if expected else logging.WARNING
             _log.log(level, "No record beside %s that %s uses it: %s", file, disk, error)
     for kept in before:
         _forget(kept)
+    if not os.path.lexists(disk):
+        forget(disk)
 
 
 def is_recorded(disk: Path) -> bool:
@@ -182,7 +188,7 @@ def is_recorded(disk: Path) -> bool:
 
 
 def forget(disk: Path) -> None:
-    """Remove what was recorded of a disk, which is being deleted; that nothing was is no error."""
+    """Remove what was recorded of a disk, which is deleted; that nothing was is no error."""
     directory = _kept_with(disk)
     for kept in _list_kept(directory):
         _forget(kept)

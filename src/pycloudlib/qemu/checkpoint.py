@@ -23,7 +23,7 @@ from pycloudlib.qemu.identity import find_proc_directory
 from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.machine import Machine, State, uninterrupted
 from pycloudlib.qemu.memory import BACKEND, SHARED, Memory, find_shared_memory, keep
-from pycloudlib.qemu.ownership import owner_file
+from pycloudlib.qemu.ownership import disown
 from pycloudlib.qemu.qmp import QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
@@ -62,7 +62,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
                     shared = Memory(file=find_proc_directory(os.getpid()) / "fd" / str(memory))
                     pause = hand_over(machine, shared, kept_state=directory / "state")
                 # From here on the machine's old disk is a layer that it is built on.
-                undo.callback(owner_file(image).unlink)
+                undo.callback(disown, image)
                 undo.callback(uses.forget, image)
                 undo.callback(image.unlink)
                 undo.callback(shutil.rmtree, directory)

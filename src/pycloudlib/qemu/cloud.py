@@ -389,7 +389,9 @@ class Qemu(QemuReady):
                 errors.append(error)
             elif not errors:
                 # Another cloud of the same tag works here, too.
-                self._log.info("%s is kept: there are others' files in it", self.parent_dir)
+                with contextlib.suppress(FileNotFoundError):  # they were about to remove it
+                    others = ", ".join(sorted(file.name for file in self.parent_dir.iterdir()))
+                    self._log.info("%s is kept: others have %s in it", self.parent_dir, others)
         return errors
 
     @cached_property

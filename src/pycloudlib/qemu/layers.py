@@ -22,9 +22,9 @@ from pathlib import Path
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.files import create_private_directory, is_file, tells_of_no_file
 from pycloudlib.images import store, uses
-from pycloudlib.locks import exclusive_lock
+from pycloudlib.locks import directory_lock
 from pycloudlib.qemu import disk, savedmachine
-from pycloudlib.qemu.ownership import Orphans, Ownership, claim, owner_file
+from pycloudlib.qemu.ownership import Orphans, Ownership, claim, disown
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.spec import LAYERS, SNAPSHOTS, MachineSpec
 
@@ -34,7 +34,8 @@ MAXIMUM_DEPTH = 16
 _QCOW2_HEADER = struct.Struct(">4sIQI")
 _LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
 _CLOUD_PREFIX = "pycl-qemu-"
-_LOCK = ".lock"
+# What earlier versions locked.
+_OLD_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,14 @@ class LayerStore:
         image = self.snapshots / image_name
         fresh = overlay.with_name(f".{layer.name}")
         with self.keeping_all(), contextlib.ExitStack() as undo:
-            create_private_directory(self.snapshots)
+            create_private_directory(self.snapshots, parents=False)
             if not in_use:
                 _limit_depth(overlay)
-            undo.callback(owner_file(image).unlink, missing_ok=True)
+            undo.callback(disown, image)
             # Until it is complete, nobody has a use for it.
             claim(image, Orphans.REAP)
+            # After the image's own end: another program may record it as long as it is there.
+            undo.callback(uses.forget, image)
             for name in (layer, image):
                 _link(overlay, name)
                 undo.callback(name.unlink, missing_ok=True)
@@ -95,7 +98,6 @@ class LayerStore:
             undo.callback(layer.replace, overlay)
             # One rename: at any moment the machine has a whole disk under the same name.
             fresh.replace(overlay)
-            undo.callback(uses.forget, image)
             record_uses(image)
             yield image
             undo.pop_all()
@@ -120,7 +122,7 @@ class LayerStore:
         claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
 
     def collect(self) -> None:
-        """Remove the layers on which nothing is built any more."""
+        """Remove the layers on which nothing is built any more; makes nothing anew."""
         with contextlib.suppress(FileNotFoundError), self._lock():
             # By identity: a disk may name its layers by another way to the same directory.
             needed = {
@@ -133,34 +135,30 @@ class LayerStore:
 
     def remove_if_empty(self) -> None:
         """Remove the directories of layers and snapshots that have nothing in them."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.snapshots.exists():  # whose lock is among the layers, too
-                self.layers.mkdir(mode=0o700, exist_ok=True)
-            with self._lock():
+        with contextlib.suppress(FileNotFoundError), self._lock():
+            (self.layers / _OLD_LOCK).unlink(missing_ok=True)
+            for directory in (self.snapshots, self.layers):
                 with contextlib.suppress(OSError):  # something is in it, or it is gone already
-                    self.snapshots.rmdir()
-                if [file.name for file in self.layers.iterdir()] == [_LOCK]:
-                    (self.layers / _LOCK).unlink()
-        with contextlib.suppress(OSError):
-            self.layers.rmdir()
+                    directory.rmdir()
 
     @contextlib.contextmanager
     def keeping_all(self) -> Iterator[None]:
-        """Keep others from collecting layers, and from removing the directories, in the block."""
-        with contextlib.ExitStack() as stack:
-            while True:
-                create_private_directory(self.layers)
-                # Another may remove it, which is empty still, just now.
-                with contextlib.suppress(FileNotFoundError):
-                    stack.enter_context(self._lock())
-                    break
+        """Keep others from collecting layers, and from removing the directories, in the block.
+
+        Raises:
+            FileNotFoundError: The cloud has no directory; one of which a machine is has one.
+        """
+        with self._lock():
+            create_private_directory(self.layers, parents=False)
             yield
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Keep others from collecting a layer before the machine is built on it."""
-        with exclusive_lock(self.layers / _LOCK):
-            yield
+    def _lock(self) -> contextlib.AbstractContextManager[int]:
+        """Keep others from collecting a layer before the machine is built on it.
+
+        The lock is the directory's own: a lock's file in it would be made anew by one program while
+        another, which has removed all in it, is about to remove the directory.
+        """
+        return directory_lock(self.parent_dir)
 
 
 def too_deep(overlay: Path) -> Path | None:

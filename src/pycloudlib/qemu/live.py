@@ -29,7 +29,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
 )
 from pycloudlib.qemu.machine import Machine
-from pycloudlib.qemu.ownership import Orphans, owner_file
+from pycloudlib.qemu.ownership import Orphans, disown
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import make_name
@@ -142,7 +142,7 @@ class QemuLive(QemuImages):
             savedmachine.delete(image)
             if layers.is_snapshot(image):
                 # Last, so that whatever is cut off before is found by it.
-                owner_file(image).unlink(missing_ok=True)
+                disown(image)
         except BaseException:
             if ours:
                 self.created_images.append(image_id)  # `clean` tries again

@@ -110,6 +110,15 @@ def claim(owned: Path, orphans: Orphans) -> None:
     _register(owned)
 
 
+def disown(image: Path) -> None:
+    """Remove the note of whose an image is, which is deleted; that there is none is no error.
+
+    The program that made it may end just now, and change the note.
+    """
+    with contextlib.suppress(FileNotFoundError), _changing_note(image):
+        owner_file(image).unlink(missing_ok=True)
+
+
 def _changing_note(owned: Path) -> contextlib.AbstractContextManager[int]:
     """Keep other programs from changing whose something is, for a moment."""
     return directory_lock(owner_file(owned).parent)
@@ -182,6 +191,8 @@ def _leave() -> None:
     me = ProcessIdentity.own()
     while _owned:
         owned = _owned.pop()
+        if not owner_file(owned).exists():
+            continue  # it is removed by now
         with contextlib.suppress(OSError), _changing_note(owned):  # it may be being removed
             found = Ownership.find(owned)
             # Another program may have it by now.

@@ -11,7 +11,7 @@ from pathlib import Path
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
 from pycloudlib.qemu import layers, recovery, savedmachine
-from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, is_cut_off, owner_file
+from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, disown, is_cut_off
 from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.rundir import RunDirectory
 
@@ -88,7 +88,7 @@ class Pruning:
                         store.delete(image, self.image_dir)
                     savedmachine.delete(image)
                     uses.forget(image)
-                    owner_file(image).unlink(missing_ok=True)
+                    disown(image)
                     yield image
 
     def _find_users(self, image: Path) -> list[str]:

@@ -323,6 +323,11 @@ class RunDirectory:
             raise NotADirectoryError(errno.ENOTDIR, "a link, not a directory", str(self.path))
         with contextlib.suppress(FileNotFoundError):
             self._spec_file.unlink()
+        # First, so that what is cut off here uses no image; then once more, since another program
+        # may have recorded the disk as long as it was there.
+        uses.forget(self.disk)
+        with contextlib.suppress(OSError):
+            self.disk.unlink()
         uses.forget(self.disk)
         for tries_left in reversed(range(_REMOVALS)):
             try:
