@@ -1,14 +1,14 @@
-"""Measure live snapshots: saving, copies, rollback, and what they take of memory.
+"""Measure live snapshots: copies, rollback, and what they take of memory.
 
     python -m scripts.measure_live [--rounds 5] [--type c1m1024] [PART ...]
 
 Cold boots and copies are measured in turn, on the same image, so that a busy host is busy for both.
+What a save costs, `benchmarks.saves` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import threading
 import time
@@ -22,25 +22,6 @@ from pycloudlib import Qemu
 from pycloudlib.qemu import checkpoint
 from pycloudlib.qemu.instance import QemuInstance
 from scripts.figures import describe, timed
-
-# Writes to 100 MiB over and over.
-BUSY = """
-memory = bytearray(100 << 20)
-while True:
-    for position in range(0, len(memory), 4096):
-        memory[position] = (memory[position] + 1) % 256
-"""
-# Tells of each gap between two ticks that is longer than all before, by the guest's clock.
-TICKER = """
-import time
-last, worst, ticks = time.monotonic(), 0.0, 0
-while True:
-    time.sleep(0.002)
-    now = time.monotonic()
-    worst, last, ticks = max(worst, now - last), now, ticks + 1
-    with open("/run/ticks", "w") as file:
-        file.write(f"{ticks} {worst}")
-"""
 
 
 def boot(cloud: Qemu, image: str, instance_type: str) -> QemuInstance:
@@ -66,64 +47,6 @@ def own(instances: list[QemuInstance]) -> Iterator[list[QemuInstance]]:
     finally:
         for instance in instances:
             instance.delete()
-
-
-@contextmanager
-def watching(source: QemuInstance) -> Iterator[list[float]]:
-    """Collect how long a machine stands still in the block, at each hand-over."""
-    gaps: list[float] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if source.name in text and "stood still for" in text:
-                gaps.append(float(text.partition("stood still for ")[2].split()[0]) / 1000)
-
-    logger = logging.getLogger("pycloudlib.qemu.checkpoint")
-    handler = Collector(logging.INFO)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield gaps
-    finally:
-        logger.removeHandler(handler)
-
-
-def measure_inside(bench: Bench) -> None:
-    """Tell how much time a guest loses at a save, and its longest gap between ticks.
-
-    The guest's monotonic clock stands still while it does: what it falls behind ours is the pause,
-    as seen from inside.
-    """
-    source = bench.source
-    lost, gaps, usual = [], [], []
-    for _ in range(bench.rounds):
-        source.execute(
-            ["systemd-run", "--quiet", "--unit=ticker", "python3", "-c", TICKER], use_sudo=True
-        )
-        time.sleep(3)
-        usual.append(float(source.execute("cat /run/ticks").split()[1]))
-        before = behind(source)
-        image = bench.save()
-        lost.append(behind(source) - before)
-        time.sleep(1)
-        gaps.append(float(source.execute("cat /run/ticks").split()[1]))
-        source.execute("systemctl stop ticker", use_sudo=True)
-        bench.cloud.delete_image(image)
-    print("a save, by what the guest's clock falls behind:", describe(lost), flush=True)
-    print("the longest gap between ticks of 2 ms, with it:", describe(gaps), flush=True)
-    print("and without:", describe(usual), flush=True)
-
-
-def behind(source: QemuInstance) -> float:
-    """Tell how far the guest's monotonic clock is behind ours, from the shortest of many trips."""
-    best = (float("inf"), 0.0)
-    for _ in range(40):
-        sent = time.monotonic()
-        guest = float(source.execute(["cut", "-d", " ", "-f", "1", "/proc/uptime"]))
-        came = time.monotonic()
-        best = min(best, (came - sent, (sent + came) / 2 - guest))
-    return best[1]
 
 
 def resident(instances: list[QemuInstance]) -> float:
@@ -182,32 +105,6 @@ class Bench:
         image = checkpoint.save(self.source.machine, f"bare{time.time()}.img", helper=False).image
         self.cloud.created_images.append(str(image))
         return str(image)
-
-
-def measure_saves(bench: Bench) -> None:
-    """Save a machine whose memory is its own, then one that has to be moved first, again and again.
-
-    Quiet, and while it writes to its memory as fast as it can.
-    """
-    for busy in ("", "stress"):
-        if busy:
-            bench.source.execute(
-                ["systemd-run", "--quiet", "--unit=busy", "python3", "-c", BUSY], use_sudo=True
-            )
-        durations, stood = [], []
-        for _ in range(bench.rounds):
-            with watching(bench.source) as gaps:
-                started = time.perf_counter()
-                image = bench.save()
-                durations.append(time.perf_counter() - started)
-            stood.extend(gaps)
-            bench.cloud.delete_image(image)
-        print(
-            f"{'busy' if busy else 'quiet'}, saves: {describe(durations)}; the guest stood still "
-            f"for {describe(stood)}",
-            flush=True,
-        )
-    bench.source.execute("systemctl stop busy", use_sudo=True)
 
 
 def measure_rollback(bench: Bench) -> None:
@@ -303,11 +200,9 @@ def measure_memory(bench: Bench) -> None:
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "saves": measure_saves,
     "copies": measure_copies,
     "eight": measure_eight,
     "rollback": measure_rollback,
-    "inside": measure_inside,
     "memory": measure_memory,
 }
 
