@@ -12,15 +12,21 @@ boot, start from it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.config import ENVIRONMENT_VARIABLE, parse_config
+from pycloudlib.files import create_private_directory
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.lookout import Lookout
@@ -154,6 +160,27 @@ def saved(guests: dict[Kind, Future[Guest]]) -> Iterator[str]:
     machine = guests[Kind.NONE].result().machine
     with Qemu(tag="guest-saved") as cloud:
         yield cloud.snapshot(machine, memory=True)
+
+
+@pytest.fixture
+def working_dir(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let programs that the test runs work in a directory of their own, and leave no cloud there.
+
+    All else is as this user has configured it. So nobody else's cloud of the same tag, and no
+    `prune` of others, is seen in what they leave.
+    """
+    # Where the lookout sees it, and hard links lead to the images.
+    directory = Path(saved).parents[2] / f"test-{secrets.token_hex(4)}"
+    create_private_directory(directory)
+    settings = {**parse_config().get("qemu", {}), "working_dir": str(directory)}
+    file = tmp_path / "pycloudlib.toml"
+    lines = (f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    file.write_text("".join(["[qemu]\n", *lines]))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(file))
+    yield directory
+    left = sorted(map(str, directory.glob("pycl-qemu-*")))
+    shutil.rmtree(directory)
+    assert left == []
 
 
 def build(release: str) -> str:

@@ -20,6 +20,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("working_dir")
 def test_package_suite(saved: str, tmp_path: Path) -> None:
     options = ("-p", "no:cacheprovider", f"--rootdir={EXAMPLES}", f"--vm-image={saved}")
 

@@ -32,6 +32,7 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.usefixtures("working_dir")
 def test_first_test_suite(saved: str, tmp_path: Path) -> None:
     (tmp_path / "test_greeting.py").write_text(code_of("first-test-suite.md"))
     (tmp_path / "pytest.ini").write_text(f"[pytest]\nvm_image = {saved}\n")
