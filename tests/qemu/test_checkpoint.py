@@ -1,13 +1,14 @@
-"""Running machines are saved and go on; whatever goes wrong, exactly one QEMU is the machine."""
+"""Running machines are saved and go on, in the same QEMU, whatever goes wrong."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import os
+import re
 import signal
 import threading
-import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,26 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import checkpoint, handover, layers, memory, recovery, savedmachine
+from pycloudlib.qemu import (
+    capture,
+    checkpoint,
+    devicestate,
+    guestmemory,
+    layers,
+    livedisk,
+    memory,
+    savedmachine,
+)
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError, State
-from pycloudlib.qemu.memory import Memory, find_shared_memory
-from pycloudlib.qemu.process import QemuProcess
-from pycloudlib.qemu.qmp import QmpSession
-from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.qemu.memory import Memory
+from pycloudlib.qemu.qmp import QmpError
+from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     SMALL,
     accepts,
-    alive,
     becomes,
     descriptors,
     hurry,
@@ -44,16 +52,16 @@ pytestmark = pytest.mark.qemu
 
 
 def names_in(directory: Path) -> set[str]:
-    """List an instance's files, but for locks."""
-    return {file.name for file in directory.iterdir() if file.suffix != ".lock"}
+    """List an instance's files, but for locks, and for what all of its saves begin with."""
+    files = {file.name for file in directory.iterdir() if file.suffix != ".lock"}
+    return files - {"base-state"}
 
 
 def test_saved_machine_goes_on_as_the_same_one(running: QemuInstance) -> None:
     before, pid = (running.id, running.port, running.telnet_port), running.machine.pid
     save(running)
     assert (running.id, running.port, running.telnet_port) == before
-    assert running.machine.pid != pid
-    assert not alive(pid)
+    assert running.machine.pid == pid
     assert runs(running)
 
 
@@ -97,7 +105,7 @@ def test_image_of_a_disk_alone_is_no_saved_machine(tiny_image: Path) -> None:
 
 
 def test_machine_is_saved_again_and_again(running: QemuInstance) -> None:
-    """Often enough for its layers to be merged; nothing is left of all the hand-overs."""
+    """Often enough for its layers to be merged; nothing is left of all the saves."""
     save(running)
     running.machine.execute("query-name")
     before = (descriptors(), threading.active_count())
@@ -204,31 +212,6 @@ def test_saved_machine_is_switched_off_and_on_as_before(running: QemuInstance) -
     assert runs(running)
 
 
-def test_memory_of_a_machine_that_boots_can_be_saved_at_once(running: QemuInstance) -> None:
-    pid = running.machine.pid
-    assert pid is not None
-    found = find_shared_memory(pid)
-    assert found is not None
-    assert found.stat().st_size == running.machine.spec.memory_kib << 10
-
-
-def test_machine_in_other_memory_is_moved_first(
-    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running.machine.kill()
-    monkeypatch.setattr("pycloudlib.qemu.machine.choose_memory", lambda _accelerator: Memory())
-    running.start(wait=False)
-    pid = running.machine.pid
-    assert pid is not None
-    assert find_shared_memory(pid) is None
-    saved = save(running)
-    assert runs(running)
-    # What the boot sector is loaded to by the firmware: so the memory is really this machine's.
-    with saved.memory.open("rb") as file:
-        file.seek(0x7C00)
-        assert file.read(4) == b"\xfa\xf4\xeb\xfd"
-
-
 def test_snapshot_is_kept_beyond_the_cloud(
     make_cloud: CloudMaker, tiny_image: Path, tmp_path: Path
 ) -> None:
@@ -292,147 +275,236 @@ class Before:
         assert runs(self._instance)
 
 
-def test_successor_that_refuses_leaves_the_machine_where_it_was(
-    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+# Each is called once in a save in place, in this order. From the second one on a mark in the
+# machine's directory says that it is being saved; from the fourth on its disk is another one.
+BEFORE_THE_DISK = (
+    (capture._InPlace, "prepare"),
+    (checkpoint, "_check_room"),
+    (livedisk, "prepared"),
+    (checkpoint, "_pause"),
+    (capture._Reading, "read_memory"),
+    (layers.FrozenDisk, "exchange"),
+)
+AFTER_THE_DISK = (
+    (devicestate, "save_devices"),
+    (checkpoint, "_measure_pause"),
+    (capture._InPlace, "finish"),
+    (savedmachine, "write_facts"),
+    (layers.LayerStore, "complete"),
+)
+
+
+def named(value: object) -> str:
+    """Name an owner or a function in a test's id."""
+    return getattr(value, "__name__", str(value)).rpartition(".")[2]
+
+
+class _BrokenError(Exception):
+    """What goes wrong in a test."""
+
+
+def goes_wrong(*_arguments: object, **_options: object) -> None:
+    raise _BrokenError
+
+
+@pytest.mark.parametrize(("owner", "name"), BEFORE_THE_DISK, ids=named)
+def test_what_goes_wrong_before_the_disk_is_exchanged_changes_nothing(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     before = Before(cloud, running)
-
-    def refuse(_qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
-        raise CloudError("refused")
-
     with monkeypatch.context() as patch:
-        patch.setattr(handover, "_set_capabilities", refuse)
-        with pytest.raises(CloudError, match="refused"):
+        patch.setattr(owner, name, goes_wrong)
+        with pytest.raises(_BrokenError):
             save(running)
     before.check()
     save(running)
     assert runs(running)
 
 
-def test_successor_that_disagrees_leaves_the_machine_where_it_was(
-    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("owner", "name"), AFTER_THE_DISK, ids=named)
+def test_what_goes_wrong_afterwards_leaves_the_machine_on_a_disk_that_is_there(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    """It is told that the state holds the memory, and it does not."""
-    before = Before(cloud, running)
-    agree = handover._set_capabilities
-
-    def disagree(qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
-        agree(qemu, with_memory=isinstance(qemu, RunningQemu) or with_memory)
-
+    pid = running.machine.pid
     with monkeypatch.context() as patch:
-        patch.setattr(handover, "_set_capabilities", disagree)
-        with pytest.raises(CloudError):
+        patch.setattr(owner, name, goes_wrong)
+        with pytest.raises(_BrokenError):
             save(running)
-    before.check()
+    assert running.machine.pid == pid
+    assert runs(running)
+    assert list(cloud.parent_dir.glob("snapshots/*")) == []
+    assert writes_to(pid, running.instance_path)
+    assert all(file.exists() for file in chain(running.instance_path))
     save(running)
     assert runs(running)
 
 
-def test_successor_that_dies_leaves_the_machine_where_it_was(
+def test_overlay_that_cannot_be_taken_is_let_go(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """QEMU refuses it, while the guest stands still."""
     before = Before(cloud, running)
-    receive = handover.receive
 
-    def die(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
-        receive(qemu, memory, descriptor)
-        os.kill(qemu.process.identity.pid, signal.SIGKILL)
+    def list_nodes() -> set[str]:
+        with running.machine.session() as session:
+            return set(livedisk._list_nodes(session))
 
+    opened = list_nodes()
     with monkeypatch.context() as patch:
-        patch.setattr(handover, "receive", die)
-        with pytest.raises(CloudError, match="SIGKILL"):
+        patch.setattr(livedisk, "_find_active", lambda _session: "no-such-node")
+        with pytest.raises(QmpError, match="no-such-node"):
             save(running)
     before.check()
+    assert list_nodes() == opened
+    assert running.machine.execute("query-fdsets") == []
     save(running)
     assert runs(running)
 
 
-def test_successor_that_dies_when_the_state_has_gone_leaves_the_machine_where_it_was(
+def test_guest_goes_on_when_it_stood_still_for_too_long(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Before(cloud, running)
-    wait = handover.wait_for_state
-
-    def die(qemu: RunningQemu, deadline: Deadline) -> None:
-        wait(qemu, deadline)
-        os.kill(qemu.process.identity.pid, signal.SIGKILL)
-        raise CloudError("died")
+    def hang(_reading: object) -> None:
+        assert becomes(lambda: running.machine.state is State.PAUSED)
+        assert becomes(lambda: running.machine.state is State.RUNNING)
 
     with monkeypatch.context() as patch:
-        patch.setattr(handover, "wait_for_state", die)
-        with pytest.raises(CloudError, match="died"):
-            save(running)
-    before.check()
-    save(running)
-    assert runs(running)
-
-
-# A matter of milliseconds, so one try shows little.
-@pytest.mark.parametrize("tries", [5, pytest.param(50, marks=pytest.mark.thorough)])
-def test_machine_can_be_saved_whenever_a_successor_died(
-    tries: int, cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also while the guest stands still, when its disk has been given up already."""
-    receive = handover.receive
-
-    def die(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
-        receive(qemu, memory, descriptor)
-        os.kill(qemu.process.identity.pid, signal.SIGKILL)
-
-    for _ in range(tries):
-        running = run(cloud, tiny_image)
-        with monkeypatch.context() as patch:
-            patch.setattr(handover, "receive", die)
-            with pytest.raises(CloudError):
-                save(running)
-        save(running)
-        assert runs(running)
-        assert running.delete() == []
-
-
-def test_state_that_cannot_be_kept_leaves_the_machine_where_it_was(
-    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = Before(cloud, running)
-
-    def fail(_pump: object) -> None:
-        raise OSError("no room")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(handover._Pump, "result", fail)
-        with pytest.raises(OSError, match="no room"):
-            save(running)
-    before.check()
-
-
-def test_memory_that_cannot_be_kept_leaves_no_image(
-    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_memory: int, _target: Path, *, release: bool = False) -> None:
-        raise CloudError("No room")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "keep", full)
-        with pytest.raises(CloudError, match="No room"):
+        patch.setattr(checkpoint, "_PAUSE_LIMIT", 0.2)
+        patch.setattr(capture._Reading, "read_memory", hang)
+        with pytest.raises(CloudError, match="goes on unsaved"):
             save(running)
     assert runs(running)
     assert list(cloud.parent_dir.glob("snapshots/*")) == []
-    assert all(file.exists() for file in chain(running.instance_path))
     save(running)
-    assert runs(running)
 
 
-def test_lost_ssh_port_leaves_the_machine_on_a_disk_that_is_there(
-    running: QemuInstance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_machine_that_ends_while_it_is_saved_is_told_of(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By then the new QEMU is the machine, and writes to the new overlay."""
-    monkeypatch.setattr(recovery, "ssh_rule", lambda _spec: "tcp:127.0.0.1:nowhere-:22")
+    def die(_reading: object) -> None:
+        running.machine.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture._Reading, "read_memory", die)
+        with pytest.raises((MachineEndedError, QmpError)):
+            save(running)
+    assert running.machine.state is State.OFF
+    assert list(cloud.parent_dir.glob("snapshots/*")) == []
+    running.start(wait=False)
+    assert runs(running)
     save(running)
-    assert "has lost its SSH port" in caplog.text
-    pid = running.machine.pid
-    assert qemus(running.instance_dir) == [pid]
-    assert writes_to(pid, running.instance_path)
-    assert all(file.exists() for file in chain(running.instance_path))
+
+
+@pytest.mark.parametrize("missing", ["command", "known blocks"])
+@pytest.mark.parametrize("kind", ["shared", "anonymous", "kept"])
+def test_machine_that_cannot_be_saved_in_place_is_saved_another_way(
+    cloud: Qemu,
+    running: QemuInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    missing: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = of_kind(cloud, running, kind, monkeypatch)
+    pid = machine.machine.pid
+    if missing == "command":
+        monkeypatch.setattr(devicestate, "_SAVE_DEVICES", "no-such-command")
+    else:
+        monkeypatch.setattr(devicestate, "_UNCHANGING", re.compile("ram0"))
+    caplog.set_level("INFO")
+    for _ in range(2):
+        saved = save(machine)
+    assert ("no-such-command" if missing == "command" else "beside its own") in caplog.text
+    assert ("by a migration" if kind == "shared" else "from a twin") in caplog.text
+    assert machine.machine.pid == pid
+    assert runs(machine)
+    assert boot_sector_of(saved) == BOOT_SECTOR
+    copy = hurry(cloud.launch(str(saved.image)))
+    assert runs(copy)
+
+
+def of_kind(
+    cloud: Qemu, running: QemuInstance, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> QemuInstance:
+    """Give a machine whose memory is of a kind."""
+    if kind == "kept":
+        return hurry(cloud.launch(str(save(running).image)))
+    if kind == "anonymous":
+        running.machine.kill()
+        with monkeypatch.context() as patch:
+            patch.setattr("pycloudlib.qemu.machine.choose_memory", lambda _accelerator: Memory())
+            running.start(wait=False)
+    return running
+
+
+BOOT_SECTOR = b"\xfa\xf4\xeb\xfd"
+
+
+def boot_sector_of(saved: SavedMachine) -> bytes:
+    """Read, in kept memory, where the firmware loads it to: so it is really this machine's."""
+    with saved.memory.open("rb") as file:
+        file.seek(0x7C00)
+        return file.read(4)
+
+
+@pytest.mark.parametrize("kind", ["shared", "anonymous", "kept"])
+def test_memory_of_each_kind_is_read_in_place(
+    cloud: Qemu,
+    running: QemuInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = of_kind(cloud, running, kind, monkeypatch)
+    pid = machine.machine.pid
+    caplog.set_level("INFO")
+    for _ in range(2):
+        saved = save(machine)
+    way = "from its shared memory" if kind == "shared" else "from QEMU's process"
+    assert caplog.text.count(f"read {way};") >= 2
+    assert machine.machine.pid == pid
+    assert boot_sector_of(saved) == BOOT_SECTOR
+    assert runs(hurry(cloud.launch(str(saved.image))))
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "kept"])
+def test_qemu_writes_its_memory_where_its_process_must_not_be_read(
+    cloud: Qemu,
+    running: QemuInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both ways give the same content, but for what is behind the display's."""
+    machine = of_kind(cloud, running, kind, monkeypatch)
+    first = save(machine)
+
+    def refuse(_process: Path) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guestmemory, "open_process_memory", refuse)
+        caplog.set_level("INFO")
+        second = save(machine)
+    assert caplog.text.count("read by QEMU, range by range") == 1
+    assert caplog.text.count("QEMU writes its guest's memory itself") == 1
+    assert boot_sector_of(second) == BOOT_SECTOR
+    display = slice(0xA0000, 0xC0000)
+    contents = [bytearray(saved.memory.read_bytes()) for saved in (first, second)]
+    for content in contents:
+        content[display] = bytes(0x20000)
+    assert contents[0] == contents[1]
+    assert runs(hurry(cloud.launch(str(second.image))))
+
+
+def test_machine_on_kept_memory_is_saved_when_that_is_deleted(
+    cloud: Qemu, running: QemuInstance
+) -> None:
+    (copy,) = running.fork(1)
+    assert list(cloud.parent_dir.glob("snapshots/*.live")) == []
+    saved = save(hurry(copy))
+    assert boot_sector_of(saved) == BOOT_SECTOR
+    assert runs(hurry(cloud.launch(str(saved.image))))
 
 
 def writes_to(pid: int | None, file: Path) -> bool:
@@ -447,48 +519,31 @@ def writes_to(pid: int | None, file: Path) -> bool:
     return False
 
 
-def test_new_qemu_writes_to_the_new_disk(running: QemuInstance) -> None:
-    save(running)
-    assert writes_to(running.machine.pid, running.instance_path)
+def test_machine_writes_to_the_new_disk(running: QemuInstance) -> None:
+    for _ in range(3):
+        saved = save(running)
+        pid = running.machine.pid
+        assert writes_to(pid, running.instance_path)
+        assert not writes_to(pid, saved.image)
 
 
-@pytest.mark.parametrize("moment", ["birth", "born", "ready", "moving", "moved"])
-def test_ctrl_c_at_any_moment_of_a_hand_over_leaves_one_qemu(
-    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, moment: str
+@pytest.mark.parametrize(("owner", "name"), BEFORE_THE_DISK[1:] + AFTER_THE_DISK[:-1], ids=named)
+def test_ctrl_c_at_any_moment_leaves_the_machine_running(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    """The signal really comes, while a QEMU is born or takes the state in another thread."""
-    start, receive, wait = QemuProcess.start, handover.receive, handover.wait_for_state
+    """The signal really comes, in the main thread."""
+    real = getattr(owner, name)
 
-    def interrupt(now: str) -> None:
-        if now == moment:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def start_interrupted(argv: Sequence[str], **options: Any) -> QemuProcess:
-        interrupt("birth")
-        process = start(argv, **options)
-        interrupt("born")
-        return process
-
-    def receive_interrupted(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
-        receive(qemu, memory, descriptor)
-        interrupt("ready")
-
-    def wait_interrupted(qemu: RunningQemu, deadline: Deadline) -> None:
-        interrupt("moving")
-        wait(qemu, deadline)
-        interrupt("moved")
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(QemuProcess, "start", start_interrupted)
-        patch.setattr(handover, "receive", receive_interrupted)
-        patch.setattr(handover, "wait_for_state", wait_interrupted)
+        patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             save(running)
-    time.sleep(0.2)  # one that was just born has no command line yet
-    left, pid = qemus(running.instance_dir), running.machine.pid
-    for other in set(left) - {pid}:
-        os.kill(other, signal.SIGKILL)
-    assert left == [pid]
+    pid = running.machine.pid
+    assert becomes(lambda: qemus(cloud.working_dir) == [pid])
     assert writes_to(pid, running.instance_path)
     assert all(file.exists() for file in chain(running.instance_path))
     assert list(cloud.parent_dir.glob("snapshots/*")) == []
@@ -497,23 +552,31 @@ def test_ctrl_c_at_any_moment_of_a_hand_over_leaves_one_qemu(
 
 
 def test_freezing_that_fails_gives_the_disk_back(running: QemuInstance) -> None:
+    """That of a machine that is off."""
+    running.machine.kill()
     store = layers.LayerStore(running.instance_dir.parent)
     disk = running.instance_path
-    before = disk.stat().st_ino
+    before, names = disk.stat().st_ino, names_in(running.instance_dir)
 
-    def fail() -> None:
-        with store.freezing(disk, "broken.img", in_use=True) as image:
-            assert image.stat().st_ino == before
-            assert disk.stat().st_ino != before
-            assert chain(disk)[1].stat().st_ino == before
+    def fail(*, late: bool) -> None:
+        with (
+            contextlib.ExitStack() as undo,
+            store.freezing(disk, store.reserve("broken.img", undo)) as frozen,
+        ):
+            assert frozen.image.stat().st_ino == before
+            if late:
+                frozen.exchange()
+                assert disk.stat().st_ino != before
+                assert chain(disk)[1].stat().st_ino == before
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert disk.stat().st_ino == before
-    assert list(store.snapshots.iterdir()) == []
-    assert list(store.layers.glob("*.qcow2")) == []
-    assert runs(running)
+    for late in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            fail(late=late)
+        assert disk.stat().st_ino == before
+        assert list(store.snapshots.iterdir()) == []
+        assert list(store.layers.glob("*.qcow2")) == []
+        assert names_in(running.instance_dir) == names
 
 
 def test_users_of_a_saved_image_are_named(cloud: Qemu, running: QemuInstance) -> None:

@@ -92,18 +92,18 @@ def test_a_port_that_is_busy_for_a_moment_does_not_fail_a_start(
     unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unstarted.machine.kill()
-    other, listen = ports.listen(int(unstarted.telnet_port)), ports.listen_shared
+    other, listen = ports.listen(int(unstarted.telnet_port)), ports.listen
     refused: list[OSError] = []
 
-    def listen_or_free(port: int, *, anew: bool) -> socket.socket:
+    def listen_or_free(port: int) -> socket.socket:
         try:
-            return listen(port, anew=anew)
+            return listen(port)
         except OSError as error:
             refused.append(error)
             other.close()
             raise
 
-    monkeypatch.setattr(ports, "listen_shared", listen_or_free)
+    monkeypatch.setattr(ports, "listen", listen_or_free)
     unstarted.start(wait=False)
     assert len(refused) == 1
     assert unstarted.machine.state is State.PAUSED

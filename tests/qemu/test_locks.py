@@ -16,13 +16,12 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.cli.machines import list_machines
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import copies, disk, handover, hotplug, layers
+from pycloudlib.qemu import capture, copies, disk, hotplug, layers
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import Machine, State
 from pycloudlib.qemu.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.process import QemuProcess
 from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.running import RunningQemu
 from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, becomes, hurry, qemus, runs, save
@@ -132,14 +131,8 @@ def test_plugging_locks(running: QemuInstance, monkeypatch: pytest.MonkeyPatch) 
 def test_interface_that_is_plugged_in_meanwhile_is_not_lost(
     running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes after the first look, before the machine is handed over."""
-    when(monkeypatch, handover, "_successor", lambda: pytest.fail("it was to be handed over"))
-    when(
-        monkeypatch,
-        layers.LayerStore,
-        "freezing",
-        lambda: pytest.fail("its disk was to be frozen"),
-    )
+    """It comes before the save has the lock."""
+    when(monkeypatch, capture, "choose", lambda: pytest.fail("it was to be saved"))
     save_lock = running.machine.changing
     plugged: list[str] = []
 
@@ -207,8 +200,7 @@ def test_prune_waits_for_who_changes_a_machine(
 CUT_OFF = f"""
 import io, os, signal, sys
 from pycloudlib import Qemu
-from pycloudlib.qemu import checkpoint, handover, layers, recovery, rundir, running, start
-from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu import capture, checkpoint, devicestate, layers, livedisk, rundir, savedmachine
 config, image, moment = sys.argv[1:]
 
 def die(*arguments, **options):
@@ -218,38 +210,39 @@ cloud = Qemu("cut", timestamp_suffix=False, config_file=io.StringIO(config), orp
 vm = cloud.launch(image, "{SMALL}")
 print(vm.id, flush=True)
 owner, name = {{
-    "before the state": (handover, "receive"),
-    "before it is the machine's": (running.RunningQemu, "publish"),
-    "before its sockets are": (rundir.StagedSocket, "publish"),
-    "before the guest goes on": (handover, "_finish"),
-    "before the old one ends": (Machine, "go_on_in"),
-    "before it has the SSH port": (handover, "forward_ssh"),
-    "before it is forgotten": (rundir.RunDirectory, "forget_handover"),
+    "before the memory is copied": (capture._InPlace, "prepare"),
+    "before the disk has its names": (layers.LayerStore, "freezing"),
+    "before the overlay is opened": (livedisk, "prepared"),
+    "before the guest stands still": (checkpoint, "_pause"),
+    "standing still": (capture._Reading, "read_memory"),
+    "before the disk is exchanged": (layers.FrozenDisk, "exchange"),
+    "before the state": (devicestate, "save_devices"),
+    "before it is let be": (rundir.RunDirectory, "forget_saving"),
+    "before the state is written": (capture._InPlace, "finish"),
+    "before it is told of": (savedmachine, "write_facts"),
+    "before it is complete": (layers.LayerStore, "complete"),
 }}[moment]
-if moment == "before the guest goes on":
-    real = running.RunningQemu.publish
-    def publish(self):
-        real(self)
-        die()
-    running.RunningQemu.publish = publish
-else:
-    setattr(owner, name, die)
+setattr(owner, name, die)
 checkpoint.save(vm.machine, "saved.img", helper=False)
 """
 
 MOMENTS = (
+    "before the memory is copied",
+    "before the disk has its names",
+    "before the overlay is opened",
+    "before the guest stands still",
+    "standing still",
+    "before the disk is exchanged",
     "before the state",
-    "before it is the machine's",
-    "before its sockets are",
-    "before the guest goes on",
-    "before the old one ends",
-    "before it has the SSH port",
-    "before it is forgotten",
+    "before it is let be",
+    "before the state is written",
+    "before it is told of",
+    "before it is complete",
 )
 
 
 def cut_off(working_dir: Path, image: Path, moment: str) -> str:
-    """Save a machine and be killed at a moment of its hand-over; give the machine's id."""
+    """Save a machine and be killed at a moment of that; give the machine's id."""
     config = f'[qemu]\nworking_dir = "{working_dir}"\naccelerator = "tcg"\n'
     done = subprocess.run(
         [sys.executable, "-c", CUT_OFF, config, str(image), moment],
@@ -264,13 +257,20 @@ def cut_off(working_dir: Path, image: Path, moment: str) -> str:
 
 def check_whole(cloud: Qemu, instance_id: str, working_dir: Path) -> None:
     vm = hurry(cloud.get_instance(instance_id))
+    assert vm.machine.state is State.RUNNING
+    # The guardian ends what else the program had.
+    assert becomes(lambda: len(qemus(working_dir)) == 1)
     assert runs(vm)
-    assert not vm.machine.rundir.in_handover
+    rundir = vm.machine.rundir
+    assert not rundir.is_being_saved
+    assert list(rundir.path.glob(".*.qcow2")) == []
     (pid,) = qemus(working_dir)
     assert vm.machine.pid == pid
     # It writes to its own disk, under its own name.
     opened = [link.stat() for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
     assert any(os.path.samestat(facts, vm.instance_path.stat()) for facts in opened)
+    cloud.prune()
+    assert list(cloud.parent_dir.glob("snapshots/*")) == []
     save(vm)
     assert runs(vm)
     assert vm.delete() == []
@@ -281,7 +281,7 @@ def check_whole(cloud: Qemu, instance_id: str, working_dir: Path) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param(moment, marks=[] if number in (1, 3) else pytest.mark.thorough)
+        pytest.param(moment, marks=[] if number in (3, 5, 6) else pytest.mark.thorough)
         for number, moment in enumerate(MOMENTS)
     ],
 )
@@ -316,17 +316,14 @@ def test_whoever_comes_next_sets_it_right(
     tiny_image: Path,
     working_dir: Path,
 ) -> None:
-    instance_id = cut_off(working_dir, tiny_image, "before it is the machine's")
-    assert len(qemus(working_dir)) == 2
+    instance_id = cut_off(working_dir, tiny_image, "before the disk is exchanged")
     cloud = make_cloud("cut")
     settle(cloud, instance_id)
-    assert len(qemus(working_dir)) == 1
-    rundir = RunDirectory.of_id(instance_id)
-    assert not rundir.in_handover
+    assert not RunDirectory.of_id(instance_id).is_being_saved
     check_whole(cloud, instance_id, working_dir)
 
 
-def test_hand_over_that_goes_on_is_let_be(
+def test_save_that_is_under_way_is_let_be(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = cloud.get_instance(running.id)
@@ -334,16 +331,19 @@ def test_hand_over_that_goes_on_is_let_be(
 
     def look() -> None:
         (found,) = list_machines(cloud.working_dir, everywhere=True)
-        seen.extend([found.state, other.machine.state.value, str(len(qemus(cloud.working_dir)))])
+        told = other.machine.execute("query-status")["status"]
+        seen.extend([found.state, other.machine.state.value, told])
 
-    when(monkeypatch, RunningQemu, "publish", look)
+    when(monkeypatch, capture._Reading, "read_memory", look)
     save(running)
-    assert seen == ["running", "running", "2"]
+    assert seen == ["running", "running", "paused"]
     assert runs(running)
 
 
-def test_deleting_ends_both(make_cloud: CloudMaker, tiny_image: Path, working_dir: Path) -> None:
-    instance_id = cut_off(working_dir, tiny_image, "before the old one ends")
+def test_machine_whose_saver_was_killed_is_deleted(
+    make_cloud: CloudMaker, tiny_image: Path, working_dir: Path
+) -> None:
+    instance_id = cut_off(working_dir, tiny_image, "before the disk is exchanged")
     cloud = make_cloud("cut")
     assert cloud.get_instance(instance_id).delete() == []
     assert becomes(lambda: qemus(working_dir) == [])

@@ -18,7 +18,7 @@ from pycloudlib import Qemu
 from pycloudlib.deadline import Deadline
 from pycloudlib.errors import CloudError, ImageNotFoundError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, NewKey
-from pycloudlib.qemu import copies, handover
+from pycloudlib.qemu import copies, devicestate
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import State
@@ -42,11 +42,12 @@ pytestmark = pytest.mark.qemu
 
 
 def files(instance: QemuInstance) -> set[str]:
-    """List an instance's files, but for locks and for what is to be put right in it."""
+    """List an instance's files, but for locks and for what a machine has while it is on."""
+    left_out = ("fix-up.json", "base-state")
     return {
         file.name
         for file in instance.instance_dir.iterdir()
-        if file.suffix != ".lock" and file.name != "fix-up.json"
+        if file.suffix != ".lock" and file.name not in left_out
     }
 
 
@@ -272,7 +273,7 @@ def test_ctrl_c_in_the_middle_comes_when_it_is_done(
     moment: str,
 ) -> None:
     """The signal really comes, while QEMU is born or takes the state in another thread."""
-    start, wait = QemuProcess.start, handover.wait_for_state
+    start, wait = QemuProcess.start, devicestate.wait_for_state
     had = files(running)
 
     def interrupt(now: str) -> None:

@@ -193,7 +193,7 @@ def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
         def close(self) -> None:
             if not listened:
                 listened.append(port := self.getsockname()[1])
-                ports.listen_shared(port, anew=True).close()
+                ports.listen(port).close()
             super().close()
 
     monkeypatch.setattr(ports, "make_socket", Looking)

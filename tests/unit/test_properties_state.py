@@ -133,8 +133,6 @@ def test_process_is_read_back_as_it_was_written(
 ) -> None:
     rundir.write_process(identity)
     assert rundir.find_process() == identity
-    rundir.write_successor(identity)
-    assert rundir.find_successor() == identity
 
 
 @given(damaged_json(b'{"pid": 1234, "start": 5678}') | st.sampled_from(STRANGE))

@@ -56,9 +56,8 @@ class Found:
     @property
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off."""
-        for process in recovery.find_processes(self.rundir):
-            return process.pid
-        return None
+        process = recovery.find_process(self.rundir)
+        return None if process is None else process.pid
 
     @property
     def place(self) -> str:
@@ -173,7 +172,7 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
         return errors
     try:
         with found.rundir.lock():
-            recovery.end_processes(found.rundir)
+            recovery.end_process(found.rundir)
             found.rundir.remove()
     except InstanceNotFoundError:
         pass  # another process was quicker

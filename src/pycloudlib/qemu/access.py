@@ -143,12 +143,10 @@ class GuestAccess(DiagnosedInstance):
     def _can_be_asked(self) -> bool:
         return super()._can_be_asked() or self._helper.expected
 
-    def has_moved(self) -> None:
-        """Take note that another QEMU runs the machine: connections through the first are lost."""
-        self._forget_client()
+    def correct_clock(self) -> None:
+        """Give the guest's clock what it has lost while the guest was saved, if the helper runs."""
         if self._helper.expected:
             with contextlib.suppress(CloudError, PycloudlibTimeoutError):
-                # What the guest's clock has lost meanwhile.
                 self._helper.fix(FixUp())
 
     def put_right_soon(self) -> None:
@@ -370,8 +368,8 @@ class GuestAccess(DiagnosedInstance):
     def _ends_in_machine(self, connection: socket.socket) -> bool:
         """Whether QEMU has the other end of a connection: it hands that on to the guest's sshd."""
         rundir = self.machine.rundir
-        processes = (rundir.find_process(), rundir.find_successor())
-        return any(process and peer.ends_in(connection, process) for process in processes)
+        process = rundir.find_process()
+        return process is not None and peer.ends_in(connection, process)
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():

@@ -1,36 +1,44 @@
-"""Saving a machine while it runs: its disk, its memory and its state, all of one moment."""
+"""Saving a machine while it runs: its disk, its memory and its state, all of one moment.
+
+The machine is read where it is, and goes on in the same process. What takes long is done while it
+runs; so the guest stands still for what has changed meanwhile.
+
+    guest    runs ──────────────────────────────┤ stands still ├ runs on ──────────▶
+    memory   copied ──────────────────────▶ what has changed
+    disk     the next overlay is opened ────────────▶ taken
+    state    that of a machine like it, once ─────────▶ read ──────▶ put together
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
-from pycloudlib.descriptors import moved
-from pycloudlib.errors import CloudError
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import copy_private
 from pycloudlib.images import uses
 from pycloudlib.key import bring_along
-from pycloudlib.qemu import layers, savedmachine
-from pycloudlib.qemu.handover import hand_over
+from pycloudlib.qemu import capture, layers, livedisk, savedmachine
+from pycloudlib.qemu.capture import Capture
 from pycloudlib.qemu.hotplug import list_plugged
-from pycloudlib.qemu.identity import find_proc_directory
 from pycloudlib.qemu.keptmemory import check_machine
-from pycloudlib.qemu.machine import Machine, State, uninterrupted
-from pycloudlib.qemu.memory import BACKEND, SHARED, Memory, find_shared_memory, keep
-from pycloudlib.qemu.ownership import disown
-from pycloudlib.qemu.qmp import QmpSession
+from pycloudlib.qemu.machine import Machine, MachineEndedError, State, uninterrupted
+from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.running import ROOM, RunningQemu
 from pycloudlib.qemu.savedmachine import SavedMachine
 
 _log = logging.getLogger(__name__)
 
-_MERGE_LIMIT = 600.0
+# Seconds after which a guest that stands still goes on, whatever else has happened.
+_PAUSE_LIMIT = 60.0
+_EVENT_LIMIT = 5.0
 
 
 def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
@@ -47,47 +55,119 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
         CloudError: It could not be saved, and goes on; says why.
     """
     store = layers.LayerStore(machine.rundir.path.parent)
-    with _changing(machine):
-        _merge_layers(machine)
-    memory = _open_shared_memory(machine)
-    try:
-        with contextlib.ExitStack() as undo:
-
-            def freeze() -> tuple[Path, float | None]:
-                with (
-                    _changing(machine),
-                    store.freezing(machine.rundir.disk, image_name, in_use=True) as image,
-                    savedmachine.new_directory(savedmachine.directory_of(image)) as directory,
-                ):
-                    shared = Memory(file=find_proc_directory(os.getpid()) / "fd" / str(memory))
-                    pause = hand_over(machine, shared, kept_state=directory / "state")
-                # From here on the machine's old disk is a layer that it is built on.
-                undo.callback(disown, image)
-                undo.callback(uses.forget, image)
-                undo.callback(image.unlink)
-                undo.callback(shutil.rmtree, directory)
-                return image, pause
-
-            image, pause = uninterrupted(freeze)
-            keep(memory, savedmachine.directory_of(image) / "memory", release=True)
+    with machine.changing(), contextlib.ExitStack() as undo:
+        _check_can_be_saved(machine)
+        qemu = machine.qemu()
+        livedisk.merge_layers(qemu, machine.rundir.disk)
+        image = store.reserve(image_name, undo)
+        with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
+            with capture.choose(machine, directory) as reading:
+                reading.prepare()
+                _check_room(directory)
+                pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
+                reading.finish()
             saved = _write(_describe(machine, image, helper), machine.rundir)
             # By now it is known which kernel it needs.
             layers.record_uses(image)
             store.complete(image, machine.rundir.path)
-            undo.pop_all()
-    finally:
-        os.close(memory)
+        undo.pop_all()
     stood = "" if pause is None else f"; the guest stood still for {pause * 1000:.0f} ms"
-    _log.info("Saved %s as %s%s", machine.spec.name, image, stood)
+    _log.info("Saved %s as %s, its memory read %s%s", machine.spec.name, image, reading.way, stood)
     return saved
 
 
+def _freeze(
+    machine: Machine, image: Path, reading: Capture, undo: contextlib.ExitStack
+) -> float | None:
+    """Let the guest stand still for the moment that is saved.
+
+    Returns:
+        For how many seconds it did, as QEMU says; None if it does not say.
+    """
+    rundir, qemu = machine.rundir, machine.qemu()
+    store = layers.LayerStore(rundir.path.parent)
+    seen = qemu.events
+    with (
+        store.freezing(rundir.disk, image, in_use=True) as frozen,
+        qemu.session() as session,
+    ):
+        # So that whoever comes next lets the machine go on, if this program is killed.
+        rundir.write_saving(frozen.fresh)
+        try:
+            with livedisk.prepared(session, frozen.fresh) as take_overlay, _pause(machine, session):
+                reading.read_memory()
+                take_overlay()
+                frozen.exchange()
+                reading.read_state()
+        finally:
+            rundir.forget_saving()
+        pause = _measure_pause(qemu, seen)
+    undo.callback(uses.forget, image)
+    undo.callback(image.unlink)
+    return pause
+
+
 @contextlib.contextmanager
-def _changing(machine: Machine) -> Iterator[None]:
-    """Keep others from changing a machine that can be saved."""
-    with machine.changing():
-        _check_can_be_saved(machine)
+def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
+    """Let the guest stand still in the block; it goes on whatever happens.
+
+    Raises:
+        CloudError: It took too long: then it went on before the block had ended.
+    """
+    too_late = threading.Event()
+
+    def give_up() -> None:
+        too_late.set()
+        _go_on(machine, session)
+
+    timer = threading.Timer(_PAUSE_LIMIT, give_up)
+    timer.daemon = True
+    try:
+        timer.start()
+        session.execute("stop")
         yield
+    except BaseException:
+        timer.cancel()
+        _go_on(machine, session)
+        raise
+    timer.cancel()
+    session.execute("cont")
+    if too_late.is_set():
+        raise CloudError(
+            f"{machine.spec.name} stood still for {_PAUSE_LIMIT:g} s, and goes on unsaved"
+        )
+
+
+def _go_on(machine: Machine, session: QmpSession) -> None:
+    """Let the guest go on after something went wrong, which is to be told, not this."""
+    try:
+        session.execute("cont")
+    except (QmpError, MachineEndedError) as error:
+        _log.error("%s cannot go on: %s", machine.spec.name, error)
+
+
+def _measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
+    """Tell how long the guest stood still, by QEMU's own timestamps."""
+
+    def is_resume(event: Event) -> bool:
+        return event.name == "RESUME" and event not in seen
+
+    with contextlib.suppress(PycloudlibTimeoutError):
+        resumed = qemu.wait_for_event(is_resume, Deadline.after(_EVENT_LIMIT))
+        stops = [event for event in qemu.events if event.name == "STOP" and event not in seen]
+        return resumed.timestamp - stops[0].timestamp if stops else None
+    return None
+
+
+def _check_room(directory: Path) -> None:
+    """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
+    facts = os.statvfs(directory)
+    free = facts.f_bavail * facts.f_frsize
+    if free < ROOM:
+        raise CloudError(
+            f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
+            f"its memory, and {ROOM >> 20} MiB are needed"
+        )
 
 
 def _check_can_be_saved(machine: Machine) -> None:
@@ -104,84 +184,6 @@ def _check_can_be_saved(machine: Machine) -> None:
             f"{machine.spec.name} cannot be saved while network interfaces are plugged in "
             f"({', '.join(plugged)}): remove_network_interface() first"
         )
-
-
-def _merge_layers(machine: Machine) -> None:
-    """Take the layers below a running machine's disk into it when they have become many."""
-    lowest = layers.too_deep(machine.rundir.disk)
-    if lowest is None:
-        return
-    deadline = Deadline.after(_MERGE_LIMIT)
-    qemu = machine.qemu()
-    job = f"merge-{time.monotonic_ns()}"
-    with qemu.session() as session:
-        session.execute(
-            "block-stream", {"job-id": job, "device": "root", "base-node": _name_lowest(session)}
-        )
-        event = qemu.wait_for_event(
-            lambda event: event.name == "BLOCK_JOB_COMPLETED" and event.data["device"] == job,
-            deadline,
-        )
-    if "error" in event.data:
-        raise CloudError(f"{machine.spec.name}: merging its layers failed: {event.data['error']}")
-
-
-def _name_lowest(session: QmpSession) -> str:
-    """Give QEMU's name of the lowest file of a machine's disk.
-
-    Not the file's own: that is a path, which need not be text, and QMP takes nothing else.
-    """
-    (root,) = (block for block in session.execute("query-block") if block["device"] == "root")
-    image = root["inserted"]["image"]
-    while "backing-image" in image:
-        image = image["backing-image"]
-    # In both answers QEMU shows the path alike.
-    nodes = session.execute("query-named-block-nodes", {"flat": True})
-    names = [
-        node["node-name"]
-        for node in nodes
-        if node["file"] == image["filename"] and node["drv"] != "file"
-    ]
-    return str(names[0])
-
-
-def _open_shared_memory(machine: Machine) -> int:
-    """Open the machine's memory; it is moved into shared memory first if it is elsewhere."""
-    if not _has_shared_memory(machine):
-        pause = uninterrupted(lambda: _move_memory(machine))
-        _log.info(
-            "Moved %s into memory that can be saved; the guest stood still for %.0f ms",
-            machine.spec.name,
-            (pause or 0) * 1000,
-        )
-    return moved(os.open(find_memory(machine), os.O_RDWR | os.O_CLOEXEC))
-
-
-def _move_memory(machine: Machine) -> float | None:
-    with _changing(machine):
-        return hand_over(machine, SHARED)
-
-
-def find_memory(machine: Machine) -> Path:
-    """Find the file of a machine's shared memory; its path is good as long as its QEMU lives.
-
-    Raises:
-        MachineEndedError: It is off.
-        CloudError: Its memory is of another kind.
-    """
-    pid = machine.pid
-    file = None if pid is None else find_shared_memory(pid)
-    if file is None:
-        machine.check_on()
-        raise CloudError(f"The memory of {machine.spec.name} cannot be found")
-    return file
-
-
-def _has_shared_memory(machine: Machine) -> bool:
-    return any(
-        device["id"] == BACKEND and device.get("share")
-        for device in machine.execute("query-memdev")
-    )
 
 
 def _describe(machine: Machine, image: Path, helper: bool) -> SavedMachine:

@@ -72,15 +72,14 @@ class Origin:
         memory: The guest's memory.
         state: Descriptor of a stream, which QEMU inherits, that the machine's state comes from;
             None when the power is switched on.
-        replaces: Whether another QEMU runs this machine until the state has come, and holds its
-            ports and names until then.
+        is_twin: Whether another QEMU runs this machine, and this one never does: it has no port.
         stops_at: The sector of the seed, of 512 bytes, before whose first read the machine stops;
             None for a machine that reads its seed.
     """
 
     memory: Memory = SHARED
     state: int | None = None
-    replaces: bool = False
+    is_twin: bool = False
     stops_at: int | None = None
 
     @property
@@ -138,7 +137,7 @@ def build_command(
                    f"file={escape(spec.disk)}"),
         "-device", "scsi-hd,drive=root,bus=scsi0.0,bootindex=1",
         *_seed(spec.seed, origin.stops_at),
-        "-netdev", "user,id=net0" + ("" if origin.replaces else f",hostfwd={ssh_rule(spec)}"),
+        "-netdev", "user,id=net0" + ("" if origin.is_twin else f",hostfwd={ssh_rule(spec)}"),
         # An empty romfile leaves out the network boot ROM, and the time it would take.
         "-device", f"virtio-net-pci,netdev=net0,mac={spec.mac},romfile=",
         # A port for the helper in the guest, which is there only when the machine is to be saved.
@@ -147,8 +146,7 @@ def build_command(
         "-device", f"virtserialport,chardev=helper,name={HELPER_PORT}",
         *_kernel(spec),
         *(spec.launch_args if origin.state is None else _incoming(spec.launch_args)),
-        # One that takes over is let run when everybody knows that it is the machine.
-        *(["-S"] if origin.replaces else []),
+        *(["-S"] if origin.is_twin else []),
     ]
     # fmt: on
 

@@ -21,7 +21,7 @@ from pycloudlib.guest.helper import FixUp, Identity, NewKey
 from pycloudlib.images import uses
 from pycloudlib.qemu import disk, layers
 from pycloudlib.qemu.command import Origin
-from pycloudlib.qemu.handover import feed, receive, wait_for_state
+from pycloudlib.qemu.devicestate import feed, receive, wait_for_state
 from pycloudlib.qemu.launch import Host
 from pycloudlib.qemu.machine import Machine, uninterrupted
 from pycloudlib.qemu.memory import Memory
@@ -100,15 +100,21 @@ def wake(machine: Machine, saved: SavedMachine) -> None:
         MachineEndedError: QEMU did not take the state.
         CloudError: It did not come to run.
     """
-    with waking(saved) as (origin, settle):
+    with waking(saved, machine.rundir) as (origin, settle):
         machine.power_on(origin, settle)
 
 
 @contextlib.contextmanager
 def waking(
-    saved: SavedMachine,
+    saved: SavedMachine, rundir: RunDirectory, *, held: bool = False
 ) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
-    """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that."""
+    """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that.
+
+    Args:
+        saved: The saved machine.
+        rundir: The directory of the one that goes on.
+        held: Whether it is left as its state says, which may be that it stands still.
+    """
     ours, theirs = make_socket_pair()
     with ours, theirs:
         memory = Memory(file=saved.memory)
@@ -118,8 +124,20 @@ def waking(
             receive(qemu, memory, number)
             feed(ours, saved.state)
             wait_for_state(qemu, Deadline.after(_WAKE_LIMIT))
+            _keep_base_state(saved, rundir)
+            if not held:
+                # By the state it may stand still, as the saved one did when it was written.
+                qemu.execute("cont")
 
         yield Origin(memory, state=number), settle
+
+
+def _keep_base_state(saved: SavedMachine, rundir: RunDirectory) -> None:
+    """Keep the state that a machine was started from, for when it is saved itself."""
+    try:
+        os.link(saved.state, rundir.base_state)
+    except OSError:  # it is another user's, or on another file system
+        copy_private(saved.state, rundir.base_state)
 
 
 def roll_back(machine: Machine, saved: SavedMachine) -> None:
@@ -144,7 +162,7 @@ def _roll_back(machine: Machine, saved: SavedMachine) -> None:
         # One rename: at any moment there is a whole disk under that name.
         fresh.replace(rundir.disk)
 
-    with contextlib.ExitStack() as undo, waking(saved) as (origin, settle):
+    with contextlib.ExitStack() as undo, waking(saved, rundir) as (origin, settle):
         undo.callback(fresh.unlink, missing_ok=True)
         undo.callback(_put_back, before, rundir.disk)
         disk.create_overlay(disk.read_layer(saved.image), fresh, unopened=True)

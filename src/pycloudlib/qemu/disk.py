@@ -149,6 +149,15 @@ def create_overlay(
         raise
 
 
+def create_empty(path: Path) -> None:
+    """Make a disk of the usual size that nothing is on."""
+    _create_private(path)
+    run_tool(
+        "making an empty disk",
+        ["qemu-img", "create", "-q", "-f", "qcow2", path, str(MINIMUM_DISK_SIZE)],
+    )
+
+
 def _inspect_qcow2(path: Path) -> BaseImage:
     info = _qemu_img("info", path, parse_info)
     if info.encrypted:

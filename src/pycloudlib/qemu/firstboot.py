@@ -28,12 +28,11 @@ from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest import userdata
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.qemu import disk, savedmachine
+from pycloudlib.qemu import disk, guestmemory, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.checkpoint import find_memory
 from pycloudlib.qemu.command import SEED_NODE, Origin
 from pycloudlib.qemu.copies import waking
-from pycloudlib.qemu.handover import write_state
+from pycloudlib.qemu.devicestate import write_state
 from pycloudlib.qemu.launch import (
     Host,
     LaunchRequest,
@@ -45,12 +44,12 @@ from pycloudlib.qemu.launch import (
     supply_seed,
 )
 from pycloudlib.qemu.machine import Machine, MachineEndedError
-from pycloudlib.qemu.memory import SHARED, keep
+from pycloudlib.qemu.memory import SHARED
+from pycloudlib.qemu.memoryfile import MemoryFile
 from pycloudlib.qemu.ownership import Orphans
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.qmp import Event
 from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.running import RunningQemu
 from pycloudlib.qemu.savedmachine import SavedMachine
 from pycloudlib.qemu.spec import MachineSpec
 
@@ -234,11 +233,14 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
         saved_at=time.time(),
         rtc_lag=rtc_lag,
     )
-    memory = find_memory(machine)
     with savedmachine.new_directory(saved.directory):
-        write_state(machine, saved.state)
-        with memory.open("rb") as content:
-            keep(content.fileno(), saved.memory)
+        write_state(machine.qemu(), saved.state)
+        size = machine.spec.memory_kib << 10
+        with (
+            guestmemory.opened(machine.qemu(), size) as memory,
+            MemoryFile(saved.memory, size) as kept,
+        ):
+            kept.update(memory)
         machine.kill()
         for source, target in (
             (machine.rundir.seed, saved.seed),
@@ -286,11 +288,5 @@ class FirstBoot:
     def switch_on(self, machine: Machine) -> None:
         """Let it begin."""
         held = _HELD in self.request.launch_args
-        with waking(self.start) as (origin, settle):
-
-            def begin(qemu: RunningQemu) -> None:
-                settle(qemu)
-                if not held:
-                    qemu.execute("cont")
-
-            machine.power_on(origin, begin)
+        with waking(self.start, machine.rundir, held=held) as (origin, settle):
+            machine.power_on(origin, settle)

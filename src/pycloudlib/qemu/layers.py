@@ -58,56 +58,66 @@ class LayerStore:
         """Where the layers are."""
         return self.parent_dir / LAYERS
 
+    def reserve(self, image_name: str, undo: contextlib.ExitStack) -> Path:
+        """Name an image that is to be made; it goes with this program until it is `complete`.
+
+        Args:
+            image_name: The name of its file, without its directory.
+            undo: Undoes that.
+        """
+        image = self.snapshots / image_name
+        with self.keeping_all():
+            create_private_directory(self.snapshots, parents=False)
+            undo.callback(disown, image)
+            # Nobody has a use for it yet.
+            claim(image, Orphans.REAP)
+        return image
+
     @contextlib.contextmanager
-    def freezing(self, overlay: Path, image_name: str, *, in_use: bool = False) -> Iterator[Path]:
+    def freezing(self, overlay: Path, image: Path, *, in_use: bool = False) -> Iterator[FrozenDisk]:
         """Make an image of a machine's overlay; the machine goes on in a new one.
 
-        Whatever goes wrong in the block, the machine has its overlay back. The image goes with this
-        program until it is `complete`. The caller keeps others from changing the machine.
+        That begins with `FrozenDisk.exchange`; whatever goes wrong before, nothing is changed. The
+        caller keeps others from changing the machine.
 
         Args:
             overlay: The machine's disk.
-            image_name: The name of the image's file, without its directory.
-            in_use: Whether a QEMU writes to the disk still; it must have ended, or gone on in the
-                new overlay, when the block ends.
+            image: The image, which is reserved.
+            in_use: Whether a QEMU writes to the disk: it has to go on in the new overlay before
+                that is exchanged, and then the machine stays on it whatever goes wrong.
 
         Yields:
-            The image.
+            What is made. The image is whole at the end of the block.
 
         Raises:
             CloudError: The file system knows no hard links.
         """
         layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
-        image = self.snapshots / image_name
-        fresh = overlay.with_name(f".{layer.name}")
+        frozen = FrozenDisk(overlay, layer, image, overlay.with_name(f".{layer.name}"))
         with self.keeping_all(), contextlib.ExitStack() as undo:
-            create_private_directory(self.snapshots, parents=False)
             if not in_use:
                 _limit_depth(overlay)
-            undo.callback(disown, image)
-            # Until it is complete, nobody has a use for it.
-            claim(image, Orphans.REAP)
             # After the image's own end: another program may record it as long as it is there.
             undo.callback(uses.forget, image)
-            for name in (layer, image):
-                _link(overlay, name)
-                undo.callback(name.unlink, missing_ok=True)
-            undo.callback(fresh.unlink, missing_ok=True)
-            disk.create_overlay(disk.read_layer(layer), fresh, unopened=True)
-            # Before the other way round has been gone, this does nothing (rename(2)).
-            undo.callback(layer.replace, overlay)
-            # One rename: at any moment the machine has a whole disk under the same name.
-            fresh.replace(overlay)
+            _link(overlay, layer)
+            undo.callback(frozen.undo, in_use=in_use)
+            _link(overlay, image)
+            undo.callback(image.unlink, missing_ok=True)
+            undo.callback(frozen.fresh.unlink, missing_ok=True)
+            disk.create_overlay(disk.read_layer(layer), frozen.fresh, unopened=True)
+            yield frozen
             record_uses(image)
-            yield image
             undo.pop_all()
             # Of a disk whose layers were merged, some are used no more.
             record_uses(overlay)
 
     def freeze(self, overlay: Path, image_name: str) -> Path:
         """Make an image of a powered-off machine's overlay; see `freezing`."""
-        with self.freezing(overlay, image_name) as image:
-            pass
+        with contextlib.ExitStack() as undo:
+            image = self.reserve(image_name, undo)
+            with self.freezing(overlay, image) as frozen:
+                frozen.exchange()
+            undo.pop_all()
         self.complete(image, overlay.parent)
         return image
 
@@ -159,6 +169,38 @@ class LayerStore:
         another, which has removed all in it, is about to remove the directory.
         """
         return directory_lock(self.parent_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenDisk:
+    """A disk that becomes a layer, and the overlay that takes its place.
+
+    Attributes:
+        overlay: The machine's disk.
+        layer: The name among the layers that it has, too.
+        image: The name that it has as an image.
+        fresh: The overlay on the layer, which has another name before it is exchanged.
+    """
+
+    overlay: Path
+    layer: Path
+    image: Path
+    fresh: Path
+
+    def exchange(self) -> None:
+        """Give the fresh overlay the name of the machine's disk."""
+        # One rename: at any moment the machine has a whole disk under the same name.
+        self.fresh.replace(self.overlay)
+
+    def undo(self, *, in_use: bool) -> None:
+        """Take the layer back, unless a machine that runs is built on it by now."""
+        if in_use and not _is_same(self.layer, self.overlay):
+            return
+        # Of two names of one file, rename(2) would leave both.
+        if _is_same(self.layer, self.overlay):
+            self.layer.unlink()
+        else:
+            self.layer.replace(self.overlay)
 
 
 def too_deep(overlay: Path) -> Path | None:
@@ -376,6 +418,13 @@ def _limit_depth(overlay: Path) -> None:
     lowest = too_deep(overlay)
     if lowest is not None:
         disk.rebase(overlay, lowest)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False
 
 
 def _link(source: Path, target: Path) -> None:

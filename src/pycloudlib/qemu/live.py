@@ -157,7 +157,7 @@ class QemuLive(QemuImages):
         saved = checkpoint.save(machine, f"{make_name(instance.name)}.img", helper=helper)
         image = str(saved.image)
         self.created_images.append(image)
-        instance.has_moved()
+        instance.correct_clock()
         store.inherit(saved.image, base, source=f"saved from {instance.name}")
         if path is None:
             return image

@@ -439,8 +439,9 @@ class Machine:
         """
         if self.state is State.OFF:
             return PowerOff.OFF_ALREADY
-        # A guest whose processors do not run cannot react.
-        share = 0 if self.state is State.PAUSED else _ACPI_SHARE
+        # A guest whose processors do not run cannot react; for a save, it is for a moment.
+        paused = self.state is State.PAUSED and not self.rundir.is_locked()
+        share = 0 if paused else _ACPI_SHARE
         acpi = Deadline(deadline.started, deadline.limit * share)
         try:
             while not acpi.expired:
@@ -479,16 +480,8 @@ class Machine:
         """
         with contextlib.suppress(InstanceNotFoundError), self.rundir.lock():
             self.kill()
-            recovery.end_processes(self.rundir)
+            recovery.end_process(self.rundir)
             self.rundir.remove()
-
-    def go_on_in(self, successor: RunningQemu) -> None:
-        """Take another QEMU, that runs the machine by now, for its own; end the one that did."""
-        with self._changed:
-            predecessor = self._qemu
-            self._take(successor)
-        if predecessor is not None:
-            predecessor.kill()
 
     def _power_on(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
         with self._changed:
@@ -510,6 +503,8 @@ class Machine:
         begun = time.monotonic()
         log = self.rundir.console_log
         self.rundir.write_console_start(log.stat().st_size if log.exists() else 0)
+        # It may have been another QEMU's.
+        self.rundir.base_state.unlink(missing_ok=True)
         qemu = RunningQemu.start(self.binary, self.spec, self.rundir, origin)
         if settle is not None:
             try:

@@ -129,7 +129,7 @@ class PortRegistry:
 def can_listen(port: int) -> bool:
     """Whether nobody listens on a local port."""
     try:
-        _bind(port, shared=False).close()
+        _bind(port).close()
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -137,32 +137,16 @@ def can_listen(port: int) -> bool:
     return True
 
 
-def listen_shared(port: int, *, anew: bool) -> socket.socket:
-    """Listen on a local port in such a way that this user's next QEMU can take it over.
-
-    Args:
-        port: The port.
-        anew: Whether nobody may listen on it yet.
-
-    Raises:
-        OSError: Another program has it.
-    """
-    if anew:
-        _bind(port, shared=False).close()
-    return listen(port, shared=True)
-
-
-def listen(port: int, *, shared: bool = False) -> socket.socket:
+def listen(port: int) -> socket.socket:
     """Listen on a local port.
 
     Args:
-        port: The port.
-        shared: Whether others of this user that listen so, too, are no obstacle (SO_REUSEPORT).
+        port: The port; 0 for any that is free.
 
     Raises:
         OSError: Another program has it.
     """
-    listener = _bind(port, shared=shared)
+    listener = _bind(port)
     try:
         listener.listen(1)
     except BaseException:
@@ -171,7 +155,7 @@ def listen(port: int, *, shared: bool = False) -> socket.socket:
     return listener
 
 
-def _bind(port: int, *, shared: bool) -> socket.socket:
+def _bind(port: int) -> socket.socket:
     """Bind a socket to a local port.
 
     That alone shows whether another program listens there, and hinders nobody who is about to
@@ -179,8 +163,6 @@ def _bind(port: int, *, shared: bool) -> socket.socket:
     """
     bound = make_socket(socket.AF_INET)
     try:
-        if shared:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # As QEMU does: connections of an earlier machine that linger are no obstacle.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((LOOPBACK, port))

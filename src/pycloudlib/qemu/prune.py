@@ -70,7 +70,7 @@ class Pruning:
                     # Another program may have taken it over before the lock was ours.
                     if not self._is_over(directory):
                         continue
-                    recovery.end_processes(rundir)
+                    recovery.end_process(rundir)
                     rundir.remove()
                 yield directory
 
@@ -102,7 +102,7 @@ class Pruning:
         if owner is None or recovery.find_elsewhere(rundir) is not None:
             return False
         return owner.is_over or (
-            self.stopped and not owner.process.alive and not any(recovery.find_processes(rundir))
+            self.stopped and not owner.process.alive and recovery.find_process(rundir) is None
         )
 
 

@@ -155,6 +155,24 @@ atexit.register(_end_sessions)
 os.register_at_fork(after_in_child=_forget_parents_thread)
 
 
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A file descriptor that QEMU was lent.
+
+    Attributes:
+        fdset: The set of descriptors of one file that it is in.
+        number: The number that it has in QEMU's process.
+    """
+
+    fdset: int
+    number: int
+
+    @property
+    def path(self) -> str:
+        """By which QEMU opens the file."""
+        return f"/dev/fdset/{self.fdset}"
+
+
 class QmpSession:
     """One QMP session with a running QEMU."""
 
@@ -240,6 +258,35 @@ class QmpSession:
 
         with _translated("QEMU did not take a file descriptor"):
             self._thread.run(send(), 30)
+
+    def lend(self, descriptor: int, fdset: int | None = None) -> Lent:
+        """Lend QEMU a file descriptor, to open the file by.
+
+        Args:
+            descriptor: The descriptor.
+            fdset: QEMU's set of descriptors of the same file that it is added to; None for a new
+                one. QEMU takes the one that is open in the way that it wants the file.
+
+        Raises:
+            QmpError: QEMU is gone, or did not take it.
+        """
+
+        async def send() -> Lent:
+            self._client.send_fd_scm(descriptor)
+            arguments = {} if fdset is None else {"fdset-id": fdset}
+            answer: Any = await self._client.execute("add-fd", arguments)
+            return Lent(answer["fdset-id"], answer["fd"])
+
+        with _translated("QEMU did not take a file descriptor"):
+            return self._thread.run(send(), 30)
+
+    def take_back(self, lent: Lent) -> None:
+        """Let QEMU close a descriptor that it was lent, when the machine runs.
+
+        What it has opened by that stays open.
+        """
+        with contextlib.suppress(QmpError):
+            self.execute("remove-fd", {"fdset-id": lent.fdset, "fd": lent.number})
 
     def close(self) -> None:
         """End the session; QEMU runs on."""

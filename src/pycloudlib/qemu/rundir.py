@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -31,6 +32,7 @@ _SPEC_FILE = "machine.json"
 _ID_SEPARATOR = "::"
 # How often a directory is removed to which somebody adds something at the same time.
 _REMOVALS = 100
+_FRESH = re.compile(r"\.[0-9a-f]{16}\.qcow2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +162,8 @@ class RunDirectory:
         return self.path / "process.json"
 
     @property
-    def _successor_file(self) -> Path:
-        return self.path / "successor.json"
-
-    @property
-    def _predecessor_file(self) -> Path:
-        return self.path / "predecessor.json"
+    def _saving_file(self) -> Path:
+        return self.path / "saving"
 
     @property
     def _console_start_file(self) -> Path:
@@ -223,50 +221,35 @@ class RunDirectory:
             return 0
 
     @property
-    def in_handover(self) -> bool:
-        """Whether the machine is handed over from one process to another, or was to be."""
-        return self._successor_file.exists()
+    def base_state(self) -> Path:
+        """A whole state of a machine of this description: the one that it was started from."""
+        return self.path / "base-state"
 
-    def write_successor(self, identity: ProcessIdentity) -> None:
-        """Keep which process is to take the machine over, and from which one."""
-        predecessor = self.find_process()
-        if predecessor is not None:
-            _write(self._predecessor_file, _identity_text(predecessor), synced=False)
-        _write(self._successor_file, _identity_text(identity), synced=False)
+    def write_saving(self, fresh: Path) -> None:
+        """Keep that the machine is being saved, and which overlay its disk goes on in."""
+        _write(self._saving_file, fresh.name, synced=False)
 
-    def find_successor(self) -> ProcessIdentity | None:
-        """Read which process is to take the machine over; None when none is."""
-        return _find_identity(self._successor_file)
+    @property
+    def is_being_saved(self) -> bool:
+        """Whether the machine is being saved, or was when that was cut off."""
+        return self._saving_file.exists()
 
-    def find_predecessor(self) -> ProcessIdentity | None:
-        """Read from which process the machine is taken over; None when it is not."""
-        return _find_identity(self._predecessor_file)
+    def find_fresh_overlay(self) -> Path | None:
+        """Find the overlay that the disk goes on in of a machine that is being saved."""
+        with contextlib.suppress(OSError, ValueError):
+            name = self._saving_file.read_text(encoding="utf-8").strip()
+            if _FRESH.fullmatch(name):
+                return self.path / name
+        return None
 
-    def list_processes(self) -> list[ProcessIdentity]:
-        """Read which processes run the machine, or ran it last: in a hand-over, two do."""
-        found = (self.find_process(), self.find_successor(), self.find_predecessor())
-        return list(dict.fromkeys(identity for identity in found if identity is not None))
-
-    def forget_handover(self) -> None:
-        """Take note that one process alone runs the machine."""
-        self._successor_file.unlink(missing_ok=True)
-        self._predecessor_file.unlink(missing_ok=True)
+    def forget_saving(self) -> None:
+        """Take note that the machine is being saved no more."""
+        self._saving_file.unlink(missing_ok=True)
 
     @property
     def sockets(self) -> tuple[Path, Path, Path]:
         """What QEMU listens on."""
         return self.attach_socket, self.qmp_socket, self.helper_socket
-
-    def publish_sockets(self) -> None:
-        """Give the sockets of a process that takes the machine over their names."""
-        for file in self.sockets:
-            with contextlib.suppress(FileNotFoundError):
-                next_socket(file).replace(file)
-
-    def discard_sockets(self) -> None:
-        """Remove the sockets of a process that was to take the machine over."""
-        for file in self.sockets:
-            next_socket(file).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def power_lock(self) -> Iterator[None]:
@@ -393,19 +376,9 @@ class StagedSocket:
     file: Path
 
     @classmethod
-    def listen(cls, file: Path, *, takes_over: bool = False) -> StagedSocket:
-        """Make a socket beside the file that it is to be, and listen on it.
-
-        Args:
-            file: The name that it is to have.
-            takes_over: Whether it is that of a process that takes the machine over: others can
-                find it then, if its program ends before it has its name.
-        """
-        if takes_over:
-            staged = next_socket(file)
-            staged.unlink(missing_ok=True)
-        else:
-            staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    def listen(cls, file: Path) -> StagedSocket:
+        """Make a socket beside the file that it is to be, and listen on it."""
+        staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         listener = make_socket(socket.AF_UNIX)
         try:
             # A unix socket's address has 107 bytes at most, which a path may exceed.
@@ -426,11 +399,6 @@ class StagedSocket:
     def discard(self) -> None:
         """Take its name away, if it has only the staged one."""
         self.staged.unlink(missing_ok=True)
-
-
-def next_socket(file: Path) -> Path:
-    """Name the socket that is to take the place of another one when the machine is taken over."""
-    return file.with_name(f".{file.name}.next")
 
 
 @contextlib.contextmanager

@@ -156,11 +156,13 @@ class RunningQemu:
         self._without_room = False
         self._paused_since: float | None = None
         self._looked = -_LOOK_INTERVAL
-        self._unpublished: StartedQemu | None = None
         self._session: QmpSession | None = None
+        self._opened: QmpSession | None = None
+        self._users = 0
+        self._opening = threading.Lock()
         self._events: list[Event] = []
         self._changed = threading.Condition()
-        renew_in_children(self, _changed=threading.Condition)
+        renew_in_children(self, _changed=threading.Condition, _opening=threading.Lock)
         # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
         on_end = weakly(self.note_end)
 
@@ -175,7 +177,7 @@ class RunningQemu:
     def start(
         cls, binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
     ) -> RunningQemu:
-        """Start QEMU and talk to it; it is the machine's own once it is published.
+        """Start QEMU and talk to it.
 
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
@@ -192,32 +194,14 @@ class RunningQemu:
             started.process.end()
             raise
         try:
-            if origin.replaces:
-                rundir.write_successor(started.process.identity)
-                qemu._unpublished = started
-            else:
-                # Before the session: a QEMU that others cannot find is one that is leaked.
-                started.publish()
+            # Before the session: a QEMU that others cannot find is one that is leaked.
+            started.publish()
             qemu._open_session(started, spec)
         except BaseException:
             started.discard()
             qemu.kill()
             raise
         return qemu
-
-    def publish(self) -> None:
-        """Make one that was to replace another the machine's QEMU in the eyes of all."""
-        if self._unpublished is not None:
-            self._unpublished.publish()
-            self._unpublished = None
-
-    def abandon(self) -> None:
-        """End one that was to replace another and will not."""
-        if self._unpublished is not None:
-            self._unpublished.discard()
-            self._unpublished = None
-        self.kill()
-        self._rundir.forget_handover()
 
     @property
     def name(self) -> str:
@@ -272,11 +256,33 @@ class RunningQemu:
         if kept is not None:
             yield kept
             return
-        opened = self._open_another(timeout)
+        opened = self._share_session(timeout)
         try:
             yield opened
         finally:
-            opened.close()
+            self._leave_session(opened)
+
+    def _share_session(self, timeout: float) -> QmpSession:
+        """Open a session, or join in the one that somebody else of this process has open."""
+        if not self._opening.acquire(timeout=timeout):
+            raise QmpError(f"No QMP session with {self._name} within {timeout:g} s")
+        try:
+            if self._opened is None or self._opened.ended:
+                self._opened, self._users = self._open_another(timeout), 0
+            self._users += 1
+            return self._opened
+        finally:
+            self._opening.release()
+
+    def _leave_session(self, session: QmpSession) -> None:
+        with self._opening:
+            if session is not self._opened:
+                return  # it ended, and there is another by now
+            self._users -= 1
+            if self._users:
+                return
+            self._opened = None
+        session.close()
 
     @property
     def _kept_session(self) -> QmpSession | None:

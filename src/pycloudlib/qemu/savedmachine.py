@@ -37,7 +37,7 @@ from pycloudlib.files import (
     write_private,
 )
 from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.memory import keep
+from pycloudlib.qemu.memoryfile import MemoryFile
 from pycloudlib.qemu.rundir import LoginFacts
 from pycloudlib.qemu.spec import MachineSpec
 from pycloudlib.rawtext import read_kernel_file
@@ -223,7 +223,11 @@ def copy(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> No
 def _copy_memory(source: Path, target: Path) -> None:
     descriptor = moved(os.open(source, os.O_RDONLY | os.O_CLOEXEC))
     try:
-        keep(descriptor, target)
+        with MemoryFile(target, os.fstat(descriptor).st_size) as copy:
+            copy.begin_with(descriptor)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     # By this a change is noticed.

@@ -66,7 +66,7 @@ class StartedQemu:
     rundir: RunDirectory
 
     def publish(self) -> None:
-        """Make it the machine's QEMU in the eyes of all, in place of one that there was before."""
+        """Make it the machine's QEMU in the eyes of all."""
         self.rundir.write_process(self.process.identity)
         for staged in self.sockets:
             staged.publish()
@@ -103,12 +103,12 @@ def start_qemu(
         theirs.callback(peer.close)
         sockets = []
         for file in rundir.sockets:
-            staged = StagedSocket.listen(file, takes_over=origin.replaces)
+            staged = StagedSocket.listen(file)
             ours.callback(staged.listener.close)
             ours.callback(staged.discard)
             sockets.append(staged)
         attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
-        console = ours.enter_context(_listen(spec.telnet_port, takes_over=origin.replaces))
+        console = ours.enter_context(_listen(spec.telnet_port))
         memory = None
         if origin.memory.shared:
             memory = create_shared_memory(spec.memory_kib << 10)
@@ -146,8 +146,8 @@ def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudEr
     return LaunchError(argv, end)
 
 
-def _listen(port: int, *, takes_over: bool) -> socket.socket:
+def _listen(port: int) -> socket.socket:
     try:
-        return ports.listen_shared(port, anew=not takes_over)
+        return ports.listen(port)
     except OSError as error:
         raise PortTakenError(f"Cannot listen on {ports.LOOPBACK}:{port}: {error}") from error

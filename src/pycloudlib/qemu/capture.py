@@ -1,0 +1,229 @@
+"""How memory and state of a running machine come into files: three ways, chosen by asking its QEMU.
+
+- **In place**: the state of the devices is read by itself, and put together with that of a machine
+  like it. The guest stands still for milliseconds, whatever its memory is.
+- **By a migration without memory**, of a machine whose memory is shared. It takes some milliseconds
+  more, and QEMU needs to know nothing new.
+- **By a twin**, for all others: a machine like it takes over the whole state, memory included, and
+  is what is read. The guest stands still for about a second for a gigabyte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from pycloudlib.deadline import Deadline
+from pycloudlib.descriptors import make_socket_pair
+from pycloudlib.files import private_opener
+from pycloudlib.qemu import devicestate, guestmemory, twin
+from pycloudlib.qemu.guestmemory import GuestMemory
+from pycloudlib.qemu.machine import Machine
+from pycloudlib.qemu.memory import SHARED
+from pycloudlib.qemu.memoryfile import MemoryFile
+from pycloudlib.qemu.running import RunningQemu
+
+_log = logging.getLogger(__name__)
+
+_MEMORY = "memory"
+_STATE = "state"
+_TAKE_LIMIT = 300.0
+_HELD = "-S"
+
+
+class Capture(Protocol):
+    """Reads a machine into the directory of a saved one.
+
+    Attributes:
+        way: How its memory is read, for people.
+    """
+
+    way: str
+
+    def prepare(self) -> None:
+        """Do what can be done while the guest runs."""
+
+    def read_memory(self) -> None:
+        """Read the memory of the guest that stands still."""
+
+    def read_state(self) -> None:
+        """Read the state of the guest that stands still, whose disk is exchanged by now.
+
+        After the memory: what comes for a device meanwhile (from the helper's socket) may then be
+        in the state and not in the memory, where the guest misses it. The other way round, QEMU
+        refuses to go on from it.
+        """
+
+    def finish(self) -> None:
+        """Do what is left when the guest runs on."""
+
+
+@contextlib.contextmanager
+def choose(machine: Machine, directory: Path) -> Iterator[Capture]:
+    """Choose how a machine is read, and open for the block what that takes.
+
+    Args:
+        machine: The machine; its caller keeps others from changing it.
+        directory: Where its memory and state go.
+
+    Raises:
+        MachineEndedError: It is off.
+        CloudError: It cannot be read.
+    """
+    qemu = machine.qemu()
+    size = machine.spec.memory_kib << 10
+    obstacle = _find_obstacle(machine, qemu)
+    with guestmemory.opened(qemu, size) as memory:
+        if obstacle is not None:
+            _log.info("%s is not saved in place: %s", machine.spec.name, obstacle)
+        if obstacle is not None and not memory.shared:
+            with _by_twin(machine, directory) as reading:
+                yield reading
+            return
+        with MemoryFile(directory / _MEMORY, size) as kept:
+            if obstacle is None:
+                yield _InPlace(machine, qemu, memory, kept, directory)
+            else:
+                yield _ByMigration(qemu, memory, kept, directory)
+
+
+def _find_obstacle(machine: Machine, qemu: RunningQemu) -> str | None:
+    """Say why a machine cannot be saved in place; None when it can."""
+    with qemu.session() as session:
+        obstacle = devicestate.find_obstacle(session)
+    if obstacle is None and not machine.rundir.base_state.exists():
+        own = [argument for argument in machine.spec.launch_args if argument != _HELD]
+        if own:
+            return f"it has launch_args of its own ({' '.join(own)})"
+    return obstacle
+
+
+class _Reading:
+    """What reads the memory where it is.
+
+    Args:
+        memory: The memory.
+        kept: What it is written to.
+    """
+
+    def __init__(self, memory: GuestMemory, kept: MemoryFile) -> None:
+        self._memory = memory
+        self._kept = kept
+        self.way = memory.way
+
+    def prepare(self) -> None:
+        if self._memory.base is not None:
+            self._kept.begin_with(self._memory.base)
+        self._kept.update(self._memory)
+
+    def read_memory(self) -> None:
+        self._kept.update(self._memory)
+
+
+class _InPlace(_Reading):
+    """Reads the devices by themselves."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        qemu: RunningQemu,
+        memory: GuestMemory,
+        kept: MemoryFile,
+        directory: Path,
+    ) -> None:
+        super().__init__(memory, kept)
+        self._machine = machine
+        self._qemu = qemu
+        self._state = directory / _STATE
+        self._devices = b""
+
+    def prepare(self) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            base = thread.submit(self._provide_base_state)
+            super().prepare()
+            base.result()
+
+    def _provide_base_state(self) -> None:
+        base = self._machine.rundir.base_state
+        if base.exists():
+            return
+        temporary = base.with_name(f".{base.name}.{secrets.token_hex(4)}")
+        try:
+            twin.write_base_state(self._machine, temporary)
+            temporary.replace(base)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_state(self) -> None:
+        with self._qemu.session() as session:
+            self._devices = devicestate.save_devices(session)
+
+    def finish(self) -> None:
+        base = self._machine.rundir.base_state.read_bytes()
+        with open(self._state, "wb", opener=private_opener) as file:
+            file.write(devicestate.compose(base, self._devices))
+
+
+class _ByMigration(_Reading):
+    """Lets QEMU migrate everything but the memory."""
+
+    def __init__(
+        self, qemu: RunningQemu, memory: GuestMemory, kept: MemoryFile, directory: Path
+    ) -> None:
+        super().__init__(memory, kept)
+        self._qemu = qemu
+        self._state = directory / _STATE
+        self.way += ", its state by a migration"
+
+    def read_state(self) -> None:
+        devicestate.write_state(self._qemu, self._state)
+
+    def finish(self) -> None:
+        """Nothing is left."""
+
+
+class _ByTwin:
+    """Lets QEMU migrate everything to a twin, and reads that."""
+
+    way = "from a twin that all was migrated to"
+
+    def __init__(
+        self, qemu: RunningQemu, twin_qemu: RunningQemu, stream: int, directory: Path, size: int
+    ) -> None:
+        self._qemu = qemu
+        self._twin = twin_qemu
+        self._stream = stream
+        self._directory = directory
+        self._size = size
+
+    def prepare(self) -> None:
+        """Nothing can be done yet: a guest that runs may write faster than is migrated."""
+
+    def read_memory(self) -> None:
+        """It comes with the state."""
+
+    def read_state(self) -> None:
+        devicestate.send_state(self._qemu, self._stream, with_memory=True)
+        devicestate.wait_for_state(self._twin, Deadline.after(_TAKE_LIMIT))
+
+    def finish(self) -> None:
+        devicestate.write_state(self._twin, self._directory / _STATE)
+        with (
+            guestmemory.opened(self._twin, self._size) as memory,
+            MemoryFile(self._directory / _MEMORY, self._size) as kept,
+        ):
+            kept.update(memory)
+
+
+@contextlib.contextmanager
+def _by_twin(machine: Machine, directory: Path) -> Iterator[_ByTwin]:
+    ours, theirs = make_socket_pair()
+    with ours, theirs, twin.running(machine, theirs.fileno()) as waiting:
+        devicestate.receive(waiting, SHARED, theirs.fileno())
+        size = machine.spec.memory_kib << 10
+        yield _ByTwin(machine.qemu(), waiting, ours.fileno(), directory, size)

@@ -1,0 +1,329 @@
+"""A guest's memory, read while its QEMU has it: where it is, what of it is its own, how it is read.
+
+QEMU has the memory as one mapping, `gpa2hva` says where. /proc/PID/maps says what is mapped there,
+and /proc/PID/pagemap which pages of a private mapping are its own: those that are present or
+swapped, and not the file's (Documentation/admin-guide/mm/pagemap.rst). Shared memory is read from
+its file, other memory from /proc/PID/mem. That takes the rights of a debugger (ptrace(2)), which a
+host may give to a process's ancestors alone (Yama). Without them, QEMU writes ranges by itself
+(`pmemsave`), which takes a millisecond for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pycloudlib.descriptors import moved
+from pycloudlib.errors import CloudError
+from pycloudlib.qemu.identity import find_proc_directory
+from pycloudlib.qemu.memoryfile import Content, Reader, Run, address_of, list_data
+from pycloudlib.qemu.qmp import QmpSession
+from pycloudlib.qemu.running import RunningQemu
+from pycloudlib.rawtext import read_kernel_file
+
+_log = logging.getLogger(__name__)
+
+_PAGE = mmap.PAGESIZE
+# The last byte of a page's entry: present, swapped; of a file, or shared.
+_THERE = 0xC0
+_OF_FILE = 0x20
+_OWN = [value for value in range(256) if value & _THERE and not value & _OF_FILE]
+_OWN_CLASS = b"[" + b"".join(re.escape(bytes([value])) for value in _OWN) + b"]"
+# Pages between two runs that are read with them, as a call costs more than they do.
+_GAP = 8
+_GAP_OF_CALLS = 1024
+_BLOCK = 1 << 20
+_BLOCK_OF_CALLS = 16 << 20
+# Where a PC's memory goes on that does not fit below the devices.
+_HIGH = 1 << 32
+# What a processor sees there is the display's, not memory, but in its system management mode.
+_DISPLAY = range(0xA0000, 0xC0000)
+
+
+class GuestMemory(Content, Protocol):
+    """The memory of a guest that runs, or stands still."""
+
+    @property
+    def way(self) -> str:
+        """How it is read, for people."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is a file of its own that QEMU has mapped shared."""
+
+    @property
+    def base(self) -> int | None:
+        """Descriptor of the file that holds what is not its own; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """What a QEMU has mapped as its guest's memory.
+
+    Attributes:
+        process: The directory of its process in /proc.
+        address: Where, in that process.
+        size: Its length in bytes.
+        shared: Whether others can write to it, too.
+        file: What is mapped; None for memory without a file.
+    """
+
+    process: Path
+    address: int
+    size: int
+    shared: bool
+    file: Path | None
+
+
+@contextlib.contextmanager
+def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
+    """Open the memory of a guest for the block.
+
+    Args:
+        qemu: Its QEMU.
+        size: Its length in bytes.
+
+    Raises:
+        MachineEndedError: QEMU is gone.
+        CloudError: It cannot be found.
+    """
+    with qemu.session() as session, _opened(session, qemu.process.pid, size) as memory:
+        yield memory
+
+
+@contextlib.contextmanager
+def _opened(session: QmpSession, pid: int, size: int) -> Iterator[GuestMemory]:
+    mapping = _find_mapping(session, pid, size)
+    with contextlib.ExitStack() as stack:
+        base = None
+        if mapping.file is not None:
+            base = _open(mapping.file)
+            stack.callback(os.close, base)
+        if mapping.shared:
+            assert base is not None
+            yield _open_shared(base, size)
+            return
+        pages = _open(mapping.process / "pagemap")
+        stack.callback(os.close, pages)
+        try:
+            content = open_process_memory(mapping.process)
+        except OSError as error:
+            _log.info("QEMU writes its guest's memory itself: %s", error)
+            high = _find_address(session, _HIGH)
+            below = size if high is None else high - mapping.address
+            yield _OwnByQemu(session, mapping, pages, base, below)
+            return
+        stack.callback(os.close, content)
+        yield _Own(mapping, pages, content, base)
+
+
+def open_process_memory(process: Path) -> int:
+    """Open the memory of a process, which a host may refuse.
+
+    Args:
+        process: Its directory in /proc.
+    """
+    return _open(process / "mem")
+
+
+def _open(file: Path) -> int:
+    return moved(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _find_mapping(session: QmpSession, pid: int, size: int) -> _Mapping:
+    address = _find_address(session, 0)
+    process = find_proc_directory(pid)
+    for line in read_kernel_file(process / "maps").splitlines():
+        # Addresses, rights, offset, device, inode, path.
+        places, rights, _, _, inode, *_ = line.split(maxsplit=5)
+        start, end = (int(place, 16) for place in places.split("-"))
+        if address is not None and start <= address < end:
+            shared = rights.endswith("s")
+            file = None if inode == "0" else _find_file(process, int(inode), size)
+            return _Mapping(process, address, size, shared, file)
+    raise CloudError(f"QEMU, pid {pid}, does not have its guest's memory where it says: {address}")
+
+
+def _find_address(session: QmpSession, physical: int) -> int | None:
+    """Find where QEMU's process has a physical address of the guest; None if there is no memory."""
+    said = session.execute("human-monitor-command", {"command-line": f"gpa2hva {physical:#x}"})
+    found = re.search(r"\) is (0x[0-9a-f]+)", said)
+    return None if found is None else int(found[1], 16)
+
+
+def _find_file(process: Path, inode: int, size: int) -> Path:
+    """Find a file that a process has mapped among those that it has open: it may have no name."""
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            facts = link.stat()
+            # Not by the device, which maps and stat(2) tell in two ways on some file systems.
+            if (facts.st_ino, facts.st_size) == (inode, size):
+                return link
+    raise CloudError(f"QEMU, {process.name}, has not open what it has mapped as its guest's memory")
+
+
+class _View:
+    """A reader of what is mapped here."""
+
+    block = 1 << 40
+
+    def __init__(self, address: int, content: memoryview) -> None:
+        self._address = address
+        self._content = content
+
+    def read(self, run: Run) -> tuple[int, memoryview]:
+        start, end = run
+        return self._address + start, self._content[start:end]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Memory that is a shared mapping of a file: the same file is mapped here."""
+
+    memory: int
+    view: _View
+    way: str = "from its shared memory"
+    parallel: bool = True
+    shared: bool = True
+    base: None = None
+
+    def list_runs(self) -> Sequence[Run]:
+        return list(list_data(self.memory))
+
+    @contextlib.contextmanager
+    def open_reader(self) -> Iterator[Reader]:
+        yield self.view
+
+
+def _open_shared(memory: int, size: int) -> _Shared:
+    # To be written to, for ctypes; private, so that nothing of the guest's can be changed. It is
+    # unmapped with the last view of it.
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    content = mmap.mmap(memory, size, flags=mmap.MAP_PRIVATE, prot=protection)
+    return _Shared(memory, _View(address_of(content), memoryview(content)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """Private memory, read from QEMU's process: what is not its own is its base's, or nothing."""
+
+    mapping: _Mapping
+    pages: int
+    content: int
+    base: int | None
+    way: str = "from QEMU's process"
+    parallel: bool = True
+    shared: bool = False
+
+    def list_runs(self) -> Sequence[Run]:
+        return _list_own(self.pages, self.mapping, _GAP)
+
+    @contextlib.contextmanager
+    def open_reader(self) -> Iterator[Reader]:
+        buffer = bytearray(_BLOCK)
+        yield _ProcessReader(
+            self.content, self.mapping.address, address_of(buffer), memoryview(buffer)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _ProcessReader:
+    content: int
+    origin: int
+    address: int
+    buffer: memoryview
+    block: int = _BLOCK
+
+    def read(self, run: Run) -> tuple[int, memoryview]:
+        start, end = run
+        view = self.buffer[: end - start]
+        done = 0
+        while done < end - start:
+            got = os.preadv(self.content, [view[done:]], self.origin + start + done)
+            if not got:
+                raise CloudError("QEMU ended while its guest's memory was read")
+            done += got
+        return self.address, view
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnByQemu:
+    """Private memory that QEMU writes for us, range by range, as its guest's processors see it."""
+
+    session: QmpSession
+    mapping: _Mapping
+    pages: int
+    base: int | None
+    below: int
+    way: str = "by QEMU, range by range"
+    parallel: bool = False
+    shared: bool = False
+
+    def list_runs(self) -> Sequence[Run]:
+        own = _list_own(self.pages, self.mapping, _GAP_OF_CALLS)
+        seen = [(0, _DISPLAY.start), (_DISPLAY.stop, self.below), (self.below, self.mapping.size)]
+        return [run for piece in seen for run in _cut(own, piece)]
+
+    @contextlib.contextmanager
+    def open_reader(self) -> Iterator[Reader]:
+        scratch = moved(os.memfd_create("pycloudlib-guest-memory-range", os.MFD_CLOEXEC))
+        try:
+            os.ftruncate(scratch, _BLOCK_OF_CALLS)
+            lent = self.session.lend(scratch)
+            file = f"/proc/self/fd/{lent.number}"
+            try:
+                content = mmap.mmap(scratch, _BLOCK_OF_CALLS)
+                yield _QemuReader(
+                    self.session, file, self.below, address_of(content), memoryview(content)
+                )
+            finally:
+                self.session.take_back(lent)
+        finally:
+            os.close(scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _QemuReader:
+    session: QmpSession
+    file: str
+    below: int
+    address: int
+    buffer: memoryview
+    block: int = _BLOCK_OF_CALLS
+
+    def read(self, run: Run) -> tuple[int, memoryview]:
+        start, end = run
+        physical = start if start < self.below else start - self.below + _HIGH
+        # QEMU gives the file the length of what it writes.
+        arguments = {"val": physical, "size": end - start, "filename": self.file}
+        self.session.execute("pmemsave", arguments)
+        return self.address, self.buffer[: end - start]
+
+
+def _cut(runs: Iterable[Run], piece: Run) -> Iterator[Run]:
+    """List the parts of runs that are in a piece."""
+    for start, end in runs:
+        part = max(start, piece[0]), min(end, piece[1])
+        if part[0] < part[1]:
+            yield part
+
+
+def _list_own(pages: int, mapping: _Mapping, gap: int) -> list[Run]:
+    """List the pieces of a private mapping whose pages are its own."""
+    count = -(-mapping.size // _PAGE)
+    entries = os.pread(pages, 8 * count, mapping.address // _PAGE * 8)
+    # The flags are in the last byte of each entry; a search over them is one loop of C.
+    flags = entries[7::8]
+    other = rb"[\x00-\xff]{1,%d}?" % gap
+    pattern = re.compile(_OWN_CLASS + b"+(?:" + other + _OWN_CLASS + b"+)*", re.DOTALL)
+    return [
+        (found.start() * _PAGE, min(found.end() * _PAGE, mapping.size))
+        for found in pattern.finditer(flags)
+    ]
