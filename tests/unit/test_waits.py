@@ -277,13 +277,14 @@ WAITS = (
     ),
     Wait(
         "an event of QEMU: a state that is written, merged layers, a copy that wakes up",
-        "300 s, 600 s, 60 s",
+        "300 s and 30 s, 600 s, 60 s",
         _END,
         (
             "qemu.running:RunningQemu.wait_for_event",
             "qemu.livedisk:merge_layers",
             "qemu.copies:waking.settle",
             "qemu.devicestate:send_state",
+            "qemu.devicestate:_wait_until_settled",
             "qemu.devicestate:wait_for_state",
             "qemu.capture:_ByTwin.read_state",
         ),
@@ -293,6 +294,7 @@ WAITS = (
         ),
         (
             ("qemu.devicestate:_LIMIT_SECONDS", 300.0),
+            ("qemu.devicestate:_SETTLE_LIMIT", 30.0),
             ("qemu.livedisk:_MERGE_LIMIT", 600.0),
             ("qemu.copies:_WAKE_LIMIT", 60.0),
         ),

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
@@ -22,10 +23,14 @@ from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.memory import BACKEND, Memory
-from pycloudlib.qemu.qmp import Event, QmpSession
+from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.running import RunningQemu
 
 _LIMIT_SECONDS = 300.0
+# Once a migration is over, QEMU waits for nothing any more.
+_SETTLE_LIMIT = 30.0
+_LOOK = 0.002
+_SETTLED = (None, "none", "cancelled", "failed", "completed")
 _SAVE_DEVICES = "xen-save-devices-state"
 # Bytes of the header: a mark and a version.
 _HEADER = 8
@@ -151,11 +156,29 @@ def send_state(qemu: RunningQemu, descriptor: int, *, with_memory: bool) -> None
         _set_capabilities(session, with_memory=with_memory)
         session.send_descriptor("state", descriptor)
         session.execute("migrate", {"uri": "fd:state"})
-        event = qemu.wait_for_event(
-            lambda event: _is_decided(event) and event not in seen, Deadline.after(_LIMIT_SECONDS)
-        )
+        try:
+            event = qemu.wait_for_event(
+                lambda event: _is_decided(event) and event not in seen,
+                Deadline.after(_LIMIT_SECONDS),
+            )
+        except BaseException:
+            with contextlib.suppress(QmpError):
+                session.execute("migrate_cancel")
+                _wait_until_settled(session)
+            raise
+        _wait_until_settled(session)
     if event.data["status"] != "completed":
         raise CloudError(f"QEMU could not write the state of {qemu.name}")
+
+
+def _wait_until_settled(session: QmpSession) -> None:
+    """Wait until QEMU lets its machine go on, which it does a moment after it has told the end."""
+    deadline = Deadline.after(_SETTLE_LIMIT)
+    while not deadline.expired:
+        settled = session.execute("query-migrate").get("status") in _SETTLED
+        if settled and session.execute("query-status")["status"] != "finish-migrate":
+            return
+        time.sleep(_LOOK)
 
 
 def _set_capabilities(qemu: RunningQemu | QmpSession, *, with_memory: bool) -> None:
