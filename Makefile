@@ -5,6 +5,9 @@
 MAKEFLAGS += --no-print-directory
 # What tests tell is to be seen when they tell it, also where it goes into a file.
 export PYTHONUNBUFFERED := 1
+# Compiled modules are kept, whatever the environment says: tests start hundreds of programs, and
+# half of what a short one costs would be to compile this package.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The release whose image the demo starts: bookworm or trixie are built here, an Ubuntu series
 # such as noble is downloaded.

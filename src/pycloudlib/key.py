@@ -135,11 +135,11 @@ def generate_ecdsa(comment: str) -> tuple[str, str]:
     return _write_key(ec.generate_private_key(ec.SECP256R1()), comment)
 
 
-def generate_rsa(comment: str) -> tuple[str, str]:
-    """Make an RSA key of the length that `ssh-keygen` takes, in up to a second."""
+def generate_rsa(comment: str, bits: int = _RSA_BITS) -> tuple[str, str]:
+    """Make an RSA key, by default of the length that `ssh-keygen` takes: in up to a second."""
     from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - heavy
 
-    return _write_key(rsa.generate_private_key(65537, _RSA_BITS), comment)
+    return _write_key(rsa.generate_private_key(65537, bits), comment)
 
 
 def _write_key(key: _PrivateKey, comment: str) -> tuple[str, str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.guest.hostkeypool import HostKeyPool
+from pycloudlib.guest.hostkeys import TYPES, HostKey
+from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
 from pycloudlib.qemu import ports
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.savedmachine import SavedMachine
@@ -20,6 +24,28 @@ UNSTARTED = ("-S",)
 """QEMU's option for a machine whose processors do not run."""
 
 CloudMaker = Callable[..., Qemu]
+
+_QUICK_KEYS: dict[str, Callable[[str], tuple[str, str]]] = {
+    "ed25519": generate_ed25519,
+    "ecdsa": generate_ecdsa,
+    "rsa": partial(generate_rsa, bits=1024),
+}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _quick_host_keys() -> Iterator[None]:
+    """Give machines short host keys: no guest uses them, and an RSA key costs more than a launch.
+
+    None is kept for later launches, which may be a user's.
+    """
+
+    def take(_pool: HostKeyPool, comment: str) -> tuple[HostKey, ...]:
+        return tuple(HostKey(kind, *_QUICK_KEYS[kind](comment)) for kind in TYPES)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostKeyPool, "take", take)
+        patch.setattr(HostKeyPool, "fill", lambda _pool: None)
+        yield
 
 
 @pytest.fixture

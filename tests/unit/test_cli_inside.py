@@ -67,7 +67,7 @@ def test_exec_hands_on_words_as_they_are(
 
 
 def test_exec_of_what_a_signal_ends_gives_255(web: LocalInstance, capfd: Capture) -> None:
-    done = run(capfd, "exec", "web", "sh", "-c", "kill -9 $PPID; sleep 9")
+    done = run(capfd, "exec", "web", "sh", "-c", "kill -9 $PPID; sleep 1")
 
     assert done.code == int(ExitCode.CONNECTION_LOST)
 
