@@ -5,7 +5,8 @@ and /proc/PID/pagemap which pages of a private mapping are its own: those that a
 swapped, and not the file's (Documentation/admin-guide/mm/pagemap.rst). Shared memory is read from
 its file, other memory from /proc/PID/mem. That takes the rights of a debugger (ptrace(2)), which a
 host may give to a process's ancestors alone (Yama). Without them, QEMU writes ranges by itself
-(`pmemsave`), which takes a millisecond for each.
+(`pmemsave`), which takes a millisecond for each, and shows what the guest's processors see: not the
+memory behind a display.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _BLOCK = 1 << 20
 _BLOCK_OF_CALLS = 16 << 20
 # Where a PC's memory goes on that does not fit below the devices.
 _HIGH = 1 << 32
-# What a processor sees there is the display's, not memory, but in its system management mode.
-_DISPLAY = range(0xA0000, 0xC0000)
+# There a processor may see a display or the firmware, not memory; by pieces of this size.
+_HIDDEN = range(0xA0000, 0x100000, 0x4000)
 
 
 class GuestMemory(Content, Protocol):
@@ -116,9 +117,7 @@ def _opened(session: QmpSession, pid: int, size: int) -> Iterator[GuestMemory]:
             content = open_process_memory(mapping.process)
         except OSError as error:
             _log.info("QEMU writes its guest's memory itself: %s", error)
-            high = _find_address(session, _HIGH)
-            below = size if high is None else high - mapping.address
-            yield _OwnByQemu(session, mapping, pages, base, below)
+            yield _OwnByQemu(session, mapping, pages, base, tuple(_list_seen(session, mapping)))
             return
         stack.callback(os.close, content)
         yield _Own(mapping, pages, content, base)
@@ -254,6 +253,35 @@ class _ProcessReader:
 
 
 @dataclass(frozen=True, slots=True)
+class _Seen:
+    """A piece of memory as a guest's processors see it.
+
+    Attributes:
+        start: Its first byte in the memory.
+        end: The one after its last.
+        physical: The address that the first has in the guest.
+    """
+
+    start: int
+    end: int
+    physical: int
+
+
+def _list_seen(session: QmpSession, mapping: _Mapping) -> Iterator[_Seen]:
+    """List the pieces of a memory that its guest's processors see."""
+    low, first_mib = _HIDDEN.start, _HIDDEN.stop
+    yield _Seen(0, low, 0)
+    for place in _HIDDEN:
+        if _find_address(session, place) == mapping.address + place:
+            yield _Seen(place, place + _HIDDEN.step, place)
+    high = _find_address(session, _HIGH)
+    below = mapping.size if high is None else high - mapping.address
+    yield _Seen(first_mib, below, first_mib)
+    if high is not None:
+        yield _Seen(below, mapping.size, _HIGH)
+
+
+@dataclass(frozen=True, slots=True)
 class _OwnByQemu:
     """Private memory that QEMU writes for us, range by range, as its guest's processors see it."""
 
@@ -261,15 +289,14 @@ class _OwnByQemu:
     mapping: _Mapping
     pages: int
     base: int | None
-    below: int
+    seen: tuple[_Seen, ...]
     way: str = "by QEMU, range by range"
     parallel: bool = False
     shared: bool = False
 
     def list_runs(self) -> Sequence[Run]:
         own = _list_own(self.pages, self.mapping, _GAP_OF_CALLS)
-        seen = [(0, _DISPLAY.start), (_DISPLAY.stop, self.below), (self.below, self.mapping.size)]
-        return [run for piece in seen for run in _cut(own, piece)]
+        return [run for piece in self.seen for run in _cut(own, (piece.start, piece.end))]
 
     @contextlib.contextmanager
     def open_reader(self) -> Iterator[Reader]:
@@ -281,7 +308,7 @@ class _OwnByQemu:
             try:
                 content = mmap.mmap(scratch, _BLOCK_OF_CALLS)
                 yield _QemuReader(
-                    self.session, file, self.below, address_of(content), memoryview(content)
+                    self.session, file, self.seen, address_of(content), memoryview(content)
                 )
             finally:
                 self.session.take_back(lent)
@@ -293,14 +320,15 @@ class _OwnByQemu:
 class _QemuReader:
     session: QmpSession
     file: str
-    below: int
+    seen: tuple[_Seen, ...]
     address: int
     buffer: memoryview
     block: int = _BLOCK_OF_CALLS
 
     def read(self, run: Run) -> tuple[int, memoryview]:
         start, end = run
-        physical = start if start < self.below else start - self.below + _HIGH
+        piece = next(piece for piece in self.seen if piece.start <= start < piece.end)
+        physical = start - piece.start + piece.physical
         # QEMU gives the file the length of what it writes.
         arguments = {"val": physical, "size": end - start, "filename": self.file}
         self.session.execute("pmemsave", arguments)

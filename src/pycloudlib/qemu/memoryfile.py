@@ -224,10 +224,10 @@ def _cut(runs: Iterable[Run], length: int) -> Iterator[Run]:
 
 
 def _unite(runs: Iterable[Run]) -> list[Run]:
-    """Sort runs, and join those that overlap or meet."""
+    """Sort runs, and join those that overlap."""
     united: list[Run] = []
     for start, end in sorted(runs):
-        if united and start <= united[-1][1]:
+        if united and start < united[-1][1]:
             united[-1] = (united[-1][0], max(end, united[-1][1]))
         else:
             united.append((start, end))
