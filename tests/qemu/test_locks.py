@@ -200,7 +200,9 @@ def test_prune_waits_for_who_changes_a_machine(
 CUT_OFF = f"""
 import io, os, signal, sys
 from pycloudlib import Qemu
-from pycloudlib.qemu import capture, checkpoint, devicestate, layers, livedisk, rundir, savedmachine
+from pycloudlib.qemu import (
+    capture, checkpoint, devicestate, layers, livedisk, rundir, savedmachine, twin
+)
 config, image, moment = sys.argv[1:]
 
 def die(*arguments, **options):
@@ -211,6 +213,7 @@ vm = cloud.launch(image, "{SMALL}")
 print(vm.id, flush=True)
 owner, name = {{
     "before the memory is copied": (capture._InPlace, "prepare"),
+    "with a machine like it": (twin, "write_state"),
     "before the disk has its names": (layers.LayerStore, "freezing"),
     "before the overlay is opened": (livedisk, "prepared"),
     "before the guest stands still": (checkpoint, "_pause"),
@@ -228,6 +231,7 @@ checkpoint.save(vm.machine, "saved.img", helper=False)
 
 MOMENTS = (
     "before the memory is copied",
+    "with a machine like it",
     "before the disk has its names",
     "before the overlay is opened",
     "before the guest stands still",
@@ -271,6 +275,7 @@ def check_whole(cloud: Qemu, instance_id: str, working_dir: Path) -> None:
     assert any(os.path.samestat(facts, vm.instance_path.stat()) for facts in opened)
     cloud.prune()
     assert list(cloud.parent_dir.glob("snapshots/*")) == []
+    assert list(cloud.parent_dir.glob("*-twin-*")) == []
     save(vm)
     assert runs(vm)
     assert vm.delete() == []
@@ -281,7 +286,7 @@ def check_whole(cloud: Qemu, instance_id: str, working_dir: Path) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param(moment, marks=[] if number in (3, 5, 6) else pytest.mark.thorough)
+        pytest.param(moment, marks=[] if number in (1, 4, 6, 7) else pytest.mark.thorough)
         for number, moment in enumerate(MOMENTS)
     ],
 )

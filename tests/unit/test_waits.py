@@ -301,11 +301,14 @@ WAITS = (
     ),
     Wait(
         "a guest that stands still to be saved",
-        "60 s, then it goes on unsaved",
+        "60 s and 10 s for each GiB of memory, then it goes on unsaved",
         "QEMU's end, an error",
         ("qemu.checkpoint:_measure_pause", "qemu.capture:_InPlace.prepare"),
         ("qemu/test_checkpoint.py::test_guest_goes_on_when_it_stood_still_for_too_long",),
-        (("qemu.checkpoint:_PAUSE_LIMIT", 60.0),),
+        (
+            ("qemu.checkpoint:_PAUSE_LIMIT", 60.0),
+            ("qemu.checkpoint:_PAUSE_LIMIT_OF_GIB", 10.0),
+        ),
     ),
     Wait(
         "a guest to open its seed, where a starting point is made",
@@ -405,7 +408,6 @@ WAITS = (
             "qemu.warm:WarmCache.making",
             "qemu.rundir:RunDirectory.lock",
             "qemu.ports:PortRegistry._lock",
-            "qemu.layers:LayerStore._lock",
             "qemu.access:GuestAccess._put_right",
         ),
         (

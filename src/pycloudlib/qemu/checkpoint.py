@@ -36,8 +36,10 @@ from pycloudlib.qemu.savedmachine import SavedMachine
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which a guest that stands still goes on, whatever else has happened.
+# Seconds after which a guest that stands still goes on, whatever else has happened; and for each
+# GiB of its memory, which may all have to be moved.
 _PAUSE_LIMIT = 60.0
+_PAUSE_LIMIT_OF_GIB = 10.0
 _EVENT_LIMIT = 5.0
 
 
@@ -120,7 +122,8 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
         too_late.set()
         _go_on(machine, session)
 
-    timer = threading.Timer(_PAUSE_LIMIT, give_up)
+    limit = _PAUSE_LIMIT + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
+    timer = threading.Timer(limit, give_up)
     timer.daemon = True
     try:
         timer.start()
@@ -133,9 +136,7 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
     timer.cancel()
     session.execute("cont")
     if too_late.is_set():
-        raise CloudError(
-            f"{machine.spec.name} stood still for {_PAUSE_LIMIT:g} s, and goes on unsaved"
-        )
+        raise CloudError(f"{machine.spec.name} stood still for {limit:.0f} s, and goes on unsaved")
 
 
 def _go_on(machine: Machine, session: QmpSession) -> None:
