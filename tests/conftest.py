@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.newest_qemu import UnavailableError, find_newest_qemu
+
 UNIT_TESTS = Path(__file__).parent / "unit"
 
 # A partition table without partitions: what makes a raw file a disk.
@@ -49,6 +51,15 @@ def home(own_home: Path | None) -> Path:
     """Give the home directory that only this test has."""
     assert own_home is not None, "only unit tests have a home of their own"
     return own_home
+
+
+@pytest.fixture(scope="session")
+def newest_qemu() -> Path:
+    """Give the binary of a QEMU that is newer than the installed one."""
+    try:
+        return find_newest_qemu()
+    except UnavailableError as error:
+        pytest.skip(f"No newer QEMU can be had: {error}")
 
 
 @pytest.fixture

@@ -96,6 +96,15 @@ def cloud(make_cloud: CloudMaker) -> Qemu:
     return make_cloud()
 
 
+@pytest.fixture(params=["installed", pytest.param("newest", marks=pytest.mark.thorough)])
+def cloud_of_each_qemu(request: pytest.FixtureRequest, make_cloud: CloudMaker) -> Qemu:
+    """Give a cloud for each QEMU that a test runs with; the newest is for thorough ones."""
+    if request.param == "installed":
+        return make_cloud()
+    newest: Path = request.getfixturevalue("newest_qemu")
+    return make_cloud(more=f'accelerator = "tcg"\nqemu_binary = "{newest}"\n')
+
+
 @pytest.fixture
 def unstarted(cloud: Qemu, tiny_image: Path) -> QemuInstance:
     """Give a machine that is made but not started."""
