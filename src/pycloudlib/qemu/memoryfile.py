@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _CHUNK = 256 << 10
 # What is written where something in a chunk has changed.
 _PART = 16 << 10
-_THREADS = 2
+# More would only wait for the host's memory.
+_MOST_THREADS = 8
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # By these it is known that a file system copies no ranges by itself.
 _NO_RANGES = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
@@ -120,7 +121,7 @@ class MemoryFile:
         """
         # What was listed before may have been given back since: then it is as it was at first.
         self._runs = _unite([*self._runs, *memory.list_runs()])
-        shares = _share_out(self._runs, _THREADS if memory.parallel else 1)
+        shares = _share_out(self._runs, _count_threads() if memory.parallel else 1)
         with self._naming_room():
             if len(shares) < 2:
                 return sum(self._update(memory, share) for share in shares)
@@ -221,6 +222,10 @@ def _cut(runs: Iterable[Run], length: int) -> Iterator[Run]:
             last = min(end, (first // length + 1) * length)
             yield first, last
             first = last
+
+
+def _count_threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _unite(runs: Iterable[Run]) -> list[Run]:
