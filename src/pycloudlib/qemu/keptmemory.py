@@ -102,7 +102,5 @@ def _is_on_kept_memory(qemu: Executor) -> bool:
     def ask(name: str) -> Any:
         return qemu.execute("qom-get", {"path": f"/objects/{BACKEND}", "property": name})
 
-    if ask("type") != "memory-backend-file" or ask("share"):
-        return False
-    # Its own memory, after it was saved, is a file without a name.
-    return not str(ask("mem-path")).startswith("/proc/")
+    # Its own memory has no file, or is a shared mapping of one.
+    return ask("type") == "memory-backend-file" and not ask("share")
