@@ -23,7 +23,8 @@ def snapshot(session: Session, name: str, memory: bool, clean: bool) -> None:
     """Make an image of a machine, and print its name, by which `launch` takes it.
 
     For an image of the disk the machine is switched off; one that is off already is saved as it is.
-    With --memory it runs on, and `launch` starts copies that go on from there at once.
+    With --memory it runs on, with its connections, and `launch` starts copies that go on from there
+    at once.
     """
     instance = open_running(session, name)
     image = session.cloud.snapshot(instance, clean, memory=memory)

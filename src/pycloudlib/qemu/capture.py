@@ -1,7 +1,7 @@
 """How memory and state of a running machine come into files: three ways, chosen by asking its QEMU.
 
 - **In place**: the state of the devices is read by itself, and put together with that of a machine
-  like it. The guest stands still for milliseconds, whatever its memory is.
+  like it. The guest stands still for milliseconds, of whatever kind its memory is.
 - **By a migration without memory**, of a machine whose memory is shared. It takes some milliseconds
   more, and QEMU needs to know nothing new.
 - **By a twin**, for all others: a machine like it takes over the whole state, memory included, and

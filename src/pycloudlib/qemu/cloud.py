@@ -300,8 +300,8 @@ class Qemu(QemuReady):
 
         For an image of the disk, the instance is shut down and stays usable: `start()` goes on
         with it. One that is off is saved as it is, without a boot. For an image of the whole
-        machine it stands still for milliseconds; machines launched from the image go on from that
-        moment, and nothing boots.
+        machine it stands still for milliseconds, and its connections live on; machines launched
+        from the image go on from that moment, and nothing boots.
 
         Args:
             instance: The instance.

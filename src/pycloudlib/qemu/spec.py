@@ -102,11 +102,11 @@ class MachineSpec:
     def memory_kib(self) -> int:
         """KiB of memory: in emulation a little more than asked for.
 
-        Before version 9.0, QEMU in emulation loses track of pages that a guest writes to while it
-        is migrated, if the length of its memory is a multiple of 64 pages: the way that is taken
-        then forgets to tell the emulation's TLB ("physmem: Fix migration dirty bitmap coherency
-        with TCG memory access"). A guest that was busy was seen to crash each time, and with two
-        more pages never.
+        The two pages more stay so that machines that were saved before still fit: a state fits a
+        memory of its own length alone. They were for guests whose memory is migrated while they
+        run, which none is any more: before version 9.0, QEMU in emulation loses track of pages that
+        are written to meanwhile, if the length is a multiple of 64 pages ("physmem: Fix migration
+        dirty bitmap coherency with TCG memory access").
         """
         odd = _ODD_KIB if self.accelerator is Accelerator.TCG else 0
         return self.instance_type.memory_mib * 1024 + odd
