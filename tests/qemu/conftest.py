@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -143,3 +144,18 @@ def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lease ports that no other run of tests on this host does, so that they are free again."""
     monkeypatch.setattr(ports, "FIRST_PORT", 18200)
     monkeypatch.setattr(ports, "LAST_PORT", 18300)
+
+
+@pytest.fixture
+def small_host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Give a working directory on a file system of 4 MiB, or of the size asked for."""
+    size = getattr(request, "param", "4m")
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,20 +349,6 @@ def test_failed_test_is_told_whatever_happens_to_its_artifacts(
     assert "INTERNALERROR" not in shown
     assert "MachineEndedError" in shown
     assert ("not all could be kept" if obstacle == "artifacts" else "nothing can be told") in shown
-
-
-@pytest.fixture
-def small_host(tmp_path: Path) -> Iterator[Path]:
-    """Give a working directory on a file system that is nearly full."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", directory], check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("only root can mount a small file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 # Writes its 32 KiB to one place of the disk after the other, then halts.
