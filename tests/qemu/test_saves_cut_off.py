@@ -1,0 +1,170 @@
+"""A program that saves a machine is killed, at any moment: the machine runs, or the save is whole.
+
+The moments are not chosen by what the code does: they are the first call of each of its functions,
+and the first return.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pycloudlib import Qemu
+from pycloudlib.qemu import savedmachine
+from pycloudlib.qemu.instance import QemuInstance
+from tests.qemu.conftest import CloudMaker
+from tests.qemu.saved import becomes, hurry, qemus, runs
+from tests.qemu.worker import (
+    are_in_order,
+    copy_worker,
+    output_of,
+    reboot,
+    rounds,
+    start_worker,
+    type_in,
+    typed,
+    works,
+)
+
+pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
+
+# Saves a machine; prints when each moment came, and kills itself at one.
+SAVER = """
+import io, json, os, signal, sys, threading, time
+import pycloudlib
+from pycloudlib import Qemu
+config, machine, fatal = sys.argv[1], sys.argv[2], int(sys.argv[3])
+cloud = Qemu("saver", timestamp_suffix=False, config_file=io.StringIO(config))
+vm = cloud.get_instance(machine)
+vm.banner_timeout = 0.2
+code_of_package = os.path.join(os.path.dirname(pycloudlib.__file__), "")
+seen, moments = set(), []
+
+def watch(frame, event, argument):
+    code = frame.f_code
+    if event not in ("call", "return") or not code.co_filename.startswith(code_of_package):
+        return
+    if (code, event) not in seen:
+        seen.add((code, event))
+        place = f"{os.path.basename(code.co_filename)} {code.co_name}"
+        moments.append((time.time(), f"{event} {place}"))
+        if len(moments) == fatal:
+            os.write(2, moments[-1][1].encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+threading.setprofile(watch)
+sys.setprofile(watch)
+image = cloud.snapshot(vm, memory=True)
+sys.setprofile(None)
+print(json.dumps([image, moments]))
+"""
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Saves a machine in a program of its own.
+
+    Attributes:
+        working_dir: Where its cloud works.
+        machine: The machine's id.
+    """
+
+    working_dir: Path
+    machine: str
+
+    def run(self, fatal: int = 0) -> subprocess.CompletedProcess[str]:
+        """Save the machine; let the program be killed at a moment, counted from one."""
+        config = f'[qemu]\nworking_dir = "{self.working_dir}"\naccelerator = "tcg"\n'
+        return subprocess.run(
+            [sys.executable, "-c", SAVER, config, self.machine, str(fatal)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+
+@pytest.fixture
+def worker(make_cloud: CloudMaker, tmp_path: Path, working_dir: Path) -> Iterator[QemuInstance]:
+    """Give a machine that works, and remove what programs that were killed have left."""
+    cloud = make_cloud()
+    yield start_worker(cloud, tmp_path / "worker.img")
+    assert cloud.clean() == []
+    cloud.prune()
+    for pid in qemus(working_dir):
+        os.kill(pid, signal.SIGKILL)
+
+
+def choose(moments: list[float], worker: QemuInstance, count: int) -> list[int]:
+    """Choose moments: all, or some of before the pause, in it, and after it."""
+    if not count:
+        return list(range(1, len(moments) + 1))
+    named = {event.name: event.timestamp for event in worker.machine.events}
+    stop, resume = named["STOP"], named["RESUME"]
+    numbers = range(1, len(moments) + 1)
+    parts = [
+        [number for number in numbers if moments[number - 1] < stop],
+        [number for number in numbers if stop <= moments[number - 1] <= resume],
+        [number for number in numbers if resume < moments[number - 1]],
+    ]
+    return [
+        part[len(part) * (2 * step + 1) // (2 * count)]
+        for part in parts
+        for step in range(count)
+        if part
+    ]
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(0, marks=pytest.mark.thorough)])
+def test_machine_runs_on_or_the_save_is_whole_whenever_its_saver_is_killed(
+    make_cloud: CloudMaker, worker: QemuInstance, working_dir: Path, count: int
+) -> None:
+    cloud, saver = make_cloud("other"), Saver(working_dir, worker.id)
+    type_in(worker, "f")
+    done = saver.run()
+    assert done.returncode == 0, done.stderr
+    image, moments = json.loads(done.stdout)
+    check_and_delete(cloud, image)
+    files, pid = files_of(worker), worker.machine.pid
+    times = [time for time, _ in moments]
+    for number in choose(times, worker, count):
+        killed = saver.run(number)
+        at = f"moment {number} of {len(moments)}: {killed.stderr}"
+        assert killed.returncode in (-signal.SIGKILL, 0), at
+        check_one(cloud, worker, pid, at)
+        for left in sorted(working_dir.glob("*/snapshots/*.img")):
+            if savedmachine.find(left) is not None:
+                check_and_delete(cloud, str(left))
+        cloud.prune()
+        assert list(working_dir.glob("*/snapshots/*")) == [], at
+        assert files_of(worker) == files, at
+    assert are_in_order(rounds(output_of(worker)))
+    reboot(worker)
+
+
+def check_one(cloud: Qemu, worker: QemuInstance, pid: int | None, at: str) -> None:
+    """Look at a machine as any program does; it runs, in the process that it had."""
+    other = hurry(cloud.get_instance(worker.id))
+    assert becomes(lambda: runs(other)), at
+    assert other.machine.pid == pid, at
+    assert works(worker), at
+
+
+def check_and_delete(cloud: Qemu, image: str) -> None:
+    """See that a save is whole."""
+    copy = copy_worker(cloud, image)
+    assert typed(copy) == "f"
+    assert copy.delete() == []
+    cloud.delete_image(image)
+
+
+def files_of(worker: QemuInstance) -> set[str]:
+    return {file.name for file in worker.instance_dir.iterdir() if file.suffix != ".lock"}
