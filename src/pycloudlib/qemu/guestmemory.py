@@ -24,7 +24,14 @@ from typing import Protocol
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.identity import find_proc_directory
-from pycloudlib.qemu.memoryfile import Content, Reader, Run, address_of, list_data
+from pycloudlib.qemu.memoryfile import (
+    Content,
+    Reader,
+    Run,
+    address_of,
+    list_data,
+    map_to_read,
+)
 from pycloudlib.qemu.qmp import QmpSession
 from pycloudlib.qemu.running import RunningQemu
 from pycloudlib.rawtext import read_kernel_file
@@ -202,10 +209,8 @@ class _Shared:
 
 
 def _open_shared(memory: int, size: int) -> _Shared:
-    # To be written to, for ctypes; private, so that nothing of the guest's can be changed. It is
-    # unmapped with the last view of it.
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    content = mmap.mmap(memory, size, flags=mmap.MAP_PRIVATE, prot=protection)
+    # It is unmapped with the last view of it.
+    content = map_to_read(memory, size)
     return _Shared(memory, _View(address_of(content), memoryview(content)))
 
 

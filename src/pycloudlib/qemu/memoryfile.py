@@ -28,6 +28,8 @@ _MOST_THREADS = 8
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # By these it is known that a file system copies no ranges by itself.
 _NO_RANGES = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+# MAP_NORESERVE: as nothing is written there, nothing is set aside for it.
+_NO_RESERVE = 0x4000
 _ZEROS = bytearray(_CHUNK)
 
 Run = tuple[int, int]
@@ -79,7 +81,7 @@ class MemoryFile:
         self._file = moved(os.open(path, _NEW, 0o600))
         try:
             os.ftruncate(self._file, size)
-            self._content = mmap.mmap(self._file, size)
+            self._content = map_to_read(self._file, size)
         except BaseException:
             os.close(self._file)
             raise
@@ -187,6 +189,15 @@ def list_data(file: int) -> Iterator[Run]:
             raise
         end = os.lseek(file, start, os.SEEK_HOLE)
         yield start, end
+
+
+def map_to_read(file: int, size: int) -> mmap.mmap:
+    """Map a file so that changes of the file are seen, and none can be made.
+
+    It may be written to, which `address_of` asks for; what would be written stays in this process.
+    """
+    flags = mmap.MAP_PRIVATE | _NO_RESERVE
+    return mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def address_of(content: mmap.mmap | bytearray) -> int:
