@@ -32,7 +32,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError, State
 from pycloudlib.qemu.memory import Memory
-from pycloudlib.qemu.qmp import QmpError
+from pycloudlib.qemu.qmp import QmpError, QmpSession
 from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
@@ -283,9 +283,9 @@ BEFORE_THE_DISK = (
     (livedisk, "prepared"),
     (checkpoint, "_pause"),
     (capture._Reading, "read_memory"),
-    (layers.FrozenDisk, "exchange"),
 )
 AFTER_THE_DISK = (
+    (layers.FrozenDisk, "exchange"),
     (devicestate, "save_devices"),
     (checkpoint, "_measure_pause"),
     (capture._InPlace, "finish"),
@@ -358,6 +358,140 @@ def test_overlay_that_cannot_be_taken_is_let_go(
     assert list_nodes() == opened
     assert running.machine.execute("query-fdsets") == []
     save(running)
+    assert runs(running)
+
+
+def list_descriptors(instance: QemuInstance) -> list[str]:
+    """List what a machine's QEMU has open, but for what is there once for each layer."""
+    opened = []
+    for link in Path(f"/proc/{instance.machine.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            opened.append(str(link.readlink()))
+    return [name for name in opened if "eventfd" not in name and ".qcow2" not in name]
+
+
+def test_qemu_keeps_nothing_that_it_was_lent_for_a_moment(running: QemuInstance) -> None:
+    """Nor the descriptors that it does not close while the machine stands still."""
+    save(running)
+    before = sorted(list_descriptors(running))
+    save(running)
+    save(running)
+    assert sorted(list_descriptors(running)) == before
+    # One for each overlay of three, to open it anew by.
+    fdsets = running.machine.execute("query-fdsets")
+    assert [len(fdset["fds"]) for fdset in fdsets] == [1, 1, 1]
+
+
+class Faulty:
+    """Lets the n-th of what QEMU is told go wrong: before QEMU hears it, or its answer is lost."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, *, late: bool) -> None:
+        self.failed: str | None = None
+        self._left = number
+        self._late = late
+        for name in ("execute", "lend"):
+            monkeypatch.setattr(QmpSession, name, self._wrap(getattr(QmpSession, name)))
+
+    def _wrap(self, real: Any) -> Any:
+        def call(session: QmpSession, what: Any, *more: Any, **options: Any) -> Any:
+            self._left -= 1
+            fails = self._left == 0
+            if fails:
+                self.failed = what if isinstance(what, str) else "add-fd"
+            if fails and not self._late:
+                raise QmpError(f"{self.failed} failed")
+            answer = real(session, what, *more, **options)
+            if fails:
+                raise QmpError(f"{self.failed} failed")
+            return answer
+
+        return call
+
+
+def list_errors(running: QemuInstance) -> list[str]:
+    """Save a machine; list what went wrong."""
+    try:
+        save(running)
+    except QmpError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["refused", "answer lost"])
+def test_machine_goes_on_whatever_qemu_fails_at(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """It runs on, on a disk that has its name, and nothing is left; the first error is raised."""
+    save(running)
+    failed: list[str | None] = []
+    while True:
+        with monkeypatch.context() as patch:
+            fault = Faulty(patch, len(failed) + 1, late=late)
+            errors = list_errors(running)
+        if errors:
+            assert errors == [f"{fault.failed} failed"]
+            assert len(list(cloud.parent_dir.glob("snapshots/*.img"))) == 1
+        if fault.failed is None:
+            break
+        failed.append(fault.failed)
+        assert running.machine.execute("query-status")["status"] == "running"
+        assert writes_to(running.machine.pid, running.instance_path), fault.failed
+        assert not running.machine.rundir.is_being_saved
+        assert list(running.instance_dir.glob(".*.qcow2")) == []
+        for image in cloud.created_images[1:]:
+            cloud.delete_image(image)
+    assert {"stop", "blockdev-snapshot", "cont", "add-fd"} <= set(failed)
+    saved = save(running)
+    assert runs(hurry(cloud.launch(str(saved.image))))
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_machine_that_could_not_be_settled_is_settled_by_whoever_comes_next(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """QEMU answers nothing any more from some moment on, and later it does."""
+    real = QmpSession.execute
+    silent: list[str] = []
+
+    def execute(session: QmpSession, command: str, *more: Any, **options: Any) -> Any:
+        if command == "blockdev-snapshot" and taken:
+            real(session, command, *more, **options)
+        if command == "blockdev-snapshot" or silent:
+            silent.append(command)
+            raise QmpError("no answer")
+        return real(session, command, *more, **options)
+
+    before = running.instance_path.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(QmpSession, "execute", execute)
+        with pytest.raises(QmpError, match="no answer"):
+            save(running)
+    assert "cont" in silent
+    assert becomes(lambda: running.machine.state is State.RUNNING)
+    assert not running.machine.rundir.is_being_saved
+    assert (running.instance_path.stat().st_ino != before) == taken
+    assert writes_to(running.machine.pid, running.instance_path)
+    assert all(file.exists() for file in chain(running.instance_path))
+    assert names_in(running.instance_dir).isdisjoint({"saving"})
+    save(running)
+
+
+def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_to(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on in the overlay that has not its disk's name yet, and layers are collected."""
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.FrozenDisk, "exchange", goes_wrong)
+        patch.setattr("pycloudlib.qemu.recovery.settle", lambda *_arguments: None)
+        with pytest.raises(_BrokenError):
+            save(running)
+        (fresh,) = running.instance_dir.glob(".*.qcow2")
+        written_to = fresh.stat().st_ino
+        assert writes_to(running.machine.pid, fresh)
+        layers.LayerStore(cloud.parent_dir).collect()
+        running.machine.kill()
+    running.start(wait=False)
+    assert running.instance_path.stat().st_ino == written_to
     assert runs(running)
 
 

@@ -24,7 +24,7 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.files import copy_private
 from pycloudlib.images import uses
 from pycloudlib.key import bring_along
-from pycloudlib.qemu import capture, layers, livedisk, savedmachine
+from pycloudlib.qemu import capture, layers, livedisk, recovery, savedmachine
 from pycloudlib.qemu.capture import Capture
 from pycloudlib.qemu.hotplug import list_plugged
 from pycloudlib.qemu.keptmemory import check_machine
@@ -101,8 +101,11 @@ def _freeze(
                 take_overlay()
                 frozen.exchange()
                 reading.read_state()
-        finally:
-            rundir.forget_saving()
+            session.take_back_all()
+        except BaseException:
+            recovery.settle(rundir, session)
+            raise
+        rundir.forget_saving()
         pause = _measure_pause(qemu, seen)
     undo.callback(uses.forget, image)
     undo.callback(image.unlink)
@@ -129,12 +132,12 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
         timer.start()
         session.execute("stop")
         yield
+        timer.cancel()
+        session.execute("cont")
     except BaseException:
         timer.cancel()
         _go_on(machine, session)
         raise
-    timer.cancel()
-    session.execute("cont")
     if too_late.is_set():
         raise CloudError(f"{machine.spec.name} stood still for {limit:.0f} s, and goes on unsaved")
 

@@ -103,7 +103,7 @@ class LayerStore:
             undo.callback(frozen.undo, in_use=in_use)
             _link(overlay, image)
             undo.callback(image.unlink, missing_ok=True)
-            undo.callback(frozen.fresh.unlink, missing_ok=True)
+            undo.callback(frozen.discard_fresh)
             disk.create_overlay(disk.read_layer(layer), frozen.fresh, unopened=True)
             yield frozen
             record_uses(image)
@@ -136,7 +136,9 @@ class LayerStore:
         with contextlib.suppress(FileNotFoundError), self._lock():
             # By identity: a disk may name its layers by another way to the same directory.
             needed = {
-                _find_name(file) for tip in _tips(self.parent_dir.parent) for file in chain(tip)[1:]
+                _find_name(file)
+                for tip in _tips(self.parent_dir.parent, fresh=True)
+                for file in chain(tip)[1:]
             }
             for layer in self.layers.glob("*.qcow2"):
                 if _find_name(layer) not in needed:
@@ -192,9 +194,14 @@ class FrozenDisk:
         # One rename: at any moment the machine has a whole disk under the same name.
         self.fresh.replace(self.overlay)
 
+    def discard_fresh(self) -> None:
+        """Remove the fresh overlay, unless a machine may be on it, which is to be settled."""
+        if not RunDirectory(self.overlay.parent).is_being_saved:
+            self.fresh.unlink(missing_ok=True)
+
     def undo(self, *, in_use: bool) -> None:
-        """Take the layer back, unless a machine that runs is built on it by now."""
-        if in_use and not _is_same(self.layer, self.overlay):
+        """Take the layer back, unless a machine that runs is built on it by now, or may be."""
+        if in_use and (self.fresh.exists() or not _is_same(self.layer, self.overlay)):
             return
         # Of two names of one file, rename(2) would leave both.
         if _is_same(self.layer, self.overlay):
@@ -404,13 +411,19 @@ def cloud_directories(working_dir: Path) -> Iterator[Path]:
                 yield path
 
 
-def _tips(working_dir: Path) -> Iterator[Path]:
-    """List the disks of all clouds' instances, and the images of their snapshots."""
+def _tips(working_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
+    """List the disks of all clouds' instances, and the images of their snapshots.
+
+    Args:
+        working_dir: Where directories of clouds are.
+        fresh: Whether also the overlays that disks of machines go on in which are being saved.
+    """
     for parent_dir in cloud_directories(working_dir):
         yield from parent_dir.glob(f"{SNAPSHOTS}/*.img")
         for rundir in RunDirectory.list_in(parent_dir):
-            if rundir.disk.exists():
-                yield rundir.disk
+            for disk_file in (rundir.disk, rundir.find_fresh_overlay() if fresh else None):
+                if disk_file is not None and disk_file.exists():
+                    yield disk_file
 
 
 def _limit_depth(overlay: Path) -> None:

@@ -29,7 +29,7 @@ def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
     """Let QEMU open an overlay, and go on in it when the function is called that is yielded.
 
     QEMU opens it by descriptors, since it opens the file anew, for reading alone, when the next
-    overlay comes; by then it has another name.
+    overlay comes; by then it has another name. What goes wrong is to be settled (`settle`).
 
     Args:
         session: A session with the QEMU.
@@ -39,41 +39,52 @@ def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
         QmpError: It did not.
     """
     node = _name_node(fresh)
-    with contextlib.ExitStack() as stack:
-        # Of several descriptors, it takes the one that is open as it wants the file.
-        reading, writing = (
-            moved(os.open(fresh, mode | os.O_CLOEXEC)) for mode in (os.O_RDONLY, os.O_RDWR)
-        )
-        stack.callback(os.close, reading)
-        stack.callback(os.close, writing)
-        lent = session.lend(reading)
-        to_write = session.lend(writing, lent.fdset)
-        # With it, the file would stay locked for all others.
-        stack.callback(session.take_back, to_write)
-        with contextlib.ExitStack() as undo:
-            undo.callback(session.take_back, lent)
+    # Of several descriptors, it takes the one that is open as it wants the file.
+    with _opened(fresh, os.O_RDONLY) as reading, _opened(fresh, os.O_RDWR) as writing:
+        # By this one it is opened anew.
+        lent = session.lend(reading, keep=True)
+        try:
+            to_write = session.lend(writing, lent.fdset)
             how = {"discard": "unmap", "cache": {"no-flush": True}}
             file = {"driver": "file", "node-name": f"{node}-file", "filename": lent.path, **how}
             session.execute(
                 "blockdev-add",
                 {"driver": "qcow2", "node-name": node, "backing": None, "file": file, **how},
             )
-            undo.callback(session.execute, "blockdev-del", {"node-name": node})
+        except BaseException:
+            session.take_back(lent)
+            raise
 
-            def go_on() -> None:
-                active = _find_active(session)
-                session.execute("blockdev-snapshot", {"node": active, "overlay": node})
-                # The descriptor for reading stays, by which it is opened anew.
-                undo.pop_all()
+        def go_on() -> None:
+            active = _find_active(session)
+            session.execute("blockdev-snapshot", {"node": active, "overlay": node})
 
+        try:
             yield go_on
+        finally:
+            # With it, the file would stay locked for all others.
+            session.take_back(to_write)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, mode: int) -> Iterator[int]:
+    descriptor = moved(os.open(file, mode | os.O_CLOEXEC))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def settle(session: QmpSession, fresh: Path) -> bool:
-    """Settle what `prepared` has begun, and its program did not end.
+    """Settle what `prepared` has begun and did not bring to its end, in this program or another.
+
+    QEMU is asked: an answer may have been lost.
 
     Returns:
         Whether the machine goes on in the fresh overlay. Else it is let go.
+
+    Raises:
+        QmpError: It could not be asked.
     """
     node = _name_node(fresh)
     if _find_active(session) == node:
@@ -129,7 +140,8 @@ def _close_node(session: QmpSession, name: str) -> None:
     session.execute("blockdev-del", {"node-name": name})
     lent = _FDSET.fullmatch(opened)
     if lent is not None:
-        session.execute("remove-fd", {"fdset-id": int(lent[1])})
+        with contextlib.suppress(QmpError):  # all of it is taken back already
+            session.execute("remove-fd", {"fdset-id": int(lent[1])})
 
 
 def _find_active(session: QmpSession) -> str:

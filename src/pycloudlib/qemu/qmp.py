@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _STOP_LIMIT = 2.0
+# Kept by QEMU with a descriptor that it was lent; another program can tell by that what is ours.
+_FOR_A_MOMENT = "pycloudlib: for a moment"
 _CLIENT_LOG = logging.getLogger(f"{__name__}.client")
 _CLIENT_LOG.setLevel(logging.CRITICAL)
 
@@ -259,13 +261,14 @@ class QmpSession:
         with _translated("QEMU did not take a file descriptor"):
             self._thread.run(send(), 30)
 
-    def lend(self, descriptor: int, fdset: int | None = None) -> Lent:
+    def lend(self, descriptor: int, fdset: int | None = None, *, keep: bool = False) -> Lent:
         """Lend QEMU a file descriptor, to open the file by.
 
         Args:
             descriptor: The descriptor.
             fdset: QEMU's set of descriptors of the same file that it is added to; None for a new
                 one. QEMU takes the one that is open in the way that it wants the file.
+            keep: Whether `take_back_all` leaves it to QEMU.
 
         Raises:
             QmpError: QEMU is gone, or did not take it.
@@ -273,7 +276,9 @@ class QmpSession:
 
         async def send() -> Lent:
             self._client.send_fd_scm(descriptor)
-            arguments = {} if fdset is None else {"fdset-id": fdset}
+            arguments: dict[str, Any] = {} if fdset is None else {"fdset-id": fdset}
+            if not keep:
+                arguments["opaque"] = _FOR_A_MOMENT
             answer: Any = await self._client.execute("add-fd", arguments)
             return Lent(answer["fdset-id"], answer["fd"])
 
@@ -281,12 +286,20 @@ class QmpSession:
             return self._thread.run(send(), 30)
 
     def take_back(self, lent: Lent) -> None:
-        """Let QEMU close a descriptor that it was lent, when the machine runs.
+        """Let QEMU close a descriptor that it was lent; what it has opened by that stays open.
 
-        What it has opened by that stays open.
+        Before version 9, QEMU closes none while the machine stands still: see `take_back_all`.
         """
         with contextlib.suppress(QmpError):
             self.execute("remove-fd", {"fdset-id": lent.fdset, "fd": lent.number})
+
+    def take_back_all(self) -> None:
+        """Let QEMU close what it was lent for a moment, by this program or one before, and kept."""
+        with contextlib.suppress(QmpError):
+            for fdset in self.execute("query-fdsets"):
+                for lent in fdset["fds"]:
+                    if lent.get("opaque") == _FOR_A_MOMENT:
+                        self.take_back(Lent(fdset["fdset-id"], lent["fd"]))
 
     def close(self) -> None:
         """End the session; QEMU runs on."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import livedisk
+from pycloudlib.qemu import layers, livedisk
 from pycloudlib.qemu.identity import ProcessIdentity
 from pycloudlib.qemu.process import QemuProcess, is_open_elsewhere
+from pycloudlib.qemu.qmp import QmpSession
 from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.running import MachineElsewhereError, MachineEndedError, RunningQemu, State
 
@@ -66,10 +68,14 @@ def settle_abandoned(rundir: RunDirectory) -> None:
             settle(rundir)
 
 
-def settle(rundir: RunDirectory) -> None:
+def settle(rundir: RunDirectory, session: QmpSession | None = None) -> None:
     """Let a machine go on whose save was cut off, if one was; the caller has the lock.
 
-    What goes wrong is logged.
+    What goes wrong is logged, and is tried again by whoever comes next.
+
+    Args:
+        rundir: The machine's directory.
+        session: A session with its QEMU; by default, one is opened.
 
     Raises:
         InstanceNotFoundError: There is no machine in this directory.
@@ -77,22 +83,44 @@ def settle(rundir: RunDirectory) -> None:
     if not rundir.is_being_saved or find_elsewhere(rundir) is not None:
         return
     name = rundir.read_spec().name
-    try:
-        _settle(rundir, name)
-    except (OSError, CloudError, MachineEndedError) as error:
-        _log.error("%s cannot go on after a save that was cut off: %s", name, error)
-    rundir.forget_saving()
-
-
-def _settle(rundir: RunDirectory, name: str) -> None:
     fresh = rundir.find_fresh_overlay()
     process = find_process(rundir)
-    if process is not None:
-        with RunningQemu(name, rundir, process, State.RUNNING).session() as session:
-            if fresh is not None and fresh.exists() and livedisk.settle(session, fresh):
-                fresh.replace(rundir.disk)
-            session.execute("cont")
-        _log.warning("Let %s go on, whose save was cut off", name)
+    try:
+        if process is None:
+            _take_unless_lost(fresh, rundir.disk)
+        elif session is not None:
+            _settle(rundir, fresh, session)
+        else:
+            with RunningQemu(name, rundir, process, State.RUNNING).session() as opened:
+                _settle(rundir, fresh, opened)
+            _log.warning("Let %s go on, whose save was cut off", name)
+    except (OSError, CloudError, MachineEndedError) as error:
+        _log.error("%s cannot go on after a save that was cut off: %s", name, error)
+    else:
+        rundir.forget_saving()
+
+
+def _settle(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
+    """Settle the save of a machine that runs, or stands still."""
     if fresh is not None:
-        # A guest has not written to it, or it has the disk's name by now.
-        fresh.unlink(missing_ok=True)
+        taken = livedisk.settle(session, fresh)
+        if fresh.exists():
+            if taken:
+                fresh.replace(rundir.disk)
+            else:
+                fresh.unlink()
+    session.execute("cont")
+    session.take_back_all()
+
+
+def _take_unless_lost(fresh: Path | None, disk: Path) -> None:
+    """Let a machine that is off go on in the fresh overlay, which is right whether or not it did.
+
+    If it had not been taken, there is nothing in it, and below it is the very disk.
+    """
+    if fresh is None or not fresh.exists():
+        return
+    if any(file.exists() and file.samefile(disk) for file in layers.chain(fresh)[1:2]):
+        fresh.replace(disk)
+    else:
+        fresh.unlink()
