@@ -32,6 +32,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.layers import chain
 from pycloudlib.qemu.machine import MachineEndedError, State
 from pycloudlib.qemu.memory import Memory
+from pycloudlib.qemu.memoryfile import MemoryFile
 from pycloudlib.qemu.qmp import QmpError, QmpSession
 from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
@@ -492,6 +493,58 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
         running.machine.kill()
     running.start(wait=False)
     assert running.instance_path.stat().st_ino == written_to
+    assert runs(running)
+
+
+def test_machine_that_is_paused_before_its_moment_stays_paused(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint._check_room
+
+    def pause(directory: Path) -> None:
+        running.machine.execute("stop")
+        real(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_check_room", pause)
+        with pytest.raises(CloudError, match="was paused meanwhile"):
+            save(running)
+    assert running.machine.execute("query-status")["status"] == "paused"
+    running.machine.execute("cont")
+    assert becomes(lambda: running.machine.state is State.RUNNING)
+    save(running)
+
+
+def test_ctrl_c_again_and_again_ends_no_memory_that_is_being_read(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What threads of ours read and write must stay open until they have ended."""
+    closed, ended = threading.Event(), threading.Event()
+    real_exit, real_update = MemoryFile.__exit__, MemoryFile._update
+
+    def leave(file: MemoryFile, *error: object) -> None:
+        closed.set()
+        # Else Python itself would be ended by what is read there.
+        assert ended.wait(20)
+        real_exit(file, *error)
+
+    def update(file: MemoryFile, *arguments: Any) -> int:
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGINT)
+            if closed.wait(0.05):
+                break
+        too_early.append(closed.is_set())
+        ended.set()
+        return real_update(file, *arguments)
+
+    too_early: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFile, "__exit__", leave)
+        patch.setattr(MemoryFile, "_update", update)
+        with pytest.raises(KeyboardInterrupt):
+            save(running)
+    assert too_early
+    assert not any(too_early)
     assert runs(running)
 
 

@@ -64,10 +64,10 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
         image = store.reserve(image_name, undo)
         with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
             with capture.choose(machine, directory) as reading:
-                reading.prepare()
+                uninterrupted(reading.prepare)
                 _check_room(directory)
                 pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
-                reading.finish()
+                uninterrupted(reading.finish)
             saved = _write(_describe(machine, image, helper), machine.rundir)
             # By now it is known which kernel it needs.
             layers.record_uses(image)
@@ -93,6 +93,7 @@ def _freeze(
         store.freezing(rundir.disk, image, in_use=True) as frozen,
         qemu.session() as session,
     ):
+        _check_runs(machine, session)
         # So that whoever comes next lets the machine go on, if this program is killed.
         rundir.write_saving(frozen.fresh)
         try:
@@ -171,6 +172,16 @@ def _check_room(directory: Path) -> None:
         raise CloudError(
             f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
             f"its memory, and {ROOM >> 20} MiB are needed"
+        )
+
+
+def _check_runs(machine: Machine, session: QmpSession) -> None:
+    """Make sure that nobody has paused it since it was looked at: it would be let go on."""
+    status = session.execute("query-status")
+    if not status["running"]:
+        raise CloudError(
+            f"{machine.spec.name} was paused meanwhile ({status['status']}); it can be saved when "
+            "it runs"
         )
 
 
