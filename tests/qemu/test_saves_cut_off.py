@@ -1,4 +1,4 @@
-"""A program that saves a machine is killed, at any moment: the machine runs, or the save is whole.
+"""A save ends at any moment, by a signal to who saves or to QEMU: all of it is there, or nothing.
 
 The moments are not chosen by what the code does: they are the first call of each of its functions,
 and the first return.
@@ -20,6 +20,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.machine import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import becomes, hurry, qemus, runs
 from tests.qemu.worker import (
@@ -36,12 +37,14 @@ from tests.qemu.worker import (
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
 
-# Saves a machine; prints when each moment came, and kills itself at one.
+# Saves a machine; prints when each moment came, or what went wrong; sends a signal at one moment.
 SAVER = """
 import io, json, os, signal, sys, threading, time
 import pycloudlib
 from pycloudlib import Qemu
-config, machine, fatal = sys.argv[1], sys.argv[2], int(sys.argv[3])
+from pycloudlib.errors import CloudError
+config, machine = sys.argv[1:3]
+fatal, number, victim = map(int, sys.argv[3:])
 cloud = Qemu("saver", timestamp_suffix=False, config_file=io.StringIO(config))
 vm = cloud.get_instance(machine)
 vm.banner_timeout = 0.2
@@ -57,12 +60,15 @@ def watch(frame, event, argument):
         place = f"{os.path.basename(code.co_filename)} {code.co_name}"
         moments.append((time.time(), f"{event} {place}"))
         if len(moments) == fatal:
-            os.write(2, moments[-1][1].encode())
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.write(2, moments[-1][1].encode() + b"\\n")
+            os.kill(victim or os.getpid(), number)
 
 threading.setprofile(watch)
 sys.setprofile(watch)
-image = cloud.snapshot(vm, memory=True)
+try:
+    image = cloud.snapshot(vm, memory=True)
+except CloudError as error:
+    sys.exit(f"CloudError: {error}")
 sys.setprofile(None)
 print(json.dumps([image, moments]))
 """
@@ -80,11 +86,19 @@ class Saver:
     working_dir: Path
     machine: str
 
-    def run(self, fatal: int = 0) -> subprocess.CompletedProcess[str]:
-        """Save the machine; let the program be killed at a moment, counted from one."""
+    def run(
+        self, fatal: int = 0, number: int = 0, victim: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        """Save the machine; a signal is sent at a moment, counted from one.
+
+        Args:
+            fatal: The moment.
+            number: The signal.
+            victim: Who gets it; 0 for who saves.
+        """
         config = f'[qemu]\nworking_dir = "{self.working_dir}"\naccelerator = "tcg"\n'
         return subprocess.run(
-            [sys.executable, "-c", SAVER, config, self.machine, str(fatal)],
+            [sys.executable, "-c", SAVER, config, self.machine, *map(str, (fatal, number, victim))],
             capture_output=True,
             text=True,
             timeout=300,
@@ -123,31 +137,67 @@ def choose(moments: list[float], worker: QemuInstance, count: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(0, marks=pytest.mark.thorough)])
-def test_machine_runs_on_or_the_save_is_whole_whenever_its_saver_is_killed(
-    make_cloud: CloudMaker, worker: QemuInstance, working_dir: Path, count: int
+VICTIMS = {
+    "killed": (signal.SIGKILL, False),
+    "interrupted": (signal.SIGINT, False),
+    "without QEMU": (signal.SIGKILL, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        ("killed", 1),
+        ("without QEMU", 1),
+        *[pytest.param(how, 0, marks=pytest.mark.thorough) for how in VICTIMS],
+    ],
+)
+def test_machine_is_as_it_was_or_the_save_is_whole_whenever_who_saves_is(
+    how: str, make_cloud: CloudMaker, worker: QemuInstance, working_dir: Path, count: int
 ) -> None:
     cloud, saver = make_cloud("other"), Saver(working_dir, worker.id)
+    number, is_qemu = VICTIMS[how]
     type_in(worker, "f")
     done = saver.run()
     assert done.returncode == 0, done.stderr
     image, moments = json.loads(done.stdout)
     check_and_delete(cloud, image)
-    files, pid = files_of(worker), worker.machine.pid
-    times = [time for time, _ in moments]
-    for number in choose(times, worker, count):
-        killed = saver.run(number)
-        at = f"moment {number} of {len(moments)}: {killed.stderr}"
-        assert killed.returncode in (-signal.SIGKILL, 0), at
-        check_one(cloud, worker, pid, at)
-        for left in sorted(working_dir.glob("*/snapshots/*.img")):
-            if savedmachine.find(left) is not None:
-                check_and_delete(cloud, str(left))
-        cloud.prune()
-        assert list(working_dir.glob("*/snapshots/*")) == [], at
+    files = files_of(worker)
+    for moment in choose([time for time, _ in moments], worker, count):
+        pid = worker.machine.pid
+        assert pid is not None
+        ended = saver.run(moment, number, pid if is_qemu else 0)
+        at = f"moment {moment} of {len(moments)}: {ended.stderr}"
+        if is_qemu:
+            # A QEMU that dies is an error of ours, which says so.
+            assert ended.returncode == 0 or "CloudError: " in ended.stderr, at
+            assert becomes(lambda: worker.machine.state is State.OFF), at
+            pid = None
+        elif ended.returncode != 0:
+            assert ended.returncode == -number or "KeyboardInterrupt" in ended.stderr, at
+        if number == signal.SIGKILL and not is_qemu:
+            check_one(cloud, worker, pid, at)
+        check_what_is_left(cloud, working_dir, at, prune=how == "killed")
         assert files_of(worker) == files, at
-    assert are_in_order(rounds(output_of(worker)))
+        if is_qemu:
+            worker.start(wait=False)
+            assert works(worker)
+            type_in(worker, "f")
+        else:
+            check_one(cloud, worker, pid, at)
+    if not is_qemu:
+        assert are_in_order(rounds(output_of(worker)))
     reboot(worker)
+
+
+def check_what_is_left(cloud: Qemu, working_dir: Path, at: str, *, prune: bool) -> None:
+    """See that there are no saves but whole ones, after what is not whole was pruned."""
+    for left in sorted(working_dir.glob("*/snapshots/*.img")):
+        if savedmachine.find(left) is not None:
+            check_and_delete(cloud, str(left))
+    if prune:
+        cloud.prune()
+    assert list(working_dir.glob("*/snapshots/*")) == [], at
 
 
 def check_one(cloud: Qemu, worker: QemuInstance, pid: int | None, at: str) -> None:
