@@ -32,7 +32,6 @@ from pycloudlib.qemu.rundir import RunDirectory
 from pycloudlib.qemu.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
-    alive,
     becomes,
     descriptors,
     hurry,
@@ -425,7 +424,7 @@ def test_fork_gives_running_copies(cloud: Qemu, running: QemuInstance) -> None:
     assert len({copy.id for copy in made}) == 3
     assert all(runs(copy) for copy in made)
     assert runs(running)
-    assert not alive(pid)
+    assert running.machine.pid == pid
     assert set(made) <= set(cloud.created_instances)
 
 
