@@ -12,7 +12,7 @@ import pytest
 
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu import memoryfile
-from pycloudlib.qemu.guestmemory import _open_shared
+from pycloudlib.qemu.guestmemory import _list_own, _Mapping, _open_shared
 from pycloudlib.qemu.memoryfile import MemoryFile, list_data
 
 MIB = 1 << 20
@@ -201,3 +201,18 @@ def test_data_of_a_sparse_file_is_listed(guest: int) -> None:
 def test_runs_are_cut_at_the_multiples_of_a_length() -> None:
     assert list(memoryfile._cut([(3, 25), (30, 31)], 10)) == [(3, 10), (10, 20), (20, 25), (30, 31)]
     assert list(memoryfile._cut([], 10)) == []
+
+
+def test_page_table_that_ends_early_is_not_believed(tmp_path: Path) -> None:
+    """As that of a process that has just ended: pages of the guest's would be left out."""
+    table = tmp_path / "pagemap"
+    table.write_bytes((b"\0" * 7 + b"\x80") * 3)
+    mapping = _Mapping(Path("/proc/self"), 0, 3 * PAGE, shared=False, file=None)
+    longer = _Mapping(Path("/proc/self"), 0, 4 * PAGE, shared=False, file=None)
+    descriptor = os.open(table, os.O_RDONLY)
+    try:
+        assert _list_own(descriptor, mapping, 1) == [(0, 3 * PAGE)]
+        with pytest.raises(CloudError, match="3 pages of a guest's 4"):
+            _list_own(descriptor, longer, 1)
+    finally:
+        os.close(descriptor)

@@ -352,6 +352,12 @@ def _list_own(pages: int, mapping: _Mapping, gap: int) -> list[Run]:
     """List the pieces of a private mapping whose pages are its own."""
     count = -(-mapping.size // _PAGE)
     entries = os.pread(pages, 8 * count, mapping.address // _PAGE * 8)
+    if len(entries) != 8 * count:
+        # Of a process that has ended; else the rest would be taken for its base's.
+        raise CloudError(
+            f"The kernel says of {len(entries) // 8} pages of a guest's {count} whether they are "
+            "its own"
+        )
     # The flags are in the last byte of each entry; a search over them is one loop of C.
     flags = entries[7::8]
     other = rb"[\x00-\xff]{1,%d}?" % gap
