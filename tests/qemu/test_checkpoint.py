@@ -548,6 +548,33 @@ def test_ctrl_c_again_and_again_ends_no_memory_that_is_being_read(
     assert runs(running)
 
 
+def test_others_may_ask_qemu_while_memory_is_copied(
+    cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program that hears no events of it, where QEMU serves one at a time."""
+    saver, other = (cloud.get_instance(running.id) for _ in range(2))
+    real = capture._InPlace.prepare
+
+    def prepare(reading: capture._InPlace) -> None:
+        answers.append(other.machine.execute("query-status", timeout=5)["status"])
+        real(reading)
+
+    answers: list[str] = []
+    monkeypatch.setattr(capture._InPlace, "prepare", prepare)
+    save(saver)
+    assert answers == ["running"]
+
+
+def test_machine_that_another_program_paused_is_not_let_go_on(
+    cloud: Qemu, running: QemuInstance
+) -> None:
+    """By one that hears no events of it."""
+    running.machine.execute("stop")
+    with pytest.raises(CloudError, match="paused"):
+        save(cloud.get_instance(running.id))
+    assert running.machine.execute("query-status")["status"] == "paused"
+
+
 def test_guest_goes_on_when_it_stood_still_for_too_long(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

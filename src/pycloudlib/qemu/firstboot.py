@@ -43,7 +43,7 @@ from pycloudlib.qemu.launch import (
     start_machine,
     supply_seed,
 )
-from pycloudlib.qemu.machine import Machine, MachineEndedError
+from pycloudlib.qemu.machine import Machine, MachineEndedError, uninterrupted
 from pycloudlib.qemu.memory import SHARED
 from pycloudlib.qemu.memoryfile import MemoryFile
 from pycloudlib.qemu.ownership import Orphans
@@ -240,7 +240,7 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
             guestmemory.opened(machine.qemu(), size) as memory,
             MemoryFile(saved.memory, size) as kept,
         ):
-            kept.update(memory)
+            uninterrupted(lambda: kept.update(memory))
         machine.kill()
         for source, target in (
             (machine.rundir.seed, saved.seed),

@@ -102,20 +102,18 @@ def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
         MachineEndedError: QEMU is gone.
         CloudError: It cannot be found.
     """
-    with qemu.session() as session, _opened(session, qemu.process.pid, size) as memory:
-        yield memory
-
-
-@contextlib.contextmanager
-def _opened(session: QmpSession, pid: int, size: int) -> Iterator[GuestMemory]:
-    mapping = _find_mapping(session, pid, size)
     with contextlib.ExitStack() as stack:
+        # QEMU serves one program at a time: others wait until it is closed.
+        asking = stack.enter_context(contextlib.ExitStack())
+        session = asking.enter_context(qemu.session())
+        mapping = _find_mapping(session, qemu.process.pid, size)
         base = None
         if mapping.file is not None:
             base = _open(mapping.file)
             stack.callback(os.close, base)
         if mapping.shared:
             assert base is not None
+            asking.close()
             yield _open_shared(base, size)
             return
         pages = _open(mapping.process / "pagemap")
@@ -127,6 +125,7 @@ def _opened(session: QmpSession, pid: int, size: int) -> Iterator[GuestMemory]:
             yield _OwnByQemu(session, mapping, pages, base, tuple(_list_seen(session, mapping)))
             return
         stack.callback(os.close, content)
+        asking.close()
         yield _Own(mapping, pages, content, base)
 
 
