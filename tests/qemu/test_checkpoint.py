@@ -575,6 +575,39 @@ def test_machine_that_another_program_paused_is_not_let_go_on(
     assert running.machine.execute("query-status")["status"] == "paused"
 
 
+def test_machine_with_an_added_device_is_not_saved(cloud: Qemu, running: QemuInstance) -> None:
+    """Its copies would not take its state."""
+    save(running)
+    running.machine.execute("device_add", {"driver": "virtio-rng-pci", "id": "more"})
+    with pytest.raises(CloudError, match=r"added to it \(more\)"):
+        save(running)
+    assert runs(running)
+    copy = hurry(cloud.launch(cloud.created_images[0]))
+    save(copy)
+
+
+def test_machine_whose_qemu_was_replaced_by_another_version_is_not_saved(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = QmpSession.execute
+    own = running.machine.execute("query-version")
+
+    def execute(session: QmpSession, command: str, *more: Any, **options: Any) -> Any:
+        if command != "query-version":
+            return real(session, command, *more, **options)
+        asked.append(command)
+        newer = {**own["qemu"], "minor": own["qemu"]["minor"] + len(asked) - 1}
+        return {**own, "qemu": newer}
+
+    asked: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(QmpSession, "execute", execute)
+        with pytest.raises(CloudError, match=r"which is .* here by now"):
+            save(running)
+    assert runs(running)
+    save(running)
+
+
 def test_guest_goes_on_when_it_stood_still_for_too_long(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

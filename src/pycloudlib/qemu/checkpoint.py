@@ -26,7 +26,7 @@ from pycloudlib.images import uses
 from pycloudlib.key import bring_along
 from pycloudlib.qemu import capture, layers, livedisk, recovery, savedmachine
 from pycloudlib.qemu.capture import Capture
-from pycloudlib.qemu.hotplug import list_plugged
+from pycloudlib.qemu.hotplug import list_added, list_plugged
 from pycloudlib.qemu.keptmemory import check_machine
 from pycloudlib.qemu.machine import Machine, MachineEndedError, State, uninterrupted
 from pycloudlib.qemu.qmp import Event, QmpError, QmpSession
@@ -198,6 +198,12 @@ def _check_can_be_saved(machine: Machine) -> None:
         raise CloudError(
             f"{machine.spec.name} cannot be saved while network interfaces are plugged in "
             f"({', '.join(plugged)}): remove_network_interface() first"
+        )
+    added = list_added(machine)
+    if added:
+        raise CloudError(
+            f"{machine.spec.name} cannot be saved while it has devices that were added to it "
+            f"({', '.join(added)}), which its copies would not have: device_del first"
         )
 
 

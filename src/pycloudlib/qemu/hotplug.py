@@ -15,6 +15,7 @@ from pycloudlib.qemu.spec import make_mac
 # A guest lets go of a device when its kernel gets to it.
 _UNPLUG_LIMIT = 60.0
 _UNPLUG_LOOK = 0.2
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _NAME = re.compile(r"hotnet(?P<number>[0-9]+)")
 # Networks 10.0.3.0/24 and up; QEMU's own for the first interface is 10.0.2.0/24.
 _FIRST_NETWORK = 3
@@ -112,6 +113,22 @@ def list_plugged(machine: Machine) -> list[str]:
     """Name the interfaces that are plugged in."""
     children = machine.execute("qom-list", {"path": "/machine/peripheral"})
     return [child["name"] for child in children if _NAME.fullmatch(child["name"])]
+
+
+def list_added(machine: Machine) -> list[str]:
+    """Name the devices that were added while the machine ran, by whomever (`device_add`)."""
+    with machine.session() as session:
+        places = [
+            (f"{container}/{child['name']}", child["name"])
+            for container in _CONTAINERS
+            for child in session.execute("qom-list", {"path": container})
+            if child["type"].startswith("child<")
+        ]
+        return [
+            name
+            for path, name in places
+            if session.execute("qom-get", {"path": path, "property": "hotplugged"})
+        ]
 
 
 def _free_number(machine: Machine) -> int:

@@ -54,7 +54,17 @@ def write_base_state(machine: Machine, file: Path) -> None:
     """
     with running(machine) as twin:
         with machine.session() as session, twin.session() as other:
+            version, today = (one.execute("query-version")["qemu"] for one in (session, other))
             ours, theirs = list_blocks(session), list_blocks(other)
+        if [version["major"], version["minor"]] != [today["major"], today["minor"]]:
+            raise CloudError(
+                f"{machine.spec.name} runs in QEMU {_say(version)}, which is {_say(today)} here by "
+                "now, and would not take its state: power it off and on first"
+            )
         if ours != theirs:
             raise CloudError(f"{machine.spec.name} has other memory than a machine like it")
         write_state(twin, file)
+
+
+def _say(version: dict[str, int]) -> str:
+    return ".".join(str(version[part]) for part in ("major", "minor", "micro"))
