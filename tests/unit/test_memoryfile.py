@@ -207,8 +207,7 @@ def test_page_table_that_ends_early_is_not_believed(tmp_path: Path) -> None:
     """As that of a process that has just ended: pages of the guest's would be left out."""
     table = tmp_path / "pagemap"
     table.write_bytes((b"\0" * 7 + b"\x80") * 3)
-    mapping = _Mapping(Path("/proc/self"), 0, 3 * PAGE, shared=False, file=None)
-    longer = _Mapping(Path("/proc/self"), 0, 4 * PAGE, shared=False, file=None)
+    mapping, longer = _Mapping(0, 3 * PAGE), _Mapping(0, 4 * PAGE)
     descriptor = os.open(table, os.O_RDONLY)
     try:
         assert _list_own(descriptor, mapping, 1) == [(0, 3 * PAGE)]

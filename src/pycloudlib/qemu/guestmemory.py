@@ -5,7 +5,8 @@ and /proc/PID/pagemap which pages of a private mapping are its own: those that a
 swapped, and not the file's (Documentation/admin-guide/mm/pagemap.rst). Shared memory is read from
 its file, other memory from /proc/PID/mem. That takes the rights of a debugger (ptrace(2)), which a
 host may give to a process's ancestors alone (Yama). Without them, QEMU writes ranges by itself
-(`pmemsave`), which takes a millisecond for each, and shows what the guest's processors see: not the
+(`pmemsave`), which takes a millisecond for each, all of them where even the maps must not be read
+(of a QEMU that has capabilities of its own), and shows what the guest's processors see: not the
 memory behind a display.
 """
 
@@ -24,6 +25,7 @@ from typing import Protocol
 from pycloudlib.descriptors import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.identity import find_proc_directory
+from pycloudlib.qemu.memory import BACKEND
 from pycloudlib.qemu.memoryfile import (
     Content,
     Reader,
@@ -76,18 +78,16 @@ class _Mapping:
     """What a QEMU has mapped as its guest's memory.
 
     Attributes:
-        process: The directory of its process in /proc.
-        address: Where, in that process.
+        address: Where, in its process.
         size: Its length in bytes.
         shared: Whether others can write to it, too.
-        file: What is mapped; None for memory without a file.
+        inode: That of what is mapped; None for memory without a file, or if that is unknown.
     """
 
-    process: Path
     address: int
     size: int
-    shared: bool
-    file: Path | None
+    shared: bool = False
+    inode: int | None = None
 
 
 @contextlib.contextmanager
@@ -106,70 +106,70 @@ def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
         # QEMU serves one program at a time: others wait until it is closed.
         asking = stack.enter_context(contextlib.ExitStack())
         session = asking.enter_context(qemu.session())
-        mapping = _find_mapping(session, qemu.process.pid, size)
-        base = None
-        if mapping.file is not None:
-            base = _open(mapping.file)
-            stack.callback(os.close, base)
-        if mapping.shared:
-            assert base is not None
-            asking.close()
-            yield _open_shared(base, size)
-            return
-        pages = _open(mapping.process / "pagemap")
-        stack.callback(os.close, pages)
+        address = _find_address(session, 0)
+        if address is None:
+            raise CloudError(f"QEMU of {qemu.name} does not say where its guest's memory is")
+        mapping, base, pages, content = _Mapping(address, size), None, None, None
         try:
-            content = open_process_memory(mapping.process)
+            process = find_proc_directory(qemu.process.pid)
+            mapping = _find_mapping(process, address, size)
+            if mapping.inode is not None:
+                base = _open(_find_file(process, mapping), stack)
+            if not mapping.shared:
+                pages = _open(process / "pagemap", stack)
+                content = open_process_memory(process, stack)
         except OSError as error:
             _log.info("QEMU writes its guest's memory itself: %s", error)
+        if mapping.shared and base is not None:
+            asking.close()
+            yield _open_shared(base, size)
+        elif pages is not None and content is not None:
+            asking.close()
+            yield _Own(mapping, pages, content, base)
+        else:
             yield _OwnByQemu(session, mapping, pages, base, tuple(_list_seen(session, mapping)))
-            return
-        stack.callback(os.close, content)
-        asking.close()
-        yield _Own(mapping, pages, content, base)
 
 
-def open_process_memory(process: Path) -> int:
+def open_process_memory(process: Path, stack: contextlib.ExitStack) -> int:
     """Open the memory of a process, which a host may refuse.
 
     Args:
         process: Its directory in /proc.
+        stack: Closes it.
     """
-    return _open(process / "mem")
+    return _open(process / "mem", stack)
 
 
-def _open(file: Path) -> int:
-    return moved(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+def _open(file: Path, stack: contextlib.ExitStack) -> int:
+    descriptor = moved(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
-def _find_mapping(session: QmpSession, pid: int, size: int) -> _Mapping:
-    address = _find_address(session, 0)
-    process = find_proc_directory(pid)
+def _find_mapping(process: Path, address: int, size: int) -> _Mapping:
     for line in read_kernel_file(process / "maps").splitlines():
         # Addresses, rights, offset, device, inode, path.
         places, rights, _, _, inode, *_ = line.split(maxsplit=5)
         start, end = (int(place, 16) for place in places.split("-"))
-        if address is not None and start <= address < end:
-            shared = rights.endswith("s")
-            file = None if inode == "0" else _find_file(process, int(inode), size)
-            return _Mapping(process, address, size, shared, file)
-    raise CloudError(f"QEMU, pid {pid}, does not have its guest's memory where it says: {address}")
+        if start <= address < end:
+            return _Mapping(address, size, rights.endswith("s"), int(inode) or None)
+    raise CloudError(f"{process} does not have its guest's memory where QEMU says: {address:#x}")
 
 
 def _find_address(session: QmpSession, physical: int) -> int | None:
     """Find where QEMU's process has a physical address of the guest; None if there is no memory."""
     said = session.execute("human-monitor-command", {"command-line": f"gpa2hva {physical:#x}"})
-    found = re.search(r"\) is (0x[0-9a-f]+)", said)
+    found = re.search(rf"\({BACKEND}\) is (0x[0-9a-f]+)", said)
     return None if found is None else int(found[1], 16)
 
 
-def _find_file(process: Path, inode: int, size: int) -> Path:
+def _find_file(process: Path, mapping: _Mapping) -> Path:
     """Find a file that a process has mapped among those that it has open: it may have no name."""
     for link in (process / "fd").iterdir():
         with contextlib.suppress(OSError):
             facts = link.stat()
             # Not by the device, which maps and stat(2) tell in two ways on some file systems.
-            if (facts.st_ino, facts.st_size) == (inode, size):
+            if (facts.st_ino, facts.st_size) == (mapping.inode, mapping.size):
                 return link
     raise CloudError(f"QEMU, {process.name}, has not open what it has mapped as its guest's memory")
 
@@ -287,11 +287,15 @@ def _list_seen(session: QmpSession, mapping: _Mapping) -> Iterator[_Seen]:
 
 @dataclass(frozen=True, slots=True)
 class _OwnByQemu:
-    """Private memory that QEMU writes for us, range by range, as its guest's processors see it."""
+    """Memory that QEMU writes for us, range by range, as its guest's processors see it.
+
+    Attributes:
+        pages: The page table; None if it must not be read: then all of it is written.
+    """
 
     session: QmpSession
     mapping: _Mapping
-    pages: int
+    pages: int | None
     base: int | None
     seen: tuple[_Seen, ...]
     way: str = "by QEMU, range by range"
@@ -299,7 +303,9 @@ class _OwnByQemu:
     shared: bool = False
 
     def list_runs(self) -> Sequence[Run]:
-        own = _list_own(self.pages, self.mapping, _GAP_OF_CALLS)
+        own = [(0, self.mapping.size)]
+        if self.pages is not None:
+            own = _list_own(self.pages, self.mapping, _GAP_OF_CALLS)
         return [run for piece in self.seen for run in _cut(own, (piece.start, piece.end))]
 
     @contextlib.contextmanager
