@@ -418,7 +418,10 @@ def list_errors(running: QemuInstance) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["refused", "answer lost"])
+@pytest.mark.parametrize(
+    "late",
+    [pytest.param(False, id="refused", marks=pytest.mark.thorough), pytest.param(True, id="lost")],
+)
 def test_machine_goes_on_whatever_qemu_fails_at(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
@@ -489,6 +492,8 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
         (fresh,) = running.instance_dir.glob(".*.qcow2")
         written_to = fresh.stat().st_ino
         assert writes_to(running.machine.pid, fresh)
+        with pytest.raises(CloudError, match="a save that was cut off"):
+            save(running)
         layers.LayerStore(cloud.parent_dir).collect()
         running.machine.kill()
     running.start(wait=False)

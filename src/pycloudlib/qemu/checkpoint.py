@@ -191,6 +191,12 @@ def _check_can_be_saved(machine: Machine) -> None:
         raise CloudError(
             f"{machine.spec.name} is {machine.state.value}; it can be saved when it runs"
         )
+    if machine.rundir.is_being_saved:
+        # Which disk it is on is known by the mark of that save alone.
+        raise CloudError(
+            f"{machine.spec.name} cannot be saved before a save that was cut off is settled, for "
+            "which its QEMU did not answer"
+        )
     with machine.session() as session:
         check_machine(machine.spec.name, session)
     plugged = list_plugged(machine)
