@@ -2,9 +2,13 @@
 
     git worktree add build/before COMMIT
     python -m benchmarks.saves --before build/before [--memory 512 1024] [--rounds 3] [STEP ...]
+    python -m benchmarks.saves --before build/before --bare
 
-Two machines of each size boot, one by each version's code; then the versions take turns, A B B A,
-save by save, while the other's machine is idle. Writes saves.json and saves.md.
+Of each size each version boots a machine; then they take turns, A B B A, save by save, while the
+other's machine is idle. Without a guest (`--bare`) nothing boots, and the machine's memory is
+written from outside: what is measured then is the save alone, in a minute or two.
+
+Writes saves.json and saves.md.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.courses.saves import CHANGED_MIB, Save
+from benchmarks.courses.saves import Save
 from benchmarks.plan import Plan
 from benchmarks.report import write_number
+from benchmarks.subjects import CHANGED_MIB, make_bare_image
 from pycloudlib import Qemu
 from pycloudlib.files import replace_atomically
 
@@ -31,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BEFORE, NOW = "before", "now"
 MEMORY_MIB = (512, 1024, 2048, 4096)
 ONCE = ("idle", "first")
+OF_GUESTS = ("idle", "busy")
+"""What is not measured without a guest."""
 STEPS = {
     "idle": "no save",
     "first": "the first save of a machine that has booted",
@@ -92,26 +99,18 @@ class Worker:
             )
         self._log = log
 
-    def ask(self, step: str) -> None:
-        """Begin a step."""
+    def do(self, step: str) -> Save | None:
+        """Do a step; return what it measured."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{step}\n")
             self._process.stdin.flush()
-
-    def answer(self) -> Save | None:
-        """Wait for the end of a step; return what it measured."""
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a step failed: see {self._log}")
         figures = json.loads(line)
         return None if figures is None else Save(**figures)
-
-    def do(self, step: str) -> Save | None:
-        """Do a step."""
-        self.ask(step)
-        return self.answer()
 
     def close(self) -> None:
         """Let it delete its machine and images, and end."""
@@ -147,11 +146,7 @@ def measure(
             worker = Worker(source, own, output / f"{side}-{memory}.log")
             stack.callback(worker.close)
             workers[side] = worker
-            worker.do("launch")
-        for worker in workers.values():
-            worker.ask("ready")
-        for worker in workers.values():
-            worker.answer()
+            worker.do("boot")
         for step, side in order:
             save = workers[side].do(step)
             assert save is not None
@@ -161,11 +156,13 @@ def measure(
 def write_report(taken: Sequence[Taken]) -> str:
     """Write a table for each kind of save, in Markdown."""
     sides = [side for side in (BEFORE, NOW) if any(save.side == side for save in taken)]
-    columns = [f"{title}: {side}" for title in COLUMNS.values() for side in sides]
+    # Without a guest there are no gaps.
+    names = [name for name in COLUMNS if any(getattr(item.save, name) for item in taken)]
+    columns = [f"{COLUMNS[name]}: {side}" for name in names for side in sides]
     head = ("memory", *columns, *(("times faster",) if len(sides) == 2 else ()))
     text = ""
     for step, title in STEPS.items():
-        rows = [_write_row(taken, sides, step, memory) for memory in _sizes(taken, step)]
+        rows = [_write_row(taken, sides, step, memory, names) for memory in _sizes(taken, step)]
         if rows:
             table = (head, ("---",) * len(head), *rows)
             text += f"{title}:\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n"
@@ -177,7 +174,7 @@ def _sizes(taken: Iterable[Taken], step: str) -> list[int]:
 
 
 def _write_row(
-    taken: Sequence[Taken], sides: Sequence[str], step: str, memory: int
+    taken: Sequence[Taken], sides: Sequence[str], step: str, memory: int, names: Sequence[str]
 ) -> tuple[str, ...]:
     """Write what a kind of save cost at one size: medians, with the least and the most."""
     saves = {
@@ -189,8 +186,8 @@ def _write_row(
         for side in sides
     }
     cells = [f"{memory} MiB"]
-    for name, title in COLUMNS.items():
-        factor = 1000 if title.endswith("ms") else 1
+    for name in names:
+        factor = 1000 if COLUMNS[name].endswith("ms") else 1
         cells += [
             write_spread([getattr(save, name) * factor for save in saves[side]]) for side in sides
         ]
@@ -235,6 +232,7 @@ def main() -> None:
     parser.add_argument("--side", choices=(BEFORE, NOW), help="measure one version alone")
     parser.add_argument("--memory", type=int, nargs="+", default=MEMORY_MIB, metavar="MIB")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--bare", action="store_true", help="measure machines without a guest")
     parser.add_argument("--release", default="bookworm", help="Debian release (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="%(default)s")
     parser.add_argument("--append", action="store_true", help="add to the results that are there")
@@ -249,10 +247,17 @@ def main() -> None:
         sources = {arguments.side: sources[arguments.side]}
     steps = [step for step in STEPS if not arguments.steps or step in arguments.steps]
     taken = read(output / "saves.json") if arguments.append else []
+    wanted: tuple[str, ...] = ("guest",)
     with Qemu(tag="saves") as cloud:
-        image, image_dir = cloud.build_image(arguments.release), str(cloud.image_dir)
+        image_dir = str(cloud.image_dir)
+        if arguments.bare:
+            steps = [step for step in steps if step not in OF_GUESTS]
+            wanted, image = (), str(output.resolve() / "bare.img")
+            make_bare_image(Path(image))
+        else:
+            image = cloud.build_image(arguments.release)
     for memory in arguments.memory:
-        plan = Plan(image, f"c1m{memory}", "", image_dir, 1, tuple(steps), 0)
+        plan = Plan(image, f"c1m{memory}", "", image_dir, 1, wanted, 0)
         order = tuple(turns(steps, tuple(sources), arguments.rounds))
         for item in measure(sources, plan, order, output):
             taken.append(item)

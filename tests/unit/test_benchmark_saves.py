@@ -13,18 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.courses.saves import (
-    TICKER,
-    Save,
-    Tick,
-    Ticks,
-    add_pauses,
-    collect_pauses,
-    find_gaps,
-    measure_disk,
-)
+from benchmarks.courses.saves import Save, add_pauses, collect_pauses, measure_disk
 from benchmarks.plan import Plan
 from benchmarks.saves import BEFORE, NOW, Taken, Worker, keep, read, turns, write_report
+from benchmarks.subjects import TICKER, Tick, Ticks, find_gaps
 from pycloudlib.deadline import Deadline
 from pycloudlib.qemu.qmp import Event
 
@@ -152,6 +144,13 @@ def test_report_of_one_version_has_no_ratio() -> None:
     assert "faster" not in report
 
 
+def test_report_leaves_out_what_was_not_measured() -> None:
+    report = write_report([Taken(NOW, 1024, "second", Save(0.2, 0.01, 0, 0, 300, 200, 50))])
+
+    assert "ticks" not in report
+    assert "disk" in report
+
+
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     measured = [taken(BEFORE, 3.0), taken(NOW, 0.2, memory=512, step="copy")]
 
@@ -167,7 +166,7 @@ def test_a_step_that_fails_says_where_its_error_is(tmp_path: Path) -> None:
     worker = Worker(ROOT / "src", plan, log)
     try:
         with pytest.raises(RuntimeError, match=r"worker\.log"):
-            worker.do("launch")
+            worker.do("boot")
     finally:
         worker.close()
 
