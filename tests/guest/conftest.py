@@ -1,12 +1,12 @@
 """Real guests: few boots, shared by many tests.
 
 A machine is launched for each kind of user-data that the selected tests ask for, all of them at
-once: seven, in an ordinary run. Most begin their first boot at cloud-init. Their processors are let
-run two machines at a time, because in emulation a boot keeps a processor busy, and seven of them on
-two only get into each other's way.
+once: five for `make boots`, and another one for `make copies`. Most begin their first boot at
+cloud-init. Their processors are let run two machines at a time, because in emulation a boot keeps a
+processor busy, and five of them on two only get into each other's way.
 
-One of them is saved when it is ready. Tests that need a machine of their own, and are not about a
-boot, start from it.
+One of them is saved when it is ready: the one without user-data for tests that need a machine of
+their own, and are not about a boot; another one for such tests among those that boot.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 _BOOTS_AT_ONCE = threading.Semaphore(2)
 
+SAVED = {Kind.NONE: "saved", Kind.FAST: "saved_fast"}
+"""The machines that tests start from, and the fixtures that save them."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules that ask for few guests, while the others boot."""
@@ -63,10 +66,11 @@ def guests(request: pytest.FixtureRequest) -> Iterator[dict[Kind, Future[Guest]]
         return
     with Qemu(tag="guest") as cloud, ThreadPoolExecutor(len(Kind)) as boots:
         try:
-            # What most tests start from comes first, alone: they need not wait for the others.
+            # What tests start from comes first, alone: they need not wait for the others.
+            kinds.sort(key=lambda kind: (kind is not Kind.NONE, kind is not Kind.FAST))
             booting: dict[Kind, Future[Guest]] = {}
-            for kind in sorted(kinds, key=lambda kind: kind is not Kind.NONE):
-                booting[kind] = boots.submit(boot, cloud, kind, booting.get(Kind.NONE))
+            for kind in kinds:
+                booting[kind] = boots.submit(boot, cloud, kind, booting.get(kinds[0]))
             yield booting
         finally:
             boots.shutdown(wait=False, cancel_futures=True)
@@ -126,7 +130,7 @@ def boot(cloud: Qemu, kind: Kind, after: Future[Guest] | None) -> Guest:
     seed = SEEDS[kind]
     image = build(seed.release)
     # What is saved boots at once: its copies have its options.
-    held_back = kind is not Kind.NONE
+    held_back = kind not in SAVED
     machine = launch(cloud, image, seed, ["-S"] if held_back else None)
     with _BOOTS_AT_ONCE, collecting_warnings(machine.name) as warnings:
         if held_back:
@@ -142,7 +146,7 @@ def asks_for(item: pytest.Item, kind: Kind) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is not None and callspec.params.get("kind") is kind:
         return True
-    if kind is Kind.NONE and "saved" in getattr(item, "fixturenames", ()):
+    if SAVED.get(kind) in getattr(item, "fixturenames", ()):
         return True
     marker = item.get_closest_marker("uses")
     return marker is not None and kind in marker.args
@@ -157,7 +161,18 @@ def vm(guests: dict[Kind, Future[Guest]]) -> QemuInstance:
 @pytest.fixture(scope="session")
 def saved(guests: dict[Kind, Future[Guest]]) -> Iterator[str]:
     """Give the image of a saved machine: booted, ready, with nothing done to it."""
-    machine = guests[Kind.NONE].result().machine
+    yield from save(guests, Kind.NONE)
+
+
+@pytest.fixture(scope="session")
+def saved_fast(guests: dict[Kind, Future[Guest]]) -> Iterator[str]:
+    """Give the image of such a machine with a cloud-config, for tests that boot beside others."""
+    yield from save(guests, Kind.FAST)
+
+
+def save(guests: dict[Kind, Future[Guest]], kind: Kind) -> Iterator[str]:
+    """Save a machine; its image is deleted afterwards."""
+    machine = guests[kind].result().machine
     with Qemu(tag="guest-saved") as cloud:
         yield cloud.snapshot(machine, memory=True)
 

@@ -60,7 +60,7 @@ def test_machines_of_one_starting_point_are_each_their_own_and_right_in_time(
         told = list(threads.map(who_is, machines))
     assert max(errors) < CLOCK_LIMIT
     for one, other in itertools.combinations(told, 2):
-        # Two of them have host keys of one type each, by their user-data.
+        # One of them has a host key of one type, by its user-data.
         assert [name for name in one if one[name] and one[name] == other[name]] == []
 
 

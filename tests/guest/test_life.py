@@ -30,7 +30,7 @@ from tests.qemu.saved import becomes
 from tests.unit.imageserver import new_signing_key, running_image_server
 from tests.unit.userdataforms import HOOK, mime, text
 
-pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.NONE)]
+pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.FAST)]
 
 ROOT_START = 227328 * 512  # bytes; as in Ubuntu's images
 
@@ -51,10 +51,10 @@ def cloud() -> Iterator[Qemu]:
 
 
 @pytest.fixture(scope="module")
-def life(cloud: Qemu, saved: str) -> QemuInstance:
+def life(cloud: Qemu, saved_fast: str) -> QemuInstance:
     """Give the machine whose life is told."""
     user_data = mime(text(USER_DATA, "cloud-config"), text(HOOK, "cloud-boothook"))
-    machine = cloud.launch(saved, user_data=user_data, fresh_identity=True)
+    machine = cloud.launch(saved_fast, user_data=user_data, fresh_identity=True)
     machine.wait()
     assert machine.execute(COUNT_BOOTS, use_sudo=True).ok
     machine.execute("echo kept >/var/tmp/mark; sync")
@@ -218,9 +218,9 @@ def test_a_snapshot_has_what_was_on_the_disk_and_its_source_goes_on(
 @pytest.mark.thorough
 @pytest.mark.parametrize("clean", [True, False])
 def test_snapshots_of_snapshots_boot_as_machines_of_their_own(
-    clean: bool, cloud: Qemu, saved: str, tmp_path: Path
+    clean: bool, cloud: Qemu, saved_fast: str, tmp_path: Path
 ) -> None:
-    vm = cloud.launch(saved)
+    vm = cloud.launch(saved_fast)
     vm.execute("echo kept >/var/tmp/mark; sync")
     if not clean:
         vm.shutdown()  # then it is saved as it is

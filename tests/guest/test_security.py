@@ -13,14 +13,14 @@ from tests.guest.conftest import Guest
 from tests.guest.lookout import Lookout
 from tests.guest.seeds import Kind
 
-pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.NONE)]
+pytestmark = [pytest.mark.guest, pytest.mark.uses(Kind.FAST)]
 
 
 def test_machines_listen_on_loopback_alone_and_keep_their_files(
     guests: dict[Kind, Future[Guest]], lookout: Lookout
 ) -> None:
     """All other tests are looked at, too, to the end of the run."""
-    vm = guests[Kind.NONE].result().machine
+    vm = guests[Kind.FAST].result().machine
     lookout.look()
     assert lookout.listeners >= 2, "SSH and the console"
     assert lookout.files > 10

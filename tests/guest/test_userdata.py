@@ -12,7 +12,7 @@ import pytest
 
 from pycloudlib.errors import PycloudlibTimeoutError
 from tests.guest.conftest import Guest
-from tests.guest.seeds import EVERY_TIME, OWN_HOST_KEY, SEEDS, Kind
+from tests.guest.seeds import EVERY_TIME, OWN_HOST_KEY, SEEDS, THOROUGH, Kind
 
 pytestmark = pytest.mark.guest
 
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.guest
     "kind",
     [
         *(pytest.param(kind, marks=pytest.mark.uses(kind)) for kind in EVERY_TIME),
-        pytest.param(Kind.JINJA, marks=pytest.mark.thorough),
+        Kind.NONE,
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in THOROUGH),
     ],
     ids=lambda kind: kind.value,
 )
@@ -48,11 +49,11 @@ def test_many_machines_launched_together_all_come_up(
     assert len(set(ids)) == len(machines)
 
 
-@pytest.mark.uses(Kind.ARCHIVE)
+@pytest.mark.uses(Kind.GZIP)
 def test_a_host_key_in_user_data_wins_and_is_pinned(
     guests: dict[Kind, Future[Guest]],
 ) -> None:
-    vm = guests[Kind.ARCHIVE].result().machine
+    vm = guests[Kind.GZIP].result().machine
     shown = " ".join(OWN_HOST_KEY[1].split()[:2])
     assert vm.machine.rundir.known_hosts.read_text().splitlines() == [shown]
 
@@ -70,18 +71,18 @@ def test_user_data_decides_of_which_types_the_guest_makes_its_host_keys(
     assert vm.machine.rundir.known_hosts.read_text().splitlines() == [made]
 
 
-@pytest.mark.uses(Kind.SCRIPT, Kind.NONE)
+@pytest.mark.uses(Kind.SCRIPT, Kind.FAST)
 def test_a_failure_of_cloud_init_is_logged_and_success_is_not(
     guests: dict[Kind, Future[Guest]],
 ) -> None:
     failed = guests[Kind.SCRIPT].result().warnings
     assert any("cloud-init failed" in text and "scripts" in text for text in failed), failed
-    assert guests[Kind.NONE].result().warnings == []
+    assert guests[Kind.FAST].result().warnings == []
 
 
-@pytest.mark.uses(Kind.NONE, Kind.GZIP)
+@pytest.mark.uses(Kind.SCRIPT, Kind.GZIP)
 def test_machines_have_identities_of_their_own(guests: dict[Kind, Future[Guest]]) -> None:
-    one, other = (guests[kind].result().machine for kind in (Kind.NONE, Kind.GZIP))
+    one, other = (guests[kind].result().machine for kind in (Kind.SCRIPT, Kind.GZIP))
     for command in (
         "cat /var/lib/cloud/data/instance-id",
         "cat /etc/machine-id",
