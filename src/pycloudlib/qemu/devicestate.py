@@ -73,8 +73,8 @@ def save_devices(session: QmpSession) -> bytes:
         # QEMU takes a descriptor that is open as it wants the file, and for nothing else.
         writing = moved(os.open(f"/proc/self/fd/{reading}", os.O_WRONLY | os.O_CLOEXEC))
         stack.callback(os.close, writing)
+        # It is taken back with all others, when the machine runs again.
         lent = session.lend(writing)
-        stack.callback(session.take_back, lent)
         # `live` would give the machine's disks up.
         session.execute(_SAVE_DEVICES, {"filename": lent.path, "live": False})
         return os.pread(reading, os.fstat(reading).st_size, _HEADER)

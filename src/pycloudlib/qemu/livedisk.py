@@ -38,7 +38,8 @@ def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
     Raises:
         QmpError: It did not.
     """
-    node = _name_node(fresh)
+    # Asked now: while the guest stands still, each answer takes time of it.
+    node, active = _name_node(fresh), _find_active(session)
     # Of several descriptors, it takes the one that is open as it wants the file.
     with _opened(fresh, os.O_RDONLY) as reading, _opened(fresh, os.O_RDWR) as writing:
         # By this one it is opened anew.
@@ -56,7 +57,6 @@ def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
             raise
 
         def go_on() -> None:
-            active = _find_active(session)
             session.execute("blockdev-snapshot", {"node": active, "overlay": node})
 
         try:
