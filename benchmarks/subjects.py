@@ -258,7 +258,7 @@ class Bare(_Machine):
     def save(self) -> str:
         """Save it as one in which no helper runs."""
         name = f"bare{time.time_ns()}.img"
-        image = str(checkpoint.save(self.machine.machine, name, helper=False).image)
+        image = str(checkpoint.save(self.machine.machine, name, ask_helper=None).image)
         self._cloud.created_images.append(image)
         return image
 

@@ -102,9 +102,10 @@ class Bench:
 
     def save_bare(self) -> str:
         """Save the source as if no helper ran in it."""
-        image = checkpoint.save(self.source.machine, f"bare{time.time()}.img", helper=False).image
-        self.cloud.created_images.append(str(image))
-        return str(image)
+        name = f"bare{time.time()}.img"
+        image = str(checkpoint.save(self.source.machine, name, ask_helper=None).image)
+        self.cloud.created_images.append(image)
+        return image
 
 
 def measure_rollback(bench: Bench) -> None:

@@ -35,7 +35,7 @@ def hurry(instance: QemuInstance) -> QemuInstance:
 def save(instance: QemuInstance, name: str = "") -> SavedMachine:
     """Save a machine, without looking for a helper first; its cloud cleans up."""
     file_name = f"{name or make_name(instance.name)}.img"
-    saved = checkpoint.save(instance.machine, file_name, helper=False)
+    saved = checkpoint.save(instance.machine, file_name, ask_helper=None)
     assert isinstance(instance._owner, Qemu)
     instance._owner.created_images.append(str(saved.image))
     return saved

@@ -206,7 +206,7 @@ def test_machine_with_a_balloon_is_not_saved(
     given = in_directory(arguments, tmp_path)
     machine = cloud.launch(str(tiny_image), SMALL, launch_args=given)
     with pytest.raises(KeptMemoryError, match=f"^{machine.name} has .*{device}"):
-        checkpoint.save(machine.machine, "saved.img", helper=False)
+        checkpoint.save(machine.machine, "saved.img", ask_helper=None)
     assert runs(machine)
     assert not (machine.instance_dir.parent / "snapshots").exists()
 

@@ -226,7 +226,7 @@ owner, name = {{
     "before it is complete": (layers.LayerStore, "complete"),
 }}[moment]
 setattr(owner, name, die)
-checkpoint.save(vm.machine, "saved.img", helper=False)
+checkpoint.save(vm.machine, "saved.img", ask_helper=None)
 """
 
 MOMENTS = (

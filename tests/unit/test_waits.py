@@ -189,6 +189,7 @@ WAITS = (
             "guest.helper:HelperConnection._fill",
             "qemu.helperlink:HelperLink._is_ready",
             "qemu.helperlink:HelperLink.expect",
+            "qemu.checkpoint:_prepare",
         ),
         (
             "unit/test_helper.py::test_answer_that_does_not_come_is_not_waited_for_longer",

@@ -45,6 +45,9 @@ _END_GRACE = 0.5
 _BANNER_LIMIT = 30.0
 _BANNER_PAUSE = 0.05
 _SYNC_LIMIT = 60.0
+# Seconds that a guest's clock may have lost to saves: it takes the guest longer to set it right
+# than it stands still for one.
+_CLOCK_TOLERANCE = 0.1
 _FIX_LIMIT = 60.0
 _SHOWN_COMMAND = 100
 # The first that is leased in QEMU's user-mode network (qemu(1), -netdev user, dhcpstart).
@@ -125,7 +128,7 @@ class GuestAccess(DiagnosedInstance):
         if self.machine.state is not State.RUNNING:
             return False
         if self._helper.expected and self._helper.appears():
-            return self._by_helper(["sync"], b"", _SYNC_LIMIT) is not None
+            return True
         try:
             result = self.execute(
                 helper.install_script(), stdin=helper.program(), description="starting the helper"
@@ -136,18 +139,25 @@ class GuestAccess(DiagnosedInstance):
         if result.failed or not self._helper.expect(self.username):
             self._log.warning("%s is saved without a helper: %s", self.name, result.stderr)
             return False
-        # What the first command of a copy needs is in the guest's memory then, and what is not on
-        # the disk yet gets there: a copy that cannot go on boots from it.
+        return True
+
+    def sync_by_helper(self) -> bool:
+        """Have the guest write to its disk what it has not yet; say whether the helper saw to it.
+
+        What the first command of a copy needs is in the guest's memory then, too, and a copy that
+        cannot go on boots from that disk.
+        """
         return self._by_helper(["sync"], b"", _SYNC_LIMIT) is not None
 
     def _can_be_asked(self) -> bool:
         return super()._can_be_asked() or self._helper.expected
 
     def correct_clock(self) -> None:
-        """Give the guest's clock what it has lost while the guest was saved, if the helper runs."""
-        if self._helper.expected:
+        """Give the guest's clock what it has lost to saves, once that is a tenth of a second."""
+        if self._helper.expected and self.machine.stood_still >= _CLOCK_TOLERANCE:
             with contextlib.suppress(CloudError, PycloudlibTimeoutError):
                 self._helper.fix(FixUp())
+                self.machine.stood_still = 0.0
 
     def put_right_soon(self) -> None:
         """Put a copy right at once if its helper answers; `wait()` sees to it otherwise."""

@@ -16,7 +16,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pycloudlib.deadline import Deadline
@@ -43,13 +44,16 @@ _PAUSE_LIMIT_OF_GIB = 10.0
 _EVENT_LIMIT = 5.0
 
 
-def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
+def save(
+    machine: Machine, image_name: str, *, ask_helper: Callable[[], bool] | None
+) -> SavedMachine:
     """Save a running machine; it goes on.
 
     Args:
         machine: The machine.
         image_name: The name of the image's file, without its directory.
-        helper: Whether the helper runs in it.
+        ask_helper: Asks the helper in its guest for what is to be done there before it stands
+            still, and returns whether it did; None where there is none.
 
     Raises:
         MachineEndedError: It is off.
@@ -64,7 +68,7 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
         image = store.reserve(image_name, undo)
         with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
             with capture.choose(machine, directory) as reading:
-                uninterrupted(reading.prepare)
+                helper = uninterrupted(lambda: _prepare(reading, ask_helper))
                 _check_room(directory)
                 pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
                 uninterrupted(reading.finish)
@@ -76,6 +80,17 @@ def save(machine: Machine, image_name: str, *, helper: bool) -> SavedMachine:
     stood = "" if pause is None else f"; the guest stood still for {pause * 1000:.0f} ms"
     _log.info("Saved %s as %s, its memory read %s%s", machine.spec.name, image, reading.way, stood)
     return saved
+
+
+def _prepare(reading: Capture, ask_helper: Callable[[], bool] | None) -> bool:
+    """Do what can be done while the guest runs; return whether its helper does."""
+    if ask_helper is None:
+        reading.prepare()
+        return False
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask_helper)
+        reading.prepare()
+        return asked.result()
 
 
 def _freeze(
@@ -108,6 +123,7 @@ def _freeze(
             raise
         rundir.forget_saving()
         pause = _measure_pause(qemu, seen)
+        machine.stood_still += pause or 0.0
     undo.callback(uses.forget, image)
     undo.callback(image.unlink)
     return pause

@@ -152,9 +152,10 @@ class QemuLive(QemuImages):
         """Save a running instance; give the image's id."""
         instance.check_exists()
         machine = instance.machine
-        helper = instance.start_helper()
+        ask_helper = instance.sync_by_helper if instance.start_helper() else None
         base = layers.chain(instance.instance_path)[-1]
-        saved = checkpoint.save(machine, f"{make_name(instance.name)}.img", helper=helper)
+        name = f"{make_name(instance.name)}.img"
+        saved = checkpoint.save(machine, name, ask_helper=ask_helper)
         image = str(saved.image)
         self.created_images.append(image)
         instance.correct_clock()

@@ -137,6 +137,8 @@ class Machine:
     Attributes:
         pause_patience: Seconds for which a machine that is waited for may be paused; that it is for
             a save or a copy does not count.
+        stood_still: Seconds for which saves by this object have let its guest stand still, and that
+            its clock has lost.
     """
 
     def __init__(self, rundir: RunDirectory, spec: MachineSpec, binary: Path) -> None:
@@ -152,6 +154,7 @@ class Machine:
         self._dead_ends = DeadEndCheck(self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
         self.pause_patience = _PAUSE_PATIENCE
+        self.stood_still = 0.0
 
     @property
     def state(self) -> State:
@@ -369,8 +372,10 @@ class Machine:
         qemu = self._qemu
         if qemu is None or not qemu.without_room:
             return
-        with contextlib.suppress(InstanceNotFoundError), self.changing():
-            qemu.check_disk()
+        # Whoever changes the machine may wait for one who looks at it so; it is looked at again.
+        with contextlib.suppress(InstanceNotFoundError), self.rundir.trying_lock() as ours:
+            if ours:
+                qemu.check_disk()
 
     def check_kernel(self, *, decided: bool = False) -> None:
         """Raise when the guest's kernel has panicked, and does not boot again by itself.
