@@ -90,10 +90,17 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.setattr(agent_module, "_LIST_LIMIT", 0.5)
-    monkeypatch.setattr(agent_module, "_SIGN_LIMIT", 0.5)
+
+
+def behave(agent: Agent, manner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an agent behave in a manner; one that hangs is not waited for as long as usual."""
+    agent.manner = manner
+    if manner in ("hangs", "hangs signing"):
+        monkeypatch.setattr(
+            agent_module, "_LIST_LIMIT" if manner == "hangs" else "_SIGN_LIMIT", 0.5
+        )
 
 
 def logs_in(pair: KeyPair, key: Any) -> list[bytes]:
@@ -204,7 +211,7 @@ def test_agent_is_asked_before_it_is_believed(
         Path(str(pair.private_key_path)).unlink()
     if manner != "other keys":
         agent.keys[blob(KEYS["ed25519"])] = KEYS["ed25519"]
-    agent.manner = manner
+    behave(agent, manner, monkeypatch)
     if manner == "absent":
         monkeypatch.delenv("SSH_AUTH_SOCK")
     elif manner == "gone":
@@ -227,11 +234,15 @@ def test_agent_is_asked_before_it_is_believed(
     ("manner", "said"), [("refuses", "refuses to sign"), ("hangs signing", "did not answer within")]
 )
 def test_agent_that_does_not_sign_is_noticed_before_a_boot(
-    manner: str, said: str, make_pair: MakePair, agent: Agent
+    manner: str,
+    said: str,
+    make_pair: MakePair,
+    agent: Agent,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair = make_pair("ed25519", passphrase=b"secret words")
     agent.keys[blob(KEYS["ed25519"])] = KEYS["ed25519"]
-    agent.manner = manner
+    behave(agent, manner, monkeypatch)
 
     with pytest.raises(InvalidKeyError, match=said):
         loginkey.prove(pair, "here")
