@@ -113,10 +113,12 @@ class Ticks(threading.Thread):
 def find_gaps(heard: Sequence[Tick], since: float) -> tuple[float, float]:
     """Return the longest gap since a time, by the guest's clock and by the host's."""
     times = [since, *(tick.came for tick in heard if tick.came >= since)]
-    gaps = [tick.gap for tick in heard if tick.ended >= since]
-    if not gaps:
+    if len(times) == 1:
         raise RuntimeError("the guest does not tick")
-    return max(gaps), max(after - before for before, after in itertools.pairwise(times))
+    outside = max(after - before for before, after in itertools.pairwise(times))
+    # One that is longer, and ended just before, is told in its place: then the host's is known.
+    inside = max((tick.gap for tick in heard if tick.ended >= since), default=outside)
+    return inside, outside
 
 
 class Subject(Protocol):

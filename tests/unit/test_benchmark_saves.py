@@ -58,6 +58,14 @@ def test_silence_right_after_the_beginning_is_a_gap() -> None:
     assert outside == 1.5
 
 
+def test_a_longer_gap_that_ended_just_before_hides_those_of_the_guest() -> None:
+    ticks = [Tick(10.0, 0.7, 9.5), Tick(10.2, 0.7, 9.5)]
+
+    inside, outside = find_gaps(ticks, 9.8)
+
+    assert inside == outside == pytest.approx(0.2)
+
+
 def test_a_guest_that_does_not_tick_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="does not tick"):
         find_gaps([Tick(10.0, 0.1, 10.0)], 11.0)
