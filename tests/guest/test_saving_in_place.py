@@ -21,6 +21,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.machine import State
 from pycloudlib.qemu.memory import ANONYMOUS
 from tests.guest.identity import KEYS, clock_error, who_is
+from tests.qemu.saved import pauses
 
 pytestmark = pytest.mark.guest
 
@@ -108,16 +109,6 @@ class Console:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def pauses(vm: QemuInstance) -> list[float]:
-    """List how long a machine was paused, each time, by QEMU's own word, in seconds."""
-    events = [event for event in vm.machine.events if event.name in ("STOP", "RESUME")]
-    return [
-        later.timestamp - earlier.timestamp
-        for earlier, later in itertools.pairwise(events)
-        if earlier.name == "STOP"
-    ]
 
 
 def test_sessions_and_connections_outlive_twenty_saves(cloud: Qemu, saved: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -88,6 +89,16 @@ def runs(instance: QemuInstance) -> bool:
         and accepts(instance.port)
         and accepts(instance.telnet_port)
     )
+
+
+def pauses(instance: QemuInstance) -> list[float]:
+    """List how long a machine was paused, each time, by QEMU's own word, in seconds."""
+    events = [event for event in instance.machine.events if event.name in ("STOP", "RESUME")]
+    return [
+        later.timestamp - earlier.timestamp
+        for earlier, later in itertools.pairwise(events)
+        if earlier.name == "STOP"
+    ]
 
 
 def descriptors() -> int:

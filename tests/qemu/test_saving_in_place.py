@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import select
 import shutil
@@ -27,7 +26,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.memory import ANONYMOUS
 from pycloudlib.qemu.qmp import QmpError
 from tests.qemu.conftest import CloudMaker
-from tests.qemu.saved import hurry
+from tests.qemu.saved import hurry, pauses
 from tests.qemu.worker import (
     Console,
     are_in_order,
@@ -67,16 +66,6 @@ def process_of(instance: QemuInstance) -> ProcessIdentity:
     identity = ProcessIdentity.find(pid)
     assert identity is not None
     return identity
-
-
-def pauses(instance: QemuInstance) -> list[float]:
-    """List how long a machine was paused, each time, by QEMU's own word, in seconds."""
-    events = [event for event in instance.machine.events if event.name in ("STOP", "RESUME")]
-    return [
-        later.timestamp - earlier.timestamp
-        for earlier, later in itertools.pairwise(events)
-        if earlier.name == "STOP"
-    ]
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.thorough)])

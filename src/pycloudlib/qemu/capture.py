@@ -212,12 +212,7 @@ class _ByTwin:
         devicestate.wait_for_state(self._twin, Deadline.after(_TAKE_LIMIT))
 
     def finish(self) -> None:
-        devicestate.write_state(self._twin, self._directory / _STATE)
-        with (
-            guestmemory.opened(self._twin, self._size) as memory,
-            MemoryFile(self._directory / _MEMORY, self._size) as kept,
-        ):
-            kept.update(memory)
+        write_whole(self._twin, self._directory, self._size)
 
 
 @contextlib.contextmanager
@@ -227,3 +222,22 @@ def _by_twin(machine: Machine, directory: Path) -> Iterator[_ByTwin]:
         devicestate.receive(waiting, SHARED, theirs.fileno())
         size = machine.spec.memory_kib << 10
         yield _ByTwin(machine.qemu(), waiting, ours.fileno(), directory, size)
+
+
+def write_whole(qemu: RunningQemu, directory: Path, size: int) -> None:
+    """Write state and memory of a machine that stands still, and whose memory is shared.
+
+    Not to be interrupted, as threads of it read that memory.
+
+    Args:
+        qemu: Its QEMU, which is not to go on with it.
+        directory: Where they go: that of a saved machine.
+        size: The length of the memory in bytes.
+
+    Raises:
+        MachineEndedError: QEMU is gone.
+        CloudError: They could not be written.
+    """
+    devicestate.write_state(qemu, directory / _STATE)
+    with guestmemory.opened(qemu, size) as memory, MemoryFile(directory / _MEMORY, size) as kept:
+        kept.update(memory)

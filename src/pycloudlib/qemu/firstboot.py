@@ -28,11 +28,11 @@ from pycloudlib.guest import seed as nocloud
 from pycloudlib.guest import userdata
 from pycloudlib.guest.bootphases import Phase
 from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.qemu import disk, guestmemory, savedmachine
+from pycloudlib.qemu import disk, savedmachine
 from pycloudlib.qemu.accelerator import Accelerator
+from pycloudlib.qemu.capture import write_whole
 from pycloudlib.qemu.command import SEED_NODE, Origin
 from pycloudlib.qemu.copies import waking
-from pycloudlib.qemu.devicestate import write_state
 from pycloudlib.qemu.launch import (
     Host,
     LaunchRequest,
@@ -45,7 +45,6 @@ from pycloudlib.qemu.launch import (
 )
 from pycloudlib.qemu.machine import Machine, MachineEndedError, uninterrupted
 from pycloudlib.qemu.memory import SHARED
-from pycloudlib.qemu.memoryfile import MemoryFile
 from pycloudlib.qemu.ownership import Orphans
 from pycloudlib.qemu.ports import PortLease
 from pycloudlib.qemu.qmp import Event
@@ -234,13 +233,8 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
         rtc_lag=rtc_lag,
     )
     with savedmachine.new_directory(saved.directory):
-        write_state(machine.qemu(), saved.state)
         size = machine.spec.memory_kib << 10
-        with (
-            guestmemory.opened(machine.qemu(), size) as memory,
-            MemoryFile(saved.memory, size) as kept,
-        ):
-            uninterrupted(lambda: kept.update(memory))
+        uninterrupted(lambda: write_whole(machine.qemu(), saved.directory, size))
         machine.kill()
         for source, target in (
             (machine.rundir.seed, saved.seed),
