@@ -24,13 +24,12 @@ from benchmarks.report import Figure, write_figure, write_report
 from benchmarks.scenarios import BY_KEY, NAMES, ORIGINAL, OURS, SIDES, turns
 from benchmarks.wrapper import write_wrapper
 from pycloudlib import Qemu
-from pycloudlib.files import replace_atomically
+from pycloudlib._base.files import replace_atomically
+from pycloudlib._base.tools import find_tool
 from pycloudlib.key import KeyPair, generate_key_pair
-from pycloudlib.qemu.accelerator import AUTO, Accelerator, Choice, choose_accelerator
-from pycloudlib.qemu.command import accel_option
-from pycloudlib.qemu.settings import DEFAULT_BINARY
-from pycloudlib.tools import find_tool
-from pycloudlib.userdirs import find_cache_directory
+from pycloudlib.qemu.host.accelerator import AUTO, Accelerator, Choice, choose_accelerator
+from pycloudlib.qemu.state.settings import DEFAULT_BINARY, find_cache_directory
+from pycloudlib.qemu.vm.command import accel_option
 from scripts.measure import measure_import
 
 ROOT = Path(__file__).resolve().parent.parent

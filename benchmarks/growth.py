@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.processes import proportional_mib
 from benchmarks.report import write_number
 from pycloudlib import Qemu
-from pycloudlib.files import replace_atomically
+from pycloudlib._base.files import replace_atomically
 from pycloudlib.qemu.instance import QemuInstance
 from scripts.figures import timed
 from scripts.measure_live import boot, first_command, own

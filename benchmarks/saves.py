@@ -30,7 +30,7 @@ from benchmarks.plan import Plan
 from benchmarks.report import write_number
 from benchmarks.subjects import CHANGED_MIB, make_bare_image
 from pycloudlib import Qemu
-from pycloudlib.files import replace_atomically
+from pycloudlib._base.files import replace_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE, NOW = "before", "now"

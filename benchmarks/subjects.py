@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from benchmarks.plan import Plan
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError
-from pycloudlib.qemu import checkpoint
+from pycloudlib.qemu.saved import checkpoint
 
 if TYPE_CHECKING:
     from pycloudlib.qemu.instance import QemuInstance

@@ -85,7 +85,7 @@ def check_installation(checks: Checks, installation: Installation) -> None:
     found = "pycloudlib.pytest_plugin.plugin" in plugins.split()
     checks.check("pytest finds the plugin", found, plugins)
     trusted = installation.run(
-        "from pycloudlib.images.signature import load_trusted_keys;"
+        "from pycloudlib.images.source import load_trusted_keys;"
         "print(len(load_trusted_keys().packets))"
     )
     checks.check("the keys of Ubuntu's images can be read", int(trusted) > 0, trusted)

@@ -17,9 +17,9 @@ import click
 
 from pycloudlib.cli.app import PROGRAM, application
 from pycloudlib.cli.doctor import Check
-from pycloudlib.cli.facts import MachineFacts
-from pycloudlib.cli.failures import MEANINGS
 from pycloudlib.cli.imagecommands import ImageFacts
+from pycloudlib.cli.looking import MachineFacts
+from pycloudlib.cli.output import MEANINGS
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "command-line.md"
 _WIDTH = 96

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import checkpoint
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.saved import checkpoint
 from scripts.figures import describe, timed
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.qemu.disk import BaseImage, create_overlay, read_layer
+from pycloudlib.qemu.disk.diskimage import BaseImage, create_overlay, read_layer
 from scripts.figures import timed
 
 SIZES_MIB = (0, 256, 1024, 4096)

@@ -19,9 +19,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.guest import filecopy, ssh
-from pycloudlib.guest.commands import run
-from pycloudlib.guest.sessions import Connections
+from pycloudlib.guest.access import filecopy, ssh
+from pycloudlib.guest.access.commands import run
+from pycloudlib.guest.access.sessions import Connections
 from scripts.figures import describe, timed
 
 COMMANDS = 20

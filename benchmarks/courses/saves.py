@@ -25,7 +25,7 @@ from pycloudlib import Qemu
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pycloudlib.qemu.qmp import Event
+    from pycloudlib.qemu.vm.qmp import Event
 
 _IDLE_SECONDS = 4.0
 

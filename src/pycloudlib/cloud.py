@@ -13,14 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pycloudlib._base.documents import shown
+from pycloudlib._base.files import expand_user
+from pycloudlib._base.locks import renew_in_children
 from pycloudlib.config import Config, ConfigFile, parse_config
-from pycloudlib.documents import shown
 from pycloudlib.errors import InvalidKeyError, InvalidTagNameError
-from pycloudlib.files import expand_user
-from pycloudlib.guest import loginkey
+from pycloudlib.guest.access import loginkey
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, generate_ed25519, login_name
-from pycloudlib.locks import renew_in_children
 from pycloudlib.util import get_timestamped_tag, raise_cleanup_errors
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.files import expand_user
+from pycloudlib._base.files import expand_user
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,15 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib.deadline import Deadline, positive
-from pycloudlib.documents import shown
+from pycloudlib._base.deadline import Deadline, positive
+from pycloudlib._base.documents import shown, to_bytes
 from pycloudlib.errors import GuestRefusedError
-from pycloudlib.guest import commands, filecopy, ssh
-from pycloudlib.guest.sessions import Connections
-from pycloudlib.key import KeyPair
-from pycloudlib.progress import ProgressCallback, ignore_progress
-from pycloudlib.rawtext import to_bytes
-from pycloudlib.readiness import (
+from pycloudlib.guest.access import commands, filecopy, ssh
+from pycloudlib.guest.access.sessions import Connections
+from pycloudlib.guest.boot.readiness import (
     DEFAULT_READY_MINUTES,
     Readiness,
     command_limit,
@@ -28,6 +25,8 @@ from pycloudlib.readiness import (
     keeping,
     ready_limit,
 )
+from pycloudlib.key import KeyPair
+from pycloudlib.progress import ProgressCallback, ignore_progress
 from pycloudlib.result import Result
 from pycloudlib.util import raise_cleanup_errors
 

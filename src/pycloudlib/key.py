@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pycloudlib._base.files import copy_private, expand_user, write_private
 from pycloudlib.errors import UnsetSSHKeyError
-from pycloudlib.files import copy_private, expand_user, write_private
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pycloudlib.documents import parse_yaml
+from pycloudlib._base.documents import parse_yaml
 from pycloudlib.errors import CleanupError, ToolError
 from pycloudlib.result import Result
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib._base.files import create_private_directory
 from pycloudlib.config import ENVIRONMENT_VARIABLE, parse_config
-from pycloudlib.files import create_private_directory
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.lookout import Lookout

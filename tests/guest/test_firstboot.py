@@ -17,8 +17,9 @@ import yaml
 
 from pycloudlib import Qemu
 from pycloudlib.key import generate_ed25519
-from pycloudlib.qemu import firstboot, layers
+from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launching import startingpoint
 from tests.guest.conftest import Guest, launch
 from tests.guest.identity import KEYS, clock_error, who_is
 from tests.guest.portrait import compare, paint
@@ -196,7 +197,7 @@ def test_machine_that_was_not_put_right_in_time_is_told_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """By user-data that disables what puts it right, which is refused otherwise."""
-    monkeypatch.setattr(firstboot, "find_obstacle", lambda _request: None)
+    monkeypatch.setattr(startingpoint, "find_obstacle", lambda _request: None)
     private, public = generate_ed25519("its own")
     config = {
         "vendor_data": {"enabled": False},

@@ -17,10 +17,10 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.bootphases import Phase
+from pycloudlib.guest.boot.bootlines import Phase
 from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.repository import REPOSITORY

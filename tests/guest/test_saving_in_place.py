@@ -18,8 +18,8 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.memory import ANONYMOUS
+from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.memory import ANONYMOUS
 from tests.guest.identity import KEYS, clock_error, who_is
 from tests.qemu.saved import pauses
 
@@ -314,7 +314,7 @@ def test_copy_boots_again_powers_off_and_on_and_is_saved_in_turn(
     assert copy.machine.state is State.OFF
     assert any(event.name == "SHUTDOWN" and event.data["guest"] for event in copy.machine.events)
     # This time in memory of the kind that machines have with KVM.
-    monkeypatch.setattr("pycloudlib.qemu.machine.choose_memory", lambda _: ANONYMOUS)
+    monkeypatch.setattr("pycloudlib.qemu.vm.machine.choose_memory", lambda _: ANONYMOUS)
     copy.start()
     assert copy.execute("cat /var/tmp/mark") == "kept"
     planted, pid = start_journal(copy), copy.machine.pid

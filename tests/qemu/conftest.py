@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.guest.hostkeypool import HostKeyPool
-from pycloudlib.guest.hostkeys import TYPES, HostKey
+from pycloudlib.guest.access.hostkeys import TYPES, HostKey, HostKeyPool
 from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
-from pycloudlib.qemu import ports
+from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.warm import WarmCache
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.reader import write_reader
 from tests.qemu.saved import run, save
 
@@ -142,8 +141,8 @@ def emptied(cloud: Qemu, cache: WarmCache) -> Iterator[None]:
 @pytest.fixture
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lease ports that no other run of tests on this host does, so that they are free again."""
-    monkeypatch.setattr(ports, "FIRST_PORT", 18200)
-    monkeypatch.setattr(ports, "LAST_PORT", 18300)
+    monkeypatch.setattr(resources, "FIRST_PORT", 18200)
+    monkeypatch.setattr(resources, "LAST_PORT", 18300)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.guest.seed import ROOT_DIRECTORY_SECTOR
+from pycloudlib.guest.data.seed import ROOT_DIRECTORY_SECTOR
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.warm import WarmImage
+from pycloudlib.qemu.launching.warmcache import WarmImage
 from tests.qemu.saved import SMALL, becomes, hurry
 
 # Of the seed: user-data is the first file after the directories.

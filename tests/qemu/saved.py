@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.deadline import Deadline
-from pycloudlib.qemu import checkpoint
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib._base.deadline import Deadline
+from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.spec import make_name
+from pycloudlib.qemu.saved import checkpoint
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.spec import make_name
+from pycloudlib.qemu.vm.machine import State
 
 SMALL = "c1m64"
 """A size whose memory is copied in no time."""

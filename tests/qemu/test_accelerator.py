@@ -14,13 +14,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.qemu import accelerator
-from pycloudlib.qemu.accelerator import (
-    Accelerator,
-    Trial,
-    choose_accelerator,
-    try_accelerator,
-)
+from pycloudlib.qemu.host import accelerator
+from pycloudlib.qemu.host.accelerator import Accelerator, Trial, choose_accelerator, try_accelerator
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.saved import becomes
 
@@ -138,7 +133,7 @@ def test_qemu_that_is_asked_what_it_can_do_ends_though_its_program_is_killed(bin
     program = (
         "import os, signal, subprocess, sys\n"
         "from pathlib import Path\n"
-        "from pycloudlib.qemu import features\n"
+        "from pycloudlib.qemu.host import accelerator as features\n"
         "def killed(process, *arguments, **options):\n"
         "    print(process.pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

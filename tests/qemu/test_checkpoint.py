@@ -16,25 +16,19 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.qemu import (
-    capture,
-    checkpoint,
-    devicestate,
-    guestmemory,
-    layers,
-    livedisk,
-    memory,
-    savedmachine,
-)
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.layers import chain
-from pycloudlib.qemu.machine import MachineEndedError, State
-from pycloudlib.qemu.memory import Memory
-from pycloudlib.qemu.memoryfile import MemoryFile
-from pycloudlib.qemu.qmp import QmpError, QmpSession
-from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.saved import capture, checkpoint, devicestate, guestmemory
+from pycloudlib.qemu.saved.memoryfile import MemoryFile
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm import livedisk, memory
+from pycloudlib.qemu.vm.machine import MachineEndedError, State
+from pycloudlib.qemu.vm.memory import Memory
+from pycloudlib.qemu.vm.qmp import QmpError, QmpSession
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     SMALL,
@@ -486,7 +480,7 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
     """It went on in the overlay that has not its disk's name yet, and layers are collected."""
     with monkeypatch.context() as patch:
         patch.setattr(layers.FrozenDisk, "exchange", goes_wrong)
-        patch.setattr("pycloudlib.qemu.recovery.settle", lambda *_arguments: None)
+        patch.setattr("pycloudlib.qemu.vm.recovery.settle", lambda *_arguments: None)
         with pytest.raises(_BrokenError):
             save(running)
         (fresh,) = running.instance_dir.glob(".*.qcow2")
@@ -684,7 +678,7 @@ def of_kind(
     if kind == "anonymous":
         running.machine.kill()
         with monkeypatch.context() as patch:
-            patch.setattr("pycloudlib.qemu.machine.choose_memory", lambda _accelerator: Memory())
+            patch.setattr("pycloudlib.qemu.vm.machine.choose_memory", lambda _accelerator: Memory())
             running.start(wait=False)
     return running
 

@@ -21,7 +21,7 @@ PROGRAM = """
 import io, json, os, sys, traceback
 from pathlib import Path
 from pycloudlib import Qemu
-from pycloudlib.tools import run_tool, run_tool_streaming
+from pycloudlib._base.tools import run_tool, run_tool_streaming
 from tests.qemu.saved import hurry, run, runs, save
 
 result, working_dir, image, numbers, end = sys.argv[1:]

@@ -21,15 +21,16 @@ import yaml
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.guest.seed import read_iso
-from pycloudlib.qemu import copies, savedmachine
-from pycloudlib.qemu.copies import CopyRequest
+from pycloudlib.guest.data.seed import read_iso
+from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launch import Host
-from pycloudlib.qemu.layers import chain
-from pycloudlib.qemu.machine import MachineEndedError
-from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.launching import copies
+from pycloudlib.qemu.launching.copies import CopyRequest
+from pycloudlib.qemu.launching.request import Host
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm.machine import MachineEndedError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     becomes,

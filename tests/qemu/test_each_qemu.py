@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu.settings import DEFAULT_BINARY
+from pycloudlib.qemu.state.settings import DEFAULT_BINARY
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.reader import prints
 from tests.qemu.saved import SMALL, hurry, runs, save

@@ -15,17 +15,17 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CleanupError, InstanceNotFoundError, PycloudlibTimeoutError
-from pycloudlib.qemu import ports
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.host import resources
+from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import MachineEndedError, State
+from pycloudlib.qemu.vm.machine import MachineEndedError, State
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
 
 
 def is_gone(instance: QemuInstance, pid: int | None) -> bool:
-    free = all(ports.can_listen(int(p)) for p in (instance.port, instance.telnet_port))
+    free = all(resources.can_listen(int(p)) for p in (instance.port, instance.telnet_port))
     ended = pid is None or ProcessIdentity.find(pid) is None
     return free and ended and not instance.instance_dir.exists()
 
@@ -95,8 +95,8 @@ def test_processes_that_outlive_a_lock_do_not_have_it(
         import io, os
         from pathlib import Path
         from pycloudlib import Qemu
-        from pycloudlib.locks import exclusive_lock
-        from pycloudlib.qemu import guardian
+        from pycloudlib._base.locks import exclusive_lock
+        from pycloudlib.qemu.host import ownership as guardian
         config = io.StringIO("""
         [qemu]
         working_dir = "{working_dir}"
@@ -182,7 +182,7 @@ def test_leaving_a_cloud_tells_what_could_not_be_cleaned(
     cloud = make_cloud()
     cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     with monkeypatch.context() as patch:
-        patch.setattr("pycloudlib.qemu.rundir.RunDirectory.remove", fail)
+        patch.setattr("pycloudlib.qemu.state.rundir.RunDirectory.remove", fail)
         with pytest.raises(CleanupError, match="stuck") as raised:
             cloud.__exit__(None, None, None)
     assert [type(error) for error in raised.value.exceptions] == [PermissionError]

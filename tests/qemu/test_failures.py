@@ -21,12 +21,13 @@ from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import BootFailedError, CloudSetupError, PycloudlibTimeoutError
 from pycloudlib.instance import BaseInstance
-from pycloudlib.qemu import artifacts, running
-from pycloudlib.qemu.examination import Facts
+from pycloudlib.qemu.failure import artifacts
+from pycloudlib.qemu.failure.examination import Facts
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import MachineEndedError, State
-from pycloudlib.qemu.running import HostDiskFullError
-from pycloudlib.qemu.start import LaunchError
+from pycloudlib.qemu.vm import running
+from pycloudlib.qemu.vm.machine import MachineEndedError, State
+from pycloudlib.qemu.vm.process import LaunchError
+from pycloudlib.qemu.vm.running import HostDiskFullError
 from pycloudlib.result import Result
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, becomes, hurry, mode

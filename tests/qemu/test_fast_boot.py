@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import firstboot
-from pycloudlib.qemu.machine import State
+from pycloudlib.qemu.launching import startingpoint
+from pycloudlib.qemu.vm.machine import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.reader import begins_there, launch, machines_in, prints, starts
 from tests.qemu.saved import qemus, runs
@@ -132,7 +132,7 @@ def test_interrupted_making_leaves_nothing(
     def interrupted(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(firstboot, "_wait_for_seed", interrupted)
+    monkeypatch.setattr(startingpoint, "_wait_for_seed", interrupted)
     with pytest.raises(type(error)):
         launch(cloud, reader_image)
     assert qemus(cloud.working_dir) == []
@@ -153,8 +153,8 @@ def test_guest_that_dies_before_its_seed_boots_ordinarily(
         machine.kill()  # type: ignore[attr-defined]
         wait_for_seed(machine, deadline)  # type: ignore[arg-type]
 
-    wait_for_seed = firstboot._wait_for_seed
-    monkeypatch.setattr(firstboot, "_wait_for_seed", kill_and_wait)
+    wait_for_seed = startingpoint._wait_for_seed
+    monkeypatch.setattr(startingpoint, "_wait_for_seed", kill_and_wait)
     instance = launch(cloud, reader_image, "mine")
     assert waited.is_set()
     assert "SIGKILL" in caplog.text

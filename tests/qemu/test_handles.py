@@ -19,21 +19,21 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.cli import inside
-from pycloudlib.cli.remotes import SerialConsole
-from pycloudlib.deadline import Deadline
+from pycloudlib.cli.inside import SerialConsole
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.progress import Progress
-from pycloudlib.qemu import helperlink, ports, sockets
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.host import resources
+from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import MachineEndedError, PowerOff, State
-from pycloudlib.qemu.process import QemuProcess
-from pycloudlib.qemu.qmp import QmpError
-from pycloudlib.qemu.rundir import RunDirectory, short_path
-from pycloudlib.qemu.start import LaunchError, PortTakenError
+from pycloudlib.qemu.state.rundir import RunDirectory, short_path
+from pycloudlib.qemu.vm import helperlink, sockets
+from pycloudlib.qemu.vm.machine import MachineEndedError, PowerOff, State
+from pycloudlib.qemu.vm.process import LaunchError, PortTakenError, QemuProcess
+from pycloudlib.qemu.vm.qmp import QmpError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.saved import SMALL
 
@@ -78,7 +78,7 @@ def test_console_shows_what_a_guest_prints_that_looks_like_telnet(
 def test_a_start_that_fails_can_be_tried_again(unstarted: QemuInstance) -> None:
     unstarted.machine.kill()
     with (
-        ports.listen(int(unstarted.telnet_port)),
+        resources.listen(int(unstarted.telnet_port)),
         pytest.raises(PortTakenError, match=unstarted.telnet_port),
     ):
         unstarted.start(wait=False)
@@ -92,7 +92,7 @@ def test_a_port_that_is_busy_for_a_moment_does_not_fail_a_start(
     unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unstarted.machine.kill()
-    other, listen = ports.listen(int(unstarted.telnet_port)), ports.listen
+    other, listen = resources.listen(int(unstarted.telnet_port)), resources.listen
     refused: list[OSError] = []
 
     def listen_or_free(port: int) -> socket.socket:
@@ -103,7 +103,7 @@ def test_a_port_that_is_busy_for_a_moment_does_not_fail_a_start(
             other.close()
             raise
 
-    monkeypatch.setattr(ports, "listen", listen_or_free)
+    monkeypatch.setattr(resources, "listen", listen_or_free)
     unstarted.start(wait=False)
     assert len(refused) == 1
     assert unstarted.machine.state is State.PAUSED

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import checkpoint, savedmachine
-from pycloudlib.qemu.features import find_features
+from pycloudlib.qemu.host.accelerator import find_features
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.keptmemory import KeptMemoryError, check_command, check_machine
-from pycloudlib.qemu.memory import BACKEND
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.warm import WarmCache
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.saved import checkpoint
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm.memory import BACKEND, KeptMemoryError, check_command, check_machine
 from tests.qemu.saved import SMALL, becomes, run, runs, save
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]

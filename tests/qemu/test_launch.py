@@ -18,6 +18,7 @@ import paramiko
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib._base.documents import from_bytes
 from pycloudlib.errors import (
     CloudError,
     ImageNotFoundError,
@@ -27,12 +28,11 @@ from pycloudlib.errors import (
     PycloudlibTimeoutError,
 )
 from pycloudlib.key import generate_ed25519
-from pycloudlib.qemu import features, guardian, ports
+from pycloudlib.qemu.host import accelerator, ownership, resources
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.rundir import short_path
-from pycloudlib.qemu.start import LaunchError
-from pycloudlib.rawtext import from_bytes
+from pycloudlib.qemu.state.rundir import short_path
+from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.process import LaunchError
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.saved import becomes, mode, run, runs, save
 
@@ -235,8 +235,8 @@ def test_host_s_programs_get_what_they_need_of_the_environment_alone(
         monkeypatch.setenv(name, "a secret")
     monkeypatch.setenv("QEMU_MODULE_DIR", str(tmp_path))
     monkeypatch.setenv("LC_TIME", "C.UTF-8")
-    monkeypatch.setattr(guardian, "_guardian", None)
-    features.find_features.cache_clear()
+    monkeypatch.setattr(ownership, "_guardian", None)
+    accelerator.find_features.cache_clear()
     # Each says what it has got, and is what it is called after.
     said = tmp_path / "said"
     said.mkdir()
@@ -252,7 +252,7 @@ def test_host_s_programs_get_what_they_need_of_the_environment_alone(
     image = cloud.snapshot(machine, memory=True)
     cloud.export_image(image, tmp_path / "exported.img", compress=False)
 
-    watcher = guardian._guardian
+    watcher = ownership._guardian
     assert watcher is not None
     environ = Path(f"/proc/{watcher.pid}/environ").read_bytes()
     os.kill(watcher.pid, signal.SIGKILL)
@@ -341,8 +341,8 @@ def test_a_full_range_of_ports_is_a_clear_error_and_leaves_nothing(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(ports, "FIRST_PORT", port)
-        monkeypatch.setattr(ports, "LAST_PORT", port)
+        monkeypatch.setattr(resources, "FIRST_PORT", port)
+        monkeypatch.setattr(resources, "LAST_PORT", port)
         with pytest.raises(CloudError, match=f"No two free ports in {port}-{port}"):
             cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     assert not list(cloud.parent_dir.glob("t-*"))
@@ -353,15 +353,15 @@ def test_a_port_taken_in_the_last_moment_is_given_up_for_another(
 ) -> None:
     """A program that knows nothing of leases listens between our look and QEMU's start."""
     thieves: list[socket.socket] = []
-    original = ports.PortRegistry.acquire
+    original = resources.PortRegistry.acquire
 
-    def acquire(registry: ports.PortRegistry, owner: Path) -> ports.PortLease:
+    def acquire(registry: resources.PortRegistry, owner: Path) -> resources.PortLease:
         lease = original(registry, owner)
         if len(thieves) < 2:  # the SSH port of the first try, the telnet port of the second
-            thieves.append(ports.listen((lease.ssh, lease.telnet)[len(thieves)]))
+            thieves.append(resources.listen((lease.ssh, lease.telnet)[len(thieves)]))
         return lease
 
-    monkeypatch.setattr(ports.PortRegistry, "acquire", acquire)
+    monkeypatch.setattr(resources.PortRegistry, "acquire", acquire)
     try:
         instance = cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     finally:
@@ -380,7 +380,7 @@ def test_an_interrupt_in_the_middle_of_a_launch_leaves_nothing(
         started.append(running)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pycloudlib.qemu.running.RunningQemu._follow", interrupted)
+    monkeypatch.setattr("pycloudlib.qemu.vm.running.RunningQemu._follow", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     assert started
@@ -408,7 +408,7 @@ def test_a_missing_tool_names_its_package(
     make_cloud: CloudMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("pycloudlib.tools._SBIN", ())
+    monkeypatch.setattr("pycloudlib._base.tools._SBIN", ())
     with pytest.raises(MissingPrerequisiteError, match="qemu-system-x86'"):
         make_cloud()
 

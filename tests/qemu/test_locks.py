@@ -16,13 +16,15 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.cli.machines import list_machines
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import capture, copies, disk, hotplug, layers
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import Machine, State
-from pycloudlib.qemu.ownership import Orphans, Ownership, claim
-from pycloudlib.qemu.process import QemuProcess
-from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.saved import capture, restoring
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm import hotplug
+from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.process import QemuProcess
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, becomes, hurry, qemus, runs, save
 
@@ -114,8 +116,8 @@ def test_going_back_locks_before_the_disk_is_exchanged(
 ) -> None:
     held: list[bool] = []
     rundir = running.machine.rundir
-    when(monkeypatch, disk, "create_overlay", lambda: held.append(is_locked(rundir)))
-    copies.roll_back(running.machine, saved)
+    when(monkeypatch, diskimage, "create_overlay", lambda: held.append(is_locked(rundir)))
+    restoring.roll_back(running.machine, saved)
     assert held == [True]
 
 
@@ -200,9 +202,10 @@ def test_prune_waits_for_who_changes_a_machine(
 CUT_OFF = f"""
 import io, os, signal, sys
 from pycloudlib import Qemu
-from pycloudlib.qemu import (
-    capture, checkpoint, devicestate, layers, livedisk, rundir, savedmachine, twin
-)
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.saved import capture, checkpoint, devicestate
+from pycloudlib.qemu.state import rundir, savedmachine
+from pycloudlib.qemu.vm import livedisk
 config, image, moment = sys.argv[1:]
 
 def die(*arguments, **options):
@@ -213,7 +216,7 @@ vm = cloud.launch(image, "{SMALL}")
 print(vm.id, flush=True)
 owner, name = {{
     "before the memory is copied": (capture._InPlace, "prepare"),
-    "with a machine like it": (twin, "write_state"),
+    "with a machine like it": (capture, "write_state"),
     "before the disk has its names": (layers.LayerStore, "freezing"),
     "before the overlay is opened": (livedisk, "prepared"),
     "before the guest stands still": (checkpoint, "_pause"),

@@ -25,7 +25,7 @@ WORKER = f"""
 import io, sys
 from concurrent.futures import ThreadPoolExecutor
 from pycloudlib import Qemu
-from pycloudlib.qemu import ports
+from pycloudlib.qemu.host import resources as ports
 
 ports.FIRST_PORT, ports.LAST_PORT = {FIRST}, {LAST}
 config, image, tag, batches = sys.argv[1:]

@@ -9,11 +9,11 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import InstanceExistsError
-from pycloudlib.guest.seed import read_iso
-from pycloudlib.qemu import disk
+from pycloudlib.guest.data.seed import read_iso
+from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.rundir import RunDirectory
-from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.conftest import UNSTARTED
 from tests.qemu.saved import SMALL, run, runs
 
@@ -74,7 +74,7 @@ def test_name_that_cannot_be_is_refused(cloud: Qemu, tiny_image: Path, name: str
 def test_disk_has_the_size_that_is_asked_for(cloud: Qemu, tiny_image: Path) -> None:
     instance = cloud.launch(str(tiny_image), SMALL, launch_args=UNSTARTED, disk_size_gib=3)
 
-    assert disk.read_layer(instance.instance_path).virtual_size == 3 << 30
+    assert diskimage.read_layer(instance.instance_path).virtual_size == 3 << 30
 
 
 def test_copy_of_a_saved_machine_has_a_name_but_no_other_disk(

@@ -14,7 +14,7 @@ from pycloudlib import Qemu
 from pycloudlib.cli.machines import list_machines, open_machine
 from pycloudlib.errors import ImageNotFoundError, InstanceNotFoundError
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.qemu.conftest import UNSTARTED
 from tests.qemu.saved import SMALL, qemus, run, runs, save
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu.identity import ProcessIdentity
-from pycloudlib.qemu.ownership import Orphans, Ownership, create_owned_directory
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, create_owned_directory
+from pycloudlib.qemu.host.processes import ProcessIdentity
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, alive, becomes, qemus
 
@@ -181,7 +181,7 @@ def test_watcher_that_was_killed_is_replaced_with_the_next_machine(
 ) -> None:
     text = PROGRAM.replace(
         "if end",
-        "from pycloudlib.qemu import guardian\n"
+        "from pycloudlib.qemu.host import ownership as guardian\n"
         "os.kill(guardian._guardian.pid, signal.SIGKILL)\n"
         "os.waitpid(guardian._guardian.pid, os.WNOHANG | os.WUNTRACED)\n"
         "time.sleep(0.2)\n"

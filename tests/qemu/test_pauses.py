@@ -10,13 +10,13 @@ import time
 import paramiko
 import pytest
 
+from pycloudlib._base.files import write_private
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.files import write_private
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.running import MachinePausedError
+from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import MachinePausedError
 from tests.qemu.conftest import CloudMaker
 
 pytestmark = pytest.mark.qemu

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import layers
-from pycloudlib.qemu.artifacts import keep_artifacts
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
 from tests.qemu.saved import SMALL, alive, becomes, hurry, run, runs, save
 

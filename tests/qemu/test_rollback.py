@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import CloudError, ImageNotFoundError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, NewKey
-from pycloudlib.qemu import copies, devicestate
+from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.layers import chain
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.process import QemuProcess
-from pycloudlib.qemu.running import RunningQemu
-from pycloudlib.qemu.savedmachine import SavedMachine
+from pycloudlib.qemu.saved import devicestate, restoring
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.process import QemuProcess
+from pycloudlib.qemu.vm.running import RunningQemu
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import (
     alive,
@@ -240,9 +240,9 @@ def test_other_places_and_names_are_no_other_machine(
     running: QemuInstance, saved: SavedMachine
 ) -> None:
     moved = dataclasses.replace(running.machine.spec, name="x", ssh_port=1, telnet_port=2)
-    copies.check_is_of(saved, moved)
+    restoring.check_is_of(saved, moved)
     with pytest.raises(CloudError, match="its mac is"):
-        copies.check_is_of(saved, dataclasses.replace(moved, mac="52:54:00:00:00:00"))
+        restoring.check_is_of(saved, dataclasses.replace(moved, mac="52:54:00:00:00:00"))
 
 
 def test_failure_leaves_the_machine_off_and_its_disk_as_it_was(
@@ -254,7 +254,7 @@ def test_failure_leaves_the_machine_off_and_its_disk_as_it_was(
         raise CloudError("it does not fit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "wait_for_state", fail)
+        patch.setattr(restoring, "wait_for_state", fail)
         with pytest.raises(CloudError, match="does not fit"):
             running.rollback(str(saved.image))
     assert running.machine.state is State.OFF
@@ -292,7 +292,7 @@ def test_ctrl_c_in_the_middle_comes_when_it_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(QemuProcess, "start", start_interrupted)
-        patch.setattr(copies, "wait_for_state", wait_interrupted)
+        patch.setattr(restoring, "wait_for_state", wait_interrupted)
         with pytest.raises(KeyboardInterrupt):
             running.rollback(str(saved.image))
     assert qemus(running.instance_dir) == [running.machine.pid]

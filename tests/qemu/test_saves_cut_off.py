@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import savedmachine
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import State
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.vm.machine import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import becomes, hurry, qemus, runs
 from tests.qemu.worker import (

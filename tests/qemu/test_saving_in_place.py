@@ -21,10 +21,10 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.memory import ANONYMOUS
-from pycloudlib.qemu.qmp import QmpError
+from pycloudlib.qemu.vm.memory import ANONYMOUS
+from pycloudlib.qemu.vm.qmp import QmpError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import hurry, pauses
 from tests.qemu.worker import (
@@ -133,7 +133,7 @@ def start_kind(
     """Give a worker whose memory is of a kind; "f" was typed in it."""
     if kind == "anonymous":
         power_off(worker)
-        monkeypatch.setattr("pycloudlib.qemu.machine.choose_memory", lambda _: ANONYMOUS)
+        monkeypatch.setattr("pycloudlib.qemu.vm.machine.choose_memory", lambda _: ANONYMOUS)
         worker.start(wait=False)
         assert works(worker)
     type_in(worker, "f")

@@ -12,9 +12,13 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.qemu import deadendcheck, firstboot, layers, ready, savedmachine
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.warm import WarmCache
+from pycloudlib.qemu import ready
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.launching import startingpoint
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.vm import vitality
 from tests.conftest import MakeImage
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.reader import begins_there, launch, machines_in, prints, starts
@@ -104,12 +108,12 @@ def test_guest_that_never_opens_its_seed_is_waited_for_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(firstboot, "_LIMITS", dict.fromkeys(Accelerator, 1.0))
+    monkeypatch.setattr(startingpoint, "_LIMITS", dict.fromkeys(Accelerator, 1.0))
     first = launch(cloud, tiny_image)
     assert "did not open the seed within 1 s" in caplog.text
     assert runs(first)
     waits: list[object] = []
-    monkeypatch.setattr(firstboot, "_wait_for_seed", lambda *arguments: waits.append(arguments))
+    monkeypatch.setattr(startingpoint, "_wait_for_seed", lambda *arguments: waits.append(arguments))
     caplog.clear()
     second = launch(cloud, tiny_image)
     assert waits == []
@@ -162,16 +166,16 @@ def test_too_large_one_is_made_once(
 def test_guest_that_took_too_long_is_tried_again_later(
     cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(firstboot, "_LIMITS", dict.fromkeys(Accelerator, 0.2))
+    monkeypatch.setattr(startingpoint, "_LIMITS", dict.fromkeys(Accelerator, 0.2))
     monkeypatch.setattr(ready, "_TRY_AGAIN", 0.0)
     made: list[object] = []
-    wait_for_seed = firstboot._wait_for_seed
+    wait_for_seed = startingpoint._wait_for_seed
 
     def wait(*arguments: object) -> None:
         made.append(arguments)
         wait_for_seed(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(firstboot, "_wait_for_seed", wait)
+    monkeypatch.setattr(startingpoint, "_wait_for_seed", wait)
     for instance in [launch(cloud, tiny_image) for _ in range(2)]:
         instance.delete()
     assert len(made) == 2
@@ -184,7 +188,7 @@ def test_guest_whose_boot_fails_is_tried_again_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It may have been chance, as a kernel's panic may; and nobody waits for it to the limit."""
-    monkeypatch.setattr(deadendcheck, "_SILENCE", 0.2)
+    monkeypatch.setattr(vitality, "_SILENCE", 0.2)
     instance = launch(cloud, make_image(content=b""))
     assert "boots from its beginning" in caplog.text
     assert Cause.NO_BOOTABLE_DISK.value in caplog.text

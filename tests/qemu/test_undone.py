@@ -14,10 +14,13 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import guardian, launch, live, ownership, process
+from pycloudlib.qemu import live
+from pycloudlib.qemu.host import ownership
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.ownership import Orphans, Ownership, claim
-from pycloudlib.qemu.qmp import LoopThread
+from pycloudlib.qemu.launching import request
+from pycloudlib.qemu.vm import process
+from pycloudlib.qemu.vm.qmp import LoopThread
 from tests.qemu.saved import SMALL, descriptors, qemus
 
 pytestmark = pytest.mark.qemu
@@ -51,7 +54,7 @@ def test_directory_whose_making_is_interrupted_is_removed(
 
     def make() -> None:
         with contextlib.ExitStack() as stack:
-            launch.create_run_directory(tmp_path / "cloud" / "vm", stack, Orphans.REAP)
+            request.create_run_directory(tmp_path / "cloud" / "vm", stack, Orphans.REAP)
             stack.pop_all()
 
     with pytest.raises(KeyboardInterrupt):
@@ -133,13 +136,13 @@ def test_qemu_that_cannot_be_watched_is_ended(
 
 
 def test_guardians_that_were_killed_leave_no_descriptor(cloud: Qemu, tiny_image: Path) -> None:
-    guardian.environment(Orphans.REAP)
+    ownership.environment(Orphans.REAP)
     before = descriptors()
     for _ in range(3):
-        assert guardian._guardian is not None
-        os.kill(guardian._guardian.pid, signal.SIGKILL)
-        os.waitpid(guardian._guardian.pid, 0)
-        guardian.environment(Orphans.REAP)
+        assert ownership._guardian is not None
+        os.kill(ownership._guardian.pid, signal.SIGKILL)
+        os.waitpid(ownership._guardian.pid, 0)
+        ownership.environment(Orphans.REAP)
     assert descriptors() == before
 
 

@@ -13,7 +13,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
 from pycloudlib.images import store, uses
-from pycloudlib.qemu import disk, layers
+from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.instance import QemuInstance
 from tests.qemu.conftest import UNSTARTED
 
@@ -144,16 +144,16 @@ def test_machine_of_a_directory_that_was_removed_keeps_nothing(
 def test_image_is_not_deleted_while_a_launch_is_under_way(
     owner: Qemu, other: Qemu, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = disk.create_overlay
+    create = diskimage.create_overlay
     met: list[list[str]] = []
 
-    def create_after_a_deletion(base: disk.BaseImage, path: Path, **options: Any) -> None:
+    def create_after_a_deletion(base: diskimage.BaseImage, path: Path, **options: Any) -> None:
         with pytest.raises(ImageInUseError) as refused:
             other.delete_image(str(base.path))
         met.append(refused.value.users)
         create(base, path, **options)
 
-    monkeypatch.setattr(disk, "create_overlay", create_after_a_deletion)
+    monkeypatch.setattr(diskimage, "create_overlay", create_after_a_deletion)
     owner.launch(str(image), launch_args=UNSTARTED)
     assert met == [[uses.LAUNCHING]]
 

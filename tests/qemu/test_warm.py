@@ -15,11 +15,11 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import savedmachine
+from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.layers import chain
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.warm import WarmCache
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, hurry, mode, runs, save, touch
 

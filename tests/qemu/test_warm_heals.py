@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu import copies, disk, firstboot, savedmachine
+from pycloudlib.qemu.disk import diskimage
+from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.layers import chain
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.warm import WarmCache, WarmImage
+from pycloudlib.qemu.launching import copies, startingpoint
+from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
+from pycloudlib.qemu.saved import restoring
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.reader import begins_there, launch, prints, starts
 from tests.qemu.saved import SMALL, hurry, qemus, runs, save
 
@@ -221,7 +224,7 @@ def test_disk_that_is_full_while_one_is_kept_leaves_the_machine(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(savedmachine, "copy", fail)
+        patch.setattr(restoring, "copy_beside", fail)
         assert runs(warm())
     assert list(cache.directory.iterdir()) == []
     assert cloud.created_images == []
@@ -235,14 +238,14 @@ def test_one_of_two_that_are_kept_alike_without_the_lock_is_whole(
 ) -> None:
     """The directory, and with it the lock, was removed while both made theirs."""
     saved, second = save(running), save(running)
-    copy = savedmachine.copy
+    copy = restoring.copy_beside
 
     def copy_and_add(*arguments: object) -> None:
-        monkeypatch.setattr(savedmachine, "copy", copy)
+        monkeypatch.setattr(restoring, "copy_beside", copy)
         cache.add("key", second)
         copy(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(savedmachine, "copy", copy_and_add)
+    monkeypatch.setattr(restoring, "copy_beside", copy_and_add)
     with pytest.raises(OSError, match="No such file"):
         cache.add("key", saved)
     found = cache.find("key", cloud._host)
@@ -288,7 +291,7 @@ def test_start_that_qemu_refuses_is_made_anew(
 def test_start_that_never_works_is_made_once(
     cloud: Qemu, cache: WarmCache, reader_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = firstboot._save
+    make = startingpoint._save
     made: list[SavedMachine] = []
 
     def make_unfit_one(*arguments: object) -> SavedMachine:
@@ -297,7 +300,7 @@ def test_start_that_never_works_is_made_once(
         saved.state.write_bytes(saved.state.read_bytes()[: 1 << 12])
         return savedmachine.write_facts(saved, saved.login)
 
-    monkeypatch.setattr(firstboot, "_save", make_unfit_one)
+    monkeypatch.setattr(startingpoint, "_save", make_unfit_one)
     for word in ("first", "second"):
         assert prints(launch(cloud, reader_image, word), word)
     assert len(made) == 1
@@ -318,14 +321,14 @@ def test_start_that_is_just_used_is_not_dropped(
     cloud: Qemu, cache: WarmCache, reader_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch(cloud, reader_image).delete()
-    create = disk.create_overlay
+    create = diskimage.create_overlay
     dropped: list[str] = []
 
     def drop_and_create(*arguments: object, **options: object) -> None:
         dropped.extend(cache.prune(0))
         create(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(disk, "create_overlay", drop_and_create)
+    monkeypatch.setattr(diskimage, "create_overlay", drop_and_create)
     instance = launch(cloud, reader_image, "mine")
     assert dropped == []
     assert begins_there(instance, starts(cloud)[0])
@@ -339,8 +342,8 @@ def test_full_disk_is_no_obstacle_where_first_boots_cannot_begin(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def give_up(*_arguments: object) -> None:
-        raise firstboot.UnfitImageError("did not open the seed", timed_out=False)
+        raise startingpoint.UnfitImageError("did not open the seed", timed_out=False)
 
-    monkeypatch.setattr(firstboot, "_wait_for_seed", give_up)
-    monkeypatch.setattr("pycloudlib.qemu.warm.write_private", fail)
+    monkeypatch.setattr(startingpoint, "_wait_for_seed", give_up)
+    monkeypatch.setattr("pycloudlib.qemu.launching.warmcache.write_private", fail)
     assert prints(launch(cloud, reader_image, "mine"), "mine")

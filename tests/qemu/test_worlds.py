@@ -17,10 +17,10 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.cli.machines import find_machine, list_machines
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.identity import World
+from pycloudlib.qemu.host.ownership import Ownership
+from pycloudlib.qemu.host.processes import World
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import MachineElsewhereError
-from pycloudlib.qemu.ownership import Ownership
+from pycloudlib.qemu.vm.machine import MachineElsewhereError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.saved import SMALL, alive, becomes, qemus
 from tests.worlds import WITHOUT_PROC, run_inside, unsharing
@@ -210,7 +210,7 @@ def test_program_whose_host_was_renamed_leaves_its_machines(
     tiny_image: Path, cloud: Qemu, working_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a laptop in another network: it is the same program at its end."""
-    from pycloudlib.qemu import ownership  # noqa: PLC0415 - what runs at the end of a program
+    from pycloudlib.qemu.host import ownership  # noqa: PLC0415 - what runs at the end of a program
 
     vm = cloud.launch(str(tiny_image), SMALL, launch_args=["-S"])
     own = World.own()

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from pycloudlib import Qemu
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.machine import PowerOff, State
+from pycloudlib.qemu.vm.machine import PowerOff, State
 from tests.qemu.saved import SMALL, becomes, hurry, runs
 
 # Loads the next two sectors, since the end of this one has a partition table, an empty one.

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.cli.app import main
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.disk import BaseImage, create_overlay
-from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.spec import InstanceType, MachineSpec
+from pycloudlib.qemu.disk.diskimage import BaseImage, create_overlay
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.state.spec import InstanceType, MachineSpec
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pycloudlib.guest.hostkeypool import HostKeyPool
+from pycloudlib.guest.access.hostkeys import HostKeyPool
 from pycloudlib.images import download
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.launch import Host
-from pycloudlib.qemu.ports import PortRegistry
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.host.resources import PortRegistry
+from pycloudlib.qemu.launching.request import Host
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,

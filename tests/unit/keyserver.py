@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL
 
-from pycloudlib.guest.agent import pack, unpack
+from pycloudlib.guest.access.loginkey import pack, unpack
 
 _HOST_KEY = paramiko.ECDSAKey.generate()
 

@@ -16,7 +16,7 @@ import pytest
 
 from pycloudlib.cloud import BaseCloud
 from pycloudlib.errors import CleanupError, InvalidTagNameError, PycloudlibTimeoutError
-from pycloudlib.guest import ssh
+from pycloudlib.guest.access import ssh
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair, generate_ed25519
 from pycloudlib.result import Result

@@ -17,8 +17,8 @@ from benchmarks.courses.saves import Save, add_pauses, collect_pauses, measure_d
 from benchmarks.plan import Plan
 from benchmarks.saves import BEFORE, NOW, Taken, Worker, keep, read, turns, write_report
 from benchmarks.subjects import TICKER, Tick, Ticks, find_gaps
-from pycloudlib.deadline import Deadline
-from pycloudlib.qemu.qmp import Event
+from pycloudlib._base.deadline import Deadline
+from pycloudlib.qemu.vm.qmp import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = (BEFORE, NOW)

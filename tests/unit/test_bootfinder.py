@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.guest.bootphases import Phase
-from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.guest.console import Console
+from pycloudlib.guest.boot.bootlines import Phase
+from pycloudlib.guest.boot.console import Console
+from pycloudlib.guest.boot.readiness import BootWatch
 
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
-from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.guest.console import Console
+from pycloudlib.guest.boot.bootlines import Phase, clean_line, find_phase
+from pycloudlib.guest.boot.console import Console
+from pycloudlib.guest.boot.readiness import BootWatch
 from tests.unit.test_deadends import told
 
 FIRMWARE = (

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from pycloudlib._base import tools
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
-from pycloudlib.images import build, confinement, store
+from pycloudlib.images import build, store
+from pycloudlib.images.build import Workshop
 from pycloudlib.images.recipe import BuildRecipe
-from pycloudlib.images.workshop import Workshop
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
 RECIPE = BuildRecipe()
@@ -320,8 +321,8 @@ def test_hosts_that_allow_no_namespaces_are_told_what_to_do(
     def refuse(step: str, argv: object, **_kwargs: object) -> None:
         raise ToolError(step, ["unshare"], 1, "unshare failed: Operation not permitted")
 
-    monkeypatch.setattr(confinement, "run_tool_streaming", refuse)
+    monkeypatch.setattr(tools, "run_tool_streaming", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
     with pytest.raises(MissingPrerequisiteError, match=r"(?s)'uidmap'.*/etc/subuid.*not permitted"):
-        confinement.check_confinement()
+        tools.check_confinement()

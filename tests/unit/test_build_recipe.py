@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pycloudlib.images import recipe as recipes
+from pycloudlib.images.assembly import build_mmdebstrap_command, find_detail, pack
 from pycloudlib.images.recipe import BuildRecipe
-from pycloudlib.images.rootfs import build_mmdebstrap_command, find_detail, pack
 
 
 class TestValidation:

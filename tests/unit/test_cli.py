@@ -12,10 +12,9 @@ import click
 import pytest
 from click.shell_completion import BashComplete
 
-from pycloudlib.cli import failures, power
+from pycloudlib.cli import lifecycle, output
 from pycloudlib.cli.app import application, main
-from pycloudlib.cli.failures import ExitCode, exit_code_of, hint_of, tell
-from pycloudlib.cli.output import colour_choice
+from pycloudlib.cli.output import ExitCode, colour_choice, exit_code_of, hint_of, tell
 from pycloudlib.cli.session import Session
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import (
@@ -27,7 +26,7 @@ from pycloudlib.errors import (
     PycloudlibTimeoutError,
 )
 from pycloudlib.qemu.diagnosed import explain
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.unit.clirun import make_machine, run
 
 Capture = pytest.CaptureFixture[str]
@@ -325,7 +324,7 @@ def test_every_error_is_one_message_and_a_code(
     def fail(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(power, "delete_machine", fail)
+    monkeypatch.setattr(lifecycle, "delete_machine", fail)
 
     done = run(capsys, "delete", "web")
 
@@ -340,7 +339,7 @@ def test_twice_verbose_shows_the_traceback(
     def fail(*_arguments: object) -> None:
         raise CloudError("it did not work")
 
-    monkeypatch.setattr(power, "delete_machine", fail)
+    monkeypatch.setattr(lifecycle, "delete_machine", fail)
 
     for arguments in (["-vv", "delete", "web"], ["delete", "web", "-vv"]):
         done = run(capsys, *arguments)
@@ -353,12 +352,12 @@ def test_interrupted_question_ends_as_ctrl_c(capsys: Capture) -> None:
     error.__cause__ = KeyboardInterrupt()
 
     assert exit_code_of(error) is ExitCode.INTERRUPTED
-    failures.tell(error, with_traceback=False)
+    output.tell(error, with_traceback=False)
     assert capsys.readouterr().err == "Interrupted\n"
 
 
 def test_every_exit_code_has_a_meaning() -> None:
-    assert set(failures.MEANINGS) == set(ExitCode)
+    assert set(output.MEANINGS) == set(ExitCode)
 
 
 def test_quiet_says_nothing_beside_the_result(capsys: Capture, web: RunDirectory) -> None:
@@ -390,7 +389,7 @@ def test_as_much_of_the_log_is_printed_as_is_asked_for(
             getattr(logging.getLogger("pycloudlib.some"), level)("a %s", level)
         return []
 
-    monkeypatch.setattr(power, "delete_machine", tell)
+    monkeypatch.setattr(lifecycle, "delete_machine", tell)
 
     def told(*options: str) -> list[str]:
         return run(capsys, "delete", "web", *options).err.splitlines()
@@ -427,7 +426,7 @@ def test_defect_of_our_own_is_called_one(capsys: Capture, monkeypatch: pytest.Mo
     def fail(*_arguments: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr(power, "delete_machine", fail)
+    monkeypatch.setattr(lifecycle, "delete_machine", fail)
 
     done = run(capsys, "delete", "a", "b")
 

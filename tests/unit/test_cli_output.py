@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from pycloudlib.cli.machines import Size
 from pycloudlib.cli.output import (
     age_in_words,
     format_table,
@@ -16,8 +17,7 @@ from pycloudlib.cli.output import (
     size_in_words,
     timestamp,
 )
-from pycloudlib.cli.values import Size
-from pycloudlib.cli.waiting import boot_line
+from pycloudlib.cli.session import boot_line
 from pycloudlib.progress import Progress
 
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pycloudlib.cli.remotes import Greeting, SerialConsole, SshTerminal
-from pycloudlib.guest import commands
+from pycloudlib.cli.inside import Greeting, SerialConsole, SshTerminal
+from pycloudlib.guest.access import commands
 from tests.unit.sshserver import LocalInstance
 
 LIMIT = 20

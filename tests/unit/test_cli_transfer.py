@@ -14,8 +14,8 @@ import pytest
 from pycloudlib.cli import transfer
 from pycloudlib.cli.transfer import CopyError, Place
 from pycloudlib.errors import PycloudlibError
-from pycloudlib.guest import copy_in_guest
-from pycloudlib.guest.copy_in_guest import (
+from pycloudlib.guest.programs import copy_in_guest
+from pycloudlib.guest.programs.copy_in_guest import (
     CLOSE,
     DATA,
     DIRECTORY,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.guest.cloudinit import (
+from pycloudlib.guest.boot.cloudinit import (
     BRIEF_WAIT_COMMAND,
     GOING_DOWN_COMMAND,
     WAIT_COMMAND,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.command import Channels, Features, Origin, build_command
-from pycloudlib.qemu.memory import Memory
-from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
+from pycloudlib.qemu.host.accelerator import Accelerator, Features
+from pycloudlib.qemu.state.spec import InstanceType, KernelBoot, MachineSpec
+from pycloudlib.qemu.vm.command import Channels, Origin, build_command
+from pycloudlib.qemu.vm.memory import Memory
 
 CHANNELS = Channels(
     control=5,

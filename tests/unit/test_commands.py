@@ -12,8 +12,8 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pycloudlib.deadline import Deadline
-from pycloudlib.guest.commands import hung_up_on, open_session, stream
+from pycloudlib._base.deadline import Deadline
+from pycloudlib.guest.access.commands import hung_up_on, open_session, stream
 from tests.unit.sshserver import LocalInstance
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from pycloudlib.cli import looking
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootphases import Phase
-from pycloudlib.guest.console import Console, start_of_last
+from pycloudlib.guest.boot.bootlines import Phase
+from pycloudlib.guest.boot.console import Console, start_of_last
 
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"

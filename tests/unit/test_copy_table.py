@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.guest import copy_in_guest
-from pycloudlib.guest.copy_in_guest import Reader, Writer
+from pycloudlib.guest.programs import copy_in_guest
+from pycloudlib.guest.programs.copy_in_guest import Reader, Writer
 
 NOBODY = 65534
 LIMIT = 60

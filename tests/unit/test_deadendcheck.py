@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.guest.console import Console, DeadEnd
-from pycloudlib.qemu.deadendcheck import DeadEndCheck, Verdict
-from pycloudlib.qemu.qmp import QmpError
-from pycloudlib.qemu.running import MachineEndedError
+from pycloudlib.guest.boot.console import Console, DeadEnd
+from pycloudlib.qemu.vm.qmp import QmpError
+from pycloudlib.qemu.vm.running import MachineEndedError
+from pycloudlib.qemu.vm.vitality import DeadEndCheck, Verdict
 
 BOOT = b"SeaBIOS (version 1.16)\r\n[    0.000000] Linux version 6.1.0\r\n"
 PANIC = b"[   44.3] ---[ end Kernel panic - not syncing: typed by somebody ]---\r\n"

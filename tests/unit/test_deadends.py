@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.diagnosis import Cause
-from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.guest.console import Console
-from pycloudlib.guest.deadends import find_sign
+from pycloudlib.guest.boot.bootlines import find_sign
+from pycloudlib.guest.boot.console import Console
+from pycloudlib.guest.boot.readiness import BootWatch
 
 FIRMWARE = "SeaBIOS (version 1.16.2-debian-1.16.2-1)"
 KERNEL = "[    0.000000] Linux version 6.1.0-30-cloud-amd64 (debian-kernel@lists.debian.org)"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.deadline import Deadline, positive
+from pycloudlib._base.deadline import Deadline, positive
 
 
 def began(seconds_ago: float, limit: float) -> Deadline:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib import descriptors
+from pycloudlib._base import files
 
 REDIRECTIONS = ("<&-", ">&-", "2>&-")
 CLOSED = [each for n in (1, 2, 3) for each in itertools.combinations(REDIRECTIONS, n)]
 
 OPENING = """
 import os, socket, sys
-from pycloudlib import descriptors
+from pycloudlib._base import files
 for closed in sys.argv[2:]:
     if os.fork() == 0:
         break
@@ -28,11 +28,11 @@ else:
 numbers = [int(number) for number in closed]
 for number in numbers:
     os.close(number)
-pair = descriptors.make_socket_pair()
-pipe = descriptors.make_pipe()
-sock = descriptors.make_socket(socket.AF_UNIX)
-file = descriptors.moved(os.open("/dev/null", os.O_RDONLY))
-with descriptors.keeping_standard_free():
+pair = files.make_socket_pair()
+pipe = files.make_pipe()
+sock = files.make_socket(socket.AF_UNIX)
+file = files.moved(os.open("/dev/null", os.O_RDONLY))
+with files.keeping_standard_free():
     other = os.open("/dev/null", os.O_RDONLY)
 pair[0].sendall(b"x")
 opened = [*(each.fileno() for each in (*pair, sock)), *pipe, file, other]
@@ -53,11 +53,11 @@ with open(f"{sys.argv[1]}/{closed}", "w") as result:
 
 
 def test_forked_children_have_no_part_in_sockets() -> None:
-    listener = descriptors.make_socket(socket.AF_INET)
+    listener = files.make_socket(socket.AF_INET)
     listener.bind(("127.0.0.1", 0))
     listener.listen(1)
     address = listener.getsockname()
-    reader, writer = descriptors.make_socket_pair()
+    reader, writer = files.make_socket_pair()
     begun, go_on = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
@@ -95,10 +95,10 @@ def test_what_is_opened_is_out_of_the_way(tmp_path: Path) -> None:
 
 def test_what_is_not_in_the_way_stays_as_it_is() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        assert descriptors.moved_socket(sock) is sock
+        assert files.moved_socket(sock) is sock
     descriptor = os.open(os.devnull, os.O_RDONLY)
     try:
-        assert descriptors.moved(descriptor) == descriptor
+        assert files.moved(descriptor) == descriptor
     finally:
         os.close(descriptor)
 

@@ -18,14 +18,13 @@ from pycloudlib.errors import (
     PycloudlibTimeoutError,
     ToolError,
 )
-from pycloudlib.guest import ssh
-from pycloudlib.qemu.accelerator import KvmUnavailableError
+from pycloudlib.guest.access import ssh
 from pycloudlib.qemu.diagnosed import _is_failure, explain, explaining_launch
-from pycloudlib.qemu.examination import Facts, diagnose, diagnose_launch, with_guest_words
-from pycloudlib.qemu.machine import State
-from pycloudlib.qemu.process import ProcessEnd
-from pycloudlib.qemu.qmp import Event
-from pycloudlib.qemu.start import LaunchError
+from pycloudlib.qemu.failure.examination import Facts, diagnose, diagnose_launch, with_guest_words
+from pycloudlib.qemu.host.accelerator import KvmUnavailableError
+from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.process import LaunchError, ProcessEnd
+from pycloudlib.qemu.vm.qmp import Event
 
 PANICS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-panic"}, 0.0)
 GUESTS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, 1.0)

@@ -14,11 +14,17 @@ from typing import Any
 
 import pytest
 
+from pycloudlib._base.tools import run_tool
 from pycloudlib.errors import PycloudlibException, ToolError
 from pycloudlib.progress import Progress, ignore_progress
-from pycloudlib.qemu import disk
-from pycloudlib.qemu.disk import BaseImage, create_overlay, export, inspect_image, parse_size
-from pycloudlib.tools import run_tool
+from pycloudlib.qemu.disk import diskimage
+from pycloudlib.qemu.disk.diskimage import (
+    BaseImage,
+    create_overlay,
+    export,
+    inspect_image,
+    parse_size,
+)
 
 MakeImage = Callable[..., Path]
 
@@ -316,7 +322,7 @@ def test_overlay_is_readable_by_its_owner_alone_at_every_moment(
         modes.append(stat.S_IMODE(overlay.stat().st_mode))
         return run_tool(step, argv)
 
-    monkeypatch.setattr(disk, "run_tool", look_and_run)
+    monkeypatch.setattr(diskimage, "run_tool", look_and_run)
     base = BaseImage(tiny_image, "qcow2", GIB)
     create_overlay(base, overlay)
 

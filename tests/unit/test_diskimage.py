@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.images import diskimage
+from pycloudlib.images import assembly
 
 
 class TestLayout:
     def test_partitions_are_where_ubuntus_images_have_them(self) -> None:
-        layout = diskimage.build_layout(3)
+        layout = assembly.build_layout(3)
 
         places = [
             (each.number, each.start, each.sectors)
@@ -22,7 +22,7 @@ class TestLayout:
     def test_partitions_follow_each_other_and_leave_room_for_the_second_table(
         self, gib: int
     ) -> None:
-        layout = diskimage.build_layout(gib)
+        layout = assembly.build_layout(gib)
 
         assert layout.bios_boot.start + layout.bios_boot.sectors == layout.efi_system.start
         assert layout.efi_system.start + layout.efi_system.sectors == layout.root.start
@@ -30,7 +30,7 @@ class TestLayout:
         assert layout.size - end == 1024**2
 
     def test_sfdisk_is_told_numbers_places_and_types(self) -> None:
-        assert diskimage.build_sfdisk_script(diskimage.build_layout(3)) == (
+        assert assembly.build_sfdisk_script(assembly.build_layout(3)) == (
             "label: gpt\n"
             "1 : start=227328, size=6062080, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n"
             "14 : start=2048, size=8192, type=21686148-6449-6E6F-744E-656564454649\n"
@@ -43,7 +43,7 @@ class TestBootLoader:
         first_sector = bytes(440) + b"T" * 72
         boot_image = b"B" * 512
 
-        patched = diskimage.patch_boot_sector(first_sector, boot_image, core_sector=0x0102)
+        patched = assembly.patch_boot_sector(first_sector, boot_image, core_sector=0x0102)
 
         assert len(patched) == 512
         assert patched[:0x5C] == b"B" * 0x5C
@@ -52,7 +52,7 @@ class TestBootLoader:
         assert patched[440:] == b"T" * 72
 
     def test_the_core_image_knows_where_its_second_sector_is(self) -> None:
-        patched = diskimage.patch_core_image(b"C" * 1024, core_sector=2048)
+        patched = assembly.patch_core_image(b"C" * 1024, core_sector=2048)
 
         assert len(patched) == 1024
         assert patched[0x1F4:0x1FC] == (2049).to_bytes(8, "little")
@@ -63,17 +63,17 @@ class TestBootLoader:
 @pytest.mark.skipif(
     shutil.which("sfdisk", path="/usr/sbin:/sbin:/usr/bin") is None
     or shutil.which("mkfs.vfat", path="/usr/sbin:/sbin:/usr/bin") is None
-    or not (diskimage.GRUB_DIRECTORY / "boot.img").exists(),
+    or not (assembly.GRUB_DIRECTORY / "boot.img").exists(),
     reason="needs sfdisk, mkfs.vfat and GRUB's files",
 )
 def test_a_disk_is_partitioned_and_made_bootable_without_root(tmp_path: Path) -> None:
     disk = tmp_path / "disk" / "disk.raw"
     disk.parent.mkdir()
-    layout = diskimage.build_layout(2)
+    layout = assembly.build_layout(2)
 
-    diskimage.write_partition_table("partitioning", disk, layout)
-    diskimage.format_efi_partition("formatting", disk, layout.efi_system)
-    diskimage.write_boot_loader("booting", disk, layout)
+    assembly.write_partition_table("partitioning", disk, layout)
+    assembly.format_efi_partition("formatting", disk, layout.efi_system)
+    assembly.write_boot_loader("booting", disk, layout)
 
     assert disk.stat().st_size == layout.size
     with disk.open("rb") as file:

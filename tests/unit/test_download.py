@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from pycloudlib._base.files import owner_opener
 from pycloudlib.errors import (
     ImageBuildError,
     ImageInUseError,
     ImageNotFoundError,
     ImageVerificationError,
 )
-from pycloudlib.files import owner_opener
 from pycloudlib.images import download, store, uses
 from pycloudlib.images.catalog import CatalogEntry, find_entry
 from pycloudlib.images.releases import fetch_image, find_stored, image_path

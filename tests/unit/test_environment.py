@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pycloudlib.tools import environment
+from pycloudlib._base.tools import environment
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.qemu.features import find_features
+from pycloudlib.qemu.host.accelerator import find_features
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.guest import firstboot, firstboot_in_guest
+from pycloudlib.guest import helper
+from pycloudlib.guest.programs import firstboot_in_guest
 
 OLD = "0123456789abcdef0123456789abcdef"
 NEW = "fedcba9876543210fedcba9876543210"
@@ -122,7 +123,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch, status: int = 0) -> list[list[str]
 
 
 def test_program_is_filled_in_and_runs_on_old_pythons() -> None:
-    one, other = (firstboot.program(saved_at=SAVED_AT, rtc_lag=0.25) for _ in range(2))
+    one, other = (helper.first_boot_program(saved_at=SAVED_AT, rtc_lag=0.25) for _ in range(2))
     tree = ast.parse(one, feature_version=(3, 5))
     (facts,) = (
         ast.literal_eval(node.value)
@@ -140,7 +141,7 @@ def test_program_is_filled_in_and_runs_on_old_pythons() -> None:
 
 
 def test_boothook_is_one_to_cloud_init_and_to_the_kernel() -> None:
-    hook = firstboot.boothook(firstboot.program(saved_at=SAVED_AT, rtc_lag=0.25))
+    hook = helper.first_boot_hook(helper.first_boot_program(saved_at=SAVED_AT, rtc_lag=0.25))
     kind, interpreter = hook.splitlines()[:2]
     assert kind == b"#cloud-boothook"
     assert interpreter == b"#!/usr/bin/python3 -IS"
@@ -150,7 +151,7 @@ def test_check_tells_what_the_program_left_and_runs_it_where_it_left_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = tmp_path / "result"
-    monkeypatch.setattr(firstboot, "RESULT", str(result))
+    monkeypatch.setattr(helper, "RESULT", str(result))
     sudo = tmp_path / "bin" / "sudo"
     sudo.parent.mkdir()
     sudo.write_text('#!/bin/sh\nexec "$@"\n')
@@ -158,7 +159,7 @@ def test_check_tells_what_the_program_left_and_runs_it_where_it_left_nothing(
 
     def check(program: str) -> str:
         return subprocess.run(
-            ["sh", "-c", firstboot.check_command()],
+            ["sh", "-c", helper.first_boot_check()],
             input=program,
             text=True,
             capture_output=True,

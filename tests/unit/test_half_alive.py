@@ -13,10 +13,10 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest import commands, ssh
-from pycloudlib.guest.commands import ended_early
+from pycloudlib.guest.access import commands, ssh
+from pycloudlib.guest.access.commands import ended_early
 from pycloudlib.key import KeyPair
 from tests.unit.sshserver import LocalInstance
 from tests.unit.test_base_classes import Instance

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest import helper
+from pycloudlib.guest.access.hostkeys import HostKey
 from pycloudlib.guest.helper import (
     LARGEST_STDIN,
     Command,
@@ -24,7 +25,6 @@ from pycloudlib.guest.helper import (
     NewKey,
     measure_clock,
 )
-from pycloudlib.guest.hostkeys import HostKey
 
 HOST_KEY = HostKey("ed25519", "private\n", "ssh-ed25519 AAAA root@second")
 IDENTITY = Identity("second", "0" * 32, "iid-second", (HOST_KEY,))

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.guest import helper, helper_in_guest
+from pycloudlib.guest import helper
+from pycloudlib.guest.programs import helper_in_guest
 
 ME = getpass.getuser()
 GUEST = Path(helper_in_guest.__file__).parent

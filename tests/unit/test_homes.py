@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib import userdirs
 from pycloudlib.cli.doctor import Outcome, judge
 from pycloudlib.cli.hostfacts import collect
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.qemu.settings import QemuSettings
-from pycloudlib.userdirs import find_obstacle
+from pycloudlib.qemu.state.settings import QemuSettings, find_home, find_obstacle
 from tests.unit.clirun import run
 
 STRANGER = 12345
@@ -113,7 +111,7 @@ def test_home_that_is_empty_is_the_one_in_passwd(
 ) -> None:
     monkeypatch.setenv("HOME", "")
 
-    assert userdirs.find_home() == Path(pwd.getpwuid(os.getuid()).pw_dir)
+    assert find_home() == Path(pwd.getpwuid(os.getuid()).pw_dir)
 
 
 def test_without_a_home_state_dir_is_enough(homeless: None, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from pycloudlib.guest import hostkeypool
-from pycloudlib.guest.hostkeypool import HostKeyPool
-from pycloudlib.guest.hostkeys import HostKey
+from pycloudlib.guest.access import hostkeys
+from pycloudlib.guest.access.hostkeys import HostKey, HostKeyPool
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pool(directory: Path, monkeypatch: pytest.MonkeyPatch) -> HostKeyPool:
-    monkeypatch.setattr(hostkeypool, "_KEPT", 2)
+    monkeypatch.setattr(hostkeys, "_KEPT", 2)
     return HostKeyPool(directory)
 
 

@@ -14,8 +14,8 @@ import paramiko
 import pytest
 import yaml
 
-from pycloudlib.guest import ssh
-from pycloudlib.guest.hostkeys import HostKey, MachineHostKeys, are_decided_by, pin
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access.hostkeys import HostKey, MachineHostKeys, are_decided_by, pin
 
 SUPPLIED = HostKey("ed25519", "secret", "ssh-ed25519 AAAAsupplied root@vm")
 SUPPLIED_RSA = HostKey("rsa", "secret", "ssh-rsa AAAArsa root@vm")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib import hostlimits
-from pycloudlib.hostlimits import HostLimits
 from pycloudlib.pytest_plugin.budget import Room
+from pycloudlib.qemu.host import resources
+from pycloudlib.qemu.host.resources import HostLimits
 
 MIB = 1 << 20
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
@@ -245,7 +245,7 @@ def test_host_without_these_files_has_what_it_has(tmp_path: Path) -> None:
 
 def test_budget_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read(tmp_path, V2, "0::/a\n", v2("a", memory_max=str(1024 * MIB), cpu_max="200000 100000"))
-    monkeypatch.setattr(hostlimits, "_ROOT", tmp_path)
+    monkeypatch.setattr(resources, "_ROOT", tmp_path)
     assert Room.of_host() == Room(2, 768)
 
 

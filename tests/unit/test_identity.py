@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.qemu import identity
-from pycloudlib.qemu.identity import Presence, ProcessIdentity, World
-from pycloudlib.qemu.ownership import Orphans, Ownership, create_owned_directory, is_cut_off
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.host import processes
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, create_owned_directory, is_cut_off
+from pycloudlib.qemu.host.processes import Presence, ProcessIdentity, World
+from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.worlds import WITHOUT_PROC, run_inside, unsharing
 
 OTHER_BOOT = "0" * 32
@@ -86,7 +86,7 @@ def test_process_that_is_hidden_is_taken_to_be_alive(
     sleeper: ProcessIdentity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As other users' are where /proc is mounted with `hidepid`."""
-    monkeypatch.setattr(identity, "find_proc_directory", lambda pid: tmp_path / str(pid))
+    monkeypatch.setattr(processes, "find_proc_directory", lambda pid: tmp_path / str(pid))
     assert sleeper.presence is Presence.ELSEWHERE
     ended = dataclasses.replace(sleeper, pid=2**22 + 1)
     assert ended.presence is Presence.ENDED
@@ -160,7 +160,7 @@ def test_unfinished_directory_of_another_host_is_not_cut_off(
 
 INSIDE = """
 import json, os, subprocess, sys, time
-from pycloudlib.qemu.identity import ProcessIdentity
+from pycloudlib.qemu.host.processes import ProcessIdentity
 me = ProcessIdentity.own()
 with subprocess.Popen(["sleep", "1000"]) as child:
     its = ProcessIdentity.find(child.pid)
@@ -186,7 +186,7 @@ def test_processes_inside_are_seen_under_other_pids(proc: bool) -> None:
         assert process.stdin is not None
         *noted, seen = json.loads(process.stdout.readline())
         assert seen == ["HERE", "HERE", True]
-        me, child = (identity.NotedProcess(**plain).identity() for plain in noted)
+        me, child = (processes.NotedProcess(**plain).identity() for plain in noted)
         assert (me.pid, child.pid) != (me.find_pid(), child.find_pid())
         assert me.presence is child.presence is Presence.HERE
         pid = child.find_pid()
@@ -203,7 +203,7 @@ def test_processes_outside_are_taken_to_be_alive() -> None:
     me = ProcessIdentity.own()
     program = (
         "import json, sys\n"
-        "from pycloudlib.qemu.identity import NotedProcess\n"
+        "from pycloudlib.qemu.host.processes import NotedProcess\n"
         "print(NotedProcess(**json.loads(sys.argv[1])).identity().presence.name)"
     )
     assert run_inside(program, json.dumps(me.to_plain())) == "ELSEWHERE\n"

@@ -23,7 +23,7 @@ from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import releases, store
 from pycloudlib.images.catalog import CatalogEntry, image_name
-from pycloudlib.images.lock import ImageLock
+from pycloudlib.images.lookup import ImageLock
 from pycloudlib.images.source import Stream
 from tests.unit.imageserver import (
     ImageServer,

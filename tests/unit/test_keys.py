@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from pycloudlib.errors import InvalidKeyError, PycloudlibException, UnsetSSHKeyError
-from pycloudlib.guest import loginkey
+from pycloudlib.guest.access import loginkey
 from pycloudlib.key import KeyPair, generate_ed25519
 from pycloudlib.qemu.cloud import Qemu
 

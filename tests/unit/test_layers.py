@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from pycloudlib._base.files import create_private_directory
 from pycloudlib.errors import ImageInUseError
-from pycloudlib.files import create_private_directory
 from pycloudlib.images import uses
-from pycloudlib.qemu import layers
-from pycloudlib.qemu.disk import create_overlay, inspect_image
-from pycloudlib.qemu.layers import LayerStore, chain, check_unused
-from pycloudlib.qemu.ownership import disown
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.disk.diskimage import create_overlay, inspect_image
+from pycloudlib.qemu.disk.layers import LayerStore, chain, check_unused
+from pycloudlib.qemu.host.ownership import disown
+from pycloudlib.qemu.state.rundir import RunDirectory
 
 
 def write(disk: Path, pattern: int, offset: int = 0) -> None:
@@ -300,7 +300,7 @@ def test_failure_in_the_middle_leaves_the_disk_as_it_was(
     def fail(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pycloudlib.qemu.disk.create_overlay", fail)
+    monkeypatch.setattr("pycloudlib.qemu.disk.diskimage.create_overlay", fail)
     with pytest.raises(KeyboardInterrupt):
         made.freeze(disk, "first.img")
     assert disk.stat().st_ino == before

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from pycloudlib import locks
-from pycloudlib.deadline import Deadline
+from pycloudlib._base import locks
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.locks import directory_lock, exclusive_lock, is_locked, trying_lock
 from pycloudlib.errors import CloudSetupError
-from pycloudlib.locks import directory_lock, exclusive_lock, is_locked, trying_lock
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_long_wait_is_logged(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         def emit(self, record: logging.LogRecord) -> None:
             messages.put(record.getMessage())
 
-    monkeypatch.setattr(logging.getLogger("pycloudlib.locks"), "handlers", [Handler()])
+    monkeypatch.setattr(logging.getLogger("pycloudlib._base.locks"), "handlers", [Handler()])
     with ThreadPoolExecutor(1) as other:
         with exclusive_lock(path):
             waits = other.submit(hold_shortly, path)

@@ -18,10 +18,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization as form
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
-from pycloudlib import readiness
 from pycloudlib.errors import InvalidKeyError, PycloudlibTimeoutError
-from pycloudlib.guest import agent as agent_module
-from pycloudlib.guest import loginkey, ssh
+from pycloudlib.guest.access import loginkey, ssh
+from pycloudlib.guest.access import loginkey as agent_module
+from pycloudlib.guest.boot import readiness
 from pycloudlib.key import KeyPair
 from tests.unit.keyserver import Agent, serving
 from tests.unit.sshserver import LocalInstance

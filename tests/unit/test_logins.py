@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from pycloudlib.guest.logins import find_users, tell_logins
+from pycloudlib.guest.data.userdata import find_users, tell_logins
 
 # As Debian's cloud-init 22.4.2 and 25.1.4 print it.
 CONSOLE = (

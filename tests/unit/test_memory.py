@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.qemu import memory
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.memory import ANONYMOUS, SHARED, choose_memory
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.vm import memory
+from pycloudlib.qemu.vm.memory import ANONYMOUS, SHARED, choose_memory
 
 
 def test_emulation_has_memory_that_can_be_saved_at_once() -> None:

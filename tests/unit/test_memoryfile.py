@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import memoryfile
-from pycloudlib.qemu.guestmemory import _list_own, _Mapping, _open_shared
-from pycloudlib.qemu.memoryfile import MemoryFile, list_data
+from pycloudlib.qemu.saved import memoryfile
+from pycloudlib.qemu.saved.guestmemory import _list_own, _Mapping, _open_shared
+from pycloudlib.qemu.saved.memoryfile import MemoryFile, list_data
 
 MIB = 1 << 20
 PAGE = 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 ENDING = """
 import sys, threading
 from pathlib import Path
-from pycloudlib.qemu import ownership
+from pycloudlib.qemu.host import ownership
 
 image = Path(sys.argv[1])
 ends = []

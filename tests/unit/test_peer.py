@@ -9,8 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from pycloudlib.qemu.identity import ProcessIdentity
-from pycloudlib.qemu.peer import ends_in
+from pycloudlib.qemu.host.processes import ProcessIdentity, ends_in
 
 OURSELVES = ProcessIdentity.find(os.getpid())
 # Accepts one connection, says so on it, and holds it until its input ends.

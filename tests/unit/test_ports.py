@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import ports
-from pycloudlib.qemu.ports import PortLease, PortRegistry
+from pycloudlib.qemu.host import resources
+from pycloudlib.qemu.host.resources import PortLease, PortRegistry
 
-REAL_RANGE = (ports.FIRST_PORT, ports.LAST_PORT)
+REAL_RANGE = (resources.FIRST_PORT, resources.LAST_PORT)
 # Machines of this host come and go in the real range while these tests run, and another run of
 # them may go on beside this one.
 FIRST = 20000 + os.getpid() % 100 * 101
@@ -24,7 +24,7 @@ LAST = FIRST + 100
 LEASE_IN_ANOTHER_PROCESS = f"""
 import sys
 from pathlib import Path
-from pycloudlib.qemu import ports
+from pycloudlib.qemu.host import resources as ports
 
 ports.FIRST_PORT, ports.LAST_PORT = {FIRST}, {LAST}
 registry, *owners = map(Path, sys.argv[1:])
@@ -36,8 +36,8 @@ for owner in owners:
 
 @pytest.fixture(autouse=True)
 def _range_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "FIRST_PORT", FIRST)
-    monkeypatch.setattr(ports, "LAST_PORT", LAST)
+    monkeypatch.setattr(resources, "FIRST_PORT", FIRST)
+    monkeypatch.setattr(resources, "LAST_PORT", LAST)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def ports_of(*leases: PortLease) -> list[int]:
 
 @contextlib.contextmanager
 def foreign_listener(port: int) -> Iterator[None]:
-    with ports.listen(port):
+    with resources.listen(port):
         yield
 
 
@@ -76,7 +76,7 @@ def test_leased_port_can_be_listened_on(registry: PortRegistry, tmp_path: Path) 
     lease = registry.acquire(make_owner(tmp_path))
 
     for port in ports_of(lease):
-        with ports.listen(port) as listener:
+        with resources.listen(port) as listener:
             assert listener.getsockname() == ("127.0.0.1", port)
 
 
@@ -177,10 +177,10 @@ def test_port_of_another_program_is_left_alone(
     taken = int(getattr(lease, which))
 
     with foreign_listener(taken):
-        assert not ports.can_listen(taken)
+        assert not resources.can_listen(taken)
         assert taken not in ports_of(registry.acquire(owner))
 
-    assert ports.can_listen(taken)
+    assert resources.can_listen(taken)
 
 
 def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
@@ -193,11 +193,11 @@ def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
         def close(self) -> None:
             if not listened:
                 listened.append(port := self.getsockname()[1])
-                ports.listen(port).close()
+                resources.listen(port).close()
             super().close()
 
-    monkeypatch.setattr(ports, "make_socket", Looking)
-    assert ports.can_listen(FIRST)
+    monkeypatch.setattr(resources, "make_socket", Looking)
+    assert resources.can_listen(FIRST)
     assert listened == [FIRST]
 
 

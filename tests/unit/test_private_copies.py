@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from pycloudlib.files import copy_private, create_directories, owner_opener
+from pycloudlib._base.files import copy_private, create_directories, owner_opener
 
 
 def test_copy_is_its_owners_alone_from_its_first_byte_on(

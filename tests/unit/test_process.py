@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.identity import ProcessIdentity
-from pycloudlib.qemu.process import QemuProcess
+from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.vm.process import QemuProcess
 
 Start = Callable[..., QemuProcess]
 
@@ -288,7 +288,7 @@ def test_later_process_of_the_same_pid_is_not_attached_to(
 def test_process_outlives_the_program_that_started_it(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from pycloudlib.qemu.process import QemuProcess\n"
+        "from pycloudlib.qemu.vm.process import QemuProcess\n"
         "process = QemuProcess.start(['sleep', '1000'], pass_fds=(), log=Path(sys.argv[1]))\n"
         "print(process.identity.pid, process.identity.start_time)\n"
     )

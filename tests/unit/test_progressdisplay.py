@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from pycloudlib.progress import Progress
-from pycloudlib.progressdisplay import showing_progress
+from pycloudlib.progress import Progress, showing_progress
 
 LOG = logging.getLogger("pycloudlib.test")
 MIB = 1 << 20

@@ -13,24 +13,24 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pycloudlib import Qemu
+from pycloudlib._base.documents import shown
+from pycloudlib._base.files import expand_user, is_file
 from pycloudlib.config import Config, parse_config
-from pycloudlib.documents import shown
 from pycloudlib.errors import (
     ImageNotFoundError,
     InvalidKeyError,
     InvalidTagNameError,
     MissingPrerequisiteError,
 )
-from pycloudlib.files import expand_user, is_file
-from pycloudlib.guest import loginkey
+from pycloudlib.guest.access import loginkey
 from pycloudlib.images import store
 from pycloudlib.images.catalog import check_release_form
 from pycloudlib.images.download import shown_url
 from pycloudlib.images.source import ImageSource
 from pycloudlib.key import generate_key_pair
-from pycloudlib.qemu.launch import find_kernel_boot, parse_launch_args
-from pycloudlib.qemu.settings import QemuSettings
-from pycloudlib.qemu.spec import InstanceType
+from pycloudlib.qemu.launching.request import find_kernel_boot, parse_launch_args
+from pycloudlib.qemu.state.settings import QemuSettings
+from pycloudlib.qemu.state.spec import InstanceType
 from tests.unit.hostile import NAMES, PLAIN, STRANGE, TOO_DEEP, damaged, put
 
 KEYS = (

@@ -18,19 +18,18 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest import userdata
-from pycloudlib.guest.bootphases import Phase, clean_line, find_phase
-from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.guest.cloudinit import parse_status
-from pycloudlib.guest.console import Console
+from pycloudlib.guest.access.hostkeys import HostKey
+from pycloudlib.guest.boot.bootlines import Phase, clean_line, find_phase
+from pycloudlib.guest.boot.cloudinit import parse_status
+from pycloudlib.guest.boot.console import Console
+from pycloudlib.guest.boot.readiness import BootWatch
+from pycloudlib.guest.data import userdata
+from pycloudlib.guest.data.runconfig import build_script, parse_address
+from pycloudlib.guest.data.seed import Seed, build_seed, read_iso, rename, write_iso
 from pycloudlib.guest.helper import HelperConnection, HelperError
-from pycloudlib.guest.hostkeys import HostKey
-from pycloudlib.guest.network import parse_address
-from pycloudlib.guest.runconfig import build_script
-from pycloudlib.guest.seed import Seed, build_seed, read_iso, rename, write_iso
-from pycloudlib.qemu.qmp import parse_event
+from pycloudlib.qemu.vm.qmp import parse_event
 from pycloudlib.result import Result
 from pycloudlib.util import add_key_to_cloud_config
 from tests.unit.hostile import PLAIN, STRANGE, TOO_DEEP, damaged, damaged_json, put

@@ -16,16 +16,20 @@ from hypothesis import strategies as st
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageVerificationError
-from pycloudlib.images import catalogcache, store
-from pycloudlib.images.catalog import CatalogEntry, find_entry, is_usable, parse_catalog
-from pycloudlib.images.catalogcache import CachedCatalog
+from pycloudlib.images import catalog, store
+from pycloudlib.images.catalog import (
+    CachedCatalog,
+    CatalogEntry,
+    find_entry,
+    is_usable,
+    parse_catalog,
+)
 from pycloudlib.images.download import Version, shown_url
-from pycloudlib.images.lock import ImageLock
+from pycloudlib.images.lookup import ImageLock
 from pycloudlib.images.releases import find_stored, find_unverified, parse_sums
-from pycloudlib.images.signature import dearmor_keys, load_trusted_keys
-from pycloudlib.images.source import ImageSource, Stream
+from pycloudlib.images.source import ImageSource, Stream, dearmor_keys, load_trusted_keys
 from pycloudlib.images.store import ImageRecord
-from pycloudlib.qemu import disk
+from pycloudlib.qemu.disk import diskimage
 from tests.unit.hostile import PLAIN, STRANGE, TOO_DEEP, damaged, damaged_json, put
 from tests.unit.imageserver import ImageServer, SigningKey
 
@@ -116,20 +120,20 @@ def test_version_of_a_catalog_that_is_kept_may_be_anything(
     tmp_path: Path, etag: object, more: object
 ) -> None:
     url = "http://server/x"
-    catalogcache.write(tmp_path, url, CachedCatalog(b"message", Version("etag")))
+    catalog.write(tmp_path, url, CachedCatalog(b"message", Version("etag")))
     (kept,) = tmp_path.glob("*.catalog")
     head = json.loads(kept.read_bytes().partition(b"\n")[0])
     for changed in (head | {"version": {"etag": etag}}, head | {"sha256": more}, more):
         put(kept, json.dumps(changed).encode() + b"\nmessage")
-        read = catalogcache.read(tmp_path, url)
+        read = catalog.read(tmp_path, url)
         assert read is None or isinstance(read.version.etag, str)
 
 
 @given(st.binary(max_size=200), st.builds(Version, st.text(max_size=20), st.text(max_size=20)))
 def test_catalog_is_kept_as_it_came(tmp_path: Path, message: bytes, version: Version) -> None:
     kept = CachedCatalog(message, version)
-    catalogcache.write(tmp_path, "http://server/x", kept)
-    assert catalogcache.read(tmp_path, "http://server/x") == kept
+    catalog.write(tmp_path, "http://server/x", kept)
+    assert catalog.read(tmp_path, "http://server/x") == kept
 
 
 ENTRIES = st.builds(
@@ -352,8 +356,8 @@ INFO = {
 @example(json.dumps({**INFO, "virtual-size": "10"}).encode())
 @example(json.dumps({**INFO, "backing-filename": ["x"]}).encode())
 def test_answer_of_qemu_img_is_read_or_refused(answer: bytes) -> None:
-    assert disk.parse_info(json.dumps(INFO).encode()) == disk.ImageInfo(10, 65536, "")
-    for parse in (disk.parse_info, disk.parse_end):
+    assert diskimage.parse_info(json.dumps(INFO).encode()) == diskimage.ImageInfo(10, 65536, "")
+    for parse in (diskimage.parse_info, diskimage.parse_end):
         try:
             parse(answer)
         except ValueError as error:
@@ -371,11 +375,11 @@ def test_raw_disk_is_whole_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "raw.img"
     put(path, content)
     try:
-        image = disk.inspect_image(path)
+        image = diskimage.inspect_image(path)
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        assert image == disk.BaseImage(path, "raw", len(content))
+        assert image == diskimage.BaseImage(path, "raw", len(content))
 
 
 @given(st.binary(max_size=40) | damaged(b"QFI\xfb".ljust(40, b"\1")))
@@ -383,7 +387,7 @@ def test_layer_is_one_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "layer.qcow2"
     put(path, content)
     try:
-        assert disk.inspect_image(path, tmp_path).format == "qcow2"
+        assert diskimage.inspect_image(path, tmp_path).format == "qcow2"
     except ValueError as error:
         assert str(path) in str(error)
 
@@ -393,11 +397,11 @@ def test_version_that_cannot_be_sent_back_is_not(
 ) -> None:
     server.add_image(Stream.DAILY, "noble", "20240821")
     source = dataclasses.replace(server.source, cache_dir=tmp_path / "catalogs")
-    kept: Any = catalogcache.read
+    kept: Any = catalog.read
 
     def read(directory: Path | None, url: str) -> CachedCatalog | None:
         found = kept(directory, url)
         return found and CachedCatalog(found.message, Version('"é"', "x\r\ny: z"))
 
-    monkeypatch.setattr(catalogcache, "read", read)
+    monkeypatch.setattr(catalog, "read", read)
     assert [newest(source), newest(source)] == ["20240821"] * 2

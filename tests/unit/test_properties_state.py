@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 
 from pycloudlib import Qemu
 from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.guest.access.hostkeys import HostKey
 from pycloudlib.guest.helper import FixUp, Identity, NewKey
-from pycloudlib.guest.hostkeys import HostKey
-from pycloudlib.qemu import accelerator, layers, savedmachine
-from pycloudlib.qemu.accelerator import Accelerator, Trial, kvm_problem
-from pycloudlib.qemu.identity import ProcessIdentity
-from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
-from pycloudlib.qemu.process import QemuProcess
-from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.spec import InstanceType, KernelBoot, MachineSpec
-from pycloudlib.qemu.warm import WarmCache
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.host import accelerator
+from pycloudlib.qemu.host.accelerator import Accelerator, Trial, kvm_problem
+from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.host.resources import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.spec import InstanceType, KernelBoot, MachineSpec
+from pycloudlib.qemu.vm.process import QemuProcess
 from tests.unit.hostile import NAMES, STRANGE, damaged, damaged_json, put
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pycloudlib.documents import decode, parse_json, parse_yaml, shown
+from pycloudlib._base.documents import decode, parse_json, parse_yaml, shown
 from tests.unit.hostile import NAMES, PLAIN, TOO_DEEP, with_another_value
 
 

@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from pycloudlib.pytest_plugin.machines import _name_after
-from pycloudlib.pytest_plugin.report import directory_name
-from pycloudlib.qemu.spec import check_name
+from pycloudlib.pytest_plugin.machines import _name_after, directory_name
+from pycloudlib.qemu.state.spec import check_name
 
 
 def test_options_and_marker_are_known(pytester: pytest.Pytester) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pycloudlib import rawtext
+from pycloudlib._base import documents
 
 CUT_OFF = "тест".encode()[:7]
 """A name that was cut within a character, as the kernel cuts one of 15 bytes."""
@@ -18,20 +18,20 @@ CUT_OFF = "тест".encode()[:7]
 
 @given(st.binary())
 def test_any_bytes_come_through(data: bytes) -> None:
-    text = rawtext.from_bytes(data)
+    text = documents.from_bytes(data)
 
-    assert rawtext.to_bytes(text) == data
-    assert rawtext.to_bytes(json.loads(rawtext.as_json_escapes(json.dumps(text)))) == data
-    document = rawtext.as_json_escapes(json.dumps(text, ensure_ascii=False))
+    assert documents.to_bytes(text) == data
+    assert documents.to_bytes(json.loads(documents.as_json_escapes(json.dumps(text)))) == data
+    document = documents.as_json_escapes(json.dumps(text, ensure_ascii=False))
     assert json.loads(document.encode()) == text
-    rawtext.shown(text).encode()
-    assert len(rawtext.shown_on_one_line(text).splitlines()) <= 1
+    documents.show_bytes(text).encode()
+    assert len(documents.shown_on_one_line(text).splitlines()) <= 1
 
 
 def test_what_is_no_text_is_shown_by_its_bytes() -> None:
-    assert rawtext.shown(rawtext.from_bytes(CUT_OFF)) == "тес\\xd1"
-    assert rawtext.shown("a\nb") == "a\nb"
-    assert rawtext.shown_on_one_line("a\nb\x1b[31m") == "a\\x0ab\\x1b[31m"
+    assert documents.show_bytes(documents.from_bytes(CUT_OFF)) == "тес\\xd1"
+    assert documents.show_bytes("a\nb") == "a\nb"
+    assert documents.shown_on_one_line("a\nb\x1b[31m") == "a\\x0ab\\x1b[31m"
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_what_is_no_text_is_shown_by_its_bytes() -> None:
 )
 def test_stream_shows_what_its_encoding_has_not(encoding: str, written: bytes) -> None:
     buffer = io.BytesIO()
-    stream = io.TextIOWrapper(buffer, encoding=encoding, errors=rawtext.SHOWN)
+    stream = io.TextIOWrapper(buffer, encoding=encoding, errors=documents.SHOWN)
 
-    print(f"{rawtext.from_bytes(CUT_OFF)} é", end="", file=stream, flush=True)
+    print(f"{documents.from_bytes(CUT_OFF)} é", end="", file=stream, flush=True)
 
     assert buffer.getvalue() == written
 
@@ -52,4 +52,4 @@ def test_kernel_s_files_may_hold_anything(tmp_path: os.PathLike[str]) -> None:
     with open(file, "wb") as written:  # noqa: PTH123
         written.write(CUT_OFF)
 
-    assert rawtext.to_bytes(rawtext.read_kernel_file(file)) == CUT_OFF
+    assert documents.to_bytes(documents.read_kernel_file(file)) == CUT_OFF

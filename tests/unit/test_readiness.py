@@ -13,10 +13,10 @@ from typing import Any
 import paramiko
 import pytest
 
-from pycloudlib import readiness
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest import ssh
-from pycloudlib.guest.cloudinit import BRIEF_WAIT_COMMAND, GOING_DOWN_COMMAND, WAIT_COMMAND
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.boot import readiness
+from pycloudlib.guest.boot.cloudinit import BRIEF_WAIT_COMMAND, GOING_DOWN_COMMAND, WAIT_COMMAND
 from pycloudlib.result import Result
 from tests.unit.test_base_classes import Instance
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pycloudlib.guest.runconfig import OUTPUT_LOG, build_script
+from pycloudlib.guest.data.runconfig import OUTPUT_LOG, build_script
 from scripts.doc_blocks import ROOT
 from tests.unit.userdataforms import (
     EVERYTHING,

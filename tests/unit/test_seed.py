@@ -17,8 +17,8 @@ import pycdlib
 import pytest
 import yaml
 
-from pycloudlib.guest.hostkeys import HostKey
-from pycloudlib.guest.seed import Seed, build_seed, supplies_host_keys, write_iso
+from pycloudlib.guest.access.hostkeys import HostKey
+from pycloudlib.guest.data.seed import Seed, build_seed, supplies_host_keys, write_iso
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA user@host"
 HOST_KEYS = tuple(

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pycloudlib.guest.hostkeypool import HostKeyPool
-from pycloudlib.guest.hostkeys import HostKey
-from pycloudlib.guest.seed import (
+from pycloudlib.guest.access.hostkeys import HostKey, HostKeyPool
+from pycloudlib.guest.data.seed import (
     VOLUME_UNIT,
     Document,
     Seed,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.guest.hostkeys import HostKey
-from pycloudlib.guest.seed import (
+from pycloudlib.guest.access.hostkeys import HostKey
+from pycloudlib.guest.data.seed import (
     ROOT_DIRECTORY_SECTOR,
     VOLUME_UNIT,
     Seed,

@@ -15,9 +15,9 @@ from typing import Any
 import paramiko
 import pytest
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.commands import Announcement
+from pycloudlib.guest.access.commands import Announcement
 from tests.unit.sshserver import LocalInstance
 
 Maker = Callable[..., LocalInstance]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import ImageVerificationError, MissingPrerequisiteError
-from pycloudlib.images.signature import (
+from pycloudlib.images.source import (
     TrustedKeys,
     dearmor_keys,
     load_trusted_keys,

@@ -108,4 +108,4 @@ def test_files_are_copied_so_that_only_their_owner_can_read_them() -> None:
     """By `copy_private`, not with the modes of what is copied, or of the umask."""
     found = _places(lambda call: _module(call) == "shutil" and _name(call) in _COPIES)
     # What is copied there is a keyring that everybody has, for mmdebstrap's own user.
-    assert [place for place in found if "/rootfs.py:" not in place] == []
+    assert [place for place in found if "/assembly.py:" not in place] == []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.spec import (
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.state.spec import (
     LAYERS,
     SNAPSHOTS,
     InstanceType,

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pycloudlib.guest.seed import VOLUME_UNIT
-from pycloudlib.qemu import savedmachine, warm
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.disk import BaseImage
-from pycloudlib.qemu.firstboot import find_obstacle
-from pycloudlib.qemu.launch import Host, LaunchRequest, SeedRequest
-from pycloudlib.qemu.settings import QemuSettings
-from pycloudlib.qemu.spec import InstanceType, KernelBoot
-from pycloudlib.qemu.warm import build_start_key
+from pycloudlib.guest.data.seed import VOLUME_UNIT
+from pycloudlib.qemu.disk.diskimage import BaseImage
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.launching import warmcache
+from pycloudlib.qemu.launching.request import Host, LaunchRequest, SeedRequest
+from pycloudlib.qemu.launching.startingpoint import find_obstacle
+from pycloudlib.qemu.launching.warmcache import build_start_key
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.settings import QemuSettings
+from pycloudlib.qemu.state.spec import InstanceType, KernelBoot
 
 OTHERS_WORD = "#cloud-config\nvendor_data: {enabled: false}\n"
 
@@ -87,7 +88,7 @@ def test_what_it_is_made_with_changes_the_key(
     keys.append(build_start_key(request_, host))
     monkeypatch.setattr(savedmachine, "FORMAT", savedmachine.FORMAT + 1)
     keys.append(build_start_key(request_, host))
-    monkeypatch.setattr(warm, "__version__", "99")
+    monkeypatch.setattr(warmcache, "__version__", "99")
     keys.append(build_start_key(request_, host))
     assert len(set(keys)) == len(keys)
 

@@ -239,7 +239,7 @@ def test_build_that_something_is_built_on_is_not_pruned(
         image = Path(cloud.daily_image("noble"))
         if serial == OLD:
             used = image
-    from pycloudlib.qemu.disk import BaseImage, create_overlay  # noqa: PLC0415
+    from pycloudlib.qemu.disk.diskimage import BaseImage, create_overlay  # noqa: PLC0415
 
     snapshots = cloud.parent_dir / "snapshots"
     snapshots.mkdir(parents=True)

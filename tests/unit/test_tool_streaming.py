@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pycloudlib._base.tools import find_tool, run_tool_streaming
 from pycloudlib.errors import MissingPrerequisiteError, ToolError
-from pycloudlib.tools import find_tool, run_tool_streaming
 
 
 def ignore(_line: str) -> None:
@@ -81,7 +81,7 @@ def test_program_that_is_passed_over_is_named(
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr("pycloudlib.tools._SBIN", ())
+    monkeypatch.setattr("pycloudlib._base.tools._SBIN", ())
 
     with pytest.raises(MissingPrerequisiteError, match="'qemu-utils'"):
         run_tool_streaming("x", ["qemu-img"], on_line=ignore)
@@ -120,7 +120,7 @@ def test_a_program_that_ends_with_its_input_is_left_to_do_so(tmp_path: Path) -> 
 
 def test_the_program_does_not_outlive_a_killed_process() -> None:
     program = """
-from pycloudlib.tools import find_tool, run_tool_streaming
+from pycloudlib._base.tools import find_tool, run_tool_streaming
 command = ["sh", "-c", "echo $$; exec sleep 100"]
 run_tool_streaming("x", command, on_line=lambda line: print(line, flush=True))
 """

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pycloudlib.qemu.machine import uninterrupted
+from pycloudlib.qemu.vm.machine import uninterrupted
 
 
 def interrupt() -> None:

@@ -9,8 +9,8 @@ from email.mime.text import MIMEText
 
 import pytest
 
-from pycloudlib import documents
-from pycloudlib.guest import userdata
+from pycloudlib._base import documents
+from pycloudlib.guest.data import userdata
 
 SCRIPT = b"#!/bin/sh\necho hello\n"
 CONFIG = b"#cloud-config\na: 1\n"

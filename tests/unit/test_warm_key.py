@@ -9,10 +9,11 @@ import pytest
 
 from pycloudlib.images import store
 from pycloudlib.images.store import kernel_path
-from pycloudlib.qemu import savedmachine, warm
-from pycloudlib.qemu.accelerator import Accelerator
-from pycloudlib.qemu.launch import Host, LaunchOptions
-from pycloudlib.qemu.warm import build_key
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.launching import warmcache
+from pycloudlib.qemu.launching.request import Host, LaunchOptions
+from pycloudlib.qemu.launching.warmcache import build_key
+from pycloudlib.qemu.state import savedmachine
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_another_version_of_the_package_changes_the_key(
     image: Path, options: LaunchOptions, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = build_key(image, options, host)
-    monkeypatch.setattr(warm, "__version__", "99")
+    monkeypatch.setattr(warmcache, "__version__", "99")
     assert build_key(image, options, host) != before
 
 

@@ -7,21 +7,10 @@ from collections.abc import Sequence
 import click
 
 from pycloudlib._version import __version__
-from pycloudlib.cli import (
-    imagecommands,
-    inside,
-    launching,
-    looking,
-    power,
-    saving,
-    upkeep,
-)
-from pycloudlib.cli.failures import exit_code_of, tell
-from pycloudlib.cli.machines import nearest
-from pycloudlib.cli.output import colour_choice, show_any_text
+from pycloudlib.cli import doctor, imagecommands, inside, lifecycle, looking
+from pycloudlib.cli.output import colour_choice, exit_code_of, nearest, show_any_text, tell
 from pycloudlib.cli.session import Session, told_options
-from pycloudlib.cli.streams import secure_streams
-from pycloudlib.cli.terminal import ending_by_exception
+from pycloudlib.cli.terminal import ending_by_exception, secure_streams
 
 PROGRAM = "pycloudlib"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -58,27 +47,27 @@ def application(context: click.Context) -> None:
 
 
 for _command in (
-    launching.launch,
+    lifecycle.launch,
     looking.list_,
     looking.info,
     inside.execute,
     inside.shell,
     inside.console,
     inside.copy,
-    power.start,
-    power.stop,
-    power.restart,
-    power.wait,
-    power.delete,
-    saving.snapshot,
-    saving.fork,
-    saving.rollback,
+    lifecycle.start,
+    lifecycle.stop,
+    lifecycle.restart,
+    lifecycle.wait,
+    lifecycle.delete,
+    lifecycle.snapshot,
+    lifecycle.fork,
+    lifecycle.rollback,
     imagecommands.images,
     looking.logs,
     looking.diagnose,
-    upkeep.prune,
-    upkeep.doctor,
-    upkeep.completion,
+    doctor.prune,
+    doctor.doctor,
+    doctor.completion,
 ):
     application.add_command(_command)
 

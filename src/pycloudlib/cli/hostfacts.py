@@ -14,22 +14,26 @@ from pathlib import Path
 
 import pycloudlib
 from pycloudlib import Qemu
+from pycloudlib._base.documents import from_bytes
+from pycloudlib._base.tools import PACKAGES, environment, find_tool
 from pycloudlib._version import __version__
 from pycloudlib.cli.machines import list_machines
 from pycloudlib.cli.session import TAG
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
-from pycloudlib.guest import loginkey
-from pycloudlib.hostlimits import HostLimits
+from pycloudlib.guest.access import loginkey
 from pycloudlib.images.download import open_client, shown_url
 from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
-from pycloudlib.qemu.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
-from pycloudlib.qemu.ownership import Ownership
-from pycloudlib.qemu.ports import FIRST_PORT, LAST_PORT, PortRegistry, can_listen
-from pycloudlib.qemu.settings import DIRECTORIES, QemuSettings
-from pycloudlib.rawtext import from_bytes
-from pycloudlib.tools import PACKAGES, environment, find_tool
-from pycloudlib.userdirs import find_obstacle
+from pycloudlib.qemu.host.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
+from pycloudlib.qemu.host.ownership import Ownership
+from pycloudlib.qemu.host.resources import (
+    FIRST_PORT,
+    LAST_PORT,
+    HostLimits,
+    PortRegistry,
+    can_listen,
+)
+from pycloudlib.qemu.state.settings import DIRECTORIES, QemuSettings, find_obstacle
 
 # Stands for directories where there is no home for them, and has nothing in it.
 _NOWHERE = Path(os.devnull)

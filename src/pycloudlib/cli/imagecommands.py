@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pycloudlib.cli import imagenames
+from pycloudlib.cli.machines import ImageName, Size
 from pycloudlib.cli.output import (
     age_in_words,
     print_json,
@@ -16,12 +17,11 @@ from pycloudlib.cli.output import (
     timestamp,
 )
 from pycloudlib.cli.session import Session, command, json_option
-from pycloudlib.cli.values import ImageName, Size
 from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
-from pycloudlib.qemu import savedmachine
+from pycloudlib.qemu.state import savedmachine
 
 _minimal = click.option("--minimal", is_flag=True, help="The minimal variant.")
 _daily = click.option("--daily", is_flag=True, help="The daily image, not the released one.")

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pycloudlib import Qemu
-from pycloudlib.cli.machines import nearest
+from pycloudlib._base.files import expand_user, is_file
+from pycloudlib.cli.output import nearest
 from pycloudlib.cli.session import TAG
 from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import expand_user, is_file
 from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
 from pycloudlib.progress import ProgressCallback
-from pycloudlib.qemu import layers, savedmachine
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.state import savedmachine
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
 _ALIASES = ("devel", "lts")

@@ -5,19 +5,27 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import datetime
+import difflib
 import enum
 import io
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pycloudlib import rawtext
+from pycloudlib._base import documents
+from pycloudlib.diagnosis import UNDIAGNOSED, Cause, Diagnosis
+from pycloudlib.errors import (
+    PycloudlibException,
+    PycloudlibTimeoutError,
+    ResourceNotFoundError,
+)
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _AGES = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (60 * 2, 60, "minutes"))
@@ -44,7 +52,7 @@ def show_any_text() -> None:
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             # ASCII is what a process has that was told nothing; click, too, writes UTF-8 then.
             unset = _codec(stream.encoding) == "ascii"
-            stream.reconfigure(encoding="utf-8" if unset else None, errors=rawtext.SHOWN)
+            stream.reconfigure(encoding="utf-8" if unset else None, errors=documents.SHOWN)
 
 
 def _codec(encoding: str | None) -> str:
@@ -59,7 +67,7 @@ def print_json(value: Any) -> None:
     """
     ascii_alone = _codec(getattr(sys.stdout, "encoding", None)) != "utf-8"
     document = json.dumps(value, default=_plain, indent=2, ensure_ascii=ascii_alone)
-    click.echo(rawtext.as_json_escapes(document))
+    click.echo(documents.as_json_escapes(document))
 
 
 def _plain(value: object) -> Any:
@@ -79,7 +87,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay rows out in columns as wide as what is in them."""
-    cells = [[rawtext.shown_on_one_line(str(cell)) for cell in row] for row in rows]
+    cells = [[documents.shown_on_one_line(str(cell)) for cell in row] for row in rows]
     heads = [column.upper() for column in columns]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = [_lay_out(heads, widths, lambda text, _plain: click.style(text, bold=True))]
@@ -131,3 +139,116 @@ def timestamp(seconds: float) -> str:
     """Give a time, in seconds since the epoch, by ISO 8601 in UTC."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of all commands; `exec` and `shell` give the command's own beside them."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    TIMEOUT = 4
+    CONNECTION_LOST = 255
+    INTERRUPTED = 130
+
+
+MEANINGS = {
+    ExitCode.OK: "all went well",
+    ExitCode.FAILURE: "it did not work; the message says why",
+    ExitCode.USAGE: "what was given is wrong: an option, an argument, the configuration, a file",
+    ExitCode.NOT_FOUND: "there is no machine or image of that name",
+    ExitCode.TIMEOUT: "what was waited for did not happen in time, or never can",
+    ExitCode.INTERRUPTED: "Ctrl-C",
+    ExitCode.CONNECTION_LOST: "`exec`, `shell`: a signal ended the command, or the line did",
+}
+"""What each exit code means, for the reference."""
+
+
+_HINTS = {
+    Cause.POWERED_OFF: (
+        "user-data may have asked for it (power_state), or somebody in the guest; 'pycloudlib "
+        "start' switches it on again"
+    ),
+    Cause.SWITCHED_OFF: "'pycloudlib start' switches it on",
+    Cause.GUEST_MEMORY: "give it more memory: 'pycloudlib launch --memory 2G'",
+    Cause.GUEST_DISK: "launch it with a larger disk: 'pycloudlib launch --disk 20G'",
+    Cause.NO_NETWORK: "'pycloudlib console' gets in without a network",
+    Cause.NO_SSH_SERVER: "is it installed and enabled? 'pycloudlib console' gets in without it",
+    Cause.STILL_BOOTING: "'pycloudlib wait' waits on, or longer with --timeout",
+    Cause.UNKNOWN: "'pycloudlib logs' shows what the guest did",
+}
+"""What to try, where `Cause.hint` speaks to those who write programs."""
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Tell with which code a command ends that has failed."""
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    if isinstance(error, click.Abort):
+        interrupted = isinstance(error.__cause__, KeyboardInterrupt)
+        return ExitCode.INTERRUPTED if interrupted else ExitCode.FAILURE
+    if isinstance(error, ResourceNotFoundError):
+        return ExitCode.NOT_FOUND
+    if isinstance(error, PycloudlibTimeoutError):
+        return ExitCode.TIMEOUT
+    if isinstance(error, (ValueError, click.UsageError)):
+        return ExitCode.USAGE
+    return ExitCode.FAILURE
+
+
+def is_expected(error: BaseException) -> bool:
+    """Say whether an error speaks for itself; any other is a defect of this package."""
+    # paramiko is heavy to load; whoever raises its errors has done so.
+    known = (PycloudlibException, OSError, ValueError, click.ClickException)
+    return isinstance(error, known) or type(error).__module__.startswith("paramiko")
+
+
+def tell(error: BaseException, *, with_traceback: bool) -> None:
+    """Print one clear message to standard error."""
+    if with_traceback and not isinstance(error, (click.ClickException, click.Abort)):
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if isinstance(error, click.ClickException):
+        error.show()
+        return
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        interrupted = exit_code_of(error) is ExitCode.INTERRUPTED
+        click.echo("Interrupted" if interrupted else "Nothing was done", err=True)
+        return
+    words = _words_of(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        words = f"{error.strerror}: {error.filename}"
+    if not is_expected(error):
+        words = f"this is a defect of pycloudlib: {type(error).__name__}: {words} (-vv tells more)"
+    mark = click.style("Error: ", fg="red", bold=True)
+    click.echo(mark + words, err=True, color=colour_choice())
+
+
+def hint_of(cause: Cause) -> str:
+    """Say what to try on the command line."""
+    return _HINTS.get(cause, cause.hint)
+
+
+def tell_diagnosis(diagnosis: Diagnosis, *, beside: str = "") -> str:
+    """Return a diagnosis as text that says what to try on the command line.
+
+    Args:
+        diagnosis: The diagnosis.
+        beside: A text that it follows; facts that this has are not told again.
+    """
+    return diagnosis.tell(beside=beside, hint=hint_of(diagnosis.cause))
+
+
+def _words_of(error: BaseException) -> str:
+    """Return what an error says, with a diagnosis for readers of the command line if it has one."""
+    diagnosis = getattr(error, "diagnosis", None)
+    said: str | None = getattr(error, UNDIAGNOSED, None)
+    if said is None or not isinstance(diagnosis, Diagnosis):
+        return str(error)
+    return f"{said}\n{tell_diagnosis(diagnosis, beside=said)}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Find the name that is most like one that is unknown; None where none is like it."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return near[0] if near else None

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from pycloudlib._base.documents import shown_on_one_line, to_bytes
 from pycloudlib.errors import GuestRefusedError, PycloudlibError
-from pycloudlib.guest import commands, copy_in_guest
-from pycloudlib.guest.copy_in_guest import Problem, StreamError
+from pycloudlib.guest.access import commands
+from pycloudlib.guest.programs import copy_in_guest
+from pycloudlib.guest.programs.copy_in_guest import Problem, StreamError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.rawtext import shown_on_one_line, to_bytes
 
 if TYPE_CHECKING:
     import paramiko

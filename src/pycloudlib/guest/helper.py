@@ -11,19 +11,21 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 import secrets
 import shlex
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from pycloudlib.deadline import Deadline
-from pycloudlib.documents import decode, parse_json, shown
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import decode, parse_json, shown
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.guest.hostkeys import HostKey
+from pycloudlib.guest.access.hostkeys import HostKey
 
 LARGEST_STDIN = 1 << 20
 """Bytes of input beyond which a command is better given to SSH."""
@@ -153,7 +155,11 @@ class Command:
 
 def program() -> str:
     """Give the text of the program that runs in the guest."""
-    return resources.files(__package__).joinpath("helper_in_guest.py").read_text("utf-8")
+    return (
+        resources.files("pycloudlib.guest.programs")
+        .joinpath("helper_in_guest.py")
+        .read_text("utf-8")
+    )
 
 
 def install_script() -> str:
@@ -317,3 +323,42 @@ def _length(answer: Mapping[str, Any], output: str) -> int:
 def once_command() -> str:
     """Give the command that answers requests on its standard input, where no helper runs."""
     return f"python3 -c {shlex.quote(program())} once"
+
+
+_PLACEHOLDER = re.compile(r"^FACTS = .*$", re.MULTILINE)
+RESULT = "/run/pycloudlib/first-boot"
+"""The file in the guest in which the program tells what went wrong, if anything."""
+
+
+def first_boot_program(*, saved_at: float, rtc_lag: float) -> str:
+    """Give the program that puts one guest right, made when it is launched; it holds secrets.
+
+    Args:
+        saved_at: When the other machine was stopped, in seconds since the epoch.
+        rtc_lag: Seconds that the machine's real-time clock is behind the host's clock.
+    """
+    facts = {
+        "saved_at": str(saved_at),
+        "rtc_lag": str(rtc_lag),
+        "entropy": secrets.token_hex(_ENTROPY_BYTES),
+        "machine_id": uuid.uuid4().hex,
+    }
+    text = (
+        resources.files("pycloudlib.guest.programs")
+        .joinpath("firstboot_in_guest.py")
+        .read_text("utf-8")
+    )
+    return _PLACEHOLDER.sub(lambda _: f"FACTS = {facts!r}", text, count=1)
+
+
+def first_boot_hook(text: str) -> bytes:
+    """Make that program a document for cloud-init."""
+    return f"#cloud-boothook\n{text}".encode()
+
+
+def first_boot_check() -> str:
+    """Give the command that tells what went wrong, and runs the program if it has not been run.
+
+    It takes the program on its standard input.
+    """
+    return f"cat {RESULT} 2>/dev/null || {{ sudo python3 -IS -; cat {RESULT}; }}"

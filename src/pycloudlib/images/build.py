@@ -12,24 +12,97 @@ import dataclasses
 import datetime
 import hashlib
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from pycloudlib._base import tools
+from pycloudlib._base.files import create_directories
+from pycloudlib._base.locks import directory_lock, exclusive_lock
+from pycloudlib._base.tools import find_tool
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
-from pycloudlib.files import create_directories
-from pycloudlib.images import confinement, diskimage, rootfs, store
+from pycloudlib.images import assembly, store
+from pycloudlib.images.assembly import Handover, remove_tree
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
-from pycloudlib.images.workshop import (
-    Workshop,
-    find_scratch_base,
-    make_scratch,
-    open_workshop,
-    remove_stale_workshops,
-)
-from pycloudlib.locks import exclusive_lock
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
-from pycloudlib.tools import find_tool
+
+_WORKSHOP_PREFIX = ".build-"
+_SCRATCH_PREFIX = "pycloudlib-build-"
+_SCRATCH_NOTE = "scratch-path"
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Where one build happens, and what is gone after it.
+
+    Attributes:
+        directory: The temporary directory, on the file system of the images.
+        product: The directory in it that becomes the image's own.
+        handover: The directory in it that confined programs reach.
+    """
+
+    directory: Path
+    product: Path
+    handover: Handover
+
+
+@contextlib.contextmanager
+def open_workshop(image_dir: Path) -> Iterator[Workshop]:
+    """Make a workshop for one build; nothing of it is left afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix=_WORKSHOP_PREFIX, dir=image_dir))
+    try:
+        product, shared = directory / "image", directory / "handover"
+        product.mkdir(mode=0o700)
+        shared.mkdir()
+        shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
+        with directory_lock(shared) as descriptor:
+            yield Workshop(directory, product, Handover(shared, descriptor))
+    finally:
+        _remove_workshop(directory)
+
+
+def find_scratch_base() -> Path:
+    """Name the directory in which an ordinary user's builds have their scratch directories."""
+    # Not /tmp, which is memory on many hosts.
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - names in it are random
+
+
+def make_scratch(directory: Path) -> Path:
+    """Make the directory that the system is installed in, for the workshop in `directory`.
+
+    For an ordinary user it belongs to a subordinate id, which may be shut out of the user's home;
+    it is then one of the host's temporary directories, and its name is noted in the workshop before
+    it exists, so that it is found again after a crash.
+    """
+    if tools.is_root():
+        scratch = directory / "scratch"
+        scratch.mkdir()
+        return scratch
+    scratch = find_scratch_base() / f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}"
+    (directory / _SCRATCH_NOTE).write_bytes(os.fsencode(scratch))
+    tools.run_confined("making a directory", ("mkdir", "--mode=0700", scratch))
+    return scratch
+
+
+def remove_stale_workshops(image_dir: Path) -> None:
+    """Remove what killed builds left; under the build lock nobody else owns a workshop."""
+    for directory in image_dir.glob(f"{_WORKSHOP_PREFIX}*/"):
+        # The programs of a killed build hold its handover's lock for the instant they outlive it.
+        with contextlib.suppress(FileNotFoundError), directory_lock(directory / "handover"):
+            pass
+        _remove_workshop(directory)
+
+
+def _remove_workshop(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        scratch = Path(os.fsdecode((directory / _SCRATCH_NOTE).read_bytes()))
+        if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
+            remove_tree("removing temporary files (rm)", scratch)
+    shutil.rmtree(directory)
+
 
 __all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
 
@@ -38,7 +111,7 @@ _LOCK_NAME = ".build.lock"
 _DISK = "disk.raw"
 
 _TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
-_PREREQUISITE_FILES = ((diskimage.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),)
+_PREREQUISITE_FILES = ((assembly.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),)
 
 _GIB = 1024**3
 # Measured: 0.6 GiB of system, the same again as a disk image, 0.2 GiB compressed; further packages
@@ -228,30 +301,30 @@ class Steps:
 def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Steps) -> None:
     handover = workshop.handover
     image = workshop.product / recipe.image_name
-    layout = diskimage.build_layout(recipe.disk_size_gib)
+    layout = assembly.build_layout(recipe.disk_size_gib)
 
     with steps.step("checking the host"):
         _check_host(workshop.directory)
         disk = handover.offer(_DISK)
         system = make_scratch(workshop.directory) / "rootfs"
     with steps.step("installing packages (mmdebstrap)") as name:
-        rootfs.install_packages(name, recipe, system, handover, steps.tell)
+        assembly.install_packages(name, recipe, system, handover, steps.tell)
     with steps.step("configuring the guest (sh)") as name:
-        rootfs.configure_guest(name, recipe, serial, system, handover)
+        assembly.configure_guest(name, recipe, serial, system, handover)
         handover.kernel.rename(store.kernel_path(image))
         handover.initrd.rename(store.initrd_path(image))
     with steps.step("partitioning the disk (sfdisk)") as name:
-        diskimage.write_partition_table(name, disk, layout)
+        assembly.write_partition_table(name, disk, layout)
     with steps.step("making the file system (mke2fs)") as name:
-        rootfs.make_file_system(
+        assembly.make_file_system(
             name, system, handover, _DISK, offset=layout.root.offset, size=layout.root.size
         )
     with steps.step("making the EFI system partition (mkfs.vfat)") as name:
-        diskimage.format_efi_partition(name, disk, layout.efi_system)
+        assembly.format_efi_partition(name, disk, layout.efi_system)
     with steps.step("writing the boot loader (grub-mkimage)") as name:
-        diskimage.write_boot_loader(name, disk, layout)
+        assembly.write_boot_loader(name, disk, layout)
     with steps.step("compressing (qemu-img convert)") as name:
-        diskimage.compress(
+        assembly.compress(
             name, disk, image, on_line=steps.tell, held_descriptor=handover.descriptor
         )
 
@@ -259,7 +332,7 @@ def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Ste
 def _check_host(directory: Path) -> None:
     """See that everything a build needs is there before it begins."""
     _check_prerequisites()
-    places = {directory} if confinement.is_root() else {directory, find_scratch_base()}
+    places = {directory} if tools.is_root() else {directory, find_scratch_base()}
     for place in places:
         free = shutil.disk_usage(place).free
         if free < _NEEDED_SPACE:
@@ -267,13 +340,13 @@ def _check_host(directory: Path) -> None:
                 f"Building an image needs {_NEEDED_SPACE / _GIB:.0f} GiB of disk space, and the "
                 f"file system of {place} has {free / _GIB:.1f} GiB left"
             )
-    confinement.check_confinement()
+    tools.check_confinement()
 
 
 def _check_prerequisites() -> None:
     """Name everything that is missing at once."""
     problems = []
-    for tool in (*_TOOLS, *confinement.list_prerequisites()):
+    for tool in (*_TOOLS, *tools.list_prerequisites()):
         try:
             find_tool(tool)
         except MissingPrerequisiteError as error:

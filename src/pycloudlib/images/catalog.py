@@ -7,20 +7,24 @@ mirrors share.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
-from pycloudlib.documents import parse_json
+from pycloudlib._base.documents import decode, parse_json
+from pycloudlib._base.files import create_directories, private_opener, replace_atomically
 from pycloudlib.errors import ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import catalogcache, store
-from pycloudlib.images.catalogcache import CachedCatalog
+from pycloudlib.images import store
 from pycloudlib.images.download import Version, fetch_changed, open_client
-from pycloudlib.images.signature import load_trusted_keys, verify_clearsigned
-from pycloudlib.images.source import ImageSource, Stream
+from pycloudlib.images.source import ImageSource, Stream, load_trusted_keys, verify_clearsigned
 
 _log = logging.getLogger(__name__)
 
@@ -223,7 +227,7 @@ def fetch_catalog(source: ImageSource, stream: Stream, *, minimal: bool) -> Cata
         )
         text = known
     elif message is not None:
-        catalogcache.write(source.cache_dir, url, CachedCatalog(message, version))
+        write(source.cache_dir, url, CachedCatalog(message, version))
     return _make_catalog(text, source, stream, minimal=minimal)
 
 
@@ -256,7 +260,7 @@ def _make_check(source: ImageSource) -> Check:
 
 def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Version]:
     """Give text and version of the catalog that was kept; both empty without one to be believed."""
-    kept = catalogcache.read(source.cache_dir, url)
+    kept = read(source.cache_dir, url)
     if kept is not None:
         try:
             return check(kept.message, url), kept.version
@@ -337,3 +341,63 @@ def _list_releases(entries: Sequence[CatalogEntry]) -> str:
     }
     newest_first = sorted(releases, reverse=True)
     return ", ".join(f"{name} ({version})" for _, version, name in newest_first) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedCatalog:
+    """A catalog as it was fetched.
+
+    Attributes:
+        message: The signed message.
+        version: By which the server tells whether it has changed.
+    """
+
+    message: bytes
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The first line of a file.
+
+    Attributes:
+        version: The catalog's.
+        sha256: The message's digest. Where signatures are not looked at, nothing else would tell
+            that it is damaged, and the server would say for ever that it has not changed.
+    """
+
+    version: Version
+    sha256: str
+
+
+def read(directory: Path | None, url: str) -> CachedCatalog | None:
+    """Give the catalog of a URL; None when there is none that can be read."""
+    if directory is None:
+        return None
+    try:
+        head, _, message = _file(directory, url).read_bytes().partition(b"\n")
+        kept = decode(_Head, parse_json(head))
+    except (OSError, ValueError):
+        return None
+    if kept.sha256 != hashlib.sha256(message).hexdigest():
+        return None
+    return CachedCatalog(message, kept.version)
+
+
+def write(directory: Path | None, url: str, catalog: CachedCatalog) -> None:
+    """Keep a catalog, where that is possible: it is fetched again otherwise."""
+    if directory is None:
+        return
+    digest = hashlib.sha256(catalog.message).hexdigest()
+    head = json.dumps(dataclasses.asdict(_Head(catalog.version, digest))).encode()
+    with contextlib.suppress(OSError):
+        create_directories(directory)
+        with (
+            replace_atomically(_file(directory, url), synced=False) as temporary,
+            open(temporary, "wb", opener=private_opener) as file,
+        ):
+            file.write(head + b"\n" + catalog.message)
+
+
+def _file(directory: Path, url: str) -> Path:
+    return directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.catalog"

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from pycloudlib._base.documents import gunzip
+from pycloudlib._base.files import owner_opener
 from pycloudlib._version import __version__
-from pycloudlib.compression import gunzip
 from pycloudlib.errors import ImageBuildError, ImageVerificationError
-from pycloudlib.files import owner_opener
 from pycloudlib.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pycloudlib._base.files import create_directories, is_shared_with_group
+from pycloudlib._base.locks import exclusive_lock
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.files import create_directories, is_shared_with_group
 from pycloudlib.images import store, uses
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
@@ -24,9 +25,13 @@ from pycloudlib.images.download import (
     open_client,
     shown_url,
 )
-from pycloudlib.images.signature import load_trusted_keys, verify_detached
-from pycloudlib.images.source import UNVERIFIED, ImageSource, Stream
-from pycloudlib.locks import exclusive_lock
+from pycloudlib.images.source import (
+    UNVERIFIED,
+    ImageSource,
+    Stream,
+    load_trusted_keys,
+    verify_detached,
+)
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 

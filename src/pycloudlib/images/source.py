@@ -1,16 +1,24 @@
-"""Where images come from, and whom to believe."""
+"""Where images come from, and whom to believe: keyrings, and signatures checked by gpgv."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import datetime
 import enum
+import hashlib
+import importlib.resources
+import itertools
 import logging
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pycloudlib._base.tools import run_tool
+from pycloudlib.errors import ImageVerificationError, ToolError
 from pycloudlib.images.download import Login, shown_url, split_login
-from pycloudlib.images.signature import load_trusted_keys
 
 _log = logging.getLogger(__name__)
 
@@ -117,3 +125,203 @@ class ImageSource:
                 "whoever is on the way to it decides what the images are",
                 self.mirror,
             )
+
+
+# Published by Ubuntu with these fingerprints:
+# 4A3C E3CD 565D 7EB5 C810  E2B9 7FF3 F408 476C F100 signs the catalogs,
+# D2EB 4462 6FDD C30B 513D  5BB7 1A5D 6C4C 7DB8 7C81 signs the lists of checksums.
+_UBUNTU_KEYS = ("ubuntu-cloud-image-builder.asc", "uec-image-automatic-signing-key.asc")
+
+# RFC 9580, section 6.2: header lines, an empty line, base64, and a checksum line that begins
+# with "=". The checksum may be left out and tells nothing that a signature does not.
+_BEGIN = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
+_END = b"-----END PGP PUBLIC KEY BLOCK-----"
+
+# gpgv(1) does not look whether a key has expired or was revoked, and would end with success for
+# one that has. Its status tells them apart: GOODSIG is written only when neither is the case
+# (EXPKEYSIG and REVKEYSIG are written instead).
+_GOOD_SIGNATURE = b"[GNUPG:] GOODSIG "
+# Follows it, and those of keys that have expired, too; its third word is the time of the signature
+# in seconds since the epoch (doc/DETAILS in GnuPG).
+_VALID_SIGNATURE = b"[GNUPG:] VALIDSIG "
+_UBUNTU = "Ubuntu's cloud image keys"
+
+_KEYRING = "keyring"
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedKeys:
+    """The public keys whose signatures are believed; no other is.
+
+    Attributes:
+        origin: Where they come from, for messages.
+        packets: The keys as `gpgv` reads them: binary OpenPGP, or a GnuPG keybox.
+    """
+
+    origin: str
+    packets: bytes
+
+    @property
+    def name(self) -> str:
+        """The name by which a record says that these keys vouch for an image.
+
+        Ubuntu's keys, which come with this package, keep theirs when one of them is replaced;
+        a keyring that is configured is another one as soon as it has other keys.
+        """
+        return "ubuntu" if self.origin == _UBUNTU else hashlib.sha256(self.packets).hexdigest()
+
+
+def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
+    """Read the keys to trust.
+
+    Args:
+        keyring: A file of public keys, armored or binary; None for the two keys that sign
+            Ubuntu's cloud images, which come with this package.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no OpenPGP public key.
+    """
+    if keyring is not None:
+        return TrustedKeys(str(keyring), _read_keys(keyring.read_bytes(), str(keyring)))
+    directory = importlib.resources.files("pycloudlib.images") / "keys"
+    packets = b"".join(_read_keys((directory / name).read_bytes(), name) for name in _UBUNTU_KEYS)
+    return TrustedKeys(_UBUNTU, packets)
+
+
+def dearmor_keys(armored: bytes) -> bytes:
+    """Give the binary form of every ASCII-armored public key block in a text.
+
+    `gpgv` reads binary keys only. The result is empty when there is no such block.
+
+    Raises:
+        ValueError: A block is not base64.
+    """
+    return b"".join(map(_decode_block, _find_blocks(armored)))
+
+
+def _find_blocks(armored: bytes) -> Iterator[list[bytes]]:
+    """Give the lines of each block, without its headers.
+
+    Line by line, since an expression for all of it tries each beginning against the whole rest.
+    """
+    block: list[bytes] | None = None
+    in_headers = False
+    for line in map(bytes.rstrip, armored.split(b"\n")):
+        if line == _BEGIN:
+            block, in_headers = [], True
+        elif line == _END:
+            if block is not None and not in_headers:
+                yield block
+            block = None
+        elif in_headers:
+            in_headers = line != b""
+        elif block is not None:
+            block.append(line.lstrip())
+
+
+def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
+    """Check a clear-signed message and give the text that was signed.
+
+    The text is what `gpgv` itself extracted: whatever stands around it in the message, which
+    nobody signed, is never seen.
+
+    Args:
+        message: The whole message, signature included.
+        keys: The keys to trust.
+        origin: Where the message comes from, for the error.
+
+    Raises:
+        ImageVerificationError: It is not signed by a trusted key, or was changed.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    with _open_gpgv_directory(keys, origin) as directory:
+        signed, text = directory / "message", directory / "text"
+        signed.write_bytes(message)
+        _run_gpgv(directory, "--output", text, signed)
+        return text.read_bytes()
+
+
+def verify_detached(
+    content: bytes, signature: bytes, keys: TrustedKeys, origin: str
+) -> datetime.datetime:
+    """Check content against its detached signature, and return when that was made.
+
+    Args:
+        content: What was signed.
+        signature: The signature, armored or binary.
+        keys: The keys to trust.
+        origin: Where the content comes from, for the error.
+
+    Raises:
+        ImageVerificationError: It is not signed by a trusted key, or was changed.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    with _open_gpgv_directory(keys, origin) as directory:
+        signed, detached = directory / "content", directory / "signature"
+        signed.write_bytes(content)
+        detached.write_bytes(signature)
+        return _find_signing_time(_run_gpgv(directory, detached, signed))
+
+
+def _read_keys(content: bytes, origin: str) -> bytes:
+    try:
+        armored = dearmor_keys(content)
+    except ValueError as error:
+        raise ValueError(f"The keyring {origin} is damaged: {error}") from error
+    if armored:
+        return armored
+    # RFC 9580, section 4.2: every packet begins with a byte that has its highest bit set.
+    # A keybox names itself instead.
+    if content[:1] >= b"\x80" or content[8:12] == b"KBXf":
+        return content
+    raise ValueError(f"The keyring {origin} holds no OpenPGP public key")
+
+
+def _decode_block(block: list[bytes]) -> bytes:
+    data = b"".join(line for line in block if not line.startswith(b"="))
+    return base64.b64decode(data, validate=True)
+
+
+@contextlib.contextmanager
+def _open_gpgv_directory(keys: TrustedKeys, origin: str) -> Iterator[Path]:
+    """Make a directory for one check, with the keys in it; tell the check's failure."""
+    with tempfile.TemporaryDirectory(prefix="pycloudlib-gpgv-") as name:
+        directory = Path(name)
+        (directory / _KEYRING).write_bytes(keys.packets)
+        try:
+            yield directory
+        except ToolError as error:
+            raise ImageVerificationError(
+                f"{origin} has no good signature by a trusted key ({keys.origin}): {error}"
+            ) from error
+
+
+def _run_gpgv(directory: Path, *arguments: str | Path) -> list[bytes]:
+    """Run gpgv; return the lines of its status."""
+    command: list[str | Path] = [
+        "gpgv",
+        *("--homedir", directory),
+        *("--keyring", directory / _KEYRING),
+        *("--status-fd", "1"),
+        *arguments,
+    ]
+    step = "checking it"
+    finished = run_tool(step, command)
+    status = finished.stdout.splitlines()
+    if not any(line.startswith(_GOOD_SIGNATURE) for line in status):
+        output = (finished.stderr + finished.stdout).decode(errors="replace")
+        raise ToolError(step, ["gpgv"], finished.returncode, output)
+    return status
+
+
+def _find_signing_time(status: Sequence[bytes]) -> datetime.datetime:
+    """Find when the newest good signature was made."""
+    # One of a key that has expired is valid, too: what stands before its VALIDSIG decides.
+    verdicts = [line for line in status if line.partition(b" ")[2].split(b" ")[0].endswith(b"SIG")]
+    times = [
+        int(valid.split()[4])
+        for verdict, valid in itertools.pairwise(verdicts)
+        if verdict.startswith(_GOOD_SIGNATURE) and valid.startswith(_VALID_SIGNATURE)
+    ]
+    return datetime.datetime.fromtimestamp(max(times), datetime.timezone.utc)

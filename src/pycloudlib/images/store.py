@@ -18,9 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.documents import decode, parse_json
-from pycloudlib.errors import ImageNotFoundError
-from pycloudlib.files import (
+from pycloudlib._base.documents import decode, parse_json
+from pycloudlib._base.files import (
     expand_user,
     is_file,
     is_shared_with_group,
@@ -30,6 +29,7 @@ from pycloudlib.files import (
     tells_of_no_file,
     write_private,
 )
+from pycloudlib.errors import ImageNotFoundError
 
 _log = logging.getLogger(__name__)
 

@@ -33,13 +33,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.deadline import Deadline
-from pycloudlib.descriptors import moved
-from pycloudlib.documents import decode, parse_json
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import decode, parse_json, to_bytes
+from pycloudlib._base.files import create_private_directory, moved, write_private
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
-from pycloudlib.files import create_private_directory, write_private
 from pycloudlib.images import store
-from pycloudlib.rawtext import to_bytes
 
 _log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.files import create_private_directory
+from pycloudlib._base.locks import exclusive_lock, trying_lock
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.files import create_private_directory
-from pycloudlib.hostlimits import HostLimits
-from pycloudlib.locks import exclusive_lock, trying_lock
-from pycloudlib.qemu.spec import InstanceType
+from pycloudlib.qemu.host.resources import HostLimits
+from pycloudlib.qemu.state.spec import InstanceType
 
 # Of the memory that there is; the rest is for the host, and for the tests themselves.
 _MEMORY_SHARE = 0.75

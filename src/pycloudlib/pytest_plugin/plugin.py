@@ -17,11 +17,19 @@ from pycloudlib import Qemu
 from pycloudlib.cli.imagenames import get_image
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.pytest_plugin.budget import Budget, Room
-from pycloudlib.pytest_plugin.machines import InUse, Machines, PrepareVm, VmFactory, Wanted
-from pycloudlib.pytest_plugin.report import save_artifacts, tell_kept, tell_of
+from pycloudlib.pytest_plugin.machines import (
+    InUse,
+    Machines,
+    PrepareVm,
+    VmFactory,
+    Wanted,
+    save_artifacts,
+    tell_kept,
+    tell_of,
+)
+from pycloudlib.qemu.host.ownership import Orphans, claim
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.ownership import Orphans, claim
-from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE
+from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE
 from pycloudlib.util import raise_cleanup_errors
 
 _DEFAULT_IMAGE = "lts"

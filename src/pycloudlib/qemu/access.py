@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import to_bytes
+from pycloudlib._base.locks import exclusive_lock
 from pycloudlib.errors import (
     CloudError,
     InstanceNotFoundError,
@@ -18,23 +20,22 @@ from pycloudlib.errors import (
     PycloudlibError,
     PycloudlibTimeoutError,
 )
-from pycloudlib.guest import firstboot, helper, runconfig, ssh
-from pycloudlib.guest.bootphases import Phase
-from pycloudlib.guest.bootwatch import BootWatch
-from pycloudlib.guest.commands import in_errors
+from pycloudlib.guest import helper
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access.commands import in_errors
+from pycloudlib.guest.access.hostkeys import MachineHostKeys
+from pycloudlib.guest.boot.bootlines import Phase
+from pycloudlib.guest.boot.readiness import BootWatch, command_limit, current_deadline, keeping
+from pycloudlib.guest.data import runconfig
+from pycloudlib.guest.data.seed import read_iso
+from pycloudlib.guest.data.userdata import tell_logins
 from pycloudlib.guest.helper import FixUp, HelperError
-from pycloudlib.guest.hostkeys import MachineHostKeys
-from pycloudlib.guest.logins import tell_logins
-from pycloudlib.guest.seed import read_iso
 from pycloudlib.key import KeyPair
-from pycloudlib.locks import exclusive_lock
-from pycloudlib.qemu import peer
 from pycloudlib.qemu.diagnosed import DiagnosedInstance
-from pycloudlib.qemu.helperlink import HelperLink
-from pycloudlib.qemu.machine import Machine, MachineEndedError, State
-from pycloudlib.qemu.ports import LOOPBACK
-from pycloudlib.rawtext import to_bytes
-from pycloudlib.readiness import command_limit, current_deadline, keeping
+from pycloudlib.qemu.host import processes
+from pycloudlib.qemu.host.resources import LOOPBACK
+from pycloudlib.qemu.vm.helperlink import HelperLink
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
 from pycloudlib.result import Result
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class GuestAccess(DiagnosedInstance):
             return
         try:
             result = self.execute(
-                firstboot.check_command(), stdin=text, description="checking the first boot"
+                helper.first_boot_check(), stdin=text, description="checking the first boot"
             )
         except (paramiko.SSHException, PycloudlibTimeoutError) as error:
             # Its user-data may have it boot again; then it is looked at by the next wait.
@@ -379,7 +380,7 @@ class GuestAccess(DiagnosedInstance):
         """Whether QEMU has the other end of a connection: it hands that on to the guest's sshd."""
         rundir = self.machine.rundir
         process = rundir.find_process()
-        return process is not None and peer.ends_in(connection, process)
+        return process is not None and processes.ends_in(connection, process)
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self._naming_end():

@@ -13,18 +13,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pycloudlib._base.tools import find_tool
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceExistsError, InstanceNotFoundError
-from pycloudlib.guest import loginkey
-from pycloudlib.guest import seed as nocloud
-from pycloudlib.guest.hostkeypool import HostKeyPool
+from pycloudlib.guest.access import loginkey
+from pycloudlib.guest.access.hostkeys import HostKeyPool
+from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, generate_key_pair
-from pycloudlib.qemu import disk, layers, recovery, savedmachine
-from pycloudlib.qemu.accelerator import choose_accelerator
 from pycloudlib.qemu.diagnosed import explaining_launch
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.host.accelerator import choose_accelerator
+from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
+from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launch import (
+from pycloudlib.qemu.launching.request import (
     Beginning,
     Host,
     LaunchOptions,
@@ -36,14 +39,13 @@ from pycloudlib.qemu.launch import (
     start_machine,
 )
 from pycloudlib.qemu.live import check_new, key_of_machine
-from pycloudlib.qemu.machine import Machine, MachineEndedError, State
-from pycloudlib.qemu.ownership import Orphans, create_owned_directory
-from pycloudlib.qemu.ports import PortRegistry
 from pycloudlib.qemu.ready import QemuReady
-from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.settings import parse_orphans
-from pycloudlib.qemu.spec import DEFAULT_INSTANCE_TYPE, InstanceType, check_name, make_name
-from pycloudlib.tools import find_tool
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.state.settings import parse_orphans
+from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, InstanceType, check_name, make_name
+from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
 
 # No machine can be called so.
 _KEYS = ".keys"
@@ -220,7 +222,7 @@ class Qemu(QemuReady):
             # Once more: its files may have come, or gone, since it was chosen.
             loginkey.prove(self.key_pair, "the cloud's SSH key")
         seed = SeedRequest(self.key_pair.public_key_line, *data)
-        base = disk.inspect_image(image, self.working_dir)
+        base = diskimage.inspect_image(image, self.working_dir)
         return LaunchRequest(
             name=options.name_with(self.tag),
             instance_type=InstanceType.parse(
@@ -230,7 +232,7 @@ class Qemu(QemuReady):
             kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
             seed=None if options.no_seed_iso else seed,
             image=base,
-            disk_size=disk.parse_size(options.disk_size_gib, base),
+            disk_size=diskimage.parse_size(options.disk_size_gib, base),
         )
 
     def _start(self, beginning: Beginning, username: str | None) -> QemuInstance:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from pycloudlib.diagnosis import UNDIAGNOSED, Diagnosis
 from pycloudlib.errors import CloudError, CloudSetupError, GuestRefusedError, PycloudlibException
-from pycloudlib.guest import cloudinit
+from pycloudlib.guest.boot import cloudinit
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
-from pycloudlib.qemu import examination
-from pycloudlib.qemu.artifacts import keep_artifacts
-from pycloudlib.qemu.examination import Facts
-from pycloudlib.qemu.machine import Machine, State
+from pycloudlib.qemu.failure import examination
+from pycloudlib.qemu.failure.artifacts import keep_artifacts
+from pycloudlib.qemu.failure.examination import Facts
+from pycloudlib.qemu.vm.machine import Machine, State
 
 # Seconds that the guest may take to tell of itself when something has failed already.
 _ASK_LIMIT = 10.0

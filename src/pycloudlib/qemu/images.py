@@ -10,20 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pycloudlib._base.files import expand_user, is_directory, is_file
 from pycloudlib.cloud import BaseCloud, ImageType
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
-from pycloudlib.files import expand_user, is_directory, is_file
 from pycloudlib.images import store, uses
 from pycloudlib.images.store import StoredImage
-from pycloudlib.progress import ProgressCallback
-from pycloudlib.progressdisplay import showing_progress
-from pycloudlib.qemu import disk, layers
-from pycloudlib.qemu.settings import SIGNED, QemuSettings
+from pycloudlib.progress import ProgressCallback, showing_progress
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.state.settings import SIGNED, QemuSettings
 
 if TYPE_CHECKING:
-    from pycloudlib.images.lock import ImageLock
+    from pycloudlib.images.lookup import ImageLock, Supply
     from pycloudlib.images.source import ImageSource, Stream
-    from pycloudlib.images.supply import Supply
 
 
 class QemuImages(BaseCloud):
@@ -77,7 +75,7 @@ class QemuImages(BaseCloud):
                 errno.ENOENT, "no such directory to export to", str(target.parent)
             )
         with showing_progress(on_progress, self._log) as tell:
-            disk.export(image, target, compress=compress, on_progress=tell)
+            diskimage.export(image, target, compress=compress, on_progress=tell)
 
     def build_image(
         self,
@@ -293,7 +291,7 @@ class QemuImages(BaseCloud):
             self.created_images.remove(image_id)
 
     def _supply(self, stream: Stream, release: str, image_type: ImageType) -> Supply:
-        from pycloudlib.images.supply import Supply  # noqa: PLC0415 - seldom
+        from pycloudlib.images.lookup import Supply  # noqa: PLC0415 - seldom
 
         minimal = _is_minimal(image_type)
         # A download may have to replace a file, which those have to be known for that are built on.
@@ -324,7 +322,7 @@ class QemuImages(BaseCloud):
 
     @property
     def _image_lock(self) -> ImageLock:
-        from pycloudlib.images.lock import FILE, ImageLock  # noqa: PLC0415 - seldom
+        from pycloudlib.images.lookup import FILE, ImageLock  # noqa: PLC0415 - seldom
 
         return ImageLock.read(self.settings.image_lock or Path(FILE).absolute())
 

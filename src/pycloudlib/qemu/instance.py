@@ -9,22 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pycloudlib.deadline import Deadline
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.locks import renew_in_children
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.guest import network
-from pycloudlib.guest.bootphases import Phase, PhaseStart
-from pycloudlib.guest.bootwatch import BootWatch
+from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
+from pycloudlib.guest.boot.readiness import BootWatch, keeping, ready_limit
+from pycloudlib.guest.data import runconfig
 from pycloudlib.key import KeyPair
-from pycloudlib.locks import renew_in_children
 from pycloudlib.progress import Progress, ProgressCallback
-from pycloudlib.qemu import copies, hotplug
-from pycloudlib.qemu.accelerator import Accelerator
 from pycloudlib.qemu.access import GuestAccess
-from pycloudlib.qemu.layers import LayerStore
-from pycloudlib.qemu.machine import Machine, MachineEndedError, State
-from pycloudlib.qemu.ports import PortLease, PortRegistry
-from pycloudlib.qemu.savedmachine import SavedMachine, host_fingerprint
-from pycloudlib.readiness import keeping, ready_limit
+from pycloudlib.qemu.disk.layers import LayerStore
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.host.resources import PortLease, PortRegistry
+from pycloudlib.qemu.saved import restoring
+from pycloudlib.qemu.state.savedmachine import SavedMachine, host_fingerprint
+from pycloudlib.qemu.vm import hotplug
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
 
 # How long a guest may take to power itself off before it is switched off.
 _SHUTDOWN_LIMIT = 120.0
@@ -234,14 +234,14 @@ class QemuInstance(GuestAccess):
         """
         self.check_exists()
         saved = self._cloud().find_saved(image_id)
-        copies.check_is_of(saved, self.machine.spec)
+        restoring.check_is_of(saved, self.machine.spec)
         machine = self.machine
         host = host_fingerprint(machine.binary, machine.spec.accelerator)
         obstacle = saved.find_obstacle(host)
         if obstacle is not None:
             raise CloudError(f"{self.name} cannot be rolled back to {image_id}: {obstacle}")
         self._forget_client()
-        copies.roll_back(self.machine, saved)
+        restoring.roll_back(self.machine, saved)
         LayerStore(self.instance_dir.parent).collect()
         self.put_right_soon()
         self._log.info("Rolled %s back to %s", self.name, image_id)
@@ -288,11 +288,11 @@ class QemuInstance(GuestAccess):
         interface = hotplug.plug_interface(self.machine)
         try:
             result = self.execute(
-                network.configure_script(interface.mac),
+                runconfig.configure_script(interface.mac),
                 use_sudo=True,
                 description="configuring a new network interface",
             )
-            return network.parse_address(result)
+            return runconfig.parse_address(result)
         except BaseException as error:
             hotplug.unplug_interface(self.machine, interface)
             if isinstance(error, ValueError):
@@ -310,12 +310,12 @@ class QemuInstance(GuestAccess):
         Raises:
             CloudError: No plugged-in interface has that address.
         """
-        mac = self.execute(network.find_mac_script(ip_address)).stdout
+        mac = self.execute(runconfig.find_mac_script(ip_address)).stdout
         if not mac:
             raise CloudError(f"No interface of {self.name} has the address {ip_address!r}")
         interface = hotplug.find_plugged(self.machine, mac)
         hotplug.unplug_interface(self.machine, interface)
-        self.execute(network.forget_script(mac), use_sudo=True)
+        self.execute(runconfig.forget_script(mac), use_sudo=True)
 
     def wait_for_delete(self, **kwargs: Any) -> None:
         """Wait until the machine is gone; `delete` has seen to that when it returns.

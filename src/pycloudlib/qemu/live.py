@@ -11,28 +11,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pycloudlib._base.files import expand_user
 from pycloudlib.errors import CloudError, InstanceExistsError, PycloudlibException
-from pycloudlib.files import expand_user
-from pycloudlib.guest import loginkey, runconfig
+from pycloudlib.guest.access import loginkey
+from pycloudlib.guest.data import runconfig
 from pycloudlib.guest.helper import NewKey
-from pycloudlib.hostlimits import HostLimits
 from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair, bring_along
 from pycloudlib.progress import ProgressCallback
-from pycloudlib.qemu import checkpoint, copies, layers, savedmachine
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.host.ownership import Orphans, disown
+from pycloudlib.qemu.host.resources import HostLimits
 from pycloudlib.qemu.images import QemuImages
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launch import (
+from pycloudlib.qemu.launching import copies
+from pycloudlib.qemu.launching.request import (
     Host,
     LaunchOptions,
     create_run_directory,
     start_machine,
 )
-from pycloudlib.qemu.machine import Machine
-from pycloudlib.qemu.ownership import Orphans, disown
-from pycloudlib.qemu.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.spec import make_name
+from pycloudlib.qemu.saved import checkpoint, restoring
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.spec import make_name
+from pycloudlib.qemu.vm.machine import Machine
 
 
 class QemuLive(QemuImages):
@@ -124,7 +128,7 @@ class QemuLive(QemuImages):
         super().export_image(image_id, path, compress, on_progress=on_progress)
         if saved is not None:
             try:
-                savedmachine.copy(saved, target)
+                restoring.copy_beside(saved, target)
             except BaseException:
                 target.unlink()
                 raise
@@ -235,7 +239,7 @@ class QemuLive(QemuImages):
             if request.boots:
                 machine.power_on()
             else:
-                copies.wake(machine, saved)
+                restoring.wake(machine, saved)
 
         with (
             uses.holding_image(str(saved.image), self.image_dir),

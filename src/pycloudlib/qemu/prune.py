@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
-from pycloudlib.qemu import layers, recovery, savedmachine
-from pycloudlib.qemu.ownership import OWNER_SUFFIX, Ownership, disown, is_cut_off
-from pycloudlib.qemu.ports import PortRegistry
-from pycloudlib.qemu.rundir import RunDirectory
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.host.ownership import OWNER_SUFFIX, Ownership, disown, is_cut_off
+from pycloudlib.qemu.host.resources import PortRegistry
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.vm import recovery
 
 _log = logging.getLogger(__name__)
 

@@ -9,25 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pycloudlib._base.files import is_file
 from pycloudlib.errors import (
     CloudError,
     InstanceExistsError,
     PycloudlibException,
     PycloudlibTimeoutError,
 )
-from pycloudlib.files import is_file
 from pycloudlib.images import store, uses
-from pycloudlib.qemu import copies, firstboot
-from pycloudlib.qemu.firstboot import FirstBoot, UnfitImageError
+from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.keptmemory import KeptMemoryError, check_machine
-from pycloudlib.qemu.launch import Beginning, LaunchOptions, LaunchRequest, PowerOn
-from pycloudlib.qemu.live import QemuLive
-from pycloudlib.qemu.ports import PortRegistry
-from pycloudlib.qemu.prune import Pruning
-from pycloudlib.qemu.savedmachine import SavedMachine
-from pycloudlib.qemu.spec import make_name
-from pycloudlib.qemu.warm import (
+from pycloudlib.qemu.launching import copies, startingpoint
+from pycloudlib.qemu.launching.request import Beginning, LaunchOptions, LaunchRequest, PowerOn
+from pycloudlib.qemu.launching.startingpoint import FirstBoot, UnfitImageError
+from pycloudlib.qemu.launching.warmcache import (
     TooLargeError,
     Unfit,
     WarmCache,
@@ -35,6 +30,11 @@ from pycloudlib.qemu.warm import (
     build_key,
     build_start_key,
 )
+from pycloudlib.qemu.live import QemuLive
+from pycloudlib.qemu.prune import Pruning
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.spec import make_name
+from pycloudlib.qemu.vm.memory import KeptMemoryError, check_machine
 
 # Seconds after which an image that took too long is tried again: the host may have been busy.
 _TRY_AGAIN = 24 * 3600.0
@@ -152,7 +152,7 @@ class QemuReady(QemuLive):
     def _find_start(self, request: LaunchRequest) -> SavedMachine | None:
         """Find where a machine's first boot can begin; made if need be; None where it cannot."""
         cache, host = self._warm_cache, self._host
-        obstacle = firstboot.find_obstacle(request)
+        obstacle = startingpoint.find_obstacle(request)
         if obstacle is None and not cache.bound:
             obstacle = "no machines are kept ready (warm_cache_mib = 0 in [qemu])"
         if obstacle is not None:
@@ -177,7 +177,7 @@ class QemuReady(QemuLive):
         )
         template = dataclasses.replace(request, name=make_name(self.tag))
         try:
-            with firstboot.make_starting_point(host, template, self.parent_dir) as made:
+            with startingpoint.make_starting_point(host, template, self.parent_dir) as made:
                 cache.add(key, made)
         except UnfitImageError as error:
             until = time.time() + _TRY_AGAIN if error.timed_out else None

@@ -1,0 +1,1 @@
+"""Small private tools that everything else uses; they know nothing of machines."""

@@ -1,0 +1,454 @@
+"""Commands in the guest, over an open connection: input and outputs flow while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import secrets
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import to_bytes
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from pycloudlib.guest.access.sessions import Connections, Session
+
+Source = Callable[[int], bytes]
+"""Gives the next bytes, as many as asked for at most; none at the end."""
+Sink = Callable[[bytes], object]
+"""Takes bytes as they come; what it raises ends the command."""
+
+_CHUNK = 1 << 16
+# Seconds between two looks at whether waiting for a command is of any use still.
+_ON_WAIT_INTERVAL = 0.5
+# RFC 4254, 5.1: what sshd says when a connection has all the sessions that it may have.
+_CONNECT_FAILED = 2
+# Seconds that a guest may take to end a command, that a caller waits for that, and that the server
+# may take to tell of it.
+_END_LIMIT = 120.0
+_END_WAIT = 15.0
+_END_TOLD_LIMIT = 2.0
+
+# Tells as which process a command runs, in a line of its own, and becomes the command.
+_ANNOUNCE = 'echo "$1 $$" && shift && exec "$@"'
+# Ends all processes of a command, whose pid is given: they are hung up on, and killed if they live
+# on. They are those of its session (setsid(2)), where that is its own or its login shell's and not
+# one of the SSH server's. Other users' are ended, too, if this user may become root: `sudo` is one.
+_END = """
+pid=$0
+read -r line </proc/$pid/stat && set -- ${line##*) } || set -- - - - $pid
+session=$4
+[ $session = $pid ] || [ $session = $2 ] || session=none
+left() {
+  for stat in /proc/[0-9]*/stat; do
+    read -r line <$stat && set -- ${line%% *} ${line##*) } || continue
+    if [ $2 != Z ] && { [ $5 = $session ] || [ $1 = $pid ]; }; then echo $1; fi
+  done
+}
+end() { kill -s $1 $processes || sudo -n kill -s $1 $processes; }
+for signal in HUP KILL; do
+  for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    processes=$(left)
+    [ "$processes" ] || exit 0
+    [ $try != 1 ] || { end $signal; end CONT; }
+    sleep 0.1
+  done
+done
+exit 1
+"""
+
+
+# The hooks that clients override take no such argument, so it is handed to what is below them so.
+_secret: ContextVar[bool] = ContextVar("secret", default=False)
+
+
+@contextlib.contextmanager
+def keeping_secret() -> Iterator[None]:
+    """Leave the commands that are run inside the block out of errors."""
+    token = _secret.set(True)
+    try:
+        yield
+    finally:
+        _secret.reset(token)
+
+
+def in_errors(command: str | None) -> str | None:
+    """Return how a command is named in errors."""
+    return "a command that is not to be shown" if _secret.get() else command
+
+
+def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -> paramiko.Channel:
+    """Open a channel for a command or a shell.
+
+    Raises:
+        paramiko.ChannelException: The server takes no further one on this connection.
+        paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: It was not open in time.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    transport = client.get_transport()
+    if transport is None:
+        raise paramiko.SSHException("the connection is closed")
+    with _lost_on_the_way(deadline):
+        try:
+            return transport.open_session(timeout=max(_limit(ANSWER_LIMIT, deadline), 0.1))
+        except paramiko.ChannelException:
+            raise
+        except paramiko.SSHException as error:
+            # Where several are refused at once, paramiko has the reason for one of them.
+            if not transport.is_active() or "Unable to open" not in str(error):
+                raise
+            raise paramiko.ChannelException(_CONNECT_FAILED, str(error)) from error
+
+
+@contextlib.contextmanager
+def _lost_on_the_way(deadline: Deadline | None) -> Iterator[None]:
+    """Let what fails before a command has begun be an error of SSH, or that its time is over."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    try:
+        yield
+    except paramiko.ChannelException:
+        raise  # the server's own word
+    except Exception as error:
+        if deadline is not None and deadline.expired:
+            raise PycloudlibTimeoutError(
+                f"The command did not begin within {deadline.limit:g} s"
+            ) from error
+        if isinstance(error, paramiko.SSHException):
+            raise
+        # It is the transport's thread that reads what comes, and whatever it fails with.
+        why = error if isinstance(error, (OSError, EOFError)) else not_ssh(error)
+        raise paramiko.SSHException(f"the connection is gone: {why}") from error
+
+
+def run(
+    connections: Connections,
+    command: str,
+    *,
+    stdin: bytes = b"",
+    get_pty: bool = False,
+    timeout: float | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> tuple[bytes, bytes, int]:
+    """Execute a command to its end, keeping both outputs whatever their size.
+
+    Args:
+        connections: Those to the machine.
+        command: The command line, as the login shell reads it: one program with its arguments.
+        stdin: What the command reads.
+        get_pty: Whether it gets a terminal.
+        timeout: Seconds it may take; no limit when None.
+        on_wait: Called every so often while it runs; what it raises ends the wait.
+
+    Returns:
+        Standard output, standard error, exit status (-1 when the connection ended first).
+
+    Raises:
+        paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: The command went on past `timeout`; it is ended.
+    """
+    deadline = None if timeout is None else Deadline.after(timeout)
+    out: list[bytes] = []
+    err: list[bytes] = []
+    announced = None if deadline is None else Announcement(out.append)
+    with contextlib.ExitStack() as held:
+        session = held.enter_context(connections.session(deadline))
+        try:
+            status = stream(
+                session.channel,
+                command if announced is None else announced.ask_for(command),
+                stdin=io.BytesIO(stdin).read,
+                stdout=out.append if announced is None else announced.take,
+                stderr=err.append,
+                get_pty=get_pty,
+                deadline=deadline,
+                on_wait=on_wait,
+            )
+        except PycloudlibTimeoutError:
+            if announced is not None:
+                _end(connections, session, announced, held.pop_all())
+            raise PycloudlibTimeoutError(
+                f"The command did not end within {timeout:g} s and was hung up on: "
+                f"{in_errors(command)}"
+            ) from None
+    if announced is not None:
+        announced.finish()
+    return b"".join(out), b"".join(err), status
+
+
+def _end(
+    connections: Connections,
+    session: Session,
+    announced: Announcement,
+    held: contextlib.ExitStack,
+) -> None:
+    """End a command whose time is over; its place on the connection is free again if that works.
+
+    A guest that is out of breath may take longer for that than the caller is to wait: it goes on in
+    the background then.
+
+    Args:
+        connections: Those to the machine.
+        session: The command's.
+        announced: As which process it runs.
+        held: What gives the session back.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    def end() -> None:
+        with held, contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
+            deadline = Deadline.after(_END_LIMIT)
+            # One that has not begun yet may do so still.
+            while not announced.told.wait(deadline.capped(_ON_WAIT_INTERVAL)):
+                if deadline.expired or session.channel.closed:
+                    return
+            if not announced.pid:
+                return  # something else was said where its process should be
+            with connections.session(deadline) as another:
+                stream(
+                    another.channel,
+                    shlex.join(["sh", "-c", _END, str(announced.pid)]),
+                    stdout=len,
+                    stderr=len,
+                    deadline=deadline,
+                )
+            session.wait_for_end(_END_TOLD_LIMIT)
+
+    ending = threading.Thread(target=end, name="command-end", daemon=True)
+    ending.start()
+    ending.join(_END_WAIT)
+
+
+class Announcement:
+    """The line in which a command says as which process it runs, taken out of its output.
+
+    What the command is and sees is the same as without it.
+
+    Args:
+        sink: Takes the rest of the output.
+
+    Attributes:
+        pid: The process; None until it has been told.
+        told: Set when it has.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.pid: int | None = None
+        self.told = threading.Event()
+        self._sink = sink
+        self._mark = secrets.token_hex(8)
+        self._held = b""
+
+    def ask_for(self, command: str) -> str:
+        """Write a command line so that the command announces itself."""
+        return f"{shlex.join(['sh', '-c', _ANNOUNCE, 'sh', self._mark])} {command}"
+
+    def take(self, chunk: bytes) -> None:
+        """Take output as it comes."""
+        if self.pid is not None:
+            self._sink(chunk)
+            return
+        self._held += chunk
+        # A shell's start-up files may have printed something before.
+        start = self._held.find(self._mark.encode())
+        if start < 0:
+            self._let_go(max(0, len(self._held) - len(self._mark)))
+            return
+        self._let_go(start)
+        line, ended, rest = self._held.partition(b"\n")
+        if ended:
+            pid = line[len(self._mark) :].strip()
+            self.pid = int(pid) if pid.isdigit() else 0
+            self.told.set()
+            self._held = rest
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand on what is held still."""
+        self._let_go(len(self._held))
+
+    def _let_go(self, count: int) -> None:
+        done, self._held = self._held[:count], self._held[count:]
+        if done:
+            self._sink(done)
+
+
+def stream(
+    channel: paramiko.Channel,
+    command: str | None,
+    *,
+    stdin: Source | None = None,
+    stdout: Sink,
+    stderr: Sink,
+    get_pty: bool = False,
+    deadline: Deadline | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a command to its end, handing on its outputs as they come.
+
+    Args:
+        channel: What `open_session` gave; whoever opened it closes it.
+        command: The command line, as the login shell reads it; None for the login shell itself.
+        stdin: What the command reads; nothing by default.
+        stdout: Takes its output.
+        stderr: Takes its error output.
+        get_pty: Whether it gets a terminal.
+        deadline: Until when it may run; no limit when None.
+        on_wait: Called every so often while it runs; what it raises ends the wait.
+
+    Returns:
+        Its exit status; -1 when a signal ended it, or the connection ended first.
+
+    Raises:
+        paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: The command goes on past its deadline, or did not begin in time.
+    """
+    line = None if command is None else to_bytes(command)
+    with _lost_on_the_way(deadline), hung_up_on(channel, deadline):
+        if get_pty:
+            channel.get_pty()
+        if line is None:
+            channel.invoke_shell()
+        else:
+            channel.exec_command(line)
+    pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
+    threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
+    if _have_ended(pumps, deadline, on_wait) and _has_status(channel, deadline, on_wait):
+        return channel.exit_status
+    limit = 0.0 if deadline is None else deadline.limit
+    raise PycloudlibTimeoutError(
+        f"The command did not end within {limit:g} s: {in_errors(command)}"
+    )
+
+
+class _Pump(threading.Thread):
+    """Hands one output of a channel on, to its end."""
+
+    def __init__(self, receive: Source, sink: Sink) -> None:
+        super().__init__(daemon=True)
+        self._receive = receive
+        self._sink = sink
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                chunk = self._receive(_CHUNK)
+            except OSError:  # the connection is gone, which the exit status tells
+                return
+            if not chunk:
+                return
+            try:
+                self._sink(chunk)
+            except Exception as error:  # noqa: BLE001 - raised in the thread that waits
+                self.error = error
+                return
+
+
+def _limit(seconds: float, deadline: Deadline | None) -> float:
+    return seconds if deadline is None else deadline.capped(seconds)
+
+
+@contextlib.contextmanager
+def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+    """Close a channel whose requests are not answered in time: they know no limit of their own."""
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError, EOFError):  # the connection is lost already
+            channel.close()
+
+    watchdog = threading.Timer(_limit(ANSWER_LIMIT, deadline), hang_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+def _have_ended(
+    pumps: tuple[_Pump, ...], deadline: Deadline | None, on_wait: Callable[[], None]
+) -> bool:
+    """Wait until both outputs have ended; say whether they did in time."""
+    while waiting := [pump for pump in pumps if pump.is_alive()]:
+        waiting[0].join(_limit(_ON_WAIT_INTERVAL, deadline))
+        _raise_first(pumps)
+        if waiting[0].is_alive():
+            if deadline is not None and deadline.expired:
+                return False
+            on_wait()
+    _raise_first(pumps)
+    return True
+
+
+def _has_status(
+    channel: paramiko.Channel, deadline: Deadline | None, on_wait: Callable[[], None]
+) -> bool:
+    """Wait until the exit status has come, or never will; say whether that was in time."""
+    while not channel.status_event.wait(_limit(_ON_WAIT_INTERVAL, deadline)):
+        if deadline is not None and deadline.expired:
+            return False
+        on_wait()
+    return True
+
+
+@contextlib.contextmanager
+def ended_early(check: Callable[[], None], hang_up: Callable[[], object]) -> Iterator[None]:
+    """End a block that waits for the guest as soon as nobody will answer there any more.
+
+    Args:
+        check: Called every so often; raises when that is so. Its error leaves the block.
+        hang_up: Closes what is waited on in the block; called in another thread.
+    """
+    over = threading.Event()
+    errors: list[Exception] = []
+
+    def watch() -> None:
+        while not over.wait(_ON_WAIT_INTERVAL):
+            try:
+                check()
+            except Exception as error:  # noqa: BLE001 - raised in the thread that waits
+                errors.append(error)
+                with contextlib.suppress(OSError, EOFError):
+                    hang_up()
+                return
+
+    watcher = threading.Thread(target=watch, name="lookout", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except Exception as error:
+        if errors:
+            raise errors[0] from error
+        raise
+    finally:
+        over.set()
+    if errors:
+        raise errors[0]
+
+
+def _raise_first(pumps: tuple[_Pump, ...]) -> None:
+    for pump in pumps:
+        if pump.error is not None:
+            raise pump.error
+
+
+def _feed(channel: paramiko.Channel, source: Source | None) -> None:
+    # A command may end without reading its input; that is no error. And a source that cannot be
+    # read has ended.
+    with contextlib.suppress(OSError, EOFError):
+        while source is not None and (chunk := source(_CHUNK)):
+            channel.sendall(chunk)
+    with contextlib.suppress(OSError, EOFError):
+        channel.shutdown_write()

@@ -1,0 +1,280 @@
+"""Single files, copied to and from the guest over SFTP, as `cp` does it.
+
+SFTP tells of two errors by a number of their own, that there is no such file and that it is not
+permitted. Of all others it says "Failure"; then the guest is asked what the reason is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import shlex
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pycloudlib._base.documents import to_bytes
+from pycloudlib._base.files import writing
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.access import commands
+from pycloudlib.guest.access.sessions import Connections
+from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
+
+if TYPE_CHECKING:
+    import paramiko
+
+_CHUNK = 1 << 15
+_REASON_LIMIT = 10.0
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+# What is wrong is said by whoever opens the file, reads from it or looks for room.
+_WHY_NOT_READ = 'head -c 1 <"$1" >/dev/null'
+_WHY_NOT_WRITTEN = """
+: >>"$1" || exit
+[ ! -c "$1" ] || head -c 1 /dev/zero >>"$1" || exit
+df -P -- "$1" | awk 'NR == 2 && $2 && $4 < 64 { print "df: No space left on device" }' >&2
+"""
+
+
+class _UnexplainedError(Exception):
+    """The SFTP server has failed to do something, and does not say why."""
+
+
+def push(
+    connections: Connections,
+    local_path: str | os.PathLike[str],
+    remote_path: str | os.PathLike[str],
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
+    """Copy a local file to the guest; a file, device or FIFO that is there is written into.
+
+    Raises:
+        FileNotFoundError: The local file, or the remote directory, is not there.
+        OSError: It cannot be read or written; of the kind that its reason has in Python.
+        ValueError: A path has a NUL byte, or cannot be encoded.
+        paramiko.SSHException: The machine cannot be reached.
+    """
+    source = check_path("local_path", local_path)
+    target = check_path("remote_path", remote_path)
+    try:
+        with (
+            Path(source).open("rb") as file,
+            connections.files() as sftp,
+            _naming(target, sftp),
+        ):
+            _send(file, source, sftp, target, on_progress)
+    except _UnexplainedError as error:
+        raise _explained(connections, _WHY_NOT_WRITTEN, target, error) from error
+
+
+def pull(
+    connections: Connections,
+    remote_path: str | os.PathLike[str],
+    local_path: str | os.PathLike[str],
+    on_progress: ProgressCallback = ignore_progress,
+) -> None:
+    """Copy a file from the guest, to where `pycloudlib._base.files.writing` puts it.
+
+    Raises:
+        FileNotFoundError: The remote file, or the local directory, is not there.
+        OSError: It cannot be read or written; of the kind that its reason has in Python.
+        ValueError: A path has a NUL byte, or cannot be encoded.
+        paramiko.SSHException: The machine cannot be reached.
+    """
+    source = check_path("remote_path", remote_path)
+    target = check_path("local_path", local_path)
+    try:
+        with connections.files() as sftp, _naming(source, sftp):
+            facts = sftp.stat(to_bytes(source))
+            if not _is_stream(facts.st_mode or 0):
+                _receive(sftp, facts, source, Path(target), on_progress)
+                return
+        _receive_stream(connections, source, Path(target), on_progress)
+    except _UnexplainedError as error:
+        raise _explained(connections, _WHY_NOT_READ, source, error) from error
+
+
+def check_path(what: str, path: str | os.PathLike[str]) -> str:
+    """Read a path that was given, as text.
+
+    Raises:
+        FileNotFoundError: It is empty.
+        ValueError: It has a NUL byte, or cannot be encoded.
+        TypeError: It is no path.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise FileNotFoundError(errno.ENOENT, f"{what} is empty", text)
+    if "\0" in text:
+        raise ValueError(f"{what} is {text!r}, expected a path without NUL bytes")
+    try:
+        to_bytes(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is {text!r}, which is not Unicode: {error.reason}") from error
+    return text
+
+
+def _send(
+    file: IO[bytes],
+    source: str,
+    sftp: paramiko.SFTPClient,
+    target: str,
+    on_progress: ProgressCallback,
+) -> None:
+    facts = os.fstat(file.fileno())
+    total = facts.st_size if stat.S_ISREG(facts.st_mode) else None
+    # sshd goes to a place in a file before it writes there, but not when it appends; a stream has
+    # no places to go to.
+    how = "ab" if _is_stream(_find_mode(sftp, target)) else "wb"
+    with sftp.open(to_bytes(target), how) as remote:
+        # Answers are waited for one by one where the size cannot tell whether all has arrived.
+        is_regular = stat.S_ISREG(remote.stat().st_mode or 0)
+        remote.set_pipelined(is_regular)
+        done = 0
+        while chunk := _read(file, source):
+            remote.write(chunk)
+            done += len(chunk)
+            on_progress(Progress("copying", Path(source).name, done, total, "B"))
+        arrived = remote.stat().st_size if is_regular else done
+        if arrived != done:
+            raise _UnexplainedError(f"{arrived} of {done} bytes have arrived")
+
+
+def _receive(
+    sftp: paramiko.SFTPClient,
+    facts: paramiko.SFTPAttributes,
+    source: str,
+    target: Path,
+    on_progress: ProgressCallback,
+) -> None:
+    mode, size = facts.st_mode or 0, facts.st_size or 0
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), source)
+    with (
+        sftp.open(to_bytes(source), "rb") as remote,
+        writing(target) as file,
+    ):
+        # Files of the kernel's say that they are empty, whatever they have to tell.
+        if stat.S_ISREG(mode) and size:
+            remote.prefetch(size)
+        done = 0
+        while chunk := remote.read(_CHUNK):
+            _write(file, chunk, target)
+            done += len(chunk)
+            on_progress(Progress("copying", target.name, done, max(size, done), "B"))
+
+
+def _receive_stream(
+    connections: Connections, source: str, target: Path, on_progress: ProgressCallback
+) -> None:
+    """Receive what SFTP cannot read, since sshd goes to a place in a file before it reads there."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    done = 0
+    with writing(target) as file, connections.session() as session:
+
+        def take(chunk: bytes) -> None:
+            nonlocal done
+            _write(file, chunk, target)
+            done += len(chunk)
+            on_progress(Progress("copying", target.name, done, None, "B"))
+
+        status = commands.stream(
+            session.channel,
+            shlex.join(["sh", "-c", 'exec cat <"$1"', "sh", source]),
+            stdout=take,
+            stderr=len,
+        )
+        if status < 0:
+            raise paramiko.SSHException(f"{source}: the connection is gone")
+        if status:
+            raise _UnexplainedError(f"cat ended with exit status {status}")
+
+
+def _read(file: IO[bytes], path: str) -> bytes:
+    with _here(path):
+        return file.read(_CHUNK)
+
+
+def _write(file: io.FileIO, chunk: bytes, path: Path) -> None:
+    with _here(str(path)):
+        while chunk:
+            chunk = chunk[file.write(chunk) :]
+
+
+@contextlib.contextmanager
+def _here(path: str) -> Iterator[None]:
+    """Name the local file in an error that comes without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def _find_mode(sftp: paramiko.SFTPClient, path: str) -> int:
+    """Return the mode of what is there; 0 where nothing is.
+
+    A link that leads nowhere is let be: as for `cp`, it may not be a file that is meant.
+    """
+    name = to_bytes(path)
+    try:
+        mode = sftp.lstat(name).st_mode or 0
+    except FileNotFoundError:
+        return 0
+    if not stat.S_ISLNK(mode):
+        return mode
+    try:
+        return sftp.stat(name).st_mode or 0
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "a link that leads nowhere", path) from None
+
+
+def _is_stream(mode: int) -> bool:
+    """Whether a file of a mode, such as a FIFO or a terminal, may only be read and written on."""
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+@contextlib.contextmanager
+def _naming(path: str, sftp: paramiko.SFTPClient) -> Iterator[None]:
+    """Name the remote file in SFTP's errors, which come without a name."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    channel = sftp.get_channel()
+    try:
+        yield
+    except (EOFError, TimeoutError, paramiko.SFTPError, paramiko.SSHException) as error:
+        raise paramiko.SSHException(f"{path}: {error or 'the connection is gone'}") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is not None:
+            raise OSError(error.errno, _words(error.errno, path), path) from error
+        if channel is None or channel.closed:
+            raise paramiko.SSHException(f"{path}: the connection is gone") from error
+        raise _UnexplainedError(f"the guest answered: {error}") from error
+
+
+def _words(number: int, path: str) -> str:
+    words = os.strerror(number)
+    if number == errno.ENOENT and path.startswith("~"):
+        words += " (~ is a name as any other here; a path without / begins at the home directory)"
+    return words
+
+
+def _explained(connections: Connections, why: str, path: str, error: _UnexplainedError) -> OSError:
+    """Find out in the guest why it has failed; an error that says so."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    said = b""
+    with contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
+        command = shlex.join(["env", "LC_ALL=C", "sh", "-c", why, "sh", path])
+        _, said, _ = commands.run(connections, command, timeout=_REASON_LIMIT)
+    for words in re.split(r": |\n", said.decode(errors="replace")):
+        if words in _NUMBERS:
+            return OSError(_NUMBERS[words], words, path)
+    return OSError(errno.EIO, str(error), path)

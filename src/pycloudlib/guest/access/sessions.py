@@ -1,0 +1,266 @@
+"""The SSH connections to one machine: as many as its sessions need.
+
+An SSH server bounds the sessions of a connection (sshd's `MaxSessions`, 10 by default), and keeps
+the place of one that was closed until its command has ended. So each connection is given a share of
+the sessions, less where the server refuses one, and none any more once a place on it is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.access.commands import hung_up_on, open_session
+
+if TYPE_CHECKING:
+    import paramiko
+
+# Sessions on one connection: below sshd's default, as some may be ending still.
+_SHARE = 8
+# Seconds between tries to open the only session on a connection: a new one takes longer.
+_PAUSES = (0.01, 0.04, 0.1, 0.2)
+# Seconds that a server may take to end a session whose input has ended.
+_END_LIMIT = 3.0
+# Seconds that it may take for each answer about a file.
+_FILE_ANSWER_LIMIT = 60.0
+
+
+@dataclass
+class Session:
+    """A session on a connection.
+
+    Attributes:
+        channel: Its channel.
+        ended: Whether the server has ended it, so that its place is free; None while that is to be
+            told from the channel.
+    """
+
+    channel: paramiko.Channel
+    ended: bool | None = None
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the server has ended it, and take note of whether it did."""
+        self.ended = self.channel.status_event.wait(seconds)
+
+
+@dataclass(eq=False)
+class _Connection:
+    """A connection and the use that is made of it."""
+
+    client: paramiko.SSHClient
+    in_use: int = 1
+    retired: bool = False
+    proven: bool = False
+
+    @property
+    def alive(self) -> bool:
+        transport = self.client.get_transport()
+        return transport is not None and transport.is_active()
+
+
+class Connections:
+    """The connections to one machine. Safe to use from several threads, and after a fork.
+
+    Args:
+        connect: Opens a new connection, by the deadline if there is one.
+    """
+
+    def __init__(self, connect: Callable[[Deadline | None], paramiko.SSHClient]) -> None:
+        self._connect = connect
+        self._share = _SHARE
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        self._changed = threading.Condition()
+        self._connections: list[_Connection] = []
+        self._connecting = False
+
+    @property
+    def any_open(self) -> bool:
+        """Whether there is a connection, which may be lost."""
+        return bool(self._connections)
+
+    def close(self) -> None:
+        """Close all of them; the next use makes a new one."""
+        with self._changed:
+            connections, self._connections = self._connections, []
+            for connection in connections:
+                connection.retired = True
+            self._changed.notify_all()
+        for connection in connections:
+            connection.client.close()
+
+    @contextlib.contextmanager
+    def session(self, deadline: Deadline | None = None) -> Iterator[Session]:
+        """Open a session for the block, on a connection with room for it or on a new one.
+
+        Args:
+            deadline: Until when it has to be open; no limit when None.
+
+        Raises:
+            paramiko.SSHException: The machine cannot be reached, or lets no session in.
+            PycloudlibTimeoutError: No session could be opened in time.
+        """
+        connection, session = self._open(deadline)
+        ended = False
+        try:
+            yield session
+            ended = session.channel.status_event.is_set()
+        finally:
+            session.channel.close()
+            self._give_back(connection, ended if session.ended is None else session.ended)
+
+    @contextlib.contextmanager
+    def files(self) -> Iterator[paramiko.SFTPClient]:
+        """Open a session for the block in which files are read and written (SFTP).
+
+        Raises:
+            paramiko.SSHException: The machine cannot be reached, or offers no SFTP.
+        """
+        import paramiko  # noqa: PLC0415 - heavy
+
+        with self.session() as session:
+            channel = session.channel
+            channel.settimeout(_FILE_ANSWER_LIMIT)
+            try:
+                with hung_up_on(channel, None):
+                    channel.invoke_subsystem("sftp")
+                client = paramiko.SFTPClient(channel)
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                raise paramiko.SSHException(
+                    f"the SSH server takes and gives no files (SFTP): {error or 'it hung up'}"
+                ) from error
+            try:
+                yield client
+            finally:
+                # Its end is waited for: else the next session may come while it has its place.
+                with contextlib.suppress(OSError, EOFError):
+                    channel.shutdown_write()
+                session.wait_for_end(_END_LIMIT)
+
+    def _open(self, deadline: Deadline | None) -> tuple[_Connection, Session]:
+        import paramiko  # noqa: PLC0415 - heavy
+
+        while True:
+            connection = self._take(deadline)
+            try:
+                channel = self._open_on(connection, deadline)
+            except paramiko.ChannelException as error:
+                if self._refused(connection):
+                    continue
+                raise paramiko.SSHException(
+                    f"the SSH server opens no session: {error.text}"
+                ) from error
+            except paramiko.SSHException as error:
+                lost = not connection.alive or isinstance(error.__cause__, (OSError, EOFError))
+                self._give_back(connection, ended=False)
+                if lost and connection.proven:
+                    continue  # nothing has begun on it, and another one may be opened
+                raise
+            except BaseException:
+                self._give_back(connection, ended=False)
+                raise
+            connection.proven = True
+            return connection, Session(channel)
+
+    def _open_on(self, connection: _Connection, deadline: Deadline | None) -> paramiko.Channel:
+        import paramiko  # noqa: PLC0415 - heavy
+
+        for pause in _PAUSES:
+            try:
+                return open_session(connection.client, deadline)
+            except paramiko.ChannelException:
+                # The place of the session before is free a moment after that has ended.
+                if connection.in_use > 1 or not connection.proven:
+                    raise
+            time.sleep(pause if deadline is None else deadline.capped(pause))
+        return open_session(connection.client, deadline)
+
+    def _take(self, deadline: Deadline | None) -> _Connection:
+        """Take a place on a connection; one thread at a time opens a new one."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        with self._changed:
+            while (connection := self._find_room()) is None and self._connecting:
+                if deadline is not None and deadline.expired:
+                    raise PycloudlibTimeoutError(
+                        f"No SSH session could be opened within {deadline.limit:g} s: the "
+                        "connections are in use, and another one is being opened"
+                    )
+                self._changed.wait(None if deadline is None else deadline.remaining)
+            if connection is not None:
+                connection.in_use += 1
+                return connection
+            self._connecting = True
+        opened = None
+        try:
+            opened = _Connection(self._connect(deadline))
+        except paramiko.SSHException as error:
+            if deadline is None or not deadline.expired or not _is_late(error):
+                raise
+            raise PycloudlibTimeoutError(
+                f"No SSH connection could be opened within {deadline.limit:g} s: {error}"
+            ) from error
+        finally:
+            with self._changed:
+                self._connecting = False
+                if opened is not None:
+                    self._connections.append(opened)
+                self._changed.notify_all()
+        return opened
+
+    def _find_room(self) -> _Connection | None:
+        for connection in [known for known in self._connections if not known.alive]:
+            self._connections.remove(connection)
+            connection.client.close()
+        for connection in self._connections:
+            if not connection.retired and connection.in_use < self._share:
+                return connection
+        return None
+
+    def _refused(self, connection: _Connection) -> bool:
+        """Take note that a connection takes no further session; say whether another one may."""
+        with self._changed:
+            others = connection.in_use - 1
+            if others:
+                self._share = min(self._share, others)
+        # With nothing else on it, its places are lost.
+        self._give_back(connection, ended=bool(others))
+        return connection.proven or bool(others)
+
+    def _give_back(self, connection: _Connection, ended: bool) -> None:
+        with self._changed:
+            connection.in_use -= 1
+            connection.retired = connection.retired or not ended
+            over = connection.retired and not connection.in_use
+            if over and connection in self._connections:
+                self._connections.remove(connection)
+            self._changed.notify_all()
+        if over:
+            connection.client.close()
+
+
+def _is_late(error: Exception) -> bool:
+    """Whether a connection failed since its time was over, and not by what the machine said."""
+    return isinstance(error.__cause__, TimeoutError)
+
+
+_all: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _forget_parents_connections() -> None:
+    # A forked child has no part in its parent's connections, nor in its locks.
+    for connections in list(_all):
+        connections._begin()
+
+
+os.register_at_fork(after_in_child=_forget_parents_connections)

@@ -1,0 +1,442 @@
+"""Waiting until a machine is ready: SSH executes commands, cloud-init has finished."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from pycloudlib._base.deadline import Deadline, positive
+from pycloudlib.errors import InvalidKeyError, PycloudlibError, PycloudlibTimeoutError
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.boot import cloudinit
+from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
+from pycloudlib.guest.boot.console import Console, DeadEnd
+from pycloudlib.result import Result
+
+DEFAULT_READY_MINUTES = 20.0
+"""Minutes that a machine may take until it is ready: a cold boot in emulation on a busy host."""
+
+# An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
+# reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
+_ATTEMPT_LIMIT = 2.0
+_ATTEMPT_PAUSE = 0.2
+# An SSH server that is not there at cloud-init's end may come yet, for so many seconds in which
+# nothing happens that can be seen.
+_SERVER_GRACE = 120.0
+
+# The hooks that clients override take no deadline of ours, so it is handed to them this way.
+_ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
+
+
+def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -> Deadline:
+    """Give the deadline of a wait for readiness.
+
+    Args:
+        minutes: How long it may take, if somebody says so.
+        default: How long otherwise.
+
+    Raises:
+        ValueError: It is not a positive number of minutes.
+    """
+    if minutes is None:
+        return Deadline.after(default * 60)
+    return Deadline.after(positive("ready_timeout", minutes, "minutes") * 60)
+
+
+@contextlib.contextmanager
+def keeping(deadline: Deadline) -> Iterator[Deadline]:
+    """Set the deadline that the hooks called inside keep to."""
+    token = _ready_deadline.set(deadline)
+    try:
+        yield deadline
+    finally:
+        _ready_deadline.reset(token)
+
+
+def current_deadline() -> Deadline | None:
+    """Give the deadline of the wait that the caller is part of, if any."""
+    return _ready_deadline.get()
+
+
+def command_limit(timeout: float | None) -> float | None:
+    """Give the seconds that a command may take: the caller's, else what its wait has left."""
+    deadline = current_deadline()
+    return deadline.remaining if timeout is None and deadline is not None else timeout
+
+
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """Why commands cannot be executed yet.
+
+    Attributes:
+        text: What was in the way.
+        lasts: Seconds after which it will not go away by itself, once cloud-init has ended and
+            nothing else happens.
+        error: What tells it.
+    """
+
+    text: str
+    lasts: float = math.inf
+    error: Exception | None = None
+
+    @property
+    def is_timeout(self) -> bool:
+        """Whether nothing is known but that there was no answer in time."""
+        kinds = (TimeoutError, PycloudlibTimeoutError)
+        return isinstance(self.error, kinds) or isinstance(
+            getattr(self.error, "__cause__", None), kinds
+        )
+
+
+class Readiness(ABC):
+    """The hooks of waiting, which clients of an instance override and call."""
+
+    _log: logging.Logger
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the instance is called."""
+
+    @property
+    @abstractmethod
+    def ready_timeout(self) -> float:
+        """Minutes that a wait for readiness may take in all."""
+
+    @abstractmethod
+    def get_boot_id(self) -> str:
+        """Give the id of the current boot."""
+
+    @abstractmethod
+    def _ssh(self, command: list[str]) -> Result:
+        """Run an argument vector in the guest."""
+
+    @abstractmethod
+    def _endpoint(self) -> ssh.Endpoint:
+        """Say where and as whom to log in."""
+
+    @abstractmethod
+    def _is_connected(self) -> bool:
+        """Say whether there is a connection, which may be lost."""
+
+    @abstractmethod
+    def _forget_client(self) -> None:
+        """Close the connections that are kept."""
+
+    def _check_alive(self) -> None:  # noqa: B027 - optional to override
+        """Raise when the machine can never be reached any more; clouds that can tell override."""
+
+    def _has_settled(self) -> object:
+        """Say whether cloud-init has ended in the guest's present boot, as far as can be seen.
+
+        Returns:
+            Something that stays the same as long as nothing happens in the guest; None when
+            cloud-init has not ended, or that cannot be seen.
+        """
+        return None
+
+    def _explain_refusal(self) -> str:
+        """Say who can log in, after cloud-init's end, and what to do about it."""
+        return "does username= name a user who has the key?"
+
+    def _was_followed(self) -> bool:
+        """Say whether the guest's present boot was followed to its end before, by whomever."""
+        return False
+
+    def _seen_warnings(self) -> Sequence[str]:
+        """Give what cloud-init was seen to warn of while it was waited for."""
+        return ()
+
+    def _lookout(self) -> Callable[[], None]:
+        """Give what is called every so often while a command runs: it raises to end the wait."""
+        return self._check_alive
+
+    def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
+        """Wait until the machine is powered on; clouds where that takes time override this."""
+
+    def _wait_for_execute(
+        self, old_boot_id: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until commands can be executed over SSH.
+
+        Args:
+            old_boot_id: When given, wait for a boot with another id than this.
+            timeout: Seconds it may take.
+        """
+        deadline = self._deadline(timeout)
+        self._log.info("Waiting for SSH on %s, for at most %.0f s", self.name, deadline.limit)
+        last_seen = _Obstacle("nothing was tried")
+        settled: object = None
+        since: float | None = None
+        while not deadline.expired:
+            self._check_alive()
+            hurried = deadline.remaining < min(_ATTEMPT_LIMIT, deadline.limit / 2)
+            obstacle = self._try_execute(old_boot_id, deadline)
+            if obstacle is None:
+                return
+            # A last try whose time was cut short tells less than the one before.
+            if not (hurried and obstacle.is_timeout):
+                last_seen = obstacle
+            latest = None if math.isinf(obstacle.lasts) else self._has_settled()
+            if latest is None:
+                since = None
+            elif since is None or (obstacle.lasts and latest != settled):
+                settled, since = latest, time.monotonic()
+            elif time.monotonic() - since >= obstacle.lasts:
+                raise PycloudlibTimeoutError(
+                    f"{self.name} cannot be used, and that will not change, since its cloud-init "
+                    f"has ended: {obstacle.text}; {self._explain_refusal()}"
+                ) from obstacle.error
+            time.sleep(deadline.capped(_ATTEMPT_PAUSE))
+        self._check_alive()
+        raise PycloudlibTimeoutError(
+            f"{self.name} could not be reached by SSH within {deadline.limit:.0f} s; "
+            f"last seen: {last_seen.text}"
+        ) from last_seen.error
+
+    def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> _Obstacle | None:
+        """Try once; give what was in the way, or None when commands run."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            if not self._is_connected():
+                # A cheap look first: a whole connection is worth its time only with a banner.
+                endpoint = self._endpoint()
+                limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
+                ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
+            with keeping(deadline):
+                boot_id = self.get_boot_id()
+        except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
+            self._forget_client()
+            if isinstance(error.__cause__, ssh.HostKeyRefusedError):
+                # Somebody else answers: because the machine is gone, or for good.
+                self._check_alive()
+                raise PycloudlibTimeoutError(str(error)) from error
+            if isinstance(error.__cause__, InvalidKeyError):
+                raise  # no later attempt would go better
+            lasts = math.inf
+            if ssh.is_refusal(error):
+                lasts = 0.0
+            elif isinstance(error, ConnectionError):
+                lasts = _SERVER_GRACE
+            return _Obstacle(str(error) or type(error).__name__, lasts, error)
+        if not boot_id or " " in boot_id:
+            # A login shell that runs nothing, or a key that only says whom to log in as.
+            told = f"; it said {boot_id!r}" if boot_id else ""
+            self._forget_client()
+            words = f"commands do not run, the boot id could not be read{told}"
+            return _Obstacle(words, 0.0, ssh.NoCommandsError(words))
+        if boot_id == old_boot_id:
+            # The old boot goes down soon, and the connection with it.
+            self._forget_client()
+            return _Obstacle("the machine has not rebooted yet")
+        return None
+
+    def _wait_for_cloudinit(self, *, raise_on_failure: bool = False) -> None:
+        """Wait until cloud-init has finished in this boot, and log what failed in it.
+
+        Args:
+            raise_on_failure: Whether a failure of cloud-init raises instead.
+        """
+        self._log.info("Waiting for cloud-init on %s", self.name)
+        status = self._follow_cloudinit()
+        if status is None:
+            return
+        if status.failed:
+            words = f"cloud-init failed on {self.name}: {status.failure}"
+            self._log.warning("%s", words)
+            if raise_on_failure:
+                raise PycloudlibError(words)
+        for warning in cloudinit.merge_warnings(status.warnings, self._seen_warnings()):
+            self._log.warning("cloud-init on %s: %s", self.name, warning)
+
+    def _follow_cloudinit(self) -> cloudinit.CloudInitStatus | None:
+        """Give how cloud-init ended, over lost connections and boots; None if that is not read."""
+        with keeping(self._deadline(None)) as deadline:
+            return self._ask_cloudinit(deadline)
+
+    def _ask_cloudinit(self, deadline: Deadline) -> cloudinit.CloudInitStatus | None:
+        import paramiko  # noqa: PLC0415 - heavy
+
+        while True:
+            self._check_alive()
+            try:
+                followed = self._was_followed()
+                command = cloudinit.BRIEF_WAIT_COMMAND if followed else cloudinit.WAIT_COMMAND
+                result = self._ssh(list(command))
+            except paramiko.SSHException as error:
+                problem = str(error)
+            except PycloudlibTimeoutError as error:
+                raise PycloudlibTimeoutError(
+                    f"cloud-init on {self.name} did not finish within {deadline.limit:.0f} s"
+                ) from error
+            else:
+                # The guest may reboot under the script: then there is no exit status.
+                if result.ok:
+                    status = self._read_status(result.stdout)
+                    if status is None or not self._goes_down(status.shutdown, deadline):
+                        return status
+                    problem = self._follow_shutdown(deadline)
+                else:
+                    problem = f"exit status {result.return_code}: {result.stderr}"
+            self._check_alive()
+            self._log.debug("Asking for cloud-init's status again: %s", problem)
+            self._forget_client()
+            time.sleep(deadline.capped(_ATTEMPT_PAUSE))
+            self._wait_for_execute()
+
+    def _read_status(self, output: str) -> cloudinit.CloudInitStatus | None:
+        try:
+            return cloudinit.parse_status(output)
+        except ValueError as error:
+            self._log.warning("cloud-init's status on %s cannot be read: %s", self.name, error)
+            return None
+
+    def _goes_down(self, shutdown: cloudinit.Shutdown | None, deadline: Deadline) -> bool:
+        """Say whether the guest is not ready yet, since it goes down, or boots again soon."""
+        if shutdown is None:
+            return False
+        if shutdown.under_way:
+            self._log.info("%s goes down by itself (%s); waiting", self.name, shutdown.mode)
+            return True
+        told = f"{self.name} is announced to go down ({shutdown.mode}) in {shutdown.seconds:.0f} s"
+        if shutdown.boots_again and shutdown.seconds < deadline.remaining:
+            self._log.info("%s; waiting for that", told)
+            return True
+        self._log.warning("%s; until then it is ready", told)
+        return False
+
+    def _follow_shutdown(self, deadline: Deadline) -> str:
+        """Wait until a guest that goes down is gone, or does not go down any more; say which."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            result = self._ssh(list(cloudinit.GOING_DOWN_COMMAND))
+        except paramiko.SSHException as error:
+            return str(error)
+        except PycloudlibTimeoutError as error:
+            raise PycloudlibTimeoutError(
+                f"{self.name} did not go down within {deadline.limit:.0f} s"
+            ) from error
+        return "it goes down no more" if result.ok else "it is gone"
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        if timeout is not None:
+            return Deadline.after(timeout)
+        return _ready_deadline.get() or ready_limit(None, self.ready_timeout)
+
+
+_log = logging.getLogger(__name__)
+
+# The console's file is looked at this often; only the bytes that are new are read.
+_LOOK_SECONDS = 0.25
+
+
+class BootWatch:
+    """Follows a console and notes when each phase begins.
+
+    Where a boot follows another, its phases begin anew.
+
+    A context manager: a thread follows the console inside its block.
+
+    Args:
+        console: The console.
+        offset: Where in its log this boot begins, in bytes.
+        powered_on: When the power was switched on, in `time.monotonic` seconds.
+        on_line: Called with the latest phase and line after each look at the log, new or not.
+
+    Attributes:
+        offset: Where in the log this boot begins.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        offset: int,
+        powered_on: float,
+        on_line: Callable[[Phase | None, str], None] | None = None,
+    ) -> None:
+        self._console = console
+        self.offset = offset
+        self._powered_on = powered_on
+        self._on_line = on_line
+        self._seen = console.look()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="boot-watch", daemon=True)
+
+    def __enter__(self) -> BootWatch:
+        # What is there already may be asked about at once.
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    @property
+    def timeline(self) -> tuple[PhaseStart, ...]:
+        """The phases that were seen in the latest boot, in the order of their beginning."""
+        rebooted = self._seen.rebooted
+        begun = self._powered_on if rebooted is None else rebooted
+        return tuple(
+            PhaseStart(seen.phase, seen.seen - begun)
+            for seen in self._seen.phases
+            if seen.offset >= self.offset
+        )
+
+    @property
+    def phase(self) -> Phase | None:
+        """The latest phase; None before the first sign of life."""
+        timeline = self.timeline
+        return timeline[-1].phase if timeline else None
+
+    @property
+    def dead_end(self) -> DeadEnd | None:
+        """Where the boot goes no further, as the console has it; None while it may."""
+        return self._seen.find_dead_end(self.offset)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What cloud-init warned of, as "WARNING: the first line of what is wrong"."""
+        return self._seen.warnings(self.offset)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The latest lines, as text, and those before that tell something."""
+        return tuple(self._console.lines)
+
+    @property
+    def position(self) -> int:
+        """How much there is on the console: as long as that stays, nothing was printed."""
+        return self._seen.position
+
+    @property
+    def last_line(self) -> str:
+        """The latest line with anything in it."""
+        last = self._seen.last_line
+        return last.text if last.offset >= self.offset else ""
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_LOOK_SECONDS):
+            self._look()
+            if self._on_line is not None:
+                try:
+                    self._on_line(self.phase, self.last_line)
+                except Exception:  # noqa: BLE001 - a callback's error must not end the wait
+                    _log.exception("The callback for progress failed and is not called any more")
+                    self._on_line = None
+
+    def _look(self) -> None:
+        self._seen = self._console.look()
+        if self._seen.position < self.offset:
+            self.offset = 0  # the log was truncated

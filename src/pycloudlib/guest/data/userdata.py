@@ -1,0 +1,398 @@
+"""What user-data is made of: compressed or not, one document or several, by MIME or as an archive.
+
+https://docs.cloud-init.io/en/latest/explanation/format.html
+"""
+
+from __future__ import annotations
+
+import email
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pycloudlib._base.documents import gunzip, parse_yaml, shown
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ARCHIVE = b"#cloud-config-archive"
+
+# What a document is by how it begins, in any case (cloudinit/handlers/__init__.py); of several that
+# fit, the longest one counts.
+_BEGINNINGS = {
+    "#include-once": "text/x-include-once-url",
+    "#include": "text/x-include-url",
+    "#!": "text/x-shellscript",
+    "#cloud-config-archive": "text/cloud-config-archive",
+    "#cloud-config-jsonp": "text/cloud-config-jsonp",
+    "#cloud-config": "text/cloud-config",
+    "#part-handler": "text/part-handler",
+    "#cloud-boothook": "text/cloud-boothook",
+    "## template: jinja": "text/jinja2",
+    "text/x-shellscript-per-boot": "text/x-shellscript-per-boot",
+    "text/x-shellscript-per-instance": "text/x-shellscript-per-instance",
+    "text/x-shellscript-per-once": "text/x-shellscript-per-once",
+}
+UNKNOWN = "text/x-not-multipart"
+"""What a document is that begins as none that cloud-init knows."""
+# Of parts that say to be one of these, the beginning counts.
+_LOOKED_INTO = ("text/plain", UNKNOWN, "text/x-shellscript")
+_COMPRESSED = tuple(
+    f"application/{name}"
+    for name in (
+        "gzip",
+        "gzip-compressed",
+        "gzipped",
+        "x-compress",
+        "x-compressed",
+        "x-gunzip",
+        "x-gzip",
+        "x-gzip-compressed",
+    )
+)
+_KIND_OF_ARCHIVES = "text/cloud-config-archive"
+
+# Bytes that may come out of user-data, all of its parts together: cloud-init holds all of it in the
+# guest's memory, several times over. A few kilobytes of gzip can stand for gigabytes.
+_MOST_BYTES = 16 * 1024**2
+_MOST_PARTS = 10_000
+# Of MIME documents: how long a header may be, which the library reads again for each ";" in it; and
+# how often a line may be looked at, which it is for each boundary that is open.
+_LONGEST_HEADER = 4096
+_HEADER = re.compile(
+    rb"^content-[^:\s]*[ \t]*:[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*", re.IGNORECASE | re.MULTILINE
+)
+_MOST_LOOKS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A document of user-data, as cloud-init comes to see it.
+
+    Attributes:
+        kind: Its MIME type, which decides what becomes of it.
+        name: The file name under which it is kept, as given, or `part-001` and so on.
+        content: The document.
+        merging: How it says that it is to be merged with those before, if it does so in a header.
+    """
+
+    kind: str
+    name: str
+    content: bytes
+    merging: str = ""
+
+
+class _Bounds:
+    """How much may still come out of a piece of user-data.
+
+    Args:
+        name: What it is called in an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bytes = _MOST_BYTES
+        self._parts = _MOST_PARTS
+
+    def decompress(self, document: bytes) -> bytes:
+        """Undo a compression by gzip; what is not compressed stays as it is.
+
+        Raises:
+            ValueError: It is damaged, or too large.
+        """
+        if not document.startswith(_GZIP_MAGIC):
+            return document
+        try:
+            content = gunzip(document, self._bytes)
+        except ValueError as error:
+            raise ValueError(f"{self._name} {error}") from error
+        self._bytes -= len(content)
+        return content
+
+    def count_part(self, content: bytes = b"") -> None:
+        """Count a part.
+
+        Args:
+            content: What it consists of, if that is not in the document as it is: an archive's may
+                be there once, and stand for many by aliases.
+
+        Raises:
+            ValueError: There are too many, or they are too large.
+        """
+        self._parts -= 1
+        self._bytes -= len(content)
+        if self._parts < 0:
+            raise ValueError(f"{self._name} has more than {_MOST_PARTS} parts")
+        if self._bytes < 0:
+            raise ValueError(
+                f"{self._name} has archives whose parts have more than {_MOST_BYTES} bytes"
+            )
+
+
+def decompress(document: bytes, name: str) -> bytes:
+    """Undo a compression by gzip; what is not compressed stays as it is.
+
+    Args:
+        document: The document.
+        name: What it is called in an error.
+
+    Raises:
+        ValueError: It is damaged, or too large.
+    """
+    return _Bounds(name).decompress(document)
+
+
+def is_mime(document: bytes) -> bool:
+    """Tell a MIME document by what cloud-init looks for (cloudinit/user_data.py)."""
+    return b"mime-version:" in document[:4096].lower()
+
+
+def parts(document: bytes, name: str) -> list[Part]:
+    """Take user-data apart as cloud-init does (cloudinit/user_data.py).
+
+    Args:
+        document: The user-data.
+        name: What it is called in an error.
+
+    Raises:
+        ValueError: It is damaged, so that cloud-init would make nothing of it; or too large.
+    """
+    bounds = _Bounds(name)
+    document = bounds.decompress(document)
+    found: list[Part] = []
+    if not is_mime(document):
+        _add(found, Part(UNKNOWN, "", document), name, bounds)
+        return found
+    try:
+        message = email.message_from_string(_within_bounds(document, name).decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is a MIME document that is not UTF-8: {error}") from error
+    for part in _walk(message, name):
+        _add(found, part, name, bounds)
+    return found
+
+
+def _within_bounds(document: bytes, name: str) -> bytes:
+    """Return a MIME document that can be read in the time that its length deserves.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    lines = document.count(b"\n") + document.count(b"\r")
+    boundaries = document.lower().count(b"boundary")
+    if lines * (1 + boundaries) > _MOST_LOOKS:
+        raise ValueError(
+            f"{name} is a MIME document of {lines} lines with {boundaries} boundaries, which are "
+            "more than can be read"
+        )
+    for header in _HEADER.finditer(document):
+        if len(header[0]) > _LONGEST_HEADER:
+            raise ValueError(
+                f"{name} is a MIME document with a header of {len(header[0])} bytes, expected "
+                f"{_LONGEST_HEADER} at most"
+            )
+    return document
+
+
+def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
+    """Read the parts of a MIME document, and the parts of parts; their names may be missing."""
+    try:
+        for part in message.walk():
+            if part.get_content_maintype() == "multipart":
+                continue
+            content = part.get_payload(decode=True)
+            if not isinstance(content, bytes):
+                raise ValueError(f"{name} has a part that is a message of its own")
+            merging = part.get("Merge-Type") or part.get("X-Merge-Type") or ""
+            filename = part.get_filename() or ""
+            yield Part(part.get_content_type(), filename, content, str(merging))
+    except RecursionError:
+        raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
+    except (LookupError, TypeError, UnicodeError) as error:
+        raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
+
+
+def _add(found: list[Part], part: Part, name: str, bounds: _Bounds) -> None:
+    """Add a part, or what an archive consists of, once it is known what it is."""
+    bounds.count_part()
+    kind, content = part.kind, part.content
+    if kind in _COMPRESSED:
+        if not content.startswith(_GZIP_MAGIC):
+            raise ValueError(f"{name} has a part of type {kind} that is not compressed by gzip")
+        kind, content = "text/plain", bounds.decompress(content)
+    if kind in _LOOKED_INTO:
+        kind = _find_kind(content) or kind
+    if kind == _KIND_OF_ARCHIVES:
+        for entry in _entries(content, name):
+            bounds.count_part(entry.content)
+            found.append(_named(entry, found))
+    else:
+        found.append(_named(Part(kind, part.name, content, part.merging), found))
+
+
+def _named(part: Part, before: list[Part]) -> Part:
+    name = part.name or f"part-{len(before) + 1:03d}"
+    return Part(part.kind, name, part.content, part.merging)
+
+
+def _find_kind(content: bytes) -> str | None:
+    text = content.decode(errors="surrogateescape").lower().lstrip()
+    fitting = [beginning for beginning in _BEGINNINGS if text.startswith(beginning)]
+    return _BEGINNINGS[max(fitting, key=len)] if fitting else None
+
+
+def _entries(archive: bytes, name: str) -> Iterator[Part]:
+    entries = load_yaml(archive, name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
+    for entry in entries:
+        fields = {"content": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, dict):
+            continue  # as cloud-init does
+        content = fields.get("content", "")
+        if not isinstance(content, (str, bytes)):
+            raise ValueError(f"{name} is an archive with content {shown(content)}, expected a text")
+        data = content.encode() if isinstance(content, str) else content
+        otherwise = "text/cloud-config" if isinstance(content, str) else "application/octet-stream"
+        kind = fields.get("type") or _find_kind(data) or otherwise
+        if not isinstance(kind, str) or kind.count("/") == 0:
+            raise ValueError(f"{name} is an archive with type {shown(kind)}, expected a MIME type")
+        merging = fields.get("Merge-Type") or fields.get("X-Merge-Type") or ""
+        yield Part(kind.lower(), str(fields.get("filename") or ""), data, str(merging))
+
+
+def split(document: bytes, name: str) -> Iterator[bytes]:
+    """Give the documents that user-data consists of, decompressed.
+
+    Raises:
+        ValueError: One of them is damaged, or they are too large.
+    """
+    bounds = _Bounds(name)
+    document = bounds.decompress(document)
+    if is_mime(document):
+        for content in _parts(document, name):
+            bounds.count_part()
+            yield from _split_archive(bounds.decompress(content), name, bounds)
+    else:
+        yield from _split_archive(document, name, bounds)
+
+
+def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[bytes]:
+    """Give what a `#cloud-config-archive` consists of; any other document as it is."""
+    if not document.lstrip().startswith(_ARCHIVE):
+        yield document
+        return
+    entries = load_yaml(document, name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
+    for entry in entries:
+        content = entry.get("content", "") if isinstance(entry, dict) else entry
+        part = content if isinstance(content, bytes) else str(content).encode()
+        bounds.count_part(part)
+        yield part
+
+
+def load_yaml(document: bytes, name: str) -> object:
+    """Parse a YAML or JSON document.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        return parse_yaml(document)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid YAML: {error}") from error
+
+
+def _parts(document: bytes, name: str) -> list[bytes]:
+    """Give what the parts of a MIME document carry, and the parts of parts."""
+    try:
+        payloads = [
+            part.get_payload(decode=True)
+            for part in email.message_from_bytes(_within_bounds(document, name)).walk()
+        ]
+    except RecursionError:
+        raise ValueError(f"{name} is a MIME document of parts that are nested too deeply") from None
+    except (LookupError, TypeError, UnicodeError, ValueError) as error:
+        raise ValueError(f"{name} is a MIME document that cannot be read: {error}") from error
+    return [payload for payload in payloads if isinstance(payload, bytes)]
+
+
+# cloud-init's ssh_authkey_fingerprints module.
+_WITH_KEYS = re.compile(r"ci-info: \++Authorized keys from \S+ for user (\S+?)\++$")
+_WITHOUT_KEYS = re.compile(r"ci-info: no authorized SSH keys fingerprints found for user (\S+?)\.")
+_DEFAULT = "default"
+
+
+def tell_logins(user_data: bytes, console: Iterable[str], username: str) -> str:
+    """Say who can log in, and what to do so that a user can.
+
+    Args:
+        user_data: The user-data.
+        console: The console's lines, without control sequences.
+        username: Who was refused.
+    """
+    told = []
+    users = find_users(user_data)
+    if users is not None and _DEFAULT not in users:
+        told.append(
+            f"the user-data's users are {', '.join(users) or 'none'}, without 'default', so that "
+            "the default user, who gets the key, is not there: add 'default' to them, or log in "
+            "(username=) as one of them whose ssh_authorized_keys have the key"
+        )
+    listed = [
+        f"{kind} of {', '.join(names)}"
+        for kind, names in zip(("keys", "no keys"), _find_keys(console), strict=True)
+        if names
+    ]
+    if listed:
+        told.append(f"on the console, cloud-init lists {' and '.join(listed)}")
+    if not told:
+        told.append(
+            f"is {username} the user who gets the key (username=), and was the key left to them?"
+        )
+    return "; ".join(told)
+
+
+def find_users(user_data: bytes) -> tuple[str, ...] | None:
+    """Find whom user-data has made, by `users`; None when it says nothing of that.
+
+    https://docs.cloud-init.io/en/latest/reference/modules.html (`users`)
+    """
+    found: list[str] | None = None
+    try:
+        for part in split(user_data, "user-data"):
+            config = None if part.startswith(b"#!") else _load(part)
+            users = config.get("users") if isinstance(config, dict) else None
+            if users is not None:
+                found = [*(found or ()), *_names(users)]
+    except ValueError:
+        pass  # what cannot be read here tells nothing
+    return None if found is None else tuple(dict.fromkeys(found))
+
+
+def _load(part: bytes) -> object:
+    try:
+        return load_yaml(part, "user-data")
+    except ValueError:
+        return None  # a template, maybe, or no cloud-config at all
+
+
+def _names(users: object) -> Sequence[str]:
+    """Read a list of names and of mappings, a mapping by name, or names in a text."""
+    if isinstance(users, str):
+        return [name.strip() for name in users.split(",")]
+    if isinstance(users, dict):
+        return [str(name) for name, wanted in users.items() if wanted]
+    if not isinstance(users, list):
+        return []
+    return [str(user.get("name", "?")) if isinstance(user, dict) else str(user) for user in users]
+
+
+def _find_keys(console: Iterable[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Find the users whose keys cloud-init has listed, and those who have none."""
+    with_keys: dict[str, None] = {}
+    without: dict[str, None] = {}
+    for line in console:
+        for pattern, names in ((_WITH_KEYS, with_keys), (_WITHOUT_KEYS, without)):
+            if found := pattern.search(line):
+                names.setdefault(found[1])
+    return tuple(with_keys), tuple(without)

@@ -1,0 +1,1 @@
+"""Programs that run inside guests: sent there as text."""

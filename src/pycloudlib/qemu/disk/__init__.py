@@ -1,0 +1,1 @@
+"""Disks: images that are checked before they are trusted, overlays, and layers."""

@@ -1,0 +1,1 @@
+"""What is found out and kept when a machine fails."""

@@ -1,0 +1,1 @@
+"""What this computer gives machines: an accelerator, ports, processes, and who owns what."""

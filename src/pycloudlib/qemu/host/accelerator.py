@@ -1,0 +1,331 @@
+"""Which accelerator works here, and what this QEMU build can do: both found by trying."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import hashlib
+import json
+import logging
+import os
+import resource
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib._base.documents import decode, parse_json, read_kernel_file
+from pycloudlib._base.files import create_directories, moved, replace_atomically, write_private
+from pycloudlib._base.tools import environment
+from pycloudlib.errors import CloudSetupError
+
+_log = logging.getLogger(__name__)
+
+
+class KvmUnavailableError(CloudSetupError):
+    """KVM is asked for in the configuration, and does not work on this host."""
+
+
+@enum.unique
+class Accelerator(enum.Enum):
+    """How guest instructions are executed, by QEMU's names."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+    @property
+    def cpu_model(self) -> str:
+        """The CPU model a machine gets: all that the accelerator has to offer."""
+        return "host" if self is Accelerator.KVM else "max"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An accelerator and why it was chosen."""
+
+    accelerator: Accelerator
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How a trial of an accelerator went.
+
+    Attributes:
+        problem: What went wrong; None when it works.
+        conclusive: Whether the same would come of another trial. A time-out by the clock on the
+            wall may only mean that the host is busy.
+    """
+
+    problem: str | None
+    conclusive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The outcome of a trial as it is remembered."""
+
+    problem: str | None
+
+
+AUTO = "auto"
+SETTINGS = (AUTO, *(accelerator.value for accelerator in Accelerator))
+"""What `accelerator` in the configuration may be."""
+
+KVM_DEVICE = Path("/dev/kvm")
+
+# A working KVM needs a tenth of a second of processor time for the payload, a KVM that only seems
+# to work three seconds and more. The wall-clock limit is for a QEMU that hangs without computing.
+_CPU_LIMIT_SECONDS = 1
+_WALL_LIMIT_SECONDS = 2.5
+
+# The payload ends QEMU by writing 0x2a to isa-debug-exit, which makes the exit status 0x2a * 2 + 1.
+_PASSED = 0x2A * 2 + 1
+
+# Assembled from:
+#   cli; xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7c00
+#   clear 0x1000..0x3fff; PML4[0] = 0x2003, PDPT[0] = 0x3003, PD[0] = 0x83 (one 2 MiB page)
+#   cr4 = PAE; cr3 = 0x1000; EFER |= LME; lgdt; cr0 |= PG | PE; ljmp 8:long
+#   long: mov ecx,2000000; 1: dec ecx; jnz 1b; mov dx,0xf4; mov al,0x2a; out dx,al; 2: hlt; jmp 2b
+#   gdt: null, 64-bit code; gdtr
+_PAYLOAD = bytes.fromhex(
+    "fa31c08ed88ec08ed0bc007cbf00106631c0b9000cfc66f3ab66c70600100320000066c706002003"
+    "30000066c70600308300000066b8200000000f22e066b8001000000f22d866b9800000c00f32660d"
+    "000100000f30660f0116987c0f20c0660d010000800f22c066ea707c00000800b980841e00ffc975"
+    "fc66baf400b02aeef4ebfd0f1f440000000000000000000000000000009a20000f00887c"
+)
+BOOT_SECTOR = _PAYLOAD.ljust(510, b"\0") + b"\x55\xaa"
+
+
+def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choice:
+    """Find the accelerator to use, and log which and why.
+
+    Args:
+        setting: `auto`, `kvm` or `tcg`, from the configuration.
+        qemu_binary: The QEMU that will run the machines.
+        cache_dir: Where the outcome of a trial is remembered.
+
+    Raises:
+        KvmUnavailableError: `kvm` is asked for and does not work; says why.
+    """
+    if setting == Accelerator.TCG.value:
+        choice = Choice(Accelerator.TCG, "configured")
+    else:
+        asked_for = setting == Accelerator.KVM.value
+        problem = kvm_problem(qemu_binary, cache_dir, anew=asked_for)
+        if problem is None:
+            choice = Choice(Accelerator.KVM, "KVM was tried and works")
+        elif asked_for:
+            raise KvmUnavailableError(
+                f"accelerator is 'kvm' in [qemu], but KVM does not work here: {problem}. "
+                "Set it to 'auto' or 'tcg' for software emulation"
+            )
+        else:
+            choice = Choice(Accelerator.TCG, f"KVM does not work here: {problem}")
+    _log.info("Accelerator: %s (%s)", choice.accelerator.value, choice.reason)
+    return choice
+
+
+def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> str | None:
+    """Say what is wrong with KVM, or None when it works.
+
+    The outcome of a trial holds for this boot of the host, this QEMU and this CPU model.
+
+    Args:
+        qemu_binary: The QEMU that will run the machines.
+        cache_dir: Where the outcome is remembered.
+        anew: Whether a failure that is remembered is looked into again.
+    """
+    if not KVM_DEVICE.exists():
+        return f"{KVM_DEVICE} does not exist (no virtualization, or the kvm module is not loaded)"
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return f"no permission for {KVM_DEVICE} (is this user in the group 'kvm'?)"
+    remembered = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
+    # One that cannot be read is as good as none: KVM is tried again.
+    with contextlib.suppress(OSError, ValueError):
+        outcome = decode(_Outcome, parse_json(remembered.read_bytes())).problem
+        if outcome is None or not anew:
+            return outcome
+    trial = try_accelerator(qemu_binary, Accelerator.KVM)
+    if trial.conclusive:
+        _remember(remembered, trial.problem)
+    return trial.problem
+
+
+def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
+    """Run the payload, with the CPU model that machines will get."""
+    with tempfile.TemporaryDirectory(prefix="pycloudlib-probe-") as directory:
+        disk = Path(directory) / "boot-sector.img"
+        disk.write_bytes(BOOT_SECTOR)
+        process = subprocess.Popen(
+            _probe_command(qemu_binary, accelerator, disk),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+        try:
+            # Over the soft limit the kernel ends it with SIGXCPU; no core file is worth keeping.
+            with contextlib.suppress(ProcessLookupError):
+                limits = (_CPU_LIMIT_SECONDS, _CPU_LIMIT_SECONDS + 1)
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, limits)
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            _, stderr = process.communicate(timeout=_WALL_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            problem = f"a boot sector did not end within {_WALL_LIMIT_SECONDS} s"
+            return Trial(problem, conclusive=False)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    status = process.returncode
+    # A plain error, such as a device that is busy, may be gone the next time; a crash will not.
+    conclusive = status == _PASSED or status < 0
+    return Trial(_judge(status, stderr.decode(errors="replace").strip()), conclusive)
+
+
+def _judge(exit_status: int, stderr: str) -> str | None:
+    if exit_status == _PASSED:
+        return None
+    if exit_status in (-24, -9):  # SIGXCPU, or SIGKILL at the hard limit
+        return (
+            f"a boot sector used up {_CPU_LIMIT_SECONDS} s of processor time, ten times what a "
+            "working KVM needs (guest instructions are probably interpreted in the host's kernel)"
+        )
+    said = stderr.splitlines()[-1] if stderr else "nothing on stderr"
+    how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+    return f"QEMU ended with {how}: {said}"
+
+
+def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> list[str]:
+    # fmt: off
+    return [
+        str(qemu_binary),
+        "-no-user-config", "-nodefaults",
+        "-display", "none",
+        "-m", "16",
+        "-accel", accelerator.value,
+        "-cpu", accelerator.cpu_model,
+        "-device", "isa-debug-exit,iobase=0xf4,iosize=1",
+        "-drive", f"if=ide,format=raw,snapshot=on,file={str(disk).replace(',', ',,')}",
+    ]
+    # fmt: on
+
+
+def _fingerprint(qemu_binary: Path) -> str:
+    """Tell apart boots of the host, builds of QEMU, CPU models, and what the trial is."""
+    build = qemu_binary.stat()
+    boot_id = read_kernel_file("/proc/sys/kernel/random/boot_id")[:8]
+    facts = [str(qemu_binary), build.st_size, build.st_mtime_ns, build.st_ino]
+    facts += [Accelerator.KVM.cpu_model, BOOT_SECTOR.hex(), _CPU_LIMIT_SECONDS]
+    return f"{boot_id}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def _remember(path: Path, problem: str | None) -> None:
+    # Without a writable cache the trial is only made again.
+    with contextlib.suppress(OSError):
+        create_directories(path.parent)
+        this_boot = path.name.rpartition("-")[0]
+        for other in path.parent.glob("kvm-*.json"):
+            if not other.name.startswith(this_boot):
+                other.unlink(missing_ok=True)
+        with replace_atomically(path) as temporary:
+            write_private(temporary, json.dumps({"problem": problem}) + "\n")
+
+
+_LIMIT_SECONDS = 30
+_LONGEST_SAID = 500
+_TALK = (
+    b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
+    b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
+)
+
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a QEMU build can do, as it says itself.
+
+    Attributes:
+        sandbox: Whether it confines itself.
+        read_only_memory: Whether it maps memory of a file that it cannot write to (from 8.2 on).
+    """
+
+    sandbox: bool = True
+    read_only_memory: bool = True
+
+
+@functools.cache
+def find_features(binary: Path) -> Features:
+    """Ask a QEMU binary what it can do; remembered for the life of this process.
+
+    Raises:
+        CloudSetupError: It is not QEMU, or cannot run here.
+    """
+    said, problem = _talk(binary)
+    if problem:
+        raise CloudSetupError(
+            f"qemu_binary {str(binary)!r} does not answer as QEMU does: {problem}; expected "
+            "qemu-system-x86_64 or a path to one"
+        )
+    sandbox = not _talk(binary, "-sandbox", SANDBOX)[1]
+    if not sandbox:
+        _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
+    return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in said)
+
+
+def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
+    """Start the binary without a machine and talk to it.
+
+    Returns:
+        What it answers, and what is wrong with that: empty if it answers as QEMU does.
+    """
+    # fmt: off
+    argv = [
+        str(binary), "-no-user-config", "-nodefaults",
+        "-machine", "none", "-display", "none",
+        *options,
+        "-chardev", "stdio,id=control", "-mon", "chardev=control,mode=control",
+    ]
+    # fmt: on
+    try:
+        with _written(_TALK) as talk:
+            answer = subprocess.run(
+                argv,
+                stdin=talk,
+                capture_output=True,
+                timeout=_LIMIT_SECONDS,
+                check=False,
+                env=environment(),
+            )
+    except subprocess.TimeoutExpired:
+        raise CloudSetupError(
+            f"qemu_binary {str(binary)!r} did not answer within {_LIMIT_SECONDS} s; is this host "
+            "out of breath?"
+        ) from None
+    except OSError as error:
+        return b"", str(error)
+    if answer.returncode == 0 and b'"QMP"' in answer.stdout:
+        return answer.stdout, ""
+    words = (answer.stderr + answer.stdout).decode(errors="replace").strip()[-_LONGEST_SAID:]
+    status = answer.returncode
+    how = f"it ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+    return b"", f"{how}, and said: {words}" if words else how
+
+
+@contextlib.contextmanager
+def _written(words: bytes) -> Iterator[int]:
+    """Yield a pipe that has all of the words: so who reads it ends, whatever becomes of us."""
+    reading, writing = (moved(end) for end in os.pipe())
+    try:
+        try:
+            os.write(writing, words)  # a pipe takes at least 4096 bytes at once
+        finally:
+            os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)

@@ -1,0 +1,1 @@
+"""What is asked of a launch, and the ways in which a machine begins."""

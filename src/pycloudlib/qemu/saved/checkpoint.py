@@ -1,0 +1,253 @@
+"""Saving a machine while it runs: its disk, its memory and its state, all of one moment.
+
+The machine is read where it is, and goes on in the same process. What takes long is done while it
+runs; so the guest stands still for what has changed meanwhile.
+
+    guest    runs ──────────────────────────────┤ stands still ├ runs on ──────────▶
+    memory   copied ──────────────────────▶ what has changed
+    disk     the next overlay is opened ────────────▶ taken
+    state    that of a machine like it, once ─────────▶ read ──────▶ put together
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.files import copy_private
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.images import uses
+from pycloudlib.key import bring_along
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.saved import capture
+from pycloudlib.qemu.saved.capture import Capture
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm import livedisk, recovery
+from pycloudlib.qemu.vm.hotplug import list_added, list_plugged
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State, uninterrupted
+from pycloudlib.qemu.vm.memory import check_machine
+from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
+from pycloudlib.qemu.vm.running import ROOM, RunningQemu
+
+_log = logging.getLogger(__name__)
+
+# Seconds after which a guest that stands still goes on, whatever else has happened; and for each
+# GiB of its memory, which may all have to be moved.
+_PAUSE_LIMIT = 60.0
+_PAUSE_LIMIT_OF_GIB = 10.0
+_EVENT_LIMIT = 5.0
+
+
+def save(
+    machine: Machine, image_name: str, *, ask_helper: Callable[[], bool] | None
+) -> SavedMachine:
+    """Save a running machine; it goes on.
+
+    Args:
+        machine: The machine.
+        image_name: The name of the image's file, without its directory.
+        ask_helper: Asks the helper in its guest for what is to be done there before it stands
+            still, and returns whether it did; None where there is none.
+
+    Raises:
+        MachineEndedError: It is off.
+        KeptMemoryError: It has a device that would change the memory of its copies.
+        CloudError: It could not be saved, and goes on; says why.
+    """
+    store = layers.LayerStore(machine.rundir.path.parent)
+    with machine.changing(), contextlib.ExitStack() as undo:
+        _check_can_be_saved(machine)
+        qemu = machine.qemu()
+        livedisk.merge_layers(qemu, machine.rundir.disk)
+        image = store.reserve(image_name, undo)
+        with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
+            with capture.choose(machine, directory) as reading:
+                helper = uninterrupted(lambda: _prepare(reading, ask_helper))
+                _check_room(directory)
+                pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
+                uninterrupted(reading.finish)
+            saved = _write(_describe(machine, image, helper), machine.rundir)
+            # By now it is known which kernel it needs.
+            layers.record_uses(image)
+            store.complete(image, machine.rundir.path)
+        undo.pop_all()
+    stood = "" if pause is None else f"; the guest stood still for {pause * 1000:.0f} ms"
+    _log.info("Saved %s as %s, its memory read %s%s", machine.spec.name, image, reading.way, stood)
+    return saved
+
+
+def _prepare(reading: Capture, ask_helper: Callable[[], bool] | None) -> bool:
+    """Do what can be done while the guest runs; return whether its helper does."""
+    if ask_helper is None:
+        reading.prepare()
+        return False
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask_helper)
+        reading.prepare()
+        return asked.result()
+
+
+def _freeze(
+    machine: Machine, image: Path, reading: Capture, undo: contextlib.ExitStack
+) -> float | None:
+    """Let the guest stand still for the moment that is saved.
+
+    Returns:
+        For how many seconds it did, as QEMU says; None if it does not say.
+    """
+    rundir, qemu = machine.rundir, machine.qemu()
+    store = layers.LayerStore(rundir.path.parent)
+    seen = qemu.events
+    with (
+        store.freezing(rundir.disk, image, in_use=True) as frozen,
+        qemu.session() as session,
+    ):
+        _check_runs(machine, session)
+        # So that whoever comes next lets the machine go on, if this program is killed.
+        rundir.write_saving(frozen.fresh)
+        try:
+            with livedisk.prepared(session, frozen.fresh) as take_overlay, _pause(machine, session):
+                reading.read_memory()
+                take_overlay()
+                frozen.exchange()
+                reading.read_state()
+            session.take_back_all()
+        except BaseException:
+            recovery.settle(rundir, session)
+            raise
+        rundir.forget_saving()
+        pause = _measure_pause(qemu, seen)
+        machine.stood_still += pause or 0.0
+    undo.callback(uses.forget, image)
+    undo.callback(image.unlink)
+    return pause
+
+
+@contextlib.contextmanager
+def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
+    """Let the guest stand still in the block; it goes on whatever happens.
+
+    Raises:
+        CloudError: It took too long: then it went on before the block had ended.
+    """
+    too_late = threading.Event()
+
+    def give_up() -> None:
+        too_late.set()
+        _go_on(machine, session)
+
+    limit = _PAUSE_LIMIT + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
+    timer = threading.Timer(limit, give_up)
+    timer.daemon = True
+    try:
+        timer.start()
+        session.execute("stop")
+        yield
+        timer.cancel()
+        session.execute("cont")
+    except BaseException:
+        timer.cancel()
+        _go_on(machine, session)
+        raise
+    if too_late.is_set():
+        raise CloudError(f"{machine.spec.name} stood still for {limit:.0f} s, and goes on unsaved")
+
+
+def _go_on(machine: Machine, session: QmpSession) -> None:
+    """Let the guest go on after something went wrong, which is to be told, not this."""
+    try:
+        session.execute("cont")
+    except (QmpError, MachineEndedError) as error:
+        _log.error("%s cannot go on: %s", machine.spec.name, error)
+
+
+def _measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
+    """Tell how long the guest stood still, by QEMU's own timestamps."""
+
+    def is_resume(event: Event) -> bool:
+        return event.name == "RESUME" and event not in seen
+
+    with contextlib.suppress(PycloudlibTimeoutError):
+        resumed = qemu.wait_for_event(is_resume, Deadline.after(_EVENT_LIMIT))
+        stops = [event for event in qemu.events if event.name == "STOP" and event not in seen]
+        return resumed.timestamp - stops[0].timestamp if stops else None
+    return None
+
+
+def _check_room(directory: Path) -> None:
+    """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
+    facts = os.statvfs(directory)
+    free = facts.f_bavail * facts.f_frsize
+    if free < ROOM:
+        raise CloudError(
+            f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
+            f"its memory, and {ROOM >> 20} MiB are needed"
+        )
+
+
+def _check_runs(machine: Machine, session: QmpSession) -> None:
+    """Make sure that nobody has paused it since it was looked at: it would be let go on."""
+    status = session.execute("query-status")
+    if not status["running"]:
+        raise CloudError(
+            f"{machine.spec.name} was paused meanwhile ({status['status']}); it can be saved when "
+            "it runs"
+        )
+
+
+def _check_can_be_saved(machine: Machine) -> None:
+    machine.check_on()
+    if machine.state is not State.RUNNING:
+        raise CloudError(
+            f"{machine.spec.name} is {machine.state.value}; it can be saved when it runs"
+        )
+    if machine.rundir.is_being_saved:
+        # Which disk it is on is known by the mark of that save alone.
+        raise CloudError(
+            f"{machine.spec.name} cannot be saved before a save that was cut off is settled, for "
+            "which its QEMU did not answer"
+        )
+    with machine.session() as session:
+        check_machine(machine.spec.name, session)
+    plugged = list_plugged(machine)
+    if plugged:
+        raise CloudError(
+            f"{machine.spec.name} cannot be saved while network interfaces are plugged in "
+            f"({', '.join(plugged)}): remove_network_interface() first"
+        )
+    added = list_added(machine)
+    if added:
+        raise CloudError(
+            f"{machine.spec.name} cannot be saved while it has devices that were added to it "
+            f"({', '.join(added)}), which its copies would not have: device_del first"
+        )
+
+
+def _describe(machine: Machine, image: Path, helper: bool) -> SavedMachine:
+    host = savedmachine.host_fingerprint(machine.binary, machine.spec.accelerator)
+    return SavedMachine(image, machine.spec, machine.rundir.read_login(), host, helper, time.time())
+
+
+def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
+    """Put beside the memory what goes with it."""
+    for source, target in (
+        (rundir.seed, saved.seed),
+        (rundir.known_hosts, saved.known_hosts),
+    ):
+        if source.exists():
+            copy_private(source, target)
+    login = saved.login
+    for key in (login.public_key_path, login.private_key_path):
+        bring_along(key, rundir.path, saved.directory)
+    return savedmachine.write_facts(
+        saved, savedmachine.relocate(saved, saved.directory, saved.directory)
+    )

@@ -1,0 +1,180 @@
+"""Saved machines restored: in a new machine, or in the one that was saved (a rollback)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.files import copy_private, make_socket_pair, moved, write_private
+from pycloudlib.errors import CloudError
+from pycloudlib.guest.helper import FixUp
+from pycloudlib.images import uses
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.saved.devicestate import feed, receive, wait_for_state
+from pycloudlib.qemu.saved.memoryfile import MemoryFile
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.spec import MachineSpec
+from pycloudlib.qemu.vm.command import Origin
+from pycloudlib.qemu.vm.machine import Machine, uninterrupted
+from pycloudlib.qemu.vm.memory import Memory
+from pycloudlib.qemu.vm.running import RunningQemu
+
+_WAKE_LIMIT = 60.0
+
+
+def wake(machine: Machine, saved: SavedMachine) -> None:
+    """Let a machine that is off go on from where another was saved.
+
+    Raises:
+        MachineEndedError: QEMU did not take the state.
+        CloudError: It did not come to run.
+    """
+    with waking(saved, machine.rundir) as (origin, settle):
+        machine.power_on(origin, settle)
+
+
+@contextlib.contextmanager
+def waking(
+    saved: SavedMachine, rundir: RunDirectory, *, held: bool = False
+) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
+    """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that.
+
+    Args:
+        saved: The saved machine.
+        rundir: The directory of the one that goes on.
+        held: Whether it is left as its state says, which may be that it stands still.
+    """
+    ours, theirs = make_socket_pair()
+    with ours, theirs:
+        memory = Memory(file=saved.memory)
+        number = theirs.fileno()
+
+        def settle(qemu: RunningQemu) -> None:
+            receive(qemu, memory, number)
+            feed(ours, saved.state)
+            wait_for_state(qemu, Deadline.after(_WAKE_LIMIT))
+            _keep_base_state(saved, rundir)
+            if not held:
+                # By the state it may stand still, as the saved one did when it was written.
+                qemu.execute("cont")
+
+        yield Origin(memory, state=number), settle
+
+
+def _keep_base_state(saved: SavedMachine, rundir: RunDirectory) -> None:
+    """Keep the state that a machine was started from, for when it is saved itself."""
+    try:
+        os.link(saved.state, rundir.base_state)
+    except OSError:  # it is another user's, or on another file system
+        copy_private(saved.state, rundir.base_state)
+
+
+def roll_back(machine: Machine, saved: SavedMachine) -> None:
+    """Let a machine go on from where it was saved; what happened since is forgotten.
+
+    Raises:
+        CloudError: It did not work; the machine is off, and its disk is as it was.
+    """
+    store = layers.LayerStore(machine.rundir.path.parent)
+    # What the disk of before is built on is needed until the machine runs.
+    with machine.changing(), uses.holding(saved.image), store.keeping_all():
+        uninterrupted(lambda: _roll_back(machine, saved))
+        layers.record_uses(machine.rundir.disk)
+
+
+def _roll_back(machine: Machine, saved: SavedMachine) -> None:
+    rundir = machine.rundir
+    fresh, before = (rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2") for _ in range(2))
+
+    def exchange_disk() -> None:
+        os.link(rundir.disk, before)
+        # One rename: at any moment there is a whole disk under that name.
+        fresh.replace(rundir.disk)
+
+    with contextlib.ExitStack() as undo, waking(saved, rundir) as (origin, settle):
+        undo.callback(fresh.unlink, missing_ok=True)
+        undo.callback(_put_back, before, rundir.disk)
+        diskimage.create_overlay(diskimage.read_layer(saved.image), fresh, unopened=True)
+        machine.begin_anew(exchange_disk, origin, settle)
+        undo.pop_all()
+    before.unlink()
+    _expect_fix_up(rundir, saved)
+
+
+def _put_back(before: Path, disk_file: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        before.replace(disk_file)
+
+
+def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
+    """Note what is to be put right: who it is goes with it, as it was put right before."""
+    if rundir.fixed_up.exists():
+        rundir.fixed_up.replace(rundir.fix_up)
+    elif not rundir.fix_up.exists():
+        write_private(rundir.fix_up, FixUp().to_json())
+        if saved.known_hosts.exists():
+            copy_private(saved.known_hosts, rundir.known_hosts)
+    if saved.helper:
+        write_private(rundir.helper_mark, saved.login.username)
+    else:
+        rundir.helper_mark.unlink(missing_ok=True)
+
+
+def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
+    """Make sure that a machine can be rolled back to a saved one.
+
+    Raises:
+        CloudError: It is another machine; says in what.
+    """
+    places = ("name", "disk", "seed", "ssh_port", "telnet_port")
+    for field in dataclasses.fields(MachineSpec):
+        ours, theirs = getattr(spec, field.name), getattr(saved.spec, field.name)
+        if field.name not in places and ours != theirs:
+            raise CloudError(
+                f"{spec.name} cannot be rolled back to {saved.image}: that is another machine "
+                f"(its {field.name} is {theirs}, not {ours})"
+            )
+
+
+def copy_beside(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> None:
+    """Put what is kept of a saved machine beside another image of the same disk.
+
+    Args:
+        saved: The machine.
+        image: The image.
+        linked_for: The name that the image is going to have, when the large file is shared with
+            the first one's; None for a copy of it.
+    """
+    with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
+        for file in sorted(saved.directory.iterdir()):
+            if file != saved.memory:
+                copy_private(file, directory / file.name)
+            elif linked_for is not None:
+                os.link(file, directory / file.name)
+            else:
+                _copy_memory(file, directory / file.name)
+        final = savedmachine.directory_of(linked_for or image)
+        relocated = dataclasses.replace(saved, image=image)
+        savedmachine.write_facts(relocated, savedmachine.relocate(saved, directory, final))
+
+
+def _copy_memory(source: Path, target: Path) -> None:
+    descriptor = moved(os.open(source, os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        with MemoryFile(target, os.fstat(descriptor).st_size) as copy:
+            copy.begin_with(descriptor)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    # By this a change is noticed.
+    facts = source.stat()
+    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))

@@ -1,0 +1,1 @@
+"""What machine it is, and the directory in which that is written down."""

@@ -1,0 +1,1 @@
+"""One machine and its QEMU: started, talked to, watched, changed and ended."""

@@ -1,0 +1,215 @@
+"""The way to the helper in a machine's guest: whether it is there, one user at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import to_bytes
+from pycloudlib._base.files import write_private
+from pycloudlib._base.locks import trying_lock
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.guest.access.commands import in_errors
+from pycloudlib.guest.helper import (
+    LARGEST_STDIN,
+    FixUp,
+    HelperConnection,
+    HelperError,
+    HelperRefusedError,
+)
+from pycloudlib.qemu.vm import sockets
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.running import ANSWER_LIMIT
+from pycloudlib.result import Result
+
+_log = logging.getLogger(__name__)
+
+_FIX_LIMIT = 60.0
+_APPEAR_LIMIT = 60.0
+_APPEAR_LOOK = 0.05
+_WAKING_LIMIT = 2.0
+# QEMU takes note in a moment that a client has left.
+_LEAVING_LIMIT = 0.5
+_WAKING_LOOK = 0.005
+
+
+class HelperLink:
+    """Talks to the helper of one machine, if it runs there. Safe to use from several threads.
+
+    Args:
+        machine: The machine.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    @property
+    def expected(self) -> bool:
+        """Whether it is believed to run: it was started, and the guest has not been rebooted."""
+        return self._machine.rundir.helper_mark.exists()
+
+    def appears(self, timeout: float = ANSWER_LIMIT) -> bool:
+        """Say whether something in the guest has the helper's port open.
+
+        Args:
+            timeout: Seconds that QEMU may take to tell.
+        """
+        return bool(self._chardev(timeout)["frontend-open"])
+
+    def expect(self, user: str) -> bool:
+        """Wait for a helper that was just started; say whether it came.
+
+        Args:
+            user: The login user, as which its commands run.
+        """
+        deadline = Deadline.after(_APPEAR_LIMIT)
+        # Looked at, because an event of it would come only to who started the QEMU.
+        while not self.appears():
+            if deadline.expired:
+                return False
+            time.sleep(_APPEAR_LOOK)
+        write_private(self._machine.rundir.helper_mark, user)
+        return True
+
+    def forget(self) -> None:
+        """Take note that it runs no more."""
+        self._machine.rundir.helper_mark.unlink(missing_ok=True)
+
+    def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:
+        """Put a copy right.
+
+        Args:
+            fix_up: What is put right.
+            limit: Seconds that it may take.
+
+        Raises:
+            HelperError: It could not be done.
+            PycloudlibTimeoutError: The helper did not answer in time.
+        """
+        deadline = Deadline.after(min(limit, _FIX_LIMIT))
+        with self._connection(wait=True, deadline=deadline) as connection:
+            if connection is None:
+                users = sockets.tell_clients(self._machine.rundir.helper_socket)
+                raise HelperError(
+                    f"no helper runs in {self._machine.spec.name}, or others use it{users}"
+                )
+            connection.fix(fix_up, deadline)
+
+    def execute(
+        self, argv: Sequence[str], user: str, stdin: bytes, timeout: float | None
+    ) -> Result | None:
+        """Run a command by the helper.
+
+        Returns:
+            Its result; None when SSH has to do it: the helper is not there, is busy, or runs
+            commands as another user. The exit status is -1 when the guest went away meanwhile.
+
+        Raises:
+            PycloudlibTimeoutError: It went on past `timeout`; it is hung up on.
+        """
+        if len(stdin) > LARGEST_STDIN or not self._serves(user):
+            return None
+        deadline = None if timeout is None else Deadline.after(timeout)
+        with self._connection(wait=False, deadline=deadline) as connection:
+            if connection is None:
+                return None
+            try:
+                command = connection.execute(argv, user, stdin, deadline)
+            except PycloudlibTimeoutError:
+                raise PycloudlibTimeoutError(
+                    f"The command did not end within {timeout or 0:g} s and was hung up on: "
+                    f"{in_errors(' '.join(argv))}"
+                ) from None
+            except HelperRefusedError as error:
+                _log.debug("%s: %s", self._machine.spec.name, error)
+                return None
+            except HelperError as error:
+                _log.debug("%s: %s", self._machine.spec.name, error)
+                self.forget()
+                return Result("", "", -1)
+        return Result(_text(command.out), _text(command.err), command.status or 0)
+
+    def _serves(self, user: str) -> bool:
+        try:
+            return self._machine.rundir.helper_mark.read_bytes() == to_bytes(user)
+        except (FileNotFoundError, IsADirectoryError):
+            return False
+
+    def _is_ready(self, limit: Deadline, deadline: Deadline | None) -> bool:
+        """Wait until it is there and free; a machine that has just woken up knows it in a moment.
+
+        Its socket may be another program's, behind which QEMU would let us wait unheard.
+
+        Args:
+            limit: Until when it has to be free.
+            deadline: Until when QEMU has to have told.
+        """
+        appearing = Deadline.after(_WAKING_LIMIT)
+        try:
+            while True:
+                chardev = self._chardev(_answer_limit(deadline))
+                if not chardev["frontend-open"]:
+                    if appearing.expired:
+                        _log.debug("The helper of %s is gone", self._machine.spec.name)
+                        # Of a copy that is not put right yet it is expected still: SSH may not do.
+                        if not self._machine.rundir.fix_up.exists():
+                            self.forget()
+                        return False
+                elif sockets.is_free(chardev):
+                    return True
+                elif limit.expired:
+                    return False
+                time.sleep(_WAKING_LOOK)
+        except CloudError:
+            # Whoever uses SSH next is told how the machine ended.
+            return False
+
+    def _still_there(self, deadline: Deadline | None) -> bool:
+        self._machine.check_disk()
+        self._machine.check_kernel()
+        try:
+            return self.appears(_answer_limit(deadline))
+        except CloudError:
+            # Whether it is gone is not known where QEMU had no time to tell.
+            return deadline is not None and deadline.expired
+
+    @contextlib.contextmanager
+    def _connection(
+        self, *, wait: bool, deadline: Deadline | None
+    ) -> Iterator[HelperConnection | None]:
+        """Connect; None when it is not there, or somebody else is connected and not waited for."""
+        limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
+        if deadline is not None and (wait or deadline.remaining < limit.remaining):
+            limit = deadline
+        turn = limit if wait else Deadline.after(0)
+        with trying_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
+            if not (ours and self._is_ready(limit, deadline)):
+                yield None
+                return
+            sock = self._connect(limit)
+            with HelperConnection(sock, lambda: self._still_there(deadline)) as connection:
+                yield connection
+
+    def _chardev(self, timeout: float) -> Mapping[str, Any]:
+        chardevs = self._machine.execute("query-chardev", timeout=timeout)
+        return next(dev for dev in chardevs if dev["label"] == "helper")
+
+    def _connect(self, deadline: Deadline) -> socket.socket:
+        try:
+            return sockets.connect(self._machine.rundir.helper_socket, deadline)
+        except OSError as error:
+            raise HelperError(f"the helper cannot be reached: {error}") from error
+
+
+def _answer_limit(deadline: Deadline | None) -> float:
+    """Return the seconds that QEMU may take for an answer."""
+    return ANSWER_LIMIT if deadline is None else max(deadline.capped(ANSWER_LIMIT), 0.1)
+
+
+def _text(output: bytearray) -> str:
+    return output.decode("utf-8", errors="replace").rstrip()

@@ -1,0 +1,139 @@
+"""Network interfaces plugged into a running machine, and pulled out again."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.qemu.state.spec import make_mac
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.qmp import QmpError
+
+# A guest lets go of a device when its kernel gets to it.
+_UNPLUG_LIMIT = 60.0
+_UNPLUG_LOOK = 0.2
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_NAME = re.compile(r"hotnet(?P<number>[0-9]+)")
+# Networks 10.0.3.0/24 and up; QEMU's own for the first interface is 10.0.2.0/24.
+_FIRST_NETWORK = 3
+_LAST_NETWORK = 250
+
+
+@dataclass(frozen=True, slots=True)
+class PluggedInterface:
+    """An interface that was plugged in.
+
+    Attributes:
+        name: QEMU's id of it, the same for device and back end.
+        mac: Its address.
+    """
+
+    name: str
+    mac: str
+
+
+def plug_interface(machine: Machine) -> PluggedInterface:
+    """Plug a network card into a running machine, in a user-mode network of its own.
+
+    Raises:
+        MachineEndedError: The machine is off.
+        CloudError: QEMU refused, or there are too many.
+    """
+    with machine.changing():
+        return _plug_interface(machine)
+
+
+def _plug_interface(machine: Machine) -> PluggedInterface:
+    number = _free_number(machine)
+    interface = PluggedInterface(f"hotnet{number}", make_mac())
+    machine.execute(
+        "netdev_add",
+        {"type": "user", "id": interface.name, "net": f"10.0.{number}.0/24"},
+    )
+    try:
+        machine.execute(
+            "device_add",
+            {
+                "driver": "virtio-net-pci",
+                "id": interface.name,
+                "netdev": interface.name,
+                "mac": interface.mac,
+                "romfile": "",
+            },
+        )
+    except QmpError:
+        machine.execute("netdev_del", {"id": interface.name})
+        raise
+    return interface
+
+
+def find_plugged(machine: Machine, mac: str) -> PluggedInterface:
+    """Find a plugged-in interface by its address.
+
+    Raises:
+        CloudError: There is none; the machine's first interface is not one.
+    """
+    for name in list_plugged(machine):
+        found = machine.execute(
+            "qom-get", {"path": f"/machine/peripheral/{name}", "property": "mac"}
+        )
+        if str(found).lower() == mac.lower():
+            return PluggedInterface(name, mac)
+    raise CloudError(f"No interface with address {mac} was plugged into {machine.spec.name}")
+
+
+def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
+    """Pull an interface out, and wait until the guest has let go of it.
+
+    Raises:
+        PycloudlibTimeoutError: The guest did not let go of it.
+    """
+    with machine.changing():
+        _unplug_interface(machine, interface)
+
+
+def _unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
+    machine.execute("device_del", {"id": interface.name})
+    deadline = Deadline.after(_UNPLUG_LIMIT)
+    # Looked at, not waited for as an event: another process's machine tells us no events.
+    while interface.name in list_plugged(machine):
+        if deadline.expired:
+            raise PycloudlibTimeoutError(
+                f"{machine.spec.name} did not let go of {interface.name} within "
+                f"{deadline.limit:.0f} s"
+            )
+        time.sleep(_UNPLUG_LOOK)
+    machine.execute("netdev_del", {"id": interface.name})
+
+
+def list_plugged(machine: Machine) -> list[str]:
+    """Name the interfaces that are plugged in."""
+    children = machine.execute("qom-list", {"path": "/machine/peripheral"})
+    return [child["name"] for child in children if _NAME.fullmatch(child["name"])]
+
+
+def list_added(machine: Machine) -> list[str]:
+    """Name the devices that were added while the machine ran, by whomever (`device_add`)."""
+    with machine.session() as session:
+        places = [
+            (f"{container}/{child['name']}", child["name"])
+            for container in _CONTAINERS
+            for child in session.execute("qom-list", {"path": container})
+            if child["type"].startswith("child<")
+        ]
+        return [
+            name
+            for path, name in places
+            if session.execute("qom-get", {"path": path, "property": "hotplugged"})
+        ]
+
+
+def _free_number(machine: Machine) -> int:
+    taken = set(list_plugged(machine))
+    for number in range(_FIRST_NETWORK, _LAST_NETWORK + 1):
+        if f"hotnet{number}" not in taken:
+            return number
+    raise CloudError(f"{machine.spec.name} has no room for another network interface")

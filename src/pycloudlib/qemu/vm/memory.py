@@ -1,0 +1,165 @@
+"""Where a guest's memory is: what kinds there are, and which one a machine gets.
+
+A machine that boots has memory of its own, shared or anonymous. Machines that go on from a saved
+state map the kept memory privately, so that all of them share what none has changed. Each kind can
+be saved while the machine runs; how it is read is in `guestmemory.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pycloudlib._base.documents import read_kernel_file
+from pycloudlib._base.files import moved
+from pycloudlib.errors import CloudError
+from pycloudlib.qemu.host.accelerator import Accelerator
+
+BACKEND = "ram0"
+"""QEMU's name of a machine's memory, of one name for all kinds: by it a state is fitted to it."""
+
+_HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_NAME = "pycloudlib-guest-memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A guest's memory, as QEMU is to make it.
+
+    Attributes:
+        shared: Whether it is a shared mapping of a file of its own, which has no name and goes
+            with the process.
+        file: Kept memory that is mapped copy-on-write; None for memory that begins empty.
+    """
+
+    shared: bool = False
+    file: Path | None = None
+
+
+ANONYMOUS = Memory()
+SHARED = Memory(shared=True)
+
+
+def choose_memory(accelerator: Accelerator) -> Memory:
+    """Choose the memory of a machine that boots.
+
+    Shared memory can be read whoever asks, and compared in place. Under KVM, however, guests are
+    faster with huge pages, which most hosts give to anonymous memory only.
+    """
+    if accelerator is Accelerator.KVM and not _shared_memory_has_huge_pages():
+        return ANONYMOUS
+    return SHARED
+
+
+def _shared_memory_has_huge_pages() -> bool:
+    """Tell by the chosen word: "always within_size advise [never] deny force" (admin-guide/mm)."""
+    with contextlib.suppress(OSError):
+        chosen = read_kernel_file(_HUGE_SHARED).partition("[")[2].partition("]")[0]
+        return chosen in ("always", "within_size", "advise", "force")
+    return False
+
+
+def create_shared_memory(size: int) -> int:
+    """Make memory to be shared: a file without a name that goes with whoever has it open.
+
+    QEMU is to take it for a file (`memory-backend-file`), not to make one itself
+    (`memory-backend-memfd`): from 8.1 on it leaves only files out of a state.
+
+    Returns:
+        Its descriptor.
+    """
+    descriptor = moved(os.memfd_create(_NAME, os.MFD_CLOEXEC))
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+_DEVICES = re.compile(r"balloon|virtio-mem|vhost-user|vfio-user|x-pci-proxy|ivshmem")
+_NETDEVS = re.compile(r"type=vhost-user")
+# By which one of them comes into a machine that runs, or is put to use.
+_COMMANDS = ("balloon", "device_add", "netdev_add", "human-monitor-command")
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+
+
+class KeptMemoryError(CloudError):
+    """A machine has a device that would change the memory of others: it cannot have kept memory."""
+
+
+class Executor(Protocol):
+    """What executes QMP commands."""
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Execute a QMP command and return what it returns."""
+
+
+def check_machine(name: str, qemu: Executor) -> None:
+    """Make sure that a machine leaves memory alone that is kept for others.
+
+    Args:
+        name: The machine's name.
+        qemu: Its QEMU; it need not run yet.
+
+    Raises:
+        KeptMemoryError: It would change that memory; names the device.
+        QmpError: QEMU could not be asked.
+    """
+    found = _find_device(qemu) or _find_memory(qemu)
+    if found is not None:
+        raise KeptMemoryError(
+            f"{name} has {found}. It can neither be saved with its memory nor go on from memory "
+            "that is kept: leave it out (launch_args), or let the machine boot"
+        )
+
+
+def check_command(
+    name: str, qemu: Executor, command: str, arguments: Mapping[str, Any] | None
+) -> None:
+    """Make sure that a QMP command adds no such device to a machine on kept memory.
+
+    Args:
+        name: The machine's name.
+        qemu: Its QEMU.
+        command: The command.
+        arguments: Its arguments.
+
+    Raises:
+        KeptMemoryError: It would.
+    """
+    words = json.dumps([command, dict(arguments or {})], default=str)
+    if command in _COMMANDS and _DEVICES.search(words) and _is_on_kept_memory(qemu):
+        raise KeptMemoryError(
+            f"{name} goes on from memory that is kept for others, too, and {command} would let it "
+            "change that: do it in a machine that has booted"
+        )
+
+
+def _find_device(qemu: Executor) -> str | None:
+    for container in _CONTAINERS:
+        for child in qemu.execute("qom-list", {"path": container}):
+            if _DEVICES.search(child["type"]):
+                kind = child["type"].removeprefix("child<").rstrip(">")
+                return f"a device {kind}, which changes the memory of all that use the same"
+    networks = qemu.execute("human-monitor-command", {"command-line": "info network"})
+    if _NETDEVS.search(networks):
+        return "a network of type vhost-user, which changes the memory of all that use the same"
+    return None
+
+
+def _find_memory(qemu: Executor) -> str | None:
+    for memory in qemu.execute("query-memdev"):
+        if memory.get("share") and memory.get("id") != BACKEND:
+            return f"shared memory beside its own ({memory.get('id')}), which is not kept"
+    return None
+
+
+def _is_on_kept_memory(qemu: Executor) -> bool:
+    def ask(name: str) -> Any:
+        return qemu.execute("qom-get", {"path": f"/objects/{BACKEND}", "property": name})
+
+    # Its own memory has no file, or is a shared mapping of one.
+    return ask("type") == "memory-backend-file" and not ask("share")

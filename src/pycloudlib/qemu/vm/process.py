@@ -1,0 +1,364 @@
+"""The QEMU process: its sockets made and handed over, started, watched and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycloudlib._base import tools
+from pycloudlib._base.files import make_socket_pair, moved
+from pycloudlib.errors import CloudError
+from pycloudlib.qemu.host import resources
+from pycloudlib.qemu.host.accelerator import find_features
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, environment
+from pycloudlib.qemu.host.processes import ProcessIdentity, World, find_proc_directory
+from pycloudlib.qemu.state.rundir import RunDirectory, StagedSocket
+from pycloudlib.qemu.state.spec import MachineSpec
+from pycloudlib.qemu.vm.command import POWER_ON, Channels, Origin, build_command, ssh_rule
+from pycloudlib.qemu.vm.memory import create_shared_memory
+
+_OUTPUT_LIMIT = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """How a QEMU process ended.
+
+    Attributes:
+        exit_status: Its exit status, negative for the signal that ended it; None when it cannot
+            be known because another process had started it.
+        stderr: What it said on stdout and stderr since it was started.
+    """
+
+    exit_status: int | None
+    stderr: str
+
+    def __str__(self) -> str:
+        said = f": {self.stderr}" if self.stderr else ", and said nothing on stderr"
+        return f"{self.how}{said}"
+
+    @property
+    def how(self) -> str:
+        """Its exit status or signal, for people."""
+        if self.exit_status is None:
+            return "QEMU ended with an unknown exit status"
+        if self.exit_status >= 0:
+            return f"QEMU ended with exit status {self.exit_status}"
+        name = _signal_name(-self.exit_status)
+        return f"QEMU ended with signal {-self.exit_status} ({name})"
+
+
+class QemuProcess:
+    """A running or ended QEMU.
+
+    Make one with `start` or `attach`. Safe to use from several threads.
+
+    Attributes:
+        identity: Which process it is, for whoever it may concern.
+        pid: Its pid in our own PID namespace.
+    """
+
+    def __init__(
+        self,
+        identity: ProcessIdentity,
+        pid: int,
+        pidfd: int,
+        log: Path,
+        log_start: int,
+        child: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self.identity = identity
+        self.pid = pid
+        self._pidfd = pidfd
+        self._log = log
+        self._log_start = log_start
+        self._child = child
+
+    @classmethod
+    def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        pass_fds: Sequence[int],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> QemuProcess:
+        """Start QEMU in a session of its own, so that a Ctrl-C at the terminal is not its end.
+
+        Args:
+            argv: The command line.
+            pass_fds: Descriptors that it inherits.
+            log: Where its output goes, at the end of what is there.
+            environment: Its environment; by default what every program gets.
+
+        Raises:
+            CloudError: The binary cannot be executed.
+        """
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            log_start = os.fstat(descriptor).st_size
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                pass_fds=pass_fds,
+                start_new_session=True,
+                env=tools.environment() if environment is None else environment,
+            )
+        except OSError as error:
+            raise CloudError(f"Cannot run {argv[0]!r}: {error}") from error
+        finally:
+            os.close(descriptor)
+        try:
+            # A child that has ended already keeps its pid until it is reaped.
+            identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0, World.own())
+            pidfd = moved(os.pidfd_open(child.pid))
+        except BaseException:
+            # As where there are too many open files: nobody would know of it.
+            child.kill()
+            child.wait()
+            raise
+        return cls(identity, child.pid, pidfd, log, log_start, child)
+
+    @classmethod
+    def attach(cls, identity: ProcessIdentity, disk: Path, log: Path) -> QemuProcess | None:
+        """Watch a QEMU that another process started; None when it does not run, or not here.
+
+        Args:
+            identity: Which process it was.
+            disk: The machine's disk, which is on its command line: a second proof that this is
+                the machine's own QEMU, where no boot of the host was written down.
+            log: Where its output goes.
+        """
+        pid = identity.find_pid()
+        if pid is None:
+            return None
+        try:
+            pidfd = moved(os.pidfd_open(pid))
+        except ProcessLookupError:
+            return None
+        # Looked at again: the pidfd holds on to whatever process has the pid at this moment.
+        if identity.find_pid() != pid or not _has_on_command_line(pid, disk):
+            os.close(pidfd)
+            return None
+        return cls(identity, pid, pidfd, log, 0, None)
+
+    def fileno(self) -> int:
+        """Give the pidfd, which becomes readable when the process ends."""
+        return self._pidfd
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is over."""
+        return self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the process's end; say whether it came."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
+    def end(self) -> ProcessEnd:
+        """Tell how the process ended; it must have."""
+        exit_status = None if self._child is None else self._child.wait()
+        return ProcessEnd(exit_status, self._said())
+
+    def kill(self) -> None:
+        """End the process at once; one that is over already is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _said(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                # The last words are those that tell; after a chatty run there is much before.
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - _OUTPUT_LIMIT))
+                return log.read().decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # interrupted before it was whole
+            os.close(self._pidfd)
+
+
+def _has_on_command_line(pid: int, disk: Path) -> bool:
+    """Whether a process has a disk on its command line; another mount may be in front of it."""
+    try:
+        command = (find_proc_directory(pid) / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # As in QEMU's options, where a comma in a path is written twice.
+    return os.fsencode(Path(*disk.parts[-2:])) in command.replace(b",,", b",")
+
+
+def is_open_elsewhere(identity: ProcessIdentity, disk: Path) -> bool:
+    """Whether a QEMU that cannot be seen from here runs a machine, or may run it.
+
+    On our own kernel, QEMU's own lock on the disk tells. On another one nothing does.
+    """
+    if not identity.is_elsewhere:
+        return False
+    world = identity.world
+    return world is None or world.boot != World.own().boot or _is_locked(disk)
+
+
+def _is_locked(disk: Path) -> bool:
+    """Whether another process holds a lock on a part of a file, as QEMU does on its disks."""
+    with contextlib.suppress(FileNotFoundError), disk.open("rb") as file:
+        # struct flock: l_type, l_whence, l_start, l_len, l_pid; all of the file.
+        wanted = struct.pack("@hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
+        return bool(struct.unpack_from("@h", found)[0] != fcntl.F_UNLCK)
+    return False
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+_log = logging.getLogger(__name__)
+
+# Clients of a socket that the kernel lets wait while QEMU serves another.
+_WAITING = 64
+
+
+class LaunchError(CloudError):
+    """QEMU did not start.
+
+    Attributes:
+        argv: Its command line.
+        end: How the process ended, with its exit status and stderr.
+    """
+
+    def __init__(self, argv: list[str], end: ProcessEnd) -> None:
+        self.argv = argv
+        self.end = end
+        super().__init__(f"The machine could not be started. {end}")
+
+
+class PortTakenError(CloudError):
+    """Another program listens on a port that the machine was to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartedQemu:
+    """A QEMU that was just born, and that nobody else knows of yet.
+
+    Attributes:
+        process: Its process.
+        control: Our end of its first QMP session.
+        argv: Its command line.
+        sockets: The unix sockets that it listens on, by another name than they are to have.
+        listeners: All sockets that it listens on.
+        rundir: The machine's directory.
+    """
+
+    process: QemuProcess
+    control: socket.socket
+    argv: list[str]
+    sockets: tuple[StagedSocket, ...]
+    listeners: tuple[socket.socket, ...]
+    rundir: RunDirectory
+
+    def publish(self) -> None:
+        """Make it the machine's QEMU in the eyes of all."""
+        self.rundir.write_process(self.process.identity)
+        for staged in self.sockets:
+            staged.publish()
+
+    def let_wait(self) -> None:
+        """Let the clients of its sockets wait their turn; it lets one wait, when it has begun."""
+        for listener in self.listeners:
+            listener.listen(_WAITING)
+            listener.close()
+
+    def discard(self) -> None:
+        """Give up what it has; the process is its owner's to end."""
+        self.control.close()
+        for listener in self.listeners:
+            listener.close()
+        for staged in self.sockets:
+            staged.discard()
+
+
+def start_qemu(
+    binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
+) -> StartedQemu:
+    """Start QEMU.
+
+    Raises:
+        PortTakenError: Another program listens on the console's port.
+        CloudError: The binary cannot be executed.
+    """
+    # QEMU appends to it, and would make it readable for everybody.
+    rundir.console_log.touch(mode=0o600)
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        control, peer = make_socket_pair()
+        ours.callback(control.close)
+        theirs.callback(peer.close)
+        sockets = []
+        for file in rundir.sockets:
+            staged = StagedSocket.listen(file)
+            ours.callback(staged.listener.close)
+            ours.callback(staged.discard)
+            sockets.append(staged)
+        attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
+        console = ours.enter_context(_listen(spec.telnet_port))
+        memory = None
+        if origin.memory.shared:
+            memory = create_shared_memory(spec.memory_kib << 10)
+            theirs.callback(os.close, memory)
+        channels = Channels(
+            control=peer.fileno(),
+            attach=attach,
+            qmp=qmp,
+            console=console.fileno(),
+            helper=helper,
+            console_log=rundir.console_log,
+            memory=memory,
+        )
+        argv = build_command(str(binary), spec, channels, find_features(binary), origin)
+        _log.debug("Starting %s", argv)
+        descriptors = (*channels.descriptors, *origin.descriptors)
+        # Whoever starts it has it from then on.
+        found = Ownership.find(rundir.path)
+        orphans = Orphans.REAP_AFTER_CRASH if found is None else found.orphans
+        claim(rundir.path, orphans)
+        process = QemuProcess.start(
+            argv, pass_fds=descriptors, log=rundir.qemu_log, environment=environment(orphans)
+        )
+        ours.pop_all()
+    listeners = (*(staged.listener for staged in sockets), console)
+    return StartedQemu(process, control, argv, tuple(sockets), listeners, rundir)
+
+
+def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:
+    """Say why a QEMU that ended at once did so."""
+    # QEMU's own words when it cannot bind the port of a `hostfwd`; the caller's arguments may
+    # hold others.
+    if f"host forwarding rule '{ssh_rule(spec)}" in end.stderr:
+        return PortTakenError(str(end))
+    return LaunchError(argv, end)
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return resources.listen(port)
+    except OSError as error:
+        raise PortTakenError(f"Cannot listen on {resources.LOOPBACK}:{port}: {error}") from error

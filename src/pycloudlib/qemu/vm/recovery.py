@@ -1,0 +1,127 @@
+"""The QEMUs that a machine's notes name: found and ended by any program, and set right.
+
+A program may end in the middle of saving a machine (`checkpoint.py`), while the guest stands still.
+Whoever comes next then lets it go on, on the disk that its QEMU writes to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.vm import livedisk
+from pycloudlib.qemu.vm.process import QemuProcess, is_open_elsewhere
+from pycloudlib.qemu.vm.qmp import QmpSession
+from pycloudlib.qemu.vm.running import MachineElsewhereError, MachineEndedError, RunningQemu, State
+
+_log = logging.getLogger(__name__)
+
+_KILL_LIMIT = 10.0
+
+
+def find_process(rundir: RunDirectory) -> QemuProcess | None:
+    """Find the QEMU that runs the machine of a directory, by what is written there alone."""
+    identity = rundir.find_process()
+    if identity is None:
+        return None
+    return QemuProcess.attach(identity, rundir.disk, rundir.qemu_log)
+
+
+def find_elsewhere(rundir: RunDirectory) -> ProcessIdentity | None:
+    """Find a QEMU that runs the machine of a directory, or may, where it cannot be seen."""
+    identity = rundir.find_process()
+    if identity is not None and is_open_elsewhere(identity, rundir.disk):
+        return identity
+    return None
+
+
+def end_process(rundir: RunDirectory) -> None:
+    """End whatever runs the machine of a directory, and wait until it is gone.
+
+    The caller has the machine's lock.
+
+    Raises:
+        CloudError: It did not end.
+        MachineElsewhereError: It runs where it cannot be ended from here.
+    """
+    elsewhere = find_elsewhere(rundir)
+    if elsewhere is not None:
+        raise MachineElsewhereError(rundir.path.name, elsewhere)
+    process = find_process(rundir)
+    if process is not None:
+        process.kill()
+        if not process.wait(_KILL_LIMIT):
+            raise CloudError(f"QEMU, pid {process.pid}, did not end")
+
+
+def settle_abandoned(rundir: RunDirectory) -> None:
+    """Let a machine go on whose save was cut off; one that is under way goes on."""
+    if not rundir.is_being_saved:
+        return
+    # Whoever saves it has the lock until that is done.
+    with contextlib.suppress(InstanceNotFoundError), rundir.trying_lock() as ours:
+        if ours:
+            settle(rundir)
+
+
+def settle(rundir: RunDirectory, session: QmpSession | None = None) -> None:
+    """Let a machine go on whose save was cut off, if one was; the caller has the lock.
+
+    What goes wrong is logged, and is tried again by whoever comes next.
+
+    Args:
+        rundir: The machine's directory.
+        session: A session with its QEMU; by default, one is opened.
+
+    Raises:
+        InstanceNotFoundError: There is no machine in this directory.
+    """
+    if not rundir.is_being_saved or find_elsewhere(rundir) is not None:
+        return
+    name = rundir.read_spec().name
+    fresh = rundir.find_fresh_overlay()
+    process = find_process(rundir)
+    try:
+        if process is None:
+            _take_unless_lost(fresh, rundir.disk)
+        elif session is not None:
+            _settle(rundir, fresh, session)
+        else:
+            with RunningQemu(name, rundir, process, State.RUNNING).session() as opened:
+                _settle(rundir, fresh, opened)
+            _log.warning("Let %s go on, whose save was cut off", name)
+    except (OSError, CloudError, MachineEndedError) as error:
+        _log.error("%s cannot go on after a save that was cut off: %s", name, error)
+    else:
+        rundir.forget_saving()
+
+
+def _settle(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
+    """Settle the save of a machine that runs, or stands still."""
+    if fresh is not None:
+        taken = livedisk.settle(session, fresh)
+        if fresh.exists():
+            if taken:
+                fresh.replace(rundir.disk)
+            else:
+                fresh.unlink()
+    session.execute("cont")
+    session.take_back_all()
+
+
+def _take_unless_lost(fresh: Path | None, disk: Path) -> None:
+    """Let a machine that is off go on in the fresh overlay, which is right whether or not it did.
+
+    If it had not been taken, there is nothing in it, and below it is the very disk.
+    """
+    if fresh is None or not fresh.exists():
+        return
+    if any(file.exists() and file.samefile(disk) for file in layers.chain(fresh)[1:2]):
+        fresh.replace(disk)
+    else:
+        fresh.unlink()

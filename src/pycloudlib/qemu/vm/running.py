@@ -1,0 +1,481 @@
+"""One QEMU, from its birth (or from when it was found) to its end: process, session, events."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.locks import renew_in_children
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.spec import MachineSpec
+from pycloudlib.qemu.vm import sockets
+from pycloudlib.qemu.vm.command import POWER_ON, Origin
+from pycloudlib.qemu.vm.process import (
+    ProcessEnd,
+    QemuProcess,
+    StartedQemu,
+    launch_error,
+    start_qemu,
+)
+from pycloudlib.qemu.vm.qmp import Event, LoopThread, QmpError, QmpSession
+
+_log = logging.getLogger(__name__)
+
+# QEMU greets within milliseconds; the limit is for a host that is out of breath.
+_GREETING_LIMIT = 30.0
+ANSWER_LIMIT = 30.0
+"""Seconds that QEMU may take to answer a QMP command."""
+_KILL_LIMIT = 10.0
+# Others may be asking it just now, each for a moment.
+_LOOK_LIMIT = 5.0
+ROOM = 64 << 20
+"""Bytes that have to be free for a machine to go on that stood still for want of room."""
+_KEPT_EVENTS = 200
+# Seconds between two looks at a QEMU whose events another process hears.
+_LOOK_INTERVAL = 1.0
+
+
+@enum.unique
+class State(enum.Enum):
+    """What a machine is doing."""
+
+    OFF = "off"
+    STARTING = "starting"
+    PAUSED = "paused"
+    RUNNING = "running"
+    ELSEWHERE = "elsewhere"
+    """It runs, or may run, where it cannot be seen: in another container, on another host."""
+
+
+class HostDiskFullError(CloudError):
+    """The machine stands still since the host has no room for what it wrote to its disk.
+
+    It goes on with the next call once there is room.
+
+    Attributes:
+        path: Where there is no room.
+        free: Bytes that are free there.
+    """
+
+    def __init__(self, name: str, path: Path, free: int) -> None:
+        self.path = path
+        self.free = free
+        super().__init__(
+            f"{name} stands still: no room for its disk in {path.parent}, where {free >> 20} MiB "
+            f"are free; it needs {ROOM >> 20} MiB to go on"
+        )
+
+
+class MachineEndedError(PycloudlibTimeoutError, CloudError):
+    """The machine is gone, so that what was waited for can never happen.
+
+    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+
+    Attributes:
+        end: How the process ended; None when it was not running in the first place.
+    """
+
+    def __init__(self, name: str, end: ProcessEnd | None) -> None:
+        self.end = end
+        super().__init__(f"{name} is not running" + (f". {end}" if end else ""))
+
+
+class MachineElsewhereError(QmpError):
+    """The machine runs, or may run, where this program cannot reach its QEMU.
+
+    Attributes:
+        process: That QEMU.
+    """
+
+    def __init__(self, name: str, process: ProcessIdentity) -> None:
+        self.process = process
+        super().__init__(
+            f"{name} runs elsewhere: its QEMU is {process.place}, and cannot be reached from here"
+        )
+
+
+class MachinePausedError(PycloudlibTimeoutError, CloudError):
+    """The machine is paused and stays so, so that what was waited for does not happen.
+
+    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+
+    Attributes:
+        status: QEMU's own word for its state (`paused`, `prelaunch`, `postmigrate` …).
+    """
+
+    def __init__(self, name: str, status: str, seconds: float) -> None:
+        self.status = status
+        super().__init__(
+            f"{name} is paused, and has been for {seconds:.0f} s: QEMU's status is {status!r}"
+        )
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Give a callback that calls a method as long as somebody else holds on to its object."""
+    weak = weakref.WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
+
+
+class RunningQemu:
+    """One QEMU process and what it tells. Safe to use from several threads.
+
+    The process that started it keeps a QMP session and hears its events; others open a short
+    session for each command.
+
+    Args:
+        name: The machine's name, for messages.
+        rundir: The machine's directory.
+        process: The process.
+        state: What it is doing.
+
+    Attributes:
+        process: The process.
+        on_change: Called when its state has changed or an event came, in any thread.
+    """
+
+    def __init__(self, name: str, rundir: RunDirectory, process: QemuProcess, state: State) -> None:
+        self.process = process
+        self.on_change: Callable[[], None] = _nobody
+        self._name = name
+        self._rundir = rundir
+        self._state = state
+        self._end: ProcessEnd | None = None
+        self._without_room = False
+        self._paused_since: float | None = None
+        self._looked = -_LOOK_INTERVAL
+        self._session: QmpSession | None = None
+        self._opened: QmpSession | None = None
+        self._users = 0
+        self._opening = threading.Lock()
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+        renew_in_children(self, _changed=threading.Condition, _opening=threading.Lock)
+        # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
+        on_end = weakly(self.note_end)
+
+        def tell(_held: QemuProcess = process) -> None:
+            on_end()
+
+        LoopThread.get().watch(process.fileno(), tell)
+        # Last: it is what `__del__` gives up.
+        self._owner_pid = os.getpid()
+
+    @classmethod
+    def start(
+        cls, binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
+    ) -> RunningQemu:
+        """Start QEMU and talk to it.
+
+        Raises:
+            LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
+            PortTakenError: Another program listens on one of the machine's ports.
+            CloudError: It does not answer.
+        """
+        started = start_qemu(binary, spec, rundir, origin)
+        try:
+            qemu = cls(spec.name, rundir, started.process, State.STARTING)
+        except BaseException:
+            # As where no thread can be had to watch it.
+            started.discard()
+            started.process.kill()
+            started.process.end()
+            raise
+        try:
+            # Before the session: a QEMU that others cannot find is one that is leaked.
+            started.publish()
+            qemu._open_session(started, spec)
+        except BaseException:
+            started.discard()
+            qemu.kill()
+            raise
+        return qemu
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self._name
+
+    @property
+    def state(self) -> State:
+        """What it is doing."""
+        return self._state
+
+    @property
+    def end(self) -> ProcessEnd | None:
+        """How it ended; None while it runs."""
+        return self._end
+
+    @property
+    def without_room(self) -> bool:
+        """Whether it stands still since the host had no room for its disk."""
+        return self._without_room
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The latest QMP events, oldest first; none of one that another process started."""
+        with self._changed:
+            return tuple(self._events)
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = ANSWER_LIMIT,
+    ) -> Any:
+        """Execute a QMP command and give what it returns.
+
+        Raises:
+            QmpError: QEMU refused the command, or did not answer.
+        """
+        with self.session(timeout) as session:
+            return session.execute(command, arguments, timeout=timeout)
+
+    @contextlib.contextmanager
+    def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
+        """Give a QMP session: the one that is kept, or one for this block.
+
+        Raises:
+            MachineEndedError: QEMU is gone.
+            QmpError: It did not answer in time; says who is in the way.
+        """
+        kept = self._kept_session
+        if kept is not None:
+            yield kept
+            return
+        opened = self._share_session(timeout)
+        try:
+            yield opened
+        finally:
+            self._leave_session(opened)
+
+    def _share_session(self, timeout: float) -> QmpSession:
+        """Open a session, or join in the one that somebody else of this process has open."""
+        if not self._opening.acquire(timeout=timeout):
+            raise QmpError(f"No QMP session with {self._name} within {timeout:g} s")
+        try:
+            if self._opened is None or self._opened.ended:
+                self._opened, self._users = self._open_another(timeout), 0
+            self._users += 1
+            return self._opened
+        finally:
+            self._opening.release()
+
+    def _leave_session(self, session: QmpSession) -> None:
+        with self._opening:
+            if session is not self._opened:
+                return  # it ended, and there is another by now
+            self._users -= 1
+            if self._users:
+                return
+            self._opened = None
+        session.close()
+
+    @property
+    def _kept_session(self) -> QmpSession | None:
+        """The session that is kept; none of a program that is at its end."""
+        session = self._session
+        return None if session is None or session.ended else session
+
+    def _open_another(self, timeout: float) -> QmpSession:
+        deadline = Deadline.after(timeout)
+        path = self._rundir.attach_socket
+        try:
+            sock = sockets.connect(path, deadline)
+            return QmpSession.open(sock, weakly(self._on_event), deadline.remaining)
+        except (OSError, QmpError) as error:
+            if deadline.expired:
+                raise QmpError(
+                    f"No QMP session with {self._name} within {timeout:g} s"
+                    f"{sockets.tell_clients(path)}"
+                ) from error
+            # Nearly always because QEMU is gone.
+            if self.process.wait(deadline.capped(1.0)):
+                self.note_end()
+                raise MachineEndedError(self._name, self._end) from error
+            raise QmpError(f"No QMP session with {self._name}: {error}") from error
+
+    def wait_for_event(self, wanted: Callable[[Event], bool], deadline: Deadline) -> Event:
+        """Wait for an event that came, or comes, since it was started.
+
+        Raises:
+            MachineEndedError: QEMU ended before.
+            PycloudlibTimeoutError: It did not come in time.
+        """
+
+        def find() -> Event | None:
+            return next(filter(wanted, self._events), None)
+
+        with self._changed:
+            self._changed.wait_for(
+                lambda: find() is not None or self._end is not None, deadline.remaining
+            )
+            found = find()
+        if found is not None:
+            return found
+        if self._end is not None:
+            raise MachineEndedError(self._name, self._end)
+        raise PycloudlibTimeoutError(
+            f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
+        )
+
+    def look(self, timeout: float = _LOOK_LIMIT) -> None:
+        """Ask what it is doing, where another process hears its events.
+
+        Args:
+            timeout: Seconds that QEMU may take to answer.
+
+        Raises:
+            QmpError: QEMU did not answer.
+        """
+        if self._kept_session is not None:
+            return
+        self._looked = time.monotonic()
+        status = self.execute("query-status", timeout=timeout)
+        self._without_room = status["status"] == "io-error"
+        self._follow(running=status["running"])
+
+    def check_pause(self, patience: float, is_meant: Callable[[], bool]) -> None:
+        """Raise when it is paused, and has been for so long that nobody is about to resume it.
+
+        Args:
+            patience: Seconds for which it may be.
+            is_meant: Says whether it is paused by something that resumes it.
+
+        Raises:
+            MachinePausedError: It is; names QEMU's status.
+            MachineEndedError: It is gone.
+        """
+        if self._kept_session is None and time.monotonic() - self._looked >= _LOOK_INTERVAL:
+            with contextlib.suppress(QmpError):
+                self.look(_LOOK_INTERVAL)
+        since = self._paused_since
+        if since is None or self._without_room:
+            return
+        if is_meant():
+            # What comes after it has its own time.
+            self._paused_since = time.monotonic()
+            return
+        paused = time.monotonic() - since
+        if paused < patience:
+            return
+        try:
+            status = self.execute("query-status", timeout=_LOOK_INTERVAL)
+        except QmpError:
+            return
+        if status["running"]:
+            self._follow(running=True)
+        else:
+            raise MachinePausedError(self._name, status["status"], paused)
+
+    def check_disk(self) -> None:
+        """Let it go on that stood still for want of room on the host, if there is some now.
+
+        Raises:
+            HostDiskFullError: There is none still.
+        """
+        if not self._without_room:
+            return
+        disk = self._rundir.disk
+        facts = os.statvfs(disk.parent)
+        free = facts.f_bavail * facts.f_frsize
+        if free < ROOM:
+            raise HostDiskFullError(self._name, disk, free)
+        _log.info("%s goes on: there is room for its disk again", self._name)
+        self.execute("cont")
+
+    def kill(self) -> None:
+        """End the process at once and wait until it is gone; no error when it is gone already.
+
+        Raises:
+            CloudError: The kernel did not end it.
+        """
+        self.process.kill()
+        # Asked of the kernel, not of the loop's thread, which may not watch it yet.
+        if not self.process.wait(_KILL_LIMIT):
+            raise CloudError(f"QEMU of {self._name}, pid {self.process.pid}, did not end")
+        self.note_end()
+
+    def note_end(self) -> None:
+        """Take note of its end; called in the loop's thread, or by whoever saw to it."""
+        with self._changed:
+            if self._end is not None:
+                return
+            self._end = self.process.end()
+            _log.debug("%s: %s", self._name, self._end)
+            if self._session is not None:
+                self._session.close_soon()
+                self._session = None
+            self._state = State.OFF
+            self._changed.notify_all()
+        self.on_change()
+
+    def _open_session(self, started: StartedQemu, spec: MachineSpec) -> None:
+        try:
+            session = QmpSession.open(started.control, weakly(self._on_event), _GREETING_LIMIT)
+            self._session = session
+            started.let_wait()
+            self._follow(session.execute("query-status")["running"])
+        except QmpError as error:
+            # Nearly always because QEMU is gone.
+            started.control.close()
+            if not self.process.wait(1.0):
+                raise
+            self.note_end()
+            assert self._end is not None
+            raise launch_error(started.argv, self._end, spec) from error
+
+    def _on_event(self, event: Event) -> None:
+        """Take note of a QMP event; called in the loop's thread."""
+        _log.debug("%s: %s %s", self._name, event.name, event.data)
+        with self._changed:
+            self._events = [*self._events[1 - _KEPT_EVENTS :], event]
+            self._changed.notify_all()
+        if event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
+            self._without_room = True
+        if event.name in ("STOP", "RESUME"):
+            self._without_room = self._without_room and event.name == "STOP"
+            self._follow(running=event.name == "RESUME")
+
+    def _follow(self, running: bool) -> None:
+        with self._changed:
+            if self._state is not State.OFF:
+                self._state = State.RUNNING if running else State.PAUSED
+                if running:
+                    self._paused_since = None
+                elif self._paused_since is None:
+                    self._paused_since = time.monotonic()
+                self._changed.notify_all()
+        self.on_change()
+
+    def __del__(self) -> None:
+        process = getattr(self, "process", None)
+        if sys.is_finalizing():
+            return
+        if process is not None and getattr(self, "_owner_pid", None) == os.getpid():
+            if not self._end:
+                LoopThread.get().forget(process, process.fileno())
+            if self._session is not None:
+                self._session.close_soon()
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""

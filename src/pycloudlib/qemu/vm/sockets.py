@@ -1,0 +1,150 @@
+"""A machine's sockets: QEMU serves one client of each at a time; others wait their turn."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import read_kernel_file, shown_on_one_line
+from pycloudlib._base.files import make_socket
+from pycloudlib.qemu.host.processes import find_inode, inode_of
+from pycloudlib.qemu.state.rundir import short_path
+
+# A connection that is waited for: the kernel keeps no more of them than QEMU's listen(2) says.
+_FULL = (errno.EAGAIN, errno.EINTR, errno.ENOTCONN)
+_SHORTEST_WAIT = 0.001
+
+# linux/sock_diag.h, linux/unix_diag.h and netlink(7).
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST_DUMP = 0x301
+_ALL_STATES = 0xFFFFFFFF
+_SHOW_FILE_AND_PEER = 0x2 | 0x4
+_FILE, _PEER = 1, 2
+
+# As in QEMU's "telnet:127.0.0.1:18001,server=on <-> 127.0.0.1:40000".
+_TCP_CLIENT = re.compile(r"<-> ([0-9.]+):([0-9]+)$")
+
+
+def connect(path: Path, deadline: Deadline) -> socket.socket:
+    """Connect, after those who came before.
+
+    The server may still serve another client first: that it says something is to be waited for.
+
+    Raises:
+        TimeoutError: Others were waiting still when the time was over; says who, if that is known.
+        OSError: Nobody listens there.
+    """
+    while True:
+        sock = make_socket(socket.AF_UNIX)
+        try:
+            # A blocking connect(2) waits until there is room, and this is how long. Without
+            # blocking it says EAGAIN at once, which asyncio takes for a connection under way.
+            _set_limit(sock, max(deadline.remaining, _SHORTEST_WAIT))
+            with short_path(path) as address:
+                sock.connect(address)
+            sock.getpeername()
+            _set_limit(sock, 0)
+        except OSError as error:
+            sock.close()
+            if error.errno not in _FULL:
+                raise
+            if deadline.expired:
+                raise TimeoutError(
+                    f"no connection to {path.name} within {deadline.limit:g} s{tell_clients(path)}"
+                ) from None
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+
+
+def is_free(chardev: Mapping[str, Any]) -> bool:
+    """Say whether no client is connected to a socket, by what `query-chardev` tells of it."""
+    return str(chardev["filename"]).startswith("disconnected:")
+
+
+def tell_clients(path: Path) -> str:
+    """Tell, as the end of a sentence, which processes are connected to a unix socket.
+
+    Those that wait for it, too. Empty when the kernel does not say.
+    """
+    try:
+        return _tell_users(set(_peers(path.stat().st_ino)))
+    except OSError:  # not every kernel tells
+        return ""
+
+
+def tell_tcp_client(chardev: Mapping[str, Any], server: tuple[str, int]) -> str:
+    """Tell the same of a TCP socket's client.
+
+    Args:
+        chardev: What `query-chardev` tells of it.
+        server: Its address and port.
+    """
+    address = _TCP_CLIENT.search(str(chardev["filename"]))
+    if address is None:
+        return ""
+    try:
+        inode = find_inode((address[1], int(address[2])), server)
+        return _tell_users(set() if inode is None else {inode})
+    except OSError:
+        return ""
+
+
+def _set_limit(sock: socket.socket, seconds: float) -> None:
+    whole = int(seconds)
+    limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _tell_users(inodes: set[int]) -> str:
+    users = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(inode_of(file) in inodes for file in (process / "fd").iterdir()):
+                name = shown_on_one_line(read_kernel_file(process / "comm").rstrip("\n"))
+                ours = " (this program)" if process.name == str(os.getpid()) else ""
+                users.append(f"process {process.name} {name}{ours}")
+    return f"; in use by {', '.join(users)}" if users else ""
+
+
+def _peers(file: int) -> Iterator[int]:
+    """Find the sockets whose other end is one of a server that is bound to a file.
+
+    Args:
+        file: The file's inode.
+    """
+    body = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, _ALL_STATES, 0, _SHOW_FILE_AND_PEER, 0, 0)
+    header = struct.pack("=IHHII", 16 + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1)
+        netlink.send(header + body)
+        while True:
+            answer = netlink.recv(1 << 16)
+            while answer:
+                length, kind = struct.unpack_from("=IH", answer)
+                if kind != _SOCK_DIAG_BY_FAMILY:
+                    return  # the end, or an error
+                facts = _attributes(answer[32:length])
+                if facts.get(_FILE, b"")[:4] == struct.pack("=I", file) and _PEER in facts:
+                    yield struct.unpack("=I", facts[_PEER])[0]
+                answer = answer[length + 3 & ~3 :]
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        found[kind] = data[4:length]
+        data = data[max(length, 4) + 3 & ~3 :]
+    return found

@@ -1,0 +1,137 @@
+"""Whether a dead end that the console tells of is one: others than the guest can write there."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pycloudlib._base.locks import renew_in_children
+from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.boot.console import Console, DeadEnd
+from pycloudlib.qemu.host.resources import LOOPBACK
+
+# Seconds for which a machine that is at its end does nothing at all.
+_SILENCE = 2.0
+# Seconds that its SSH server may take to answer, and QEMU.
+_SSH_LIMIT = 1.0
+_QMP_LIMIT = 2.0
+
+
+@enum.unique
+class Verdict(enum.Enum):
+    """What is thought of a dead end."""
+
+    UNDECIDED = "it may be one"
+    CONFIRMED = "nothing happens in the machine any more"
+    REFUTED = "the machine lives"
+
+
+class DeadEndCheck:
+    """Holds what the console says against what only the machine can do.
+
+    A machine at its end prints nothing more, neither reads nor writes its disk, and answers to no
+    connection. So words that somebody types on the console, or that a program in the guest prints,
+    end no wait for a machine that does anything. Safe to use from several threads.
+
+    Args:
+        console: The machine's console.
+        port: The local port of its SSH server.
+        answer_limit: Seconds that its SSH server may take to show that the machine lives.
+        clock: Tells the time in seconds, from some moment on.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        port: int,
+        *,
+        answer_limit: float = _SSH_LIMIT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._port = port
+        self._answer_limit = answer_limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        renew_in_children(self, _lock=threading.Lock)
+        self._offset = -1
+        self._since = 0.0
+        self._activity: object = None
+        self._verdict = Verdict.UNDECIDED
+
+    def judge(self, found: DeadEnd, execute: Callable[..., Any]) -> Verdict:
+        """Decide on a dead end; it takes some seconds from the first time on.
+
+        Args:
+            found: What the console says.
+            execute: Executes a QMP command of the machine.
+
+        Raises:
+            MachineEndedError: The machine is off.
+        """
+        if not self._lock.acquire(blocking=False):
+            return Verdict.UNDECIDED  # another thread is at it
+        try:
+            return self._judge(found, execute)
+        finally:
+            self._lock.release()
+
+    def _judge(self, found: DeadEnd, execute: Callable[..., Any]) -> Verdict:
+        if found.offset != self._offset:
+            self._offset, self._verdict, self._activity = found.offset, Verdict.UNDECIDED, None
+            if self._answers(found):
+                self._verdict = Verdict.REFUTED
+        if self._verdict is Verdict.REFUTED:
+            return self._verdict
+        printed = self._console.look().position
+        if self._verdict is Verdict.CONFIRMED and self._activity == printed:
+            return self._verdict
+        activity = (printed, _count_disk_operations(execute))
+        # One that is paused cannot do anything, whatever is the matter with it.
+        if not _runs(execute):
+            self._activity = None
+            return Verdict.UNDECIDED
+        if activity != self._activity:
+            self._activity, self._since = activity, self._clock()
+            return Verdict.UNDECIDED
+        if self._clock() - self._since < _SILENCE:
+            return Verdict.UNDECIDED
+        if self._answers(found):
+            self._verdict = Verdict.REFUTED
+        else:
+            self._verdict, self._activity = Verdict.CONFIRMED, printed
+        return self._verdict
+
+    def _answers(self, found: DeadEnd) -> bool:
+        """Whether the guest answers to a connection."""
+        try:
+            ssh.open_with_banner(LOOPBACK, self._port, self._answer_limit).close()
+        except TimeoutError:
+            return False
+        except OSError:
+            # Its kernel has refused the connection, which one that has ended does not.
+            return found.is_kernels
+        return True
+
+
+def _runs(execute: Callable[..., Any]) -> bool:
+    try:
+        return bool(execute("query-status", timeout=_QMP_LIMIT)["running"])
+    except PycloudlibTimeoutError:
+        raise  # the machine is off
+    except CloudError:
+        return True  # nobody can tell just now
+
+
+def _count_disk_operations(execute: Callable[..., Any]) -> tuple[int, ...]:
+    try:
+        stats = [drive["stats"] for drive in execute("query-blockstats", timeout=_QMP_LIMIT)]
+    except PycloudlibTimeoutError:
+        raise  # the machine is off
+    except CloudError:
+        return ()  # nobody can tell just now
+    return tuple(each["rd_operations"] + each["wr_operations"] for each in stats)
