@@ -18,6 +18,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"pycloudlib {release}"
+html_static_path = ["_static"]
+html_css_files = ["pictures.css"]
 
 # Headings are linked to as on the forges that show these files.
 myst_heading_anchors = 3

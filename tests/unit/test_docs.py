@@ -7,6 +7,7 @@ import logging
 import re
 import shlex
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,16 @@ CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
 PLUGIN = SOURCE / "pytest_plugin" / "plugin.py"
 DESIGN = ROOT / "docs" / "explanation" / "design.md"
 
+PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
+
 SHARED_KEYS = {"public_key_path", "private_key_path", "key_name"}
 """Keys that the base class of clouds reads, for every cloud."""
 
 # Every Debian and Ubuntu system has these.
 ESSENTIAL_PACKAGES = {"dpkg", "util-linux"}
 
+_SVG = "{http://www.w3.org/2000/svg}"
+_PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+\.svg)\)")
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 
@@ -101,6 +106,33 @@ def test_links_resolve(document: Path) -> None:
         assert target.exists(), link
         if fragment:
             assert fragment in anchors(target), link
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
+def test_pictures_need_nothing_else_and_know_light_and_dark(picture: Path) -> None:
+    text = picture.read_text()
+    root = ET.fromstring(text)
+    assert root.findtext(f"{_SVG}title")
+    (style,) = (element.text or "" for element in root.iter(f"{_SVG}style"))
+    light, _, dark = style.partition("@media (prefers-color-scheme: dark)")
+    used = {name for element in root.iter() for name in element.get("class", "").split()}
+    for name in used:
+        assert f".{name} {{" in light
+        if re.search(rf"\.{name} {{ [^}}]*#", light):
+            assert f".{name} {{" in dark
+    assert re.findall(r"href|@import|<script|<image|url\((?!#)", text) == []
+    # One look for all of them.
+    assert style in PICTURES[0].read_text()
+
+
+def test_pictures_are_shown_with_words_for_those_who_cannot_see_them() -> None:
+    shown = [
+        ((document.parent / match["target"]).resolve(), match["text"])
+        for document in DOCUMENTS
+        for match in _PICTURE.finditer(document.read_text())
+    ]
+    assert {path for path, _ in shown} == set(PICTURES)
+    assert [path.name for path, text in shown if len(text.split()) < 10] == []
 
 
 def test_every_document_is_reached_from_the_readme() -> None:
