@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib._base.documents import shown
+from pycloudlib._base.documents import safe_repr
 from pycloudlib._base.files import expand_user
 from pycloudlib._base.locks import renew_in_children
 from pycloudlib.config import Config, ConfigFile, parse_config
@@ -241,7 +241,7 @@ class BaseCloud(ABC):
         section = config.get(self._type, {})
         if not isinstance(section, dict):
             raise ValueError(
-                f"{config.source}: [{self._type}] is not a section but {shown(section)}"
+                f"{config.source}: [{self._type}] is not a section but {safe_repr(section)}"
             )
         return section
 
@@ -297,6 +297,6 @@ class BaseCloud(ABC):
         if not isinstance(value, str) or not value:
             raise ValueError(
                 f"{key} in [{self._type}] of {self._config_file.source} is "
-                f"{shown(value)}, expected a text"
+                f"{safe_repr(value)}, expected a text"
             )
         return str(expand_user(os.path.expandvars(value))) if key.endswith("path") else value

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pycloudlib._base.deadline import Deadline, positive
-from pycloudlib._base.documents import shown, to_bytes
+from pycloudlib._base.documents import safe_repr, to_bytes
 from pycloudlib.errors import GuestRefusedError
 from pycloudlib.guest.access import commands, filecopy, ssh
 from pycloudlib.guest.access.sessions import Connections
@@ -22,8 +22,8 @@ from pycloudlib.guest.boot.readiness import (
     Readiness,
     command_limit,
     current_deadline,
-    keeping,
     ready_limit,
+    use_deadline,
 )
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
@@ -61,7 +61,7 @@ class BaseInstance(Readiness):
             instance = weak()
             assert instance is not None
             # The hook takes no deadline.
-            with contextlib.nullcontext() if deadline is None else keeping(deadline):
+            with contextlib.nullcontext() if deadline is None else use_deadline(deadline):
                 return instance._ssh_connect()
 
         self._connections = Connections(connect)
@@ -170,7 +170,7 @@ class BaseInstance(Readiness):
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
             ValueError: `ready_timeout` is not a positive number.
         """
-        with keeping(ready_limit(ready_timeout, self.ready_timeout)):
+        with use_deadline(ready_limit(ready_timeout, self.ready_timeout)):
             self._wait_for_instance_start(**kwargs)
             self._wait_for_execute()
             self._wait_for_cloudinit()
@@ -184,7 +184,7 @@ class BaseInstance(Readiness):
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with keeping(ready_limit(None, self.ready_timeout)):
+        with use_deadline(ready_limit(None, self.ready_timeout)):
             self._wait_for_execute(old_boot_id=old_boot_id)
             self._wait_for_cloudinit()
 
@@ -282,13 +282,13 @@ class BaseInstance(Readiness):
         if not no_log:
             # What a wait asks the guest, over and over, is nothing that the program has executed.
             level = logging.INFO if current_deadline() is None else logging.DEBUG
-            shown = command if isinstance(command, str) else shlex.join(command)
-            self._log.log(level, "executing: %s", shown)
+            words = command if isinstance(command, str) else shlex.join(command)
+            self._log.log(level, "executing: %s", words)
         # Overrides of _ssh() in older programs know `stdin` alone: the rest only when asked for.
         options: dict[str, Any] = {"get_pty": True} if get_pty else {}
         if timeout is not None:
             options["timeout"] = timeout
-        with commands.keeping_secret() if no_log else contextlib.nullcontext():
+        with commands.hide_command() if no_log else contextlib.nullcontext():
             result = self._ssh(argv, stdin=stdin, **options)
         self._log.debug("Exit status in %s: %d", self.name, result.return_code)
         return result
@@ -430,7 +430,7 @@ class BaseInstance(Readiness):
 
     def _ended_early(self) -> contextlib.AbstractContextManager[None]:
         """End a block that waits for the guest as soon as nobody will answer there any more."""
-        return commands.ended_early(self._lookout(), self._forget_client)
+        return commands.interrupt_when(self._lookout(), self._forget_client)
 
     def _find_boot_id(self) -> str:
         """Give the boot id, or an empty text when the machine cannot be asked."""
@@ -468,7 +468,9 @@ def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:
         raise TypeError(f"command must be a text or a list of texts, not {command!r}")
     for word in argv:
         if "\0" in word:
-            raise ValueError(f"command has a NUL byte in {shown(word)}, which no argument can have")
+            raise ValueError(
+                f"command has a NUL byte in {safe_repr(word)}, which no argument can have"
+            )
         _check_encodes("command", word)
     return ["sudo", "--", *argv] if use_sudo else argv
 
@@ -484,7 +486,7 @@ def _check_encodes(what: str, text: str) -> None:
     try:
         to_bytes(text)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has {shown(text)}, which is not Unicode") from error
+        raise ValueError(f"{what} has {safe_repr(text)}, which is not Unicode") from error
 
 
 def _text(output: bytes) -> str:

@@ -41,7 +41,7 @@ def ended(working_dir: Path) -> Iterator[None]:
 
 def is_locked(rundir: RunDirectory) -> bool:
     """Say whether another process would have to wait for a machine's lock."""
-    with rundir.trying_lock() as ours:
+    with rundir.try_lock() as ours:
         return not ours
 
 

@@ -13,7 +13,7 @@ import paramiko
 import pytest
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib.guest.access.commands import hung_up_on, open_session, stream
+from pycloudlib.guest.access.commands import close_if_unanswered, open_session, stream
 from tests.unit.sshserver import LocalInstance
 
 
@@ -157,7 +157,7 @@ def test_hanging_up_on_a_lost_connection_is_no_error_of_a_thread(
             closed.set()
             raise EOFError
 
-    with hung_up_on(LostChannel(), Deadline.after(0.01)):  # type: ignore[arg-type]
+    with close_if_unanswered(LostChannel(), Deadline.after(0.01)):  # type: ignore[arg-type]
         assert closed.wait(30)
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer):

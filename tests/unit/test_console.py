@@ -13,7 +13,7 @@ import pytest
 from pycloudlib.cli import looking
 from pycloudlib.diagnosis import Cause
 from pycloudlib.guest.boot.bootlines import Phase
-from pycloudlib.guest.boot.console import Console, start_of_last
+from pycloudlib.guest.boot.console import Console, find_last_lines
 
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"
@@ -306,7 +306,7 @@ def test_last_lines_of_a_file_are_found(log: Path, content: bytes, lines: int) -
     kept[-1] = kept[-1][:-1]
     kept = [line for line in kept if line]
     with log.open("rb") as file:
-        start = start_of_last(file, lines)
+        start = find_last_lines(file, lines)
     assert content[start:] == b"".join(kept[max(len(kept) - lines, 0) :])
 
 
@@ -316,7 +316,7 @@ def test_last_lines_of_a_gibibyte_take_no_memory(log: Path) -> None:
     append(log, b"\none\ntwo\n")
     tracemalloc.start()
     with log.open("rb") as file:
-        assert start_of_last(file, 2) == (1 << 30) + 1
+        assert find_last_lines(file, 2) == (1 << 30) + 1
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 

@@ -32,7 +32,7 @@ pair = files.make_socket_pair()
 pipe = files.make_pipe()
 sock = files.make_socket(socket.AF_UNIX)
 file = files.moved(os.open("/dev/null", os.O_RDONLY))
-with files.keeping_standard_free():
+with files.keep_standard_streams_free():
     other = os.open("/dev/null", os.O_RDONLY)
 pair[0].sendall(b"x")
 opened = [*(each.fileno() for each in (*pair, sock)), *pipe, file, other]

@@ -16,7 +16,7 @@ import pytest
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access import commands, ssh
-from pycloudlib.guest.access.commands import ended_early
+from pycloudlib.guest.access.commands import interrupt_when
 from pycloudlib.key import KeyPair
 from tests.unit.sshserver import LocalInstance
 from tests.unit.test_base_classes import Instance
@@ -286,12 +286,15 @@ def test_wait_of_a_block_ends_with_its_machine() -> None:
         assert hung_up.wait(HANGS)
         raise OSError("closed")
 
-    with pytest.raises(PycloudlibTimeoutError, match="it is gone"), ended_early(check, hung_up.set):
+    with (
+        pytest.raises(PycloudlibTimeoutError, match="it is gone"),
+        interrupt_when(check, hung_up.set),
+    ):
         wait()
 
 
 def test_block_that_nothing_ends_is_left_alone() -> None:
-    with pytest.raises(OSError, match="its own"), ended_early(lambda: None, pytest.fail):
+    with pytest.raises(OSError, match="its own"), interrupt_when(lambda: None, pytest.fail):
         raise OSError("its own")
 
 

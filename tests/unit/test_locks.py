@@ -22,7 +22,7 @@ import pytest
 
 from pycloudlib._base import locks
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.locks import directory_lock, exclusive_lock, is_locked, trying_lock
+from pycloudlib._base.locks import directory_lock, exclusive_lock, is_locked, try_lock
 from pycloudlib.errors import CloudSetupError
 
 
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def is_free(path: Path) -> bool:
-    with trying_lock(path) as held:
+    with try_lock(path) as held:
         return held
 
 
@@ -142,7 +142,7 @@ def test_child_that_leaves_the_block_ends_no_lock_of_its_parent(path: Path) -> N
 def test_child_can_take_the_lock_that_its_parent_has_left(path: Path) -> None:
     def take() -> None:
         assert str(path) not in open_names()
-        with trying_lock(path) as held:
+        with try_lock(path) as held:
             assert not held
 
     with exclusive_lock(path), forked(take):
@@ -230,10 +230,10 @@ def test_attempt_waits_until_its_deadline(path: Path) -> None:
     with ThreadPoolExecutor(1) as other:
         other.submit(hold)
         assert taken.wait(60)
-        with trying_lock(path, Deadline.after(0.01)) as held:
+        with try_lock(path, Deadline.after(0.01)) as held:
             assert not held
         release.set()
-        with trying_lock(path, Deadline.after(60)) as held:
+        with try_lock(path, Deadline.after(60)) as held:
             assert held
 
 

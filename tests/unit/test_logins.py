@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from pycloudlib.guest.data.userdata import find_users, tell_logins
+from pycloudlib.guest.data.userdata import explain_logins, find_users
 
 # As Debian's cloud-init 22.4.2 and 25.1.4 print it.
 CONSOLE = (
@@ -60,16 +60,16 @@ def test_users_are_found_in_user_data_of_every_kind(
 
 
 def test_missing_default_user_is_what_is_wrong() -> None:
-    told = tell_logins(b"#cloud-config\nusers: [{name: bob}]\n", (), "ubuntu")
+    told = explain_logins(b"#cloud-config\nusers: [{name: bob}]\n", (), "ubuntu")
     assert "users are bob, without 'default'" in told
     assert "add 'default'" in told
     assert "username=" in told
 
 
 def test_users_of_the_console_are_told() -> None:
-    told = tell_logins(b"#cloud-config\nusers: [default, eve]\n", CONSOLE, "ubuntu")
+    told = explain_logins(b"#cloud-config\nusers: [default, eve]\n", CONSOLE, "ubuntu")
     assert told == "on the console, cloud-init lists keys of eve and no keys of bob"
 
 
 def test_user_is_asked_about_where_nothing_tells() -> None:
-    assert "is alice the user who gets the key (username=)" in tell_logins(b"", (), "alice")
+    assert "is alice the user who gets the key (username=)" in explain_logins(b"", (), "alice")

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pycloudlib import Qemu
-from pycloudlib._base.documents import shown
+from pycloudlib._base.documents import safe_repr
 from pycloudlib._base.files import expand_user, is_file
 from pycloudlib.config import Config, parse_config
 from pycloudlib.errors import (
@@ -102,7 +102,7 @@ def test_settings_are_values_or_refused_with_key_and_file(section: dict[str, Any
     except ValueError as error:
         match = re.match(r"(\w+) in \[qemu\] of my\.toml is ", str(error))
         assert match is not None, error
-        told = shown(section[match[1]])
+        told = safe_repr(section[match[1]])
         assert (shown_url(told) if match[1] == "image_mirror" else told) in str(error)
     else:
         assert settings.image_dir.is_absolute()

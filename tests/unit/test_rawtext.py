@@ -21,17 +21,17 @@ def test_any_bytes_come_through(data: bytes) -> None:
     text = documents.from_bytes(data)
 
     assert documents.to_bytes(text) == data
-    assert documents.to_bytes(json.loads(documents.as_json_escapes(json.dumps(text)))) == data
-    document = documents.as_json_escapes(json.dumps(text, ensure_ascii=False))
+    assert documents.to_bytes(json.loads(documents.escape_json(json.dumps(text)))) == data
+    document = documents.escape_json(json.dumps(text, ensure_ascii=False))
     assert json.loads(document.encode()) == text
-    documents.show_bytes(text).encode()
-    assert len(documents.shown_on_one_line(text).splitlines()) <= 1
+    documents.escape_bytes(text).encode()
+    assert len(documents.escape_line(text).splitlines()) <= 1
 
 
 def test_what_is_no_text_is_shown_by_its_bytes() -> None:
-    assert documents.show_bytes(documents.from_bytes(CUT_OFF)) == "тес\\xd1"
-    assert documents.show_bytes("a\nb") == "a\nb"
-    assert documents.shown_on_one_line("a\nb\x1b[31m") == "a\\x0ab\\x1b[31m"
+    assert documents.escape_bytes(documents.from_bytes(CUT_OFF)) == "тес\\xd1"
+    assert documents.escape_bytes("a\nb") == "a\nb"
+    assert documents.escape_line("a\nb\x1b[31m") == "a\\x0ab\\x1b[31m"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_what_is_no_text_is_shown_by_its_bytes() -> None:
 )
 def test_stream_shows_what_its_encoding_has_not(encoding: str, written: bytes) -> None:
     buffer = io.BytesIO()
-    stream = io.TextIOWrapper(buffer, encoding=encoding, errors=documents.SHOWN)
+    stream = io.TextIOWrapper(buffer, encoding=encoding, errors=documents.ESCAPED)
 
     print(f"{documents.from_bytes(CUT_OFF)} é", end="", file=stream, flush=True)
 

@@ -201,9 +201,9 @@ def test_launch_is_remembered_as_the_last_use(
     image = Path(cloud.daily_image("noble"))
     os.utime(store.record_path(image), (1000, 1000))
     assert cloud.images()[0].last_used == 1000
-    store.note_use(image)
+    store.record_use(image)
     assert abs(cloud.images()[0].last_used - time.time()) < 600
-    store.note_use(image_dir / "nothing.img")
+    store.record_use(image_dir / "nothing.img")
 
 
 def test_old_builds_are_pruned(cloud: Qemu, server: ImageServer, image_dir: Path) -> None:

@@ -172,7 +172,7 @@ def decode(kind: type[_T], plain: object) -> _T:
     return value
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """Give a value as it can be put into an error, whatever it is."""
     try:
         text = repr(value)
@@ -268,7 +268,7 @@ def _below(where: str, key: str) -> str:
 
 
 def _wrong(plain: object, where: str, expected: str) -> ValueError:
-    return ValueError(f"{where or 'it'} is {shown(plain)}, expected {expected}")
+    return ValueError(f"{where or 'it'} is {safe_repr(plain)}, expected {expected}")
 
 
 _GZIP = 31  # zlib.decompressobj(): a header and a trailer as gzip has them
@@ -299,7 +299,7 @@ def gunzip(compressed: bytes, limit: int) -> bytes:
     return bytes(content)
 
 
-SHOWN = "pycloudlib-shown"
+ESCAPED = "pycloudlib-escaped"
 """The name of the error handler by which a text stream shows what its encoding has not."""
 
 _NO_TEXT = re.compile("[\ud800-\udfff]")
@@ -330,17 +330,17 @@ def read_kernel_file(path: str | Path) -> str:
     return from_bytes(Path(path).read_bytes())
 
 
-def shown_on_one_line(text: str) -> str:
+def escape_line(text: str) -> str:
     r"""Show a text in a line or a cell: what is no text, or would leave it, as `\xd1` or `\x0a`."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", show_bytes(text))
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", escape_bytes(text))
 
 
-def show_bytes(text: str) -> str:
+def escape_bytes(text: str) -> str:
     r"""Show a text: each byte that is no text as `\xd1`."""
     return _NO_TEXT.sub(lambda found: _escape(found[0]), text)
 
 
-def as_json_escapes(document: str) -> str:
+def escape_json(document: str) -> str:
     r"""Write what is no text in a JSON document by its escapes (`\udcd1`), as JSON can."""
     return _NO_TEXT.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
 
@@ -359,4 +359,4 @@ def _show(error: UnicodeError) -> tuple[str, int]:
     return "".join(map(_escape, failed)), error.end
 
 
-codecs.register_error(SHOWN, _show)
+codecs.register_error(ESCAPED, _show)

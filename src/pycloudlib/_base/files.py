@@ -192,7 +192,7 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
         return Path(path)
 
 
-def tells_of_no_file(error: OSError) -> bool:
+def is_not_found(error: OSError) -> bool:
     """Say whether an error tells that there is nothing of a name, or that nothing can have it."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -202,7 +202,7 @@ def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        if not tells_of_no_file(error):
+        if not is_not_found(error):
             raise
         return False
 
@@ -212,7 +212,7 @@ def is_directory(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        if not tells_of_no_file(error):
+        if not is_not_found(error):
             raise
         return False
 
@@ -222,7 +222,7 @@ def remove_file(path: Path) -> None:
     try:
         path.unlink()
     except OSError as error:
-        if not tells_of_no_file(error):
+        if not is_not_found(error):
             raise
 
 
@@ -368,7 +368,7 @@ def make_pipe() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def keeping_standard_free() -> Iterator[None]:
+def keep_standard_streams_free() -> Iterator[None]:
     """Keep what a library opens in the block out of the way of standard input and outputs."""
     with contextlib.ExitStack() as placeholders:
         while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _FIRST:

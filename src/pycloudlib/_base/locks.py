@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.documents import from_bytes, shown_on_one_line, to_bytes
+from pycloudlib._base.documents import escape_line, from_bytes, to_bytes
 from pycloudlib._base.files import is_shared_with_group, moved, opener
 from pycloudlib.errors import CloudSetupError
 
@@ -216,10 +216,10 @@ class _Lock:
         if not pid.isdecimal():
             return "another process"
         if host != os.uname().nodename:
-            return shown_on_one_line(f"process {pid} ({program}) on {host}")
+            return escape_line(f"process {pid} ({program}) on {host}")
         if int(pid) == os.getpid():
             return "another thread of this process"
-        return shown_on_one_line(f"process {pid} ({program})")
+        return escape_line(f"process {pid} ({program})")
 
     def _report(self) -> None:
         _log.warning("Still waiting for %s, which holds %s", self._holder(), self._path)
@@ -281,7 +281,7 @@ def exclusive_lock(
     return _ExclusiveLock(path, on_wait=on_wait, remove=remove)
 
 
-def trying_lock(
+def try_lock(
     path: Path, deadline: Deadline | None = None
 ) -> contextlib.AbstractContextManager[bool]:
     """Hold a lock of `exclusive_lock` if it is free, inside a block that gets whether it is held.

@@ -80,7 +80,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
         instance.explaining(f"the end of what runs in {instance.name}"),
     ):
         if on_terminal:
-            with commands.ended_early(instance.check_answers, client.close):
+            with commands.interrupt_when(instance.check_answers, client.close):
                 remote = SshTerminal(
                     commands.open_session(client), command_line, terminal.terminal_size()
                 )

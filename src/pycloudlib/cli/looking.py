@@ -28,7 +28,7 @@ from pycloudlib.cli.output import (
 from pycloudlib.cli.session import Session, command, json_option
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.guest.access import ssh
-from pycloudlib.guest.boot.console import start_of_last
+from pycloudlib.guest.boot.console import find_last_lines
 from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.resources import LOOPBACK
 from pycloudlib.qemu.state.rundir import LoginFacts
@@ -113,7 +113,7 @@ def _read(file: Path, lines: int | None, followed: Found | None) -> Iterator[byt
             with file.open("rb") as log:
                 facts = os.fstat(log.fileno())
                 if lines is not None:
-                    position, lines = start_of_last(log, lines), None
+                    position, lines = find_last_lines(log, lines), None
                 elif identity != (facts.st_dev, facts.st_ino) or facts.st_size < position:
                     position = 0  # another file, or one that was truncated
                 identity = (facts.st_dev, facts.st_ino)

@@ -52,7 +52,7 @@ def show_any_text() -> None:
         if isinstance(stream, io.TextIOWrapper) and not stream.closed:
             # ASCII is what a process has that was told nothing; click, too, writes UTF-8 then.
             unset = _codec(stream.encoding) == "ascii"
-            stream.reconfigure(encoding="utf-8" if unset else None, errors=documents.SHOWN)
+            stream.reconfigure(encoding="utf-8" if unset else None, errors=documents.ESCAPED)
 
 
 def _codec(encoding: str | None) -> str:
@@ -67,7 +67,7 @@ def print_json(value: Any) -> None:
     """
     ascii_alone = _codec(getattr(sys.stdout, "encoding", None)) != "utf-8"
     document = json.dumps(value, default=_plain, indent=2, ensure_ascii=ascii_alone)
-    click.echo(documents.as_json_escapes(document))
+    click.echo(documents.escape_json(document))
 
 
 def _plain(value: object) -> Any:
@@ -87,7 +87,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def format_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay rows out in columns as wide as what is in them."""
-    cells = [[documents.shown_on_one_line(str(cell)) for cell in row] for row in rows]
+    cells = [[documents.escape_line(str(cell)) for cell in row] for row in rows]
     heads = [column.upper() for column in columns]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = [_lay_out(heads, widths, lambda text, _plain: click.style(text, bold=True))]

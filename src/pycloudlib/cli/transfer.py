@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from pycloudlib._base.documents import shown_on_one_line, to_bytes
+from pycloudlib._base.documents import escape_line, to_bytes
 from pycloudlib.errors import GuestRefusedError, PycloudlibError
 from pycloudlib.guest.access import commands
 from pycloudlib.guest.programs import copy_in_guest
@@ -168,8 +168,8 @@ def _raise_problems(name: str, *, ours: Sequence[Problem], theirs: Sequence[Prob
 
 
 def _tell(place: str, problem: Problem) -> str:
-    path = shown_on_one_line(f"{place}{os.fsdecode(problem.path)}")
-    return f"cannot {problem.attempt} '{path}': {shown_on_one_line(problem.why)}"
+    path = escape_line(f"{place}{os.fsdecode(problem.path)}")
+    return f"cannot {problem.attempt} '{path}': {escape_line(problem.why)}"
 
 
 class _Command:
@@ -184,11 +184,11 @@ class _Command:
         self._name = instance.name
         self._client = instance._ssh_connect()
         # A guest whose kernel is no more closes no connection.
-        self._lookout = commands.ended_early(instance.check_answers, self._client.close)
+        self._lookout = commands.interrupt_when(instance.check_answers, self._client.close)
         words = [os.fsdecode(argument) for argument in arguments]
         try:
             self.channel = commands.open_session(self._client)
-            with commands.hung_up_on(self.channel, None):
+            with commands.close_if_unanswered(self.channel, None):
                 self.channel.exec_command(os.fsencode(f"exec {_program()} {shlex.join(words)}"))
         except BaseException:
             self._client.close()

@@ -23,7 +23,7 @@ from importlib import resources
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.documents import decode, parse_json, shown
+from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest.access.hostkeys import HostKey
 
@@ -308,7 +308,7 @@ def _number(answer: Mapping[str, Any], key: str) -> float:
     """Read a number of the helper's: what is in the guest may answer anything."""
     value = answer.get(key)
     if not isinstance(value, (int, float)) or not -_LARGEST_NUMBER < value < _LARGEST_NUMBER:
-        raise HelperError(f"the helper answered {key} = {shown(value)}, expected a number")
+        raise HelperError(f"the helper answered {key} = {safe_repr(value)}, expected a number")
     return float(value)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pycloudlib._base.documents import decode, parse_json, shown
+from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib._base.files import read_bounded, replace_atomically
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
 from pycloudlib.images import releases, store
@@ -61,7 +61,9 @@ class ImageLock:
         try:
             document = parse_json(read_bounded(path, _LONGEST))
             if isinstance(document, dict) and document.get("version", _FORMAT) != _FORMAT:
-                raise ValueError(f"its version is {shown(document['version'])}, expected {_FORMAT}")
+                raise ValueError(
+                    f"its version is {safe_repr(document['version'])}, expected {_FORMAT}"
+                )
             pins = decode(_Document, document).images
             for pin in pins:
                 _check(pin)
@@ -148,7 +150,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Supply:
+class ImageLookup:
     """An image that is wanted, and where it may come from.
 
     Attributes:
@@ -237,9 +239,9 @@ class Supply:
             return self._believed(pin, on_progress)
         pinned = f"{self.lock} pins {self.release!r} to the build {pin.serial} of {pin.release!r}"
         _log.info("%s", pinned)
-        if store.is_of_the_future(pin.serial):
+        if store.is_future_serial(pin.serial):
             raise ImageVerificationError(f"{pinned}, whose day is still to come")
-        if releases.was_found_as(pin, self.release, self.source, self.image_dir):
+        if releases.is_stored_as_pinned(pin, self.release, self.source, self.image_dir):
             return str(releases.image_path(pin, self.image_dir))
         if self.offline and not releases.is_complete(pin, self.source, self.image_dir):
             raise self._offline_pin_error(pin)
@@ -328,7 +330,7 @@ class Supply:
         if (
             store.find_record(image) is not None
             or store.find_unprotected(image) is not None
-            or store.is_of_the_future(image.parent.name)
+            or store.is_future_serial(image.parent.name)
         ):
             _log.warning("%s is not used: it was not verified, and cannot be now", image)
             return None

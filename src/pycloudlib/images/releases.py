@@ -266,7 +266,7 @@ def is_complete(entry: CatalogEntry, source: ImageSource, image_dir: Path) -> bo
     return believed and store.kernel_path(image).is_file()
 
 
-def was_found_as(pin: CatalogEntry, name: str, source: ImageSource, image_dir: Path) -> bool:
+def is_stored_as_pinned(pin: CatalogEntry, name: str, source: ImageSource, image_dir: Path) -> bool:
     """Whether a pinned image is here, and was found in the catalog as it is pinned.
 
     Args:
@@ -297,7 +297,7 @@ def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
     """
     if record.vouchers or record.names:
         return source.believes(record.vouchers)
-    return not store.is_of_the_future(record.serial) and source.has_build_at(
+    return not store.is_future_serial(record.serial) and source.has_build_at(
         record.source, record.serial
     )
 

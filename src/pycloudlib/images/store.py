@@ -22,11 +22,11 @@ from pycloudlib._base.documents import decode, parse_json
 from pycloudlib._base.files import (
     expand_user,
     is_file,
+    is_not_found,
     is_shared_with_group,
     read_bounded,
     remove_file,
     replace_atomically,
-    tells_of_no_file,
     write_private,
 )
 from pycloudlib.errors import ImageNotFoundError
@@ -49,7 +49,7 @@ def is_serial(text: str) -> bool:
     return _SERIAL.fullmatch(text) is not None
 
 
-def is_of_the_future(serial: str) -> bool:
+def is_future_serial(serial: str) -> bool:
     """Whether a build serial names a day that has not begun anywhere on earth."""
     tomorrow = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
     return serial_order(serial)[0] > int(f"{tomorrow:%Y%m%d}")
@@ -143,7 +143,7 @@ def _describe(image: Path) -> StoredImage:
     )
 
 
-def note_use(image: Path) -> None:
+def record_use(image: Path) -> None:
     """Remember that a machine was launched from an image, by the time of its record."""
     # One that has no record, or is others' file, is not ours to touch.
     with contextlib.suppress(OSError):
@@ -203,7 +203,7 @@ def find_record(image: Path) -> ImageRecord | None:
     try:
         return decode(ImageRecord, parse_json(read_bounded(record, _LONGEST_RECORD)))
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and tells_of_no_file(error):
+        if isinstance(error, OSError) and is_not_found(error):
             return None
         _log.warning("%s is damaged and is not used: %s", record, error)
         return None
@@ -271,7 +271,7 @@ def find_serial(image: Path) -> str:
     )
 
 
-def remove_cut_off(image_dir: Path) -> None:
+def remove_stale_downloads(image_dir: Path) -> None:
     """Remove what has come of downloads that nobody goes on with."""
     for partial in image_dir.glob("*/*/.*.part"):
         with contextlib.suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import create_private_directory
-from pycloudlib._base.locks import exclusive_lock, trying_lock
+from pycloudlib._base.locks import exclusive_lock, try_lock
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.qemu.host.resources import HostLimits
 from pycloudlib.qemu.state.spec import InstanceType
@@ -174,7 +174,7 @@ class Budget:
         found = []
         for file in self._directory.glob(f"*{_SUFFIX}"):
             # Its process may end, and another one remove the file, at any time.
-            with contextlib.suppress(FileNotFoundError), trying_lock(file) as free:
+            with contextlib.suppress(FileNotFoundError), try_lock(file) as free:
                 if free:
                     file.unlink()
                 else:

@@ -22,13 +22,13 @@ from pycloudlib.errors import (
 )
 from pycloudlib.guest import helper
 from pycloudlib.guest.access import ssh
-from pycloudlib.guest.access.commands import in_errors
+from pycloudlib.guest.access.commands import command_in_errors
 from pycloudlib.guest.access.hostkeys import MachineHostKeys
 from pycloudlib.guest.boot.bootlines import Phase
-from pycloudlib.guest.boot.readiness import BootWatch, command_limit, current_deadline, keeping
+from pycloudlib.guest.boot.readiness import BootWatch, command_limit, current_deadline, use_deadline
 from pycloudlib.guest.data import runconfig
 from pycloudlib.guest.data.seed import read_iso
-from pycloudlib.guest.data.userdata import tell_logins
+from pycloudlib.guest.data.userdata import explain_logins
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.diagnosed import DiagnosedInstance
@@ -285,7 +285,7 @@ class GuestAccess(DiagnosedInstance):
         """Wait until commands can be executed: by the helper, where one runs, or else over SSH."""
         import paramiko  # noqa: PLC0415 - heavy
 
-        with keeping(self._deadline(timeout)):
+        with use_deadline(self._deadline(timeout)):
             if old_boot_id is None and self._helper.expected:
                 with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
                     self._put_right()
@@ -357,7 +357,7 @@ class GuestAccess(DiagnosedInstance):
         except (OSError, ValueError) as error:
             self._log.debug("The seed of %s tells of no users: %s", self.name, error)
             user_data = b""
-        return tell_logins(user_data, self._watch.lines if self._watch else (), self.username)
+        return explain_logins(user_data, self._watch.lines if self._watch else (), self.username)
 
     def _lookout(self) -> Callable[[], None]:
         """Give what ends the wait for a command when nobody will answer: its guest boots anew."""
@@ -410,7 +410,7 @@ class GuestAccess(DiagnosedInstance):
         get_pty: bool = False,
         timeout: float | None = None,
     ) -> Result:
-        waiting_for = f"the end of: {in_errors(shlex.join(command)[:_SHOWN_COMMAND])}"
+        waiting_for = f"the end of: {command_in_errors(shlex.join(command)[:_SHOWN_COMMAND])}"
         with self.explaining(waiting_for), self._naming_end():
             # Nobody answers on a connection that is kept then, for as long as it is waited.
             self.machine.check_kernel()

@@ -243,7 +243,7 @@ class Qemu(QemuReady):
             username: The login user; by default the image's own.
         """
         request = beginning.request
-        store.note_use(request.image.path)
+        store.record_use(request.image.path)
         kernels = () if request.kernel_boot is None else request.kernel_boot.files
         user = username or _default_user(request.image.path)
         with uses.holding(*kernels), contextlib.ExitStack() as stack:

@@ -116,7 +116,7 @@ class DiagnosedInstance(BaseInstance):
             status = cloudinit.CloudInitStatus("")
         return examination.with_guest_words(
             diagnosis,
-            [*_lines(words), *cloudinit.tell_stages(status)],
+            [*_lines(words), *cloudinit.describe_stages(status)],
             _lines(units),
             status.warnings,
         )

@@ -20,7 +20,7 @@ from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.state.settings import SIGNED, QemuSettings
 
 if TYPE_CHECKING:
-    from pycloudlib.images.lookup import ImageLock, Supply
+    from pycloudlib.images.lookup import ImageLock, ImageLookup
     from pycloudlib.images.source import ImageSource, Stream
 
 
@@ -243,7 +243,7 @@ class QemuImages(BaseCloud):
             except OSError as error:
                 # What is wrong with one is no reason to keep the others.
                 self._log.warning("%s could not be deleted: %s", image, error)
-        store.remove_cut_off(self.image_dir)
+        store.remove_stale_downloads(self.image_dir)
         return deleted
 
     def get_image_id_from_name(self, name: str) -> str:
@@ -290,14 +290,14 @@ class QemuImages(BaseCloud):
         if image_id in self.created_images:
             self.created_images.remove(image_id)
 
-    def _supply(self, stream: Stream, release: str, image_type: ImageType) -> Supply:
-        from pycloudlib.images.lookup import Supply  # noqa: PLC0415 - seldom
+    def _supply(self, stream: Stream, release: str, image_type: ImageType) -> ImageLookup:
+        from pycloudlib.images.lookup import ImageLookup  # noqa: PLC0415 - seldom
 
         minimal = _is_minimal(image_type)
         # A download may have to replace a file, which those have to be known for that are built on.
         layers.record_missing_uses(self.working_dir)
         lock = self._image_lock
-        return Supply(
+        return ImageLookup(
             stream,
             release,
             minimal,

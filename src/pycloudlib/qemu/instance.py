@@ -13,7 +13,7 @@ from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.locks import renew_in_children
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
-from pycloudlib.guest.boot.readiness import BootWatch, keeping, ready_limit
+from pycloudlib.guest.boot.readiness import BootWatch, ready_limit, use_deadline
 from pycloudlib.guest.data import runconfig
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import Progress, ProgressCallback
@@ -121,7 +121,7 @@ class QemuInstance(GuestAccess):
         # What is wrong with it is told before anything is done.
         deadline = ready_limit(ready_timeout, self.ready_timeout)
         limit = self._tell_limit(ready_timeout)
-        with self._watching_boot(on_progress, limit), keeping(deadline):
+        with self._watching_boot(on_progress, limit), use_deadline(deadline):
             super().wait(ready_timeout, **kwargs)
             self._run_first()
 

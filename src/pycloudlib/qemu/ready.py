@@ -91,7 +91,7 @@ class QemuReady(QemuLive):
         """
         removed = Pruning(self.working_dir, self.image_dir, self._ports, stopped).run()
         self._warm_cache.remove_useless()
-        store.remove_cut_off(self.image_dir)
+        store.remove_stale_downloads(self.image_dir)
         return removed
 
     @property

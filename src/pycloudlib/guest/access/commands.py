@@ -71,7 +71,7 @@ _secret: ContextVar[bool] = ContextVar("secret", default=False)
 
 
 @contextlib.contextmanager
-def keeping_secret() -> Iterator[None]:
+def hide_command() -> Iterator[None]:
     """Leave the commands that are run inside the block out of errors."""
     token = _secret.set(True)
     try:
@@ -80,7 +80,7 @@ def keeping_secret() -> Iterator[None]:
         _secret.reset(token)
 
 
-def in_errors(command: str | None) -> str | None:
+def command_in_errors(command: str | None) -> str | None:
     """Return how a command is named in errors."""
     return "a command that is not to be shown" if _secret.get() else command
 
@@ -179,7 +179,7 @@ def run(
                 _end(connections, session, announced, held.pop_all())
             raise PycloudlibTimeoutError(
                 f"The command did not end within {timeout:g} s and was hung up on: "
-                f"{in_errors(command)}"
+                f"{command_in_errors(command)}"
             ) from None
     if announced is not None:
         announced.finish()
@@ -314,7 +314,7 @@ def stream(
         PycloudlibTimeoutError: The command goes on past its deadline, or did not begin in time.
     """
     line = None if command is None else to_bytes(command)
-    with _lost_on_the_way(deadline), hung_up_on(channel, deadline):
+    with _lost_on_the_way(deadline), close_if_unanswered(channel, deadline):
         if get_pty:
             channel.get_pty()
         if line is None:
@@ -327,7 +327,7 @@ def stream(
         return channel.exit_status
     limit = 0.0 if deadline is None else deadline.limit
     raise PycloudlibTimeoutError(
-        f"The command did not end within {limit:g} s: {in_errors(command)}"
+        f"The command did not end within {limit:g} s: {command_in_errors(command)}"
     )
 
 
@@ -361,7 +361,7 @@ def _limit(seconds: float, deadline: Deadline | None) -> float:
 
 
 @contextlib.contextmanager
-def hung_up_on(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+def close_if_unanswered(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
     """Close a channel whose requests are not answered in time: they know no limit of their own."""
 
     def hang_up() -> None:
@@ -404,7 +404,7 @@ def _has_status(
 
 
 @contextlib.contextmanager
-def ended_early(check: Callable[[], None], hang_up: Callable[[], object]) -> Iterator[None]:
+def interrupt_when(check: Callable[[], None], hang_up: Callable[[], object]) -> Iterator[None]:
     """End a block that waits for the guest as soon as nobody will answer there any more.
 
     Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.access.commands import hung_up_on, open_session
+from pycloudlib.guest.access.commands import close_if_unanswered, open_session
 
 if TYPE_CHECKING:
     import paramiko
@@ -132,7 +132,7 @@ class Connections:
             channel = session.channel
             channel.settimeout(_FILE_ANSWER_LIMIT)
             try:
-                with hung_up_on(channel, None):
+                with close_if_unanswered(channel, None):
                     channel.invoke_subsystem("sftp")
                 client = paramiko.SFTPClient(channel)
             except (paramiko.SSHException, OSError, EOFError) as error:

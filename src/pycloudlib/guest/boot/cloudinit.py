@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from pycloudlib._base.documents import parse_json, shown
+from pycloudlib._base.documents import parse_json, safe_repr
 
 _REPORT = r"""
 cat /run/cloud-init/status.json 2>/dev/null || :
@@ -235,7 +235,7 @@ class CloudInitStatus:
         return merge_warnings(self.recoverable_errors, self.logged)
 
 
-def tell_stages(status: CloudInitStatus) -> Iterator[str]:
+def describe_stages(status: CloudInitStatus) -> Iterator[str]:
     """Say of each stage that has begun how far it is, and what failed in it."""
     for stage in status.stages:
         if stage.started:
@@ -306,14 +306,14 @@ def _seconds(value: object) -> float | None:
     if value is None:
         return None
     if type(value) not in (int, float):
-        raise TypeError(f"{shown(value)} is not a time")
+        raise TypeError(f"{safe_repr(value)} is not a time")
     return float(cast("float", value))
 
 
 def _texts(value: object) -> tuple[str, ...]:
     """Read a list of what went wrong, which need not be texts."""
     if not isinstance(value, (list, type(None))):
-        raise TypeError(f"{shown(value)} is not a list")
+        raise TypeError(f"{safe_repr(value)} is not a list")
     return tuple(map(str, value or ()))
 
 

@@ -373,7 +373,7 @@ def _pieces(line: bytes) -> Iterator[tuple[int, bytes]]:
         yield start, line[start : start + _LONGEST_LINE]
 
 
-def start_of_last(log: BinaryIO, lines: int) -> int:
+def find_last_lines(log: BinaryIO, lines: int) -> int:
     """Return where the last lines of a file begin, in bytes; memory does not depend on its size.
 
     Args:

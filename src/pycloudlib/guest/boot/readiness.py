@@ -52,7 +52,7 @@ def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -
 
 
 @contextlib.contextmanager
-def keeping(deadline: Deadline) -> Iterator[Deadline]:
+def use_deadline(deadline: Deadline) -> Iterator[Deadline]:
     """Set the deadline that the hooks called inside keep to."""
     token = _ready_deadline.set(deadline)
     try:
@@ -212,7 +212,7 @@ class Readiness(ABC):
                 endpoint = self._endpoint()
                 limit = max(deadline.capped(_ATTEMPT_LIMIT), 0.1)
                 ssh.open_with_banner(endpoint.host, endpoint.port, limit).close()
-            with keeping(deadline):
+            with use_deadline(deadline):
                 boot_id = self.get_boot_id()
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
@@ -260,7 +260,7 @@ class Readiness(ABC):
 
     def _follow_cloudinit(self) -> cloudinit.CloudInitStatus | None:
         """Give how cloud-init ended, over lost connections and boots; None if that is not read."""
-        with keeping(self._deadline(None)) as deadline:
+        with use_deadline(self._deadline(None)) as deadline:
             return self._ask_cloudinit(deadline)
 
     def _ask_cloudinit(self, deadline: Deadline) -> cloudinit.CloudInitStatus | None:

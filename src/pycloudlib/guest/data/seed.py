@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pycloudlib._base.documents import shown
+from pycloudlib._base.documents import safe_repr
 from pycloudlib._base.files import private_opener
 from pycloudlib.guest.access.hostkeys import HostKey
 from pycloudlib.guest.data import userdata
@@ -302,7 +302,7 @@ def _public_keys(given: object) -> list[str]:
                 left += reversed([*(value.values() if isinstance(value, Mapping) else value)])
         elif value is not None:
             raise TypeError(
-                f"public-keys in meta_data holds {shown(value)}, expected a text, a list or a "
+                f"public-keys in meta_data holds {safe_repr(value)}, expected a text, a list or a "
                 "mapping of texts"
             )
     return keys

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pycloudlib._base.documents import gunzip, parse_yaml, shown
+from pycloudlib._base.documents import gunzip, parse_yaml, safe_repr
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE = b"#cloud-config-archive"
@@ -249,12 +249,16 @@ def _entries(archive: bytes, name: str) -> Iterator[Part]:
             continue  # as cloud-init does
         content = fields.get("content", "")
         if not isinstance(content, (str, bytes)):
-            raise ValueError(f"{name} is an archive with content {shown(content)}, expected a text")
+            raise ValueError(
+                f"{name} is an archive with content {safe_repr(content)}, expected a text"
+            )
         data = content.encode() if isinstance(content, str) else content
         otherwise = "text/cloud-config" if isinstance(content, str) else "application/octet-stream"
         kind = fields.get("type") or _find_kind(data) or otherwise
         if not isinstance(kind, str) or kind.count("/") == 0:
-            raise ValueError(f"{name} is an archive with type {shown(kind)}, expected a MIME type")
+            raise ValueError(
+                f"{name} is an archive with type {safe_repr(kind)}, expected a MIME type"
+            )
         merging = fields.get("Merge-Type") or fields.get("X-Merge-Type") or ""
         yield Part(kind.lower(), str(fields.get("filename") or ""), data, str(merging))
 
@@ -322,7 +326,7 @@ _WITHOUT_KEYS = re.compile(r"ci-info: no authorized SSH keys fingerprints found 
 _DEFAULT = "default"
 
 
-def tell_logins(user_data: bytes, console: Iterable[str], username: str) -> str:
+def explain_logins(user_data: bytes, console: Iterable[str], username: str) -> str:
     """Say who can log in, and what to do so that a user can.
 
     Args:

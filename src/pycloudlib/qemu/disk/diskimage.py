@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pycloudlib._base.documents import decode, parse_json, shown
+from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib._base.files import temporary_name
 from pycloudlib._base.tools import run_tool, run_tool_streaming
 from pycloudlib.errors import ToolError
@@ -220,14 +220,14 @@ def parse_end(answer: bytes) -> int:
     """
     end = _inside(parse_json(answer)).get("image-end-offset", 0)
     if type(end) is not int:
-        raise ValueError(f"image-end-offset is {shown(end)}, expected a whole number")
+        raise ValueError(f"image-end-offset is {safe_repr(end)}, expected a whole number")
     return end
 
 
 def _inside(answer: object, key: str | None = None) -> dict[str, Any]:
     """Give the keys and values of an answer, or of what it has at a key; none if it has nothing."""
     if not isinstance(answer, dict):
-        raise ValueError(f"{shown(answer)} is not keys and values")
+        raise ValueError(f"{safe_repr(answer)} is not keys and values")
     return answer if key is None else _inside(answer.get(key, {}))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib._base.files import create_private_directory, is_file, tells_of_no_file
+from pycloudlib._base.files import create_private_directory, is_file, is_not_found
 from pycloudlib._base.locks import directory_lock
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
@@ -387,7 +387,7 @@ def read_backing_file(image: Path) -> Path | None:
     except IsADirectoryError:
         return None
     except OSError as error:
-        if not tells_of_no_file(error):
+        if not is_not_found(error):
             raise
         return None
     return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from pycloudlib._base.documents import show_bytes, to_bytes
+from pycloudlib._base.documents import escape_bytes, to_bytes
 from pycloudlib._base.files import copy_private, create_directories, moved, write_private
 from pycloudlib.qemu.state.rundir import short_path
 from pycloudlib.qemu.vm.machine import Machine, State
@@ -72,7 +72,7 @@ def _writable(text: str) -> str:
     try:
         to_bytes(text)
     except UnicodeEncodeError:
-        return show_bytes(text)
+        return escape_bytes(text)
     return text
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pycloudlib._base.documents import read_kernel_file, shown_on_one_line, to_bytes
+from pycloudlib._base.documents import escape_line, read_kernel_file, to_bytes
 from pycloudlib._base.files import moved
 
 # The inode of the PID namespace that the kernel begins with (PROC_PID_INIT_INO): it shows all.
@@ -147,7 +147,7 @@ class ProcessIdentity:
         world, own = self.world, World.own()
         if world is None or world == own:
             return f"process {self.pid}"
-        name = shown_on_one_line(world.name) or "another host"
+        name = escape_line(world.name) or "another host"
         if world.boot != own.boot:
             return f"process {self.pid} on {name}"
         return f"process {self.pid} in another PID namespace ({name})"

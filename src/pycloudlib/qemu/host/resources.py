@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from pycloudlib._base.documents import read_kernel_file
 from pycloudlib._base.files import (
     create_private_directory,
+    is_not_found,
     make_socket,
     replace_atomically,
-    tells_of_no_file,
     write_private,
 )
 from pycloudlib._base.locks import exclusive_lock
@@ -120,7 +120,7 @@ class PortRegistry:
             return owner.is_dir()
         except OSError as error:
             # It may be one that cannot be looked at, as root's: rather another port then.
-            return not tells_of_no_file(error)
+            return not is_not_found(error)
 
 
 def can_listen(port: int) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
 from pycloudlib._base.files import create_private_directory, is_file, write_private
-from pycloudlib._base.locks import exclusive_lock, trying_lock
+from pycloudlib._base.locks import exclusive_lock, try_lock
 from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.images import store, uses
@@ -312,7 +312,7 @@ class WarmCache:
         for key in keys | {lock.stem for lock in self._list("*.lock")}:
             with (
                 contextlib.suppress(FileNotFoundError),
-                trying_lock(self._lock(key)) as held,
+                try_lock(self._lock(key)) as held,
             ):
                 if held:  # whoever was making it is no more
                     for left in made:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
-from pycloudlib._base.files import make_socket, replace_atomically, tells_of_no_file, write_private
-from pycloudlib._base.locks import exclusive_lock, is_locked, trying_lock
+from pycloudlib._base.files import is_not_found, make_socket, replace_atomically, write_private
+from pycloudlib._base.locks import exclusive_lock, is_locked, try_lock
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
@@ -268,7 +268,7 @@ class RunDirectory:
         return is_locked(self._lock_file)
 
     @contextlib.contextmanager
-    def trying_lock(self) -> Iterator[bool]:
+    def try_lock(self) -> Iterator[bool]:
         """Have the lock of `power_lock` if nobody has it now; yield whether we have.
 
         Raises:
@@ -276,7 +276,7 @@ class RunDirectory:
         """
         with contextlib.ExitStack() as stack:
             try:
-                held = stack.enter_context(trying_lock(self._lock_file))
+                held = stack.enter_context(try_lock(self._lock_file))
             except FileNotFoundError:
                 raise self._deleted() from None
             yield held and self._spec_file.exists()
@@ -353,7 +353,7 @@ class RunDirectory:
         try:
             return file.read_text(encoding="utf-8")
         except OSError as error:
-            missing = tells_of_no_file(error)
+            missing = is_not_found(error)
             problem = "is missing" if missing else f"cannot be read: {error.strerror}"
             raise InstanceNotFoundError(
                 str(self.path), message=f"No instance in {self.path}: {file.name} {problem}"

@@ -30,8 +30,8 @@ from pathlib import Path
 from pycloudlib._base.documents import decode, parse_json, read_kernel_file
 from pycloudlib._base.files import (
     is_directory,
+    is_not_found,
     replace_atomically,
-    tells_of_no_file,
     write_private,
 )
 from pycloudlib.qemu.host.accelerator import Accelerator
@@ -126,7 +126,7 @@ class SavedMachine:
             try:
                 changed = mark and _mark(file) != mark
             except OSError as error:
-                if not tells_of_no_file(error):
+                if not is_not_found(error):
                     raise
                 return f"{file} is missing"
             if changed:
@@ -166,7 +166,7 @@ def find(image: Path) -> SavedMachine | None:
         kept = decode(_KeptFacts, facts)
         return SavedMachine(image, **{key: getattr(kept, key) for key in _KeptFacts.__slots__})
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and tells_of_no_file(error):
+        if isinstance(error, OSError) and is_not_found(error):
             return None
         _log.warning("%s is damaged (%s); only its disk is used", directory_of(image), error)
         return None

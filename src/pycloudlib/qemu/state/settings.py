@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pycloudlib._base.documents import shown
+from pycloudlib._base.documents import safe_repr
 from pycloudlib._base.files import expand_user, is_directory, is_file
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.host.accelerator import AUTO, SETTINGS
@@ -192,7 +192,7 @@ class _Reader:
     def error(self, key: str, expected: str) -> ValueError:
         from pycloudlib.images.download import shown_url  # noqa: PLC0415 - seldom
 
-        value = shown(self.section[key])
+        value = safe_repr(self.section[key])
         # A wrong kind of value may hold a right one, with its password.
         told = shown_url(value) if key == "image_mirror" else value
         return ValueError(f"{key} in [qemu] of {self.source} is {told}, expected {expected}")

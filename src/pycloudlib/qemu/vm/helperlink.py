@@ -12,9 +12,9 @@ from typing import Any
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.documents import to_bytes
 from pycloudlib._base.files import write_private
-from pycloudlib._base.locks import trying_lock
+from pycloudlib._base.locks import try_lock
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.guest.access.commands import in_errors
+from pycloudlib.guest.access.commands import command_in_errors
 from pycloudlib.guest.helper import (
     LARGEST_STDIN,
     FixUp,
@@ -123,7 +123,7 @@ class HelperLink:
             except PycloudlibTimeoutError:
                 raise PycloudlibTimeoutError(
                     f"The command did not end within {timeout or 0:g} s and was hung up on: "
-                    f"{in_errors(' '.join(argv))}"
+                    f"{command_in_errors(' '.join(argv))}"
                 ) from None
             except HelperRefusedError as error:
                 _log.debug("%s: %s", self._machine.spec.name, error)
@@ -187,7 +187,7 @@ class HelperLink:
         if deadline is not None and (wait or deadline.remaining < limit.remaining):
             limit = deadline
         turn = limit if wait else Deadline.after(0)
-        with trying_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
+        with try_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
             if not (ours and self._is_ready(limit, deadline)):
                 yield None
                 return

@@ -371,7 +371,7 @@ class Machine:
         if qemu is None or not qemu.without_room:
             return
         # Whoever changes the machine may wait for one who looks at it so; it is looked at again.
-        with contextlib.suppress(InstanceNotFoundError), self.rundir.trying_lock() as ours:
+        with contextlib.suppress(InstanceNotFoundError), self.rundir.try_lock() as ours:
             if ours:
                 qemu.check_disk()
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pycloudlib._base.documents import shown
-from pycloudlib._base.files import keeping_standard_free
+from pycloudlib._base.documents import safe_repr
+from pycloudlib._base.files import keep_standard_streams_free
 from pycloudlib.errors import CloudError
 
 # asyncio and qemu.qmp are most of what an import of this package would cost: only a machine that
@@ -66,7 +66,7 @@ class LoopThread:
     def __init__(self) -> None:
         import asyncio  # noqa: PLC0415 - heavy
 
-        with keeping_standard_free():
+        with keep_standard_streams_free():
             self.loop = asyncio.new_event_loop()
         self.sessions: set[QmpSession] = set()
         self._thread = threading.Thread(
@@ -336,7 +336,7 @@ def _check_is_text(command: str, arguments: Mapping[str, Any] | None) -> None:
         json.dumps(arguments, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise QmpError(
-            f"{command} cannot be said in QMP: {shown(arguments)} is not text"
+            f"{command} cannot be said in QMP: {safe_repr(arguments)} is not text"
         ) from error
 
 
@@ -375,5 +375,5 @@ def parse_event(message: Mapping[str, Any]) -> Event:
         if not (isinstance(name, str) and isinstance(data, Mapping) and math.isfinite(seconds)):
             raise TypeError("a name, data and a time are expected")
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{shown(message)} is not an event ({error!r})") from error
+        raise ValueError(f"{safe_repr(message)} is not an event ({error!r})") from error
     return Event(name, data, seconds)

@@ -64,7 +64,7 @@ def settle_abandoned(rundir: RunDirectory) -> None:
     if not rundir.is_being_saved:
         return
     # Whoever saves it has the lock until that is done.
-    with contextlib.suppress(InstanceNotFoundError), rundir.trying_lock() as ours:
+    with contextlib.suppress(InstanceNotFoundError), rundir.try_lock() as ours:
         if ours:
             settle(rundir)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.documents import read_kernel_file, shown_on_one_line
+from pycloudlib._base.documents import escape_line, read_kernel_file
 from pycloudlib._base.files import make_socket
 from pycloudlib.qemu.host.processes import find_inode, inode_of
 from pycloudlib.qemu.state.rundir import short_path
@@ -112,7 +112,7 @@ def _tell_users(inodes: set[int]) -> str:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if any(inode_of(file) in inodes for file in (process / "fd").iterdir()):
-                name = shown_on_one_line(read_kernel_file(process / "comm").rstrip("\n"))
+                name = escape_line(read_kernel_file(process / "comm").rstrip("\n"))
                 ours = " (this program)" if process.name == str(os.getpid()) else ""
                 users.append(f"process {process.name} {name}{ours}")
     return f"; in use by {', '.join(users)}" if users else ""
