@@ -9,9 +9,16 @@ UNDIAGNOSED = "undiagnosed"
 """The attribute of an error that has its text from before a diagnosis was added to it."""
 
 
+class Audience(enum.Enum):
+    """Who reads a text, which names what they can use."""
+
+    PROGRAMMERS = "those who write Python programs"
+    COMMAND_LINE = "those who use the command line"
+
+
 @enum.unique
 class Cause(enum.Enum):
-    """Why a machine does not do what it is waited for to do."""
+    """Why a machine did not do what was expected of it."""
 
     KVM_UNAVAILABLE = "KVM cannot be used"
     HOST_MEMORY = "the host is out of memory"
@@ -20,7 +27,7 @@ class Cause(enum.Enum):
     QEMU_FAILED = "QEMU failed"
     POWERED_OFF = "the guest powered itself off"
     SWITCHED_OFF = "the machine is off"
-    STANDS_STILL = "the machine stands still"
+    STANDS_STILL = "the machine is paused"
     NO_BOOTABLE_DISK = "no bootable disk"
     BOOT_LOADER_PROMPT = "the boot loader waits for input"
     KERNEL_PANIC = "kernel panic"
@@ -37,82 +44,115 @@ class Cause(enum.Enum):
     NO_NETWORK = "the guest has no network"
     NO_SSH_SERVER = "no SSH server answers in the guest"
     STILL_BOOTING = "the guest is still booting"
-    UNKNOWN = "nothing that is known"
+    UNKNOWN = "unknown"
 
     @property
     def hint(self) -> str:
         """What to try, for those who write programs."""
-        return _HINTS[self]
+        return self.hint_for(Audience.PROGRAMMERS)
+
+    def hint_for(self, audience: Audience) -> str:
+        """Return what to try, in terms of what the readers use."""
+        return _HINTS[self].format_map(_WORDS[audience])
 
 
 _HINTS = {
     Cause.KVM_UNAVAILABLE: (
         "load the module (modprobe kvm_intel or kvm_amd), switch on virtualization in the firmware,"
-        " be in the group 'kvm', or let accelerator be 'auto' or 'tcg' in [qemu]"
+        " join the group 'kvm', or set accelerator to 'auto' or 'tcg' in [qemu]"
     ),
-    Cause.HOST_MEMORY: "launch smaller or fewer machines; free -m tells what there is",
-    Cause.HOST_DISK: "make room where working_dir is; the machine goes on with the next call",
+    Cause.HOST_MEMORY: "launch smaller or fewer machines; free -m shows how much is free",
+    Cause.HOST_DISK: (
+        "free space in the file system of working_dir; the next {call} continues the machine"
+    ),
     Cause.QEMU_KILLED: (
-        "whoever sent the signal knows; of SIGKILL that may be the kernel, short of memory: "
+        "find out who sent the signal; SIGKILL may be the kernel's, short of memory: "
         "journalctl -k --grep 'Out of memory'"
     ),
-    Cause.QEMU_FAILED: "QEMU's own words are above; launch_args are taken as they are",
+    Cause.QEMU_FAILED: "read QEMU's own message above; {launch_args} are passed on unchecked",
     Cause.POWERED_OFF: (
-        "user-data may have asked for it (power_state), or somebody in the guest; start() switches "
-        "it on again"
+        "user-data (power_state) or a user in the guest may have requested it; {start} switches it "
+        "on again"
     ),
-    Cause.SWITCHED_OFF: "start() switches it on",
-    Cause.STANDS_STILL: "it was launched with -S or stopped by QMP; QMP's cont lets it go on",
+    Cause.SWITCHED_OFF: "{start} switches it on",
+    Cause.STANDS_STILL: "it was launched with -S or stopped by QMP; QMP's cont resumes it",
     Cause.NO_BOOTABLE_DISK: (
-        "the image has no boot loader for BIOS; boot its kernel directly (kernel_cmdline)"
+        "the image has no boot loader for BIOS; boot its kernel directly ({kernel_cmdline})"
     ),
     Cause.BOOT_LOADER_PROMPT: (
-        "the boot loader does not find its configuration: was the image made whole?"
+        "the boot loader does not find its configuration: is the image complete?"
     ),
     Cause.KERNEL_PANIC: (
-        "where it found no root file system: does root= name one that the kernel or its initrd can "
-        "mount? Else the console's first lines of it name what was at fault; in emulation that may "
-        "be QEMU: try again, with one processor (c1m...)"
+        "if it found no root file system: does root= name one that the kernel or its initrd can "
+        "mount? Otherwise the first lines of the panic on the console name the fault; in emulation "
+        "that may be QEMU: try again, with one processor ({one_processor})"
     ),
-    Cause.GUEST_MEMORY: "give it more memory: instance_type='c1m2048'",
-    Cause.GUEST_DISK: "its disk has the size of the image, or 10 GiB: build or resize the image",
+    Cause.GUEST_MEMORY: "launch it with more memory: {more_memory}",
+    Cause.GUEST_DISK: "launch it with a larger disk: {larger_disk}",
     Cause.EMERGENCY_SHELL: (
         "a file system of /etc/fstab is missing or damaged, or root= is; the lines above it on the "
-        "console tell which unit failed"
+        "console name the unit that failed"
     ),
     Cause.HALTED: (
-        "user-data may have asked for it (power_state), or somebody in the guest; shutdown() "
-        "switches it off"
+        "user-data (power_state) or a user in the guest may have requested it; {stop} switches it "
+        "off"
     ),
     Cause.REBOOTS: (
-        "what has it reboot in each of its boots? User-data that is run in each (bootcmd), a "
-        "watchdog, a kernel that panics with panic= set: the console tells"
+        "find out on the console what reboots it in each boot: user-data that runs in each "
+        "(bootcmd), a watchdog, or a kernel that panics with panic= set"
     ),
     Cause.HOST_KEY: (
         "another program may answer on the machine's port, or its QEMU runs where its process "
-        "cannot be looked at (another user, another container)"
+        "cannot be seen (another user, another container)"
     ),
     Cause.KEY_REFUSED: (
-        "is the user right (username=)? User-data with a 'users' list takes the key away from the "
-        "default user; did somebody change authorized_keys?"
+        "is the user right ({username})? User-data with a 'users' list removes the key of the "
+        "default user; was authorized_keys changed?"
     ),
     Cause.NO_COMMANDS: (
-        "log in as another user (username=): cloud-init lets nobody in as root unless disable_root "
-        "is false, and a shell like nologin runs nothing"
+        "log in as another user ({username}): cloud-init refuses root unless disable_root is false,"
+        " and a shell like nologin runs nothing"
     ),
-    Cause.CLOUD_INIT: "its words are above; /var/log/cloud-init.log in the guest tells more",
+    Cause.CLOUD_INIT: "read its message above; /var/log/cloud-init.log in the guest has more",
     Cause.CLOUD_INIT_WARNING: (
         "cloud-init may have left out what it warned of; `sudo cloud-init schema --system` in the "
-        "guest tells what is wrong with user-data"
+        "guest shows what is wrong with user-data"
     ),
-    Cause.NO_NETWORK: (
-        "does network_config match the interface? The console's port is open still: telnet there"
-    ),
-    Cause.NO_SSH_SERVER: (
-        "is it installed and enabled? The console's port is open still: telnet there"
-    ),
-    Cause.STILL_BOOTING: "give it more time (ready_timeout), or a host with working KVM",
-    Cause.UNKNOWN: "the console log tells what the guest did",
+    Cause.NO_NETWORK: "does network_config match the interface? {console} without a network",
+    Cause.NO_SSH_SERVER: "is it installed and enabled? {console} without it",
+    Cause.STILL_BOOTING: "{wait_longer}, or use a host with working KVM",
+    Cause.UNKNOWN: "{logs} shows what the guest did",
+}
+
+_WORDS = {
+    Audience.PROGRAMMERS: {
+        "call": "call",
+        "console": "telnet to the console's port works",
+        "kernel_cmdline": "kernel_cmdline",
+        "larger_disk": "disk_size_gib=20",
+        "launch_args": "launch_args",
+        "logs": "the console log",
+        "more_memory": "instance_type='c1m2048'",
+        "one_processor": "c1m...",
+        "start": "start()",
+        "stop": "shutdown()",
+        "username": "username=",
+        "wait_longer": "wait longer (ready_timeout)",
+    },
+    Audience.COMMAND_LINE: {
+        "call": "command",
+        "console": "'pycloudlib console' works",
+        "kernel_cmdline": "--kernel-cmdline",
+        "larger_disk": "'pycloudlib launch --disk 20G'",
+        "launch_args": "the arguments of --launch-arg",
+        "logs": "'pycloudlib logs'",
+        "more_memory": "'pycloudlib launch --memory 2G'",
+        "one_processor": "--cpus 1",
+        "start": "'pycloudlib start'",
+        "stop": "'pycloudlib stop'",
+        "username": "--username",
+        "wait_longer": "'pycloudlib wait --timeout' waits longer",
+    },
 }
 
 
@@ -121,22 +161,22 @@ class Diagnosis:
     """What was going on with a machine.
 
     Attributes:
-        cause: Why, as far as that can be told.
-        evidence: What tells it: a line of the console, a word of QEMU's, an error.
+        cause: Why, as far as it is known.
+        evidence: What shows it: a line of the console, a message of QEMU's, an error.
         waiting_for: What was waited for; empty when nothing was.
-        waited: Seconds that it was waited for.
-        limit: How long that might take, and where the limit comes from.
+        waited: Seconds spent waiting.
+        limit: The limit of the wait, and where it comes from.
         state: What the machine was doing.
         exit_status: QEMU's exit status, negative for the signal that ended it; None while it runs,
             or when another program had started it.
-        stderr: What QEMU said.
+        stderr: What QEMU printed.
         events: The latest QMP events, oldest first.
         phase: How far the boot got; empty before the first sign of life.
         boots: How often the guest has booted since it was switched on.
-        warnings: What cloud-init warned of, as far as the guest or the console tells.
+        warnings: What cloud-init warned of, as far as the guest or the console shows it.
         console: The latest lines on the serial console.
-        guest: What the guest says, where it can be asked: cloud-init of itself, a full disk.
-        failed_units: The systemd units that failed, where it can be asked.
+        guest: What the guest reports, if it answers: cloud-init's status, a full disk.
+        failed_units: The systemd units that failed, if the guest answers.
     """
 
     cause: Cause
@@ -158,29 +198,29 @@ class Diagnosis:
     def __str__(self) -> str:
         return self.tell()
 
-    def _tell_boot(self) -> str:
-        told = f"got as far as: {self.phase}" if self.phase else ""
+    def _describe_boot(self) -> str:
+        text = f"got as far as: {self.phase}" if self.phase else ""
         if self.boots > 1:
-            told += f"{', ' if told else ''}in its boot number {self.boots} since power-on"
-        return told
+            text += f"{', ' if text else ''}in its boot number {self.boots} since power-on"
+        return text
 
-    def tell(self, *, beside: str = "", hint: str | None = None) -> str:
-        """Return it as text, a line for each fact.
+    def tell(self, *, beside: str = "", audience: Audience = Audience.PROGRAMMERS) -> str:
+        """Return the diagnosis as text, a line for each fact.
 
         Args:
-            beside: A text that it follows; facts that this has are not told again.
-            hint: What to try, for readers who do not write programs; by default `Cause.hint`.
+            beside: The text before it; facts that it contains are left out.
+            audience: Who reads it.
         """
-        told = f" ({self.evidence})" if self.evidence else ""
+        evidence = f" ({self.evidence})" if self.evidence else ""
         limit = f" of {self.limit}" if self.limit else ""
         lines = [
-            ("Cause", f"{self.cause.value}{told}"),
-            ("Try", self.cause.hint if hint is None else hint),
+            ("Cause", f"{self.cause.value}{evidence}"),
+            ("Try", self.cause.hint_for(audience)),
             ("Waited for", self.waiting_for and f"{self.waiting_for}, {self.waited:.1f} s{limit}"),
             ("Machine", self.state),
             ("QEMU said", self.stderr),
             ("QMP events", ", ".join(self.events)),
-            ("Boot", self._tell_boot()),
+            ("Boot", self._describe_boot()),
             ("Guest", "; ".join(self.guest)),
             ("Failed units", ", ".join(self.failed_units)),
             ("Cloud-init warned", "; ".join(text.partition("\n")[0] for text in self.warnings)),

@@ -106,7 +106,7 @@ def test_failure_tells_of_its_machines_which_can_be_kept(
 
     result.assert_outcomes(failed=2, passed=1)
     told = result.stdout.str()
-    assert told.count("Cause: nothing that is known") == 2
+    assert told.count("Cause: unknown") == 2
     assert re.search(r"- machine test-own-[0-9a-f]{8} -", told)
     (directory,) = suite.path.glob("kept/test_failing.py-test_own/*")
     files = {"error.txt", "machine.json", "events.json", "diagnosis.txt"}

@@ -128,7 +128,7 @@ def test_machine_that_stands_still_is_told_as_such(cli: Cli, tiny_image: Path) -
 
     # On a busy host, QEMU may not answer in time: then it is taken to run.
     assert becomes(lambda: cli.info("web")["state"] == "paused", LIMIT)
-    assert becomes(lambda: "the machine stands still" in cli.ok("diagnose", "web"), LIMIT)
+    assert becomes(lambda: "the machine is paused" in cli.ok("diagnose", "web"), LIMIT)
 
 
 def test_name_in_use_says_by_what(cli: Cli, tiny_image: Path) -> None:

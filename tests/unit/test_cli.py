@@ -14,9 +14,9 @@ from click.shell_completion import BashComplete
 
 from pycloudlib.cli import lifecycle, output
 from pycloudlib.cli.app import application, main
-from pycloudlib.cli.output import ExitCode, colour_choice, exit_code_of, hint_of, tell
+from pycloudlib.cli.output import ExitCode, colour_choice, exit_code_of, tell
 from pycloudlib.cli.session import Session
-from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.diagnosis import Audience, Cause, Diagnosis
 from pycloudlib.errors import (
     CleanupError,
     CloudError,
@@ -494,7 +494,7 @@ def test_hints_are_those_of_the_command_line(cause: Cause, capsys: Capture) -> N
 
     told = capsys.readouterr().err
     assert told.startswith(f"Error: {others}\n  Cause: "), "others' words stay as they are"
-    assert f"  Try: {hint_of(cause)}\n  Machine: running" in told
+    assert f"  Try: {cause.hint_for(Audience.COMMAND_LINE)}\n  Machine: running" in told
     assert told.count("  Try: ") == 1
     for python in ("start()", "instance_type", "ready_timeout"):
         assert python not in told.partition("\n")[2]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 
 import paramiko
 import pytest
 
-from pycloudlib.diagnosis import Cause, Diagnosis
+from pycloudlib.diagnosis import Audience, Cause, Diagnosis
 from pycloudlib.errors import (
     CleanupError,
     CloudError,
@@ -208,6 +209,15 @@ def test_launch_error_is_told_once() -> None:
 
 def test_every_cause_has_a_hint() -> None:
     assert all(cause.hint for cause in Cause)
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_hint_names_what_its_readers_can_use(cause: Cause) -> None:
+    programmers, command_line = map(cause.hint_for, (Audience.PROGRAMMERS, Audience.COMMAND_LINE))
+
+    assert cause.hint == programmers
+    assert not re.search(r"'pycloudlib |--(?!grep|system)", programmers)
+    assert not re.search(r"\w\(\)|(?<!root)(?<!panic)=|ready_timeout|launch_args", command_line)
 
 
 def test_words_of_the_guest_are_the_cause_where_there_is_none() -> None:

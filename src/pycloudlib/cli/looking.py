@@ -17,15 +17,14 @@ from pycloudlib.cli.imagenames import short_name
 from pycloudlib.cli.machines import Found, MachineName, find_machine, list_machines, open_machine
 from pycloudlib.cli.output import (
     age_in_words,
-    hint_of,
     print_facts,
     print_json,
     print_table,
     size_in_words,
-    tell_diagnosis,
     timestamp,
 )
 from pycloudlib.cli.session import Session, command, json_option
+from pycloudlib.diagnosis import Audience
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot.console import find_last_lines
@@ -138,10 +137,11 @@ def diagnose(session: Session, name: str, as_json: bool) -> None:
     """
     diagnosis = open_machine(session.cloud, name).diagnose()
     if as_json:
-        told = dataclasses.asdict(diagnosis)
-        print_json({**told, "cause": diagnosis.cause.name, "hint": hint_of(diagnosis.cause)})
+        cause = diagnosis.cause
+        hint = cause.hint_for(Audience.COMMAND_LINE)
+        print_json({**dataclasses.asdict(diagnosis), "cause": cause.name, "hint": hint})
     else:
-        click.echo(f"{name}\n{tell_diagnosis(diagnosis)}")
+        click.echo(f"{name}\n{diagnosis.tell(audience=Audience.COMMAND_LINE)}")
 
 
 _BLOCK = 512  # stat(2): the unit of st_blocks

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from pycloudlib._base import documents
-from pycloudlib.diagnosis import UNDIAGNOSED, Cause, Diagnosis
+from pycloudlib.diagnosis import UNDIAGNOSED, Audience, Diagnosis
 from pycloudlib.errors import (
     PycloudlibException,
     PycloudlibTimeoutError,
@@ -165,22 +165,6 @@ MEANINGS = {
 """What each exit code means, for the reference."""
 
 
-_HINTS = {
-    Cause.POWERED_OFF: (
-        "user-data may have asked for it (power_state), or somebody in the guest; 'pycloudlib "
-        "start' switches it on again"
-    ),
-    Cause.SWITCHED_OFF: "'pycloudlib start' switches it on",
-    Cause.GUEST_MEMORY: "give it more memory: 'pycloudlib launch --memory 2G'",
-    Cause.GUEST_DISK: "launch it with a larger disk: 'pycloudlib launch --disk 20G'",
-    Cause.NO_NETWORK: "'pycloudlib console' gets in without a network",
-    Cause.NO_SSH_SERVER: "is it installed and enabled? 'pycloudlib console' gets in without it",
-    Cause.STILL_BOOTING: "'pycloudlib wait' waits on, or longer with --timeout",
-    Cause.UNKNOWN: "'pycloudlib logs' shows what the guest did",
-}
-"""What to try, where `Cause.hint` speaks to those who write programs."""
-
-
 def exit_code_of(error: BaseException) -> ExitCode:
     """Tell with which code a command ends that has failed."""
     if isinstance(error, KeyboardInterrupt):
@@ -224,28 +208,13 @@ def tell(error: BaseException, *, with_traceback: bool) -> None:
     click.echo(mark + words, err=True, color=colour_choice())
 
 
-def hint_of(cause: Cause) -> str:
-    """Say what to try on the command line."""
-    return _HINTS.get(cause, cause.hint)
-
-
-def tell_diagnosis(diagnosis: Diagnosis, *, beside: str = "") -> str:
-    """Return a diagnosis as text that says what to try on the command line.
-
-    Args:
-        diagnosis: The diagnosis.
-        beside: A text that it follows; facts that this has are not told again.
-    """
-    return diagnosis.tell(beside=beside, hint=hint_of(diagnosis.cause))
-
-
 def _words_of(error: BaseException) -> str:
-    """Return what an error says, with a diagnosis for readers of the command line if it has one."""
+    """Return what an error says, with its diagnosis, if any, for users of the command line."""
     diagnosis = getattr(error, "diagnosis", None)
     said: str | None = getattr(error, UNDIAGNOSED, None)
     if said is None or not isinstance(diagnosis, Diagnosis):
         return str(error)
-    return f"{said}\n{tell_diagnosis(diagnosis, beside=said)}"
+    return f"{said}\n{diagnosis.tell(beside=said, audience=Audience.COMMAND_LINE)}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
