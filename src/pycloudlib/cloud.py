@@ -114,7 +114,7 @@ class BaseCloud(ABC):
         self._key_pair = key_pair
 
     def find_key_pair(self) -> KeyPair | None:
-        """Give the SSH key that instances get if there is one already; None where one is made."""
+        """Return the SSH key that instances get; None if it is yet to be made."""
         return self._key_pair
 
     def clean(self) -> list[Exception]:
@@ -143,18 +143,18 @@ class BaseCloud(ABC):
 
     @abstractmethod
     def released_image(self, release: str, **kwargs: Any) -> str:
-        """Give the id of the latest released image of a release."""
+        """Return the id of the latest released image of a release."""
 
     @abstractmethod
     def daily_image(self, release: str, **kwargs: Any) -> str:
-        """Give the id of the latest daily image of a release."""
+        """Return the id of the latest daily image of a release."""
 
     @abstractmethod
     def image_serial(self, image_id: str) -> str:
-        """Give the build serial of an image."""
+        """Return the build serial of an image."""
 
     def get_image_id_from_name(self, name: str) -> str:
-        """Give the id of the image that has a name.
+        """Return the id of the image that has a name.
 
         Raises:
             NotImplementedError: This cloud finds no images by name.
@@ -177,10 +177,10 @@ class BaseCloud(ABC):
 
     @abstractmethod
     def snapshot(self, instance: Any, clean: bool = True, **kwargs: Any) -> str:
-        """Make an image of an instance's disk and give its id."""
+        """Make an image of an instance's disk and return its id."""
 
     def list_keys(self) -> list[str]:
-        """Name the SSH keys there are."""
+        """Return the names of the SSH keys."""
         return [self.key_pair.name]
 
     def create_key_pair(self) -> tuple[str, str]:
@@ -255,7 +255,7 @@ class BaseCloud(ABC):
         private_key_path: str | None = None,
         name: str | None = None,
     ) -> KeyPair | None:
-        """Choose among the keys there are: the configured one, then the user's own.
+        """Find the key to use: the configured one, then the user's own.
 
         Args:
             public_key_path: The configured public key, if any.

@@ -134,11 +134,11 @@ class BaseInstance(Readiness):
 
     @abstractmethod
     def delete(self, wait: bool = True) -> list[Exception]:
-        """Delete it and give the errors met on the way."""
+        """Delete it and return the errors met on the way."""
 
     @abstractmethod
     def _do_restart(self, **kwargs: Any) -> None:
-        """Begin a reboot."""
+        """Start a reboot."""
 
     @abstractmethod
     def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
@@ -202,11 +202,11 @@ class BaseInstance(Readiness):
             self.wait_for_restart(old_boot_id)
 
     def get_boot_id(self) -> str:
-        """Give the id of the current boot, a UUID that the kernel makes at each boot."""
+        """Return the id of the current boot, a UUID that the kernel makes at each boot."""
         return self.execute("cat /proc/sys/kernel/random/boot_id").strip()
 
     def add_network_interface(self, **kwargs: Any) -> str:
-        """Add a network interface to the running machine and give its address.
+        """Add a network interface to the running machine and return its address.
 
         Raises:
             NotImplementedError: This cloud cannot.
@@ -222,7 +222,7 @@ class BaseInstance(Readiness):
         raise NotImplementedError(f"{type(self).__name__} cannot remove network interfaces")
 
     def get_status(self) -> str:
-        """Say in one word what the machine does, such as `running`.
+        """Return the machine's state in one word, such as `running`.
 
         Raises:
             NotImplementedError: This cloud does not tell.
@@ -230,7 +230,7 @@ class BaseInstance(Readiness):
         raise NotImplementedError(f"{type(self).__name__} tells no status")
 
     def console_log(self) -> str:
-        """Give what the machine wrote to its serial console.
+        """Return what the machine wrote to its serial console.
 
         Raises:
             NotImplementedError: This cloud keeps no console log.
@@ -412,7 +412,7 @@ class BaseInstance(Readiness):
         get_pty: bool = False,
         timeout: float | None = None,
     ) -> Result:
-        """Run an argument vector in the guest and give its result.
+        """Run an argument vector in the guest and return its result.
 
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
@@ -433,7 +433,7 @@ class BaseInstance(Readiness):
         return commands.interrupt_when(self._lookout(), self._forget_client)
 
     def _find_boot_id(self) -> str:
-        """Give the boot id, or an empty text when the machine cannot be asked."""
+        """Return the boot id; empty if the machine cannot be reached."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
@@ -442,7 +442,7 @@ class BaseInstance(Readiness):
             return ""
 
     def _host_keys(self) -> ssh.HostKeys | None:
-        """Say which host keys the machine may show; None accepts any."""
+        """Return which host keys the machine may show; None accepts any."""
         return None
 
     def _endpoint(self) -> ssh.Endpoint:

@@ -78,7 +78,7 @@ class KeyPair:
 
 
 def login_name() -> str:
-    """Name whoever runs this; users without a name, as containers have them, by their number."""
+    """Return the name of this process's user; the number of one without a name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on

@@ -38,7 +38,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def ignore_progress(_report: Progress) -> None:
-    """Let a report go unheard: the default callback."""
+    """Ignore a report: the default callback."""
 
 
 _LOG_INTERVAL = 15.0
@@ -49,7 +49,7 @@ _MIB = 1 << 20
 def showing_progress(
     asked_for: ProgressCallback | None, log: logging.Logger
 ) -> Iterator[ProgressCallback]:
-    """Give the callback for long work: the caller's, or one that shows the progress.
+    """Yield the callback for long work: the caller's, or one that shows the progress.
 
     Nothing is shown before there is something to tell.
 
@@ -67,7 +67,7 @@ def showing_progress(
 
 
 class _Bars:
-    """Shows a bar for what counts, and steps that follow each other on one line.
+    """Shows a bar for bytes, and steps that follow each other on one line.
 
     Most work finds that all is there: the display, and the library for it, come with the first
     report.
@@ -116,7 +116,7 @@ def _open_display() -> bars.Progress:
 
 
 class _LogLines:
-    """Tells of each new activity, and then now and then."""
+    """Logs each new activity, and its progress every 15 s."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log

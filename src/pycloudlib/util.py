@@ -58,7 +58,7 @@ def get_timestamped_tag(tag: str) -> str:
 
 
 def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
-    """Give cloud-config user-data that also authorizes an SSH key for the default user.
+    """Return cloud-config user-data that also authorizes an SSH key for the default user.
 
     Args:
         public_key: The public key's line.
@@ -218,7 +218,7 @@ def is_writable_dir(path: str | os.PathLike[str]) -> bool:
 def update_nested(
     mapping: MutableMapping[str, Any], update: Mapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Put values into a mapping, and into the mappings inside it, and return it.
+    """Update a mapping, and the mappings inside it, and return it.
 
     Args:
         mapping: What is changed.

@@ -39,11 +39,11 @@ class Deadline:
 
     @property
     def expired(self) -> bool:
-        """Whether the time is over."""
+        """Whether no time is left."""
         return self.remaining == 0.0
 
     def capped(self, seconds: float) -> float:
-        """Give the time for one step of the wait: at most `seconds`, never past the deadline."""
+        """Return the time for one step of the wait: at most `seconds`, never past the deadline."""
         return min(seconds, self.remaining)
 
 

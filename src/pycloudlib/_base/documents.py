@@ -105,7 +105,7 @@ def _define_loader() -> type[yaml.SafeLoader]:
 
 
 def _check_length(events: Iterable[yaml.Event]) -> None:
-    """Make sure that a YAML text does not write out too many values.
+    """Check that a YAML text does not write out too many values.
 
     Raises:
         ValueError: It does.
@@ -119,7 +119,7 @@ def _has_aliases(text: str | bytes) -> bool:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Make sure that the values that a YAML text stands for are not too many.
+    """Check that a YAML text does not stand for too many values.
 
     Raises:
         ValueError: They are, or one is a part of itself.
@@ -173,7 +173,7 @@ def decode(kind: type[_T], plain: object) -> _T:
 
 
 def safe_repr(value: object) -> str:
-    """Give a value as it can be put into an error, whatever it is."""
+    """Return a value's `repr()`, cut to 200 characters; never raise."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # a number may have more digits than are written out
@@ -313,7 +313,7 @@ def from_bytes(data: bytes) -> str:
 
 
 def to_bytes(text: str) -> bytes:
-    """Give the bytes of a text, those that were no text included.
+    """Encode a text; bytes that were not text come back as they were.
 
     Raises:
         UnicodeEncodeError: It holds a surrogate that stands for no byte.

@@ -42,7 +42,7 @@ def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
 
 
 def temporary_name(target: Path, suffix: str) -> Path:
-    """Choose a hidden name beside a file; it is not too long, however long the file's name is."""
+    """Return a hidden name beside a file; it is short enough however long the file's name is."""
     # The limit is in bytes, of which a character may have four.
     start = target.name.encode("utf-8", "surrogateescape")[:80].decode("utf-8", "ignore")
     return target.with_name(f".{start}.{secrets.token_hex(4)}.{suffix}")
@@ -169,12 +169,12 @@ def write_private(path: Path, text: str) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Let `open()` make a file that only its owner can read, from its first byte on."""
+    """Open a file for `open()`; only its owner can read a new one, from its first byte on."""
     return moved(os.open(path, flags, 0o600))
 
 
 def owner_opener(path: str, flags: int) -> int:
-    """Let `open()` make a file that only its owner can write to, whatever the umask is."""
+    """Open a file for `open()`; only its owner can write to a new one, whatever the umask is."""
     return moved(os.open(path, flags | os.O_CLOEXEC, 0o644))
 
 
@@ -185,7 +185,7 @@ def copy_private(source: Path, target: Path) -> None:
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """Put a home directory in place of a leading `~`; one of nobody's stays as it is written."""
+    """Expand a leading `~`; it is left alone if that user does not exist."""
     try:
         return Path(path).expanduser()
     except (RuntimeError, ValueError):
@@ -193,12 +193,12 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 
 
 def is_not_found(error: OSError) -> bool:
-    """Say whether an error tells that there is nothing of a name, or that nothing can have it."""
+    """Whether the error means that no such file exists, or can exist."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def is_file(path: Path) -> bool:
-    """Say whether there is a file of a name; False, too, when none can have it."""
+    """Whether a path is a regular file; False also for a path that cannot exist."""
     try:
         return path.is_file()
     except OSError as error:
@@ -208,7 +208,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_directory(path: Path) -> bool:
-    """Say whether there is a directory of a name; False, too, when none can have it."""
+    """Whether a path is a directory; False also for a path that cannot exist."""
     try:
         return path.is_dir()
     except OSError as error:
@@ -318,7 +318,7 @@ def moved(descriptor: int) -> int:
 
 
 def opener(path: str, flags: int) -> int:
-    """Let `open()` open a file out of the way of standard input and outputs."""
+    """Open a file for `open()`, with a descriptor above those of standard input and outputs."""
     return moved(os.open(path, flags | os.O_CLOEXEC, 0o666))
 
 
@@ -362,14 +362,14 @@ os.register_at_fork(after_in_child=_close_parents_sockets)
 
 
 def make_pipe() -> tuple[int, int]:
-    """Make a pipe; give the end to read from and the end to write to."""
+    """Make a pipe; return the end to read from and the end to write to."""
     reader, writer = os.pipe()
     return moved(reader), moved(writer)
 
 
 @contextlib.contextmanager
 def keep_standard_streams_free() -> Iterator[None]:
-    """Keep what a library opens in the block out of the way of standard input and outputs."""
+    """Keep descriptors 0 to 2 out of reach of what a library opens in the block."""
     with contextlib.ExitStack() as placeholders:
         while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _FIRST:
             placeholders.callback(os.close, descriptor)

@@ -328,7 +328,7 @@ def is_locked(path: Path) -> bool:
 
 
 def renew_in_children(owner: object, **makers: Callable[[], object]) -> None:
-    """Let forked children have locks of their own in the place of an object's Python locks.
+    """Renew an object's Python locks in forked children.
 
     Args:
         owner: The object; one that can be referred to weakly.

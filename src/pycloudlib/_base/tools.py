@@ -188,7 +188,7 @@ def run_tool_streaming(
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[str], *, gently: bool) -> Iterator[None]:
-    """See a process to its end; by its own way normally, by force when the body raises."""
+    """Wait for a process at the end of the block; end it when the block raises."""
     with process:  # closes the pipes and waits
         try:
             yield
@@ -228,12 +228,12 @@ _USER_HINT = (
 
 
 def is_root() -> bool:
-    """Tell whether this process is root, so that no user namespace is needed."""
+    """Whether this process is root, so that no user namespace is needed."""
     return os.geteuid() == 0
 
 
 def list_prerequisites() -> tuple[str, ...]:
-    """Name the programs that `run_confined` needs."""
+    """Return the programs that `run_confined` needs."""
     if is_root():
         return ("unshare",)
     return ("mmdebstrap", "newuidmap", "newgidmap")
@@ -274,7 +274,7 @@ def _entry() -> tuple[str, ...]:
 
 
 def check_confinement() -> None:
-    """See that this host lets this user make such a world.
+    """Check that this host lets this user make such namespaces.
 
     Raises:
         MissingPrerequisiteError: It does not; says what to do.

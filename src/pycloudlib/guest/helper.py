@@ -102,7 +102,7 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class FixUp:
-    """What is put right in a copy before anybody uses it; its clock and random numbers always.
+    """What is fixed up in a copy before it is used; its clock and random numbers always.
 
     Attributes:
         identity: Who it is to be; None to leave it the one it was saved as.
@@ -113,7 +113,7 @@ class FixUp:
     new_key: NewKey | None = None
 
     def to_json(self) -> str:
-        """Write it as text, for the run directory of a machine that is not put right yet."""
+        """Return it as text, for the run directory of a machine that is not fixed up yet."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -126,7 +126,7 @@ class FixUp:
         return decode(cls, parse_json(text))
 
     def request(self) -> dict[str, Any]:
-        """Give it as the helper takes it, with fresh random bytes."""
+        """Return the request for the helper, with fresh random bytes."""
         fields: dict[str, Any] = {
             "op": "fix",
             "entropy": base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
@@ -154,7 +154,7 @@ class Command:
 
 
 def program() -> str:
-    """Give the text of the program that runs in the guest."""
+    """Return the text of the program that runs in the guest."""
     return (
         resources.files("pycloudlib.guest.programs")
         .joinpath("helper_in_guest.py")
@@ -163,7 +163,7 @@ def program() -> str:
 
 
 def install_script() -> str:
-    """Give the script that starts the helper; it reads the program from its input.
+    """Return the script that starts the helper; it reads the program from its input.
 
     Run as the login user over SSH, whose environment the helper's commands get, too.
     """
@@ -171,7 +171,7 @@ def install_script() -> str:
 
 
 def measure_clock(read_guest: Callable[[], float]) -> float:
-    """Tell how far our clock is ahead of the guest's, in seconds.
+    """Measure how far our clock is ahead of the guest's, in seconds.
 
     Args:
         read_guest: Reads the guest's clock; the shorter it takes, the better it can be told.
@@ -207,7 +207,7 @@ class HelperConnection:
         self._socket.close()
 
     def fix(self, fix_up: FixUp, deadline: Deadline) -> None:
-        """Put a copy right.
+        """Fix up a copy.
 
         Raises:
             HelperError: It could not be done; says what was in the way.
@@ -321,7 +321,7 @@ def _length(answer: Mapping[str, Any], output: str) -> int:
 
 
 def once_command() -> str:
-    """Give the command that answers requests on its standard input, where no helper runs."""
+    """Return the command that answers requests on its standard input, where no helper runs."""
     return f"python3 -c {shlex.quote(program())} once"
 
 
@@ -331,7 +331,7 @@ RESULT = "/run/pycloudlib/first-boot"
 
 
 def first_boot_program(*, saved_at: float, rtc_lag: float) -> str:
-    """Give the program that puts one guest right, made when it is launched; it holds secrets.
+    """Return the program that fixes up one guest; it holds secrets.
 
     Args:
         saved_at: When the other machine was stopped, in seconds since the epoch.
@@ -357,7 +357,7 @@ def first_boot_hook(text: str) -> bytes:
 
 
 def first_boot_check() -> str:
-    """Give the command that tells what went wrong, and runs the program if it has not been run.
+    """Return the command that prints the problems, and runs the program if it has not run yet.
 
     It takes the program on its standard input.
     """

@@ -143,7 +143,7 @@ _DETAIL = re.compile(
 
 
 def find_detail(line: str) -> str | None:
-    """Tell what a line of mmdebstrap's and apt's output says is happening; None if nothing."""
+    """Return what is happening by a line of mmdebstrap's and apt's output; None if nothing."""
     match = _DETAIL.fullmatch(line)
     if match is None:
         return None
@@ -171,7 +171,7 @@ def configure_guest(
 
 
 def pack(files: tuple[GuestFile, ...], mtime: int) -> bytes:
-    """Put files into a tar archive, all root's."""
+    """Pack files into a tar archive, all owned by root."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for file in files:
@@ -346,7 +346,7 @@ def write_boot_loader(step: str, disk: Path, layout: DiskLayout) -> None:
 
 
 def patch_boot_sector(first_sector: bytes, boot_image: bytes, *, core_sector: int) -> bytes:
-    """Put GRUB's boot code into a disk's first sector and keep the partition table there.
+    """Return a disk's first sector with GRUB's boot code and the partition table that was there.
 
     Args:
         first_sector: The disk's first sector, with its (protective) partition table.
@@ -359,7 +359,7 @@ def patch_boot_sector(first_sector: bytes, boot_image: bytes, *, core_sector: in
 
 
 def patch_core_image(core_image: bytes, *, core_sector: int) -> bytes:
-    """Tell GRUB's core image, whose first sector loads the others, where these are.
+    """Return GRUB's core image with the place of its sectors in the first one, which loads them.
 
     Args:
         core_image: What grub-mkimage made.

@@ -65,7 +65,7 @@ def open_workshop(image_dir: Path) -> Iterator[Workshop]:
 
 
 def find_scratch_base() -> Path:
-    """Name the directory in which an ordinary user's builds have their scratch directories."""
+    """Return the directory in which an ordinary user's builds have their scratch directories."""
     # Not /tmp, which is memory on many hosts.
     return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - names in it are random
 
@@ -126,7 +126,7 @@ def build_image(
     refresh: bool = False,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Path:
-    """Provide the image of a recipe: one that is already there, or a new one.
+    """Return the image of a recipe: one that is already there, or a new one.
 
     A build takes one to three minutes and needs the network, but no loop devices. It runs as root,
     or as an ordinary user on hosts that let users make user namespaces. Interrupting it leaves
@@ -237,7 +237,7 @@ def _put_in_place(recipe: BuildRecipe, serial: str, workshop: Workshop, image_di
 
 
 def _choose_serial(release_dir: Path, today: datetime.date) -> str:
-    """Name a build by its date, and later ones of a day by a number too."""
+    """Return a new serial: the date, and a number for later builds of a day."""
     date = today.strftime("%Y%m%d")
     taken = [store.serial_order(path.name) for path in release_dir.glob(f"{date}*")]
     numbers = [number for day, number in taken if day == int(date)]
@@ -281,7 +281,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[str]:
-        """Announce a step, and name it in the error if it fails."""
+        """Report a step, and name it in the error if it fails."""
         self._current = Progress(name, done=self._done, total=self.TOTAL, unit="step")
         self._on_progress(self._current)
         what = f"Cannot build an image of {self._recipe.release}"
@@ -294,7 +294,7 @@ class Steps:
         self._done += 1
 
     def tell(self, detail: str) -> None:
-        """Say what happens just now in the current step."""
+        """Report a detail of the current step."""
         self._on_progress(dataclasses.replace(self._current, detail=detail))
 
 
@@ -330,7 +330,7 @@ def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Ste
 
 
 def _check_host(directory: Path) -> None:
-    """See that everything a build needs is there before it begins."""
+    """Check that the host has everything that a build needs."""
     _check_prerequisites()
     places = {directory} if tools.is_root() else {directory, find_scratch_base()}
     for place in places:
@@ -344,7 +344,7 @@ def _check_host(directory: Path) -> None:
 
 
 def _check_prerequisites() -> None:
-    """Name everything that is missing at once."""
+    """Check that all programs and files are installed; the error names all that are missing."""
     problems = []
     for tool in (*_TOOLS, *tools.list_prerequisites()):
         try:

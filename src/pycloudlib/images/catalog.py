@@ -92,7 +92,7 @@ def is_release_name(text: str) -> bool:
 
 
 def check_release_form(release: str) -> None:
-    """Refuse what cannot be the name of a release, before anything is asked of a server.
+    """Check the form of a release's name, before a server is asked.
 
     Raises:
         ValueError: It is neither a series' name nor a version by its form.
@@ -259,7 +259,7 @@ def _make_check(source: ImageSource) -> Check:
 
 
 def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Version]:
-    """Give text and version of the catalog that was kept; both empty without one to be believed."""
+    """Return text and version of the cached catalog; both empty without a trusted one."""
     kept = read(source.cache_dir, url)
     if kept is not None:
         try:
@@ -270,7 +270,7 @@ def _read_kept(check: Check, source: ImageSource, url: str) -> tuple[bytes, Vers
 
 
 def _updated(text: bytes) -> float:
-    """Tell when a catalog was made, in seconds since the epoch; 0 when it does not say."""
+    """Return when a catalog was made, in seconds since the epoch; 0 if it does not say."""
     try:
         updated = parse_json(text)["updated"]
         return parsedate_to_datetime(updated).timestamp() if isinstance(updated, str) else 0.0
@@ -371,7 +371,7 @@ class _Head:
 
 
 def read(directory: Path | None, url: str) -> CachedCatalog | None:
-    """Give the catalog of a URL; None when there is none that can be read."""
+    """Read the cached catalog of a URL; None if there is none, or a damaged one."""
     if directory is None:
         return None
     try:
@@ -385,7 +385,7 @@ def read(directory: Path | None, url: str) -> CachedCatalog | None:
 
 
 def write(directory: Path | None, url: str, catalog: CachedCatalog) -> None:
-    """Keep a catalog, where that is possible: it is fetched again otherwise."""
+    """Write a catalog to the cache; where that fails, it is fetched again."""
     if directory is None:
         return
     digest = hashlib.sha256(catalog.message).hexdigest()

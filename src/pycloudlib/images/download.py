@@ -109,7 +109,7 @@ class Login:
 
 
 def split_login(url: str) -> tuple[str, Login | None]:
-    """Take name and password out of a valid URL, which can be shown, logged and stored then."""
+    """Split name and password off a valid URL, which can then be shown, logged and stored."""
     parts = urlsplit(url)
     if "@" not in parts.netloc:
         return url, None
@@ -325,7 +325,7 @@ class _Transfer:
             )
 
     def check(self) -> None:
-        """Make sure that it is what was expected.
+        """Check that the content is what was expected.
 
         Raises:
             ImageVerificationError: It is not.
@@ -338,7 +338,7 @@ class _Transfer:
             )
 
     def _fits(self, response: httpx.Response) -> bool:
-        """Say whether the part of the file that the server sends is what is missing."""
+        """Whether the server sends the part of the file that is missing."""
         sent = response.headers.get("Content-Range", "")
         return bool(sent.startswith(f"bytes {self._size}-"))
 
@@ -380,7 +380,7 @@ class _EndedEarlyError(ImageBuildError):
 
 
 def _try_again(work: Callable[[], _T], on_wait: Callable[[], None] = lambda: None) -> _T:
-    """Do something that depends on a server, again after a while where that may help."""
+    """Run what depends on a server, and run it again after a while where that may help."""
     for pause in (*_PAUSES, None):
         try:
             return work()

@@ -180,7 +180,7 @@ class ImageLookup:
         check_release_form(self.release)
 
     def stored_or_fetched(self, on_progress: ProgressCallback) -> str:
-        """Give the newest that is here, without any network; else the server's newest.
+        """Return the newest stored image, without any network; else download the server's newest.
 
         What is here only since a lock has chosen it, which is not in force now, comes last.
 
@@ -209,13 +209,13 @@ class ImageLookup:
         return str(chosen_by_lock)
 
     def newest(self, on_progress: ProgressCallback) -> str:
-        """Give the server's newest; downloaded unless that very build is here."""
+        """Return the server's newest; it is downloaded unless that very build is stored."""
         if self.pin is not None:
             return self._pinned(self.pin, on_progress)
         return self._fetch(None, on_progress)
 
     def newest_or_stored(self, on_progress: ProgressCallback) -> str:
-        """Give the server's newest, or the newest here when the server cannot be reached."""
+        """Return the server's newest, or the newest stored one if the server cannot be reached."""
         try:
             return self.newest(on_progress)
         except ImageBuildError as error:

@@ -198,7 +198,7 @@ def _key(recipe: BuildRecipe) -> str:
 
 
 def list_packages(recipe: BuildRecipe) -> tuple[str, ...]:
-    """Name the packages to install, beside the ones every Debian system has."""
+    """Return the packages to install, beside the ones every Debian system has."""
     return tuple(dict.fromkeys((recipe.kernel, *BASE_PACKAGES, *recipe.packages)))
 
 
@@ -221,7 +221,7 @@ def _security_mirror(mirror: str) -> str:
 
 
 def list_unwanted_files() -> tuple[str, ...]:
-    """Name what the installation leaves and the image must not have, as shell patterns."""
+    """Return what the installation leaves and the image must not have, as shell patterns."""
     return _UNWANTED_FILES
 
 

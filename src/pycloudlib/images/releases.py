@@ -62,7 +62,7 @@ class _File:
 
 
 def image_path(entry: CatalogEntry, image_dir: Path) -> Path:
-    """Name the file of an image; it need not exist.
+    """Return the path of an image; it need not exist.
 
     `<image_dir>/24.04/<serial>/ubuntu-24.04-server-cloudimg-amd64.img` for a released one,
     `<image_dir>/noble/<serial>/noble-server-cloudimg-amd64.img` for a daily one.
@@ -139,7 +139,7 @@ def fetch_image(
     on_progress: ProgressCallback = ignore_progress,
     pinned: bool = False,
 ) -> Path:
-    """Bring an image to `image_dir`, with its kernel, its initrd and its record.
+    """Download an image to `image_dir`, with its kernel, its initrd and its record.
 
     What is there and whole is used as it is; without any network when that is all of it. On
     failure nothing new is left but what has come of a file, which the next call goes on with
@@ -222,7 +222,7 @@ def _fetch(
 
 
 def _check_protected(image: Path) -> None:
-    """Make sure that nobody else can change what is going to be verified.
+    """Check that no other user can change what is going to be verified.
 
     Raises:
         ImageBuildError: Somebody can.
@@ -237,7 +237,7 @@ def _check_protected(image: Path) -> None:
 
 
 def _check_place(image: Path, entry: CatalogEntry) -> None:
-    """Make sure that what is signed stays where it is: machines may be built on it.
+    """Check that no signed image is in the place of this one: machines may be built on it.
 
     Raises:
         ImageVerificationError: There is another image in the place of this one, and a key vouches
@@ -303,7 +303,7 @@ def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
 
 
 def _update_record(image: Path, entry: CatalogEntry, source: ImageSource, *, pinned: bool) -> None:
-    """Let an image be found by what its release is called by now, and by all who have asked."""
+    """Update the names and the pin in an image's record, by which it is found."""
     record = store.find_record(image)
     if record is None or not record.vouchers:
         return
@@ -381,7 +381,7 @@ def _find_boot_files(
 def _fetch_sums(
     client: httpx.Client, url: str, entry: CatalogEntry, source: ImageSource
 ) -> dict[str, str]:
-    """Fetch a list of checksums with its detached signature; give them by file name.
+    """Fetch a list of checksums with its detached signature; return them by file name.
 
     Nothing in it says which build it is of. An older build's has an older signature, though: it was
     made before the day that the build is named for.
@@ -404,13 +404,13 @@ def _fetch_sums(
 
 
 def parse_sums(content: bytes) -> dict[str, str]:
-    """Read a list of checksums; give them by file name. What is no line of one is passed over."""
+    """Return the checksums of a list by file name; other lines are ignored."""
     lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
     return {line["name"]: line["sha256"] for line in lines if line}
 
 
 def _check_room(files: Sequence[_File]) -> None:
-    """Make sure that the files have room, as far as their sizes are known.
+    """Check that there is space for the files, as far as their sizes are known.
 
     Raises:
         ImageBuildError: They have not.
@@ -427,14 +427,14 @@ def _check_room(files: Sequence[_File]) -> None:
 
 
 def _put_in_place(files: Sequence[_File]) -> None:
-    """Give files their names; none appears under it before all of them are there."""
+    """Rename files to their final names, once all of them are complete."""
     for file in files:
         _set_aside(file.target)
         file.partial.replace(file.target)
 
 
 def _set_aside(path: Path) -> None:
-    """Keep a file whose place is taken: it may be somebody's changed image."""
+    """Rename a file whose place is needed: it may be a changed image that is still wanted."""
     if path.exists():
         kept = path.with_name(f"{path.name}.replaced")
         path.replace(kept)

@@ -29,7 +29,7 @@ DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
 
 
 def is_http_url(text: str) -> bool:
-    """Say whether a text is a URL that can be downloaded from, by its form."""
+    """Whether a text is an HTTP URL, by its form."""
     try:
         parts = urlsplit(text)
         # Reading the port is what looks at it.
@@ -108,17 +108,17 @@ class ImageSource:
         return is_there and path.rpartition("/")[2] in (serial, f"release-{serial}")
 
     def base_url(self, stream: Stream, *, minimal: bool) -> str:
-        """Name the directory to which the paths in a catalog are relative."""
+        """Return the URL to which the paths in a catalog are relative."""
         variant = "minimal/" if minimal else ""
         return f"{self.mirror.rstrip('/')}/{variant}{stream.directory}/"
 
     def catalog_url(self, stream: Stream, *, minimal: bool) -> str:
-        """Name the catalog of a stream, the signed one if it is to be verified."""
+        """Return the URL of a stream's catalog, the signed one if it is to be verified."""
         suffix = "sjson" if self.verified else "json"
         return f"{self.base_url(stream, minimal=minimal)}streams/v1/{stream.content_id}.{suffix}"
 
     def warn_if_unverified(self) -> None:
-        """Say that nothing is verified, where that is so."""
+        """Log a warning if nothing is verified."""
         if not self.verified:
             _log.warning(
                 "NOTHING THAT %s SENDS IS VERIFIED (image_verification = 'disabled' in [qemu]): "
@@ -190,7 +190,7 @@ def load_trusted_keys(keyring: Path | None = None) -> TrustedKeys:
 
 
 def dearmor_keys(armored: bytes) -> bytes:
-    """Give the binary form of every ASCII-armored public key block in a text.
+    """Decode every ASCII-armored public key block in a text.
 
     `gpgv` reads binary keys only. The result is empty when there is no such block.
 
@@ -201,7 +201,7 @@ def dearmor_keys(armored: bytes) -> bytes:
 
 
 def _find_blocks(armored: bytes) -> Iterator[list[bytes]]:
-    """Give the lines of each block, without its headers.
+    """Yield the lines of each block, without its headers.
 
     Line by line, since an expression for all of it tries each beginning against the whole rest.
     """
@@ -221,7 +221,7 @@ def _find_blocks(armored: bytes) -> Iterator[list[bytes]]:
 
 
 def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
-    """Check a clear-signed message and give the text that was signed.
+    """Check a clear-signed message and return the text that was signed.
 
     The text is what `gpgv` itself extracted: whatever stands around it in the message, which
     nobody signed, is never seen.
@@ -285,7 +285,7 @@ def _decode_block(block: list[bytes]) -> bytes:
 
 @contextlib.contextmanager
 def _open_gpgv_directory(keys: TrustedKeys, origin: str) -> Iterator[Path]:
-    """Make a directory for one check, with the keys in it; tell the check's failure."""
+    """Make a directory for one check, with the keys in it; name the origin in its failure."""
     with tempfile.TemporaryDirectory(prefix="pycloudlib-gpgv-") as name:
         directory = Path(name)
         (directory / _KEYRING).write_bytes(keys.packets)

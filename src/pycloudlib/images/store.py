@@ -45,7 +45,7 @@ _LONGEST_RECORD = 1 << 20
 
 
 def is_serial(text: str) -> bool:
-    """Say whether a text has the form of a build serial."""
+    """Whether a text has the form of a build serial."""
     return _SERIAL.fullmatch(text) is not None
 
 
@@ -56,7 +56,7 @@ def is_future_serial(serial: str) -> bool:
 
 
 def serial_order(serial: str) -> tuple[int, int]:
-    """Give the key by which build serials sort from oldest to newest; what is none comes first."""
+    """Return the sort key of a build serial, oldest first; what is no serial comes first."""
     match = _SERIAL.fullmatch(serial)
     return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
@@ -144,24 +144,24 @@ def _describe(image: Path) -> StoredImage:
 
 
 def record_use(image: Path) -> None:
-    """Remember that a machine was launched from an image, by the time of its record."""
+    """Record that a machine was launched from an image, by the time of its record."""
     # One that has no record, or is others' file, is not ours to touch.
     with contextlib.suppress(OSError):
         os.utime(record_path(image))
 
 
 def kernel_path(image: Path) -> Path:
-    """Name the kernel beside an image; it need not exist."""
+    """Return the path of the kernel beside an image; it need not exist."""
     return image.with_name(f"{image.stem}-vmlinuz-generic")
 
 
 def initrd_path(image: Path) -> Path:
-    """Name the initrd beside an image; it need not exist."""
+    """Return the path of the initrd beside an image; it need not exist."""
     return image.with_name(f"{image.stem}-initrd-generic")
 
 
 def record_path(image: Path) -> Path:
-    """Name the record beside an image; it need not exist."""
+    """Return the path of the record beside an image; it need not exist."""
     return image.with_name(f"{image.name}.json")
 
 
@@ -174,7 +174,7 @@ def write_record(image: Path, record: ImageRecord) -> None:
 
 
 def inherit(image: Path, base: Path, source: str) -> None:
-    """Give an image that was made of a machine's disk what its base has: kernel and record.
+    """Link the base's kernel and copy its record for an image made of a machine's disk.
 
     The digest stays empty: it would take as long as reading the whole disk.
     """
@@ -243,7 +243,7 @@ def resolve(image_id: str, image_dir: Path) -> Path:
 
 
 def locate(image_id: str, image_dir: Path) -> Path:
-    """Name the file that an id stands for; it need not exist.
+    """Return the path that an id stands for; it need not exist.
 
     Raises:
         TypeError: The id is not a text.
@@ -254,7 +254,7 @@ def locate(image_id: str, image_dir: Path) -> Path:
 
 
 def find_serial(image: Path) -> str:
-    """Give the build serial of an image: from its record, or from the name of its directory.
+    """Return the build serial of an image, from its record or the name of its directory.
 
     Raises:
         ImageNotFoundError: Neither tells it.

@@ -203,7 +203,7 @@ def forget_gone(directory: Path) -> None:
 
 
 def find_users(file: Path) -> list[str]:
-    """Name the users of a file that have records beside it; records that do not count go."""
+    """Return the recorded users of a file; delete records that are stale."""
     file = Path(os.path.realpath(file))
     users = []
     for found in _records_of(file):
@@ -323,7 +323,7 @@ def _describe_user(found: Path) -> str:
 
 
 def _host() -> str:
-    """Tell apart hosts, and containers, which have paths of their own.
+    """Return an id of this host, or container: paths are different in others.
 
     Containers of one image may have one machine-id, hosts of one network the same name.
     """
@@ -396,7 +396,7 @@ def _open(file: Path) -> int | None:
 
 @contextlib.contextmanager
 def _closing(descriptor: int) -> Iterator[None]:
-    """Give up a descriptor's locks, which a child process may have open, too, and close it."""
+    """Unlock and close a descriptor after the block; a child process may have it open, too."""
     try:
         yield
     finally:
@@ -406,7 +406,7 @@ def _closing(descriptor: int) -> Iterator[None]:
 
 
 def _byte_of(file: Path) -> int:
-    """Choose the byte to lock for a name of a file: each of its names has one of its own."""
+    """Return the byte to lock for a name of a file: each of its names has its own byte."""
     name = b"%d/%s" % (file.parent.stat().st_ino, to_bytes(file.name))
     return _FIRST_BYTE + int.from_bytes(hashlib.sha256(name).digest()[:5], "big")
 

@@ -112,7 +112,7 @@ def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -
 
 @contextlib.contextmanager
 def _lost_on_the_way(deadline: Deadline | None) -> Iterator[None]:
-    """Let what fails before a command has begun be an error of SSH, or that its time is over."""
+    """Turn failures before a command has begun into errors of SSH, or into time-outs."""
     import paramiko  # noqa: PLC0415 - heavy
 
     try:
@@ -254,7 +254,7 @@ class Announcement:
         return f"{shlex.join(['sh', '-c', _ANNOUNCE, 'sh', self._mark])} {command}"
 
     def take(self, chunk: bytes) -> None:
-        """Take output as it comes."""
+        """Receive output as it comes."""
         if self.pid is not None:
             self._sink(chunk)
             return
@@ -380,7 +380,7 @@ def close_if_unanswered(channel: paramiko.Channel, deadline: Deadline | None) ->
 def _have_ended(
     pumps: tuple[_Pump, ...], deadline: Deadline | None, on_wait: Callable[[], None]
 ) -> bool:
-    """Wait until both outputs have ended; say whether they did in time."""
+    """Wait until both outputs have ended; return whether they did in time."""
     while waiting := [pump for pump in pumps if pump.is_alive()]:
         waiting[0].join(_limit(_ON_WAIT_INTERVAL, deadline))
         _raise_first(pumps)
@@ -395,7 +395,7 @@ def _have_ended(
 def _has_status(
     channel: paramiko.Channel, deadline: Deadline | None, on_wait: Callable[[], None]
 ) -> bool:
-    """Wait until the exit status has come, or never will; say whether that was in time."""
+    """Wait for the exit status, or the end of the connection; return whether that came in time."""
     while not channel.status_event.wait(_limit(_ON_WAIT_INTERVAL, deadline)):
         if deadline is not None and deadline.expired:
             return False

@@ -207,7 +207,7 @@ def _write(file: io.FileIO, chunk: bytes, path: Path) -> None:
 
 @contextlib.contextmanager
 def _here(path: str) -> Iterator[None]:
-    """Name the local file in an error that comes without a name."""
+    """Add the local file's name to errors that lack one."""
     try:
         yield
     except OSError as error:
@@ -241,7 +241,7 @@ def _is_stream(mode: int) -> bool:
 
 @contextlib.contextmanager
 def _naming(path: str, sftp: paramiko.SFTPClient) -> Iterator[None]:
-    """Name the remote file in SFTP's errors, which come without a name."""
+    """Add the remote file's name to SFTP's errors, which lack one."""
     import paramiko  # noqa: PLC0415 - heavy
 
     channel = sftp.get_channel()

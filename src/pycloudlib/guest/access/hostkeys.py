@@ -101,7 +101,7 @@ class MachineHostKeys:
 
 
 def pin(known_hosts: Path, keys: Sequence[HostKey]) -> None:
-    """Keep the keys that a machine is given, in place of others."""
+    """Write the keys that a machine is given, in place of others."""
     _write(known_hosts, [key.line for key in keys])
 
 
@@ -160,7 +160,7 @@ class HostKeyPool:
         )
 
     def fill(self) -> None:
-        """Begin to make keys for the next launches, in the background.
+        """Start to make keys for the next launches, in the background.
 
         A program that ends meanwhile waits for the key that is being made, and for no other.
         """

@@ -44,7 +44,7 @@ class PublicHalf:
 
 
 def check(key_pair: KeyPair, origin: str, *, private: bool = True) -> None:
-    """Make sure, by a look at its files, that a key can be used.
+    """Check, by a look at its files, that a key can be used.
 
     An agent is asked where the private half is with it alone.
 
@@ -63,7 +63,7 @@ def check(key_pair: KeyPair, origin: str, *, private: bool = True) -> None:
 
 
 def prove(key_pair: KeyPair, origin: str) -> None:
-    """Make sure that a key can be used, by using it: load it, or have the agent sign.
+    """Check that a key can be used, by using it: load it, or have the agent sign.
 
     Args:
         key_pair: The key.
@@ -359,7 +359,7 @@ def unpack(data: bytes) -> Iterator[bytes]:
 
 
 def check_holds(public: bytes) -> None:
-    """Make sure that the agent holds the private half of a key.
+    """Check that the agent holds the private half of a key.
 
     Args:
         public: The public half in SSH's binary form.

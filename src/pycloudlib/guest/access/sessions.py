@@ -228,7 +228,7 @@ class Connections:
         return None
 
     def _refused(self, connection: _Connection) -> bool:
-        """Take note that a connection takes no further session; say whether another one may."""
+        """Note that a connection takes no further session; return whether another one may."""
         with self._changed:
             others = connection.in_use - 1
             if others:

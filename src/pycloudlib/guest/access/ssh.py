@@ -57,7 +57,7 @@ class HostKeys(Protocol):
     """Which host keys a machine may show."""
 
     def pinned(self) -> Sequence[str]:
-        """Give the host keys that are known to be the machine's, as `type base64` lines."""
+        """Return the host keys that are known to be the machine's, as `type base64` lines."""
 
     def accepts(self, key_line: str, connection: socket.socket) -> bool:
         """Decide on a host key that is not among the pinned ones.
@@ -99,7 +99,7 @@ class Endpoint:
 
 
 def login_command(endpoint: Endpoint, alias: str = "") -> str:
-    """Give the command line by which people log in, for a shell.
+    """Return the command line by which people log in, for a shell.
 
     Args:
         endpoint: Where and as whom.
@@ -126,7 +126,7 @@ def _is_there(path: str | None) -> bool:
 
 
 def _identity(path: str) -> list[str]:
-    """Name a key to ssh, which takes `%` for the beginning of something to put in."""
+    """Return ssh's options for a key file; `%` begins a token there, and is escaped."""
     if "%" not in path:
         return ["-i", path]
     # The value of `-i` has to be there as it is written, too.
@@ -244,7 +244,7 @@ def _log_in(
 
 
 def not_ssh(error: Exception) -> str:
-    """Say that a server has sent what is no SSH, by the error that reading it has raised."""
+    """Describe an answer that is not SSH, by the error that parsing it has raised."""
     return f"what the server sent is not SSH ({type(error).__name__}: {error})"
 
 
@@ -304,7 +304,7 @@ def _read_host_key(name: str, line: str) -> paramiko.PKey | None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Say whether an error of `connect` is the server's word that the key does not do."""
+    """Whether an error of `connect` means that the server refused the key."""
     import paramiko  # noqa: PLC0415 - heavy
 
     text = str(error)
@@ -314,7 +314,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def _find_banner(client: paramiko.SSHClient) -> str:
-    """Give what the server said for people: why an account may not be used, for one thing."""
+    """Return the server's banner, such as why an account may not be used."""
     transport = client.get_transport()
     banner = None if transport is None else transport.get_banner()
     text = " ".join((banner or b"").decode(errors="replace").split())
@@ -333,7 +333,7 @@ def _open_transport(sock: Any, /, **options: Any) -> paramiko.Transport:
 
 
 def order_ciphers(known: Sequence[str]) -> tuple[str, ...]:
-    """Put the preferred cipher first, if it is among those known; older paramikos lack it."""
+    """Sort the preferred cipher first, if it is among those known; older paramikos lack it."""
     return tuple(sorted(known, key=lambda cipher: cipher != _FIRST_CIPHER))
 
 

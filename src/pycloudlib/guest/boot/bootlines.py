@@ -64,7 +64,7 @@ _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
 
 
 def find_phase(line: bytes) -> Phase | None:
-    """Say which phase a line of the console begins; None for most lines."""
+    """Return the phase that a line of the console begins; None for most lines."""
     return next((phase for phase, sign in _SIGNS if sign.search(line)), None)
 
 

@@ -236,7 +236,7 @@ class CloudInitStatus:
 
 
 def describe_stages(status: CloudInitStatus) -> Iterator[str]:
-    """Say of each stage that has begun how far it is, and what failed in it."""
+    """Describe each stage that has begun: how far it is, and what failed in it."""
     for stage in status.stages:
         if stage.started:
             yield f"{stage.name} {'ended' if stage.finished else 'runs'}"
@@ -251,7 +251,7 @@ def find_console_warning(line: str) -> str | None:
 
 
 def merge_warnings(*sources: Iterable[str]) -> tuple[str, ...]:
-    """Put warnings together, each once.
+    """Merge warnings, each once.
 
     The console has only the first line of each, and cloud-init's log not all: so they are told
     apart by how they begin, and the first that is given counts.

@@ -37,7 +37,7 @@ _ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", defa
 
 
 def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -> Deadline:
-    """Give the deadline of a wait for readiness.
+    """Return the deadline of a wait for readiness.
 
     Args:
         minutes: How long it may take, if somebody says so.
@@ -62,12 +62,12 @@ def use_deadline(deadline: Deadline) -> Iterator[Deadline]:
 
 
 def current_deadline() -> Deadline | None:
-    """Give the deadline of the wait that the caller is part of, if any."""
+    """Return the deadline of the wait that the caller is part of, if any."""
     return _ready_deadline.get()
 
 
 def command_limit(timeout: float | None) -> float | None:
-    """Give the seconds that a command may take: the caller's, else what its wait has left."""
+    """Return the seconds that a command may take: `timeout`, else what its wait has left."""
     deadline = current_deadline()
     return deadline.remaining if timeout is None and deadline is not None else timeout
 
@@ -113,7 +113,7 @@ class Readiness(ABC):
 
     @abstractmethod
     def get_boot_id(self) -> str:
-        """Give the id of the current boot."""
+        """Return the id of the current boot."""
 
     @abstractmethod
     def _ssh(self, command: list[str]) -> Result:
@@ -121,21 +121,21 @@ class Readiness(ABC):
 
     @abstractmethod
     def _endpoint(self) -> ssh.Endpoint:
-        """Say where and as whom to log in."""
+        """Return where and as whom to log in."""
 
     @abstractmethod
     def _is_connected(self) -> bool:
-        """Say whether there is a connection, which may be lost."""
+        """Whether there is a connection, which may be lost."""
 
     @abstractmethod
     def _forget_client(self) -> None:
         """Close the connections that are kept."""
 
     def _check_alive(self) -> None:  # noqa: B027 - optional to override
-        """Raise when the machine can never be reached any more; clouds that can tell override."""
+        """Raise if the machine can never be reached again; overridden by clouds that know."""
 
     def _has_settled(self) -> object:
-        """Say whether cloud-init has ended in the guest's present boot, as far as can be seen.
+        """Return a mark if cloud-init has ended in the guest's present boot; None otherwise.
 
         Returns:
             Something that stays the same as long as nothing happens in the guest; None when
@@ -144,19 +144,19 @@ class Readiness(ABC):
         return None
 
     def _explain_refusal(self) -> str:
-        """Say who can log in, after cloud-init's end, and what to do about it."""
+        """Explain who can log in, after cloud-init's end, and what to do about it."""
         return "does username= name a user who has the key?"
 
     def _was_followed(self) -> bool:
-        """Say whether the guest's present boot was followed to its end before, by whomever."""
+        """Whether the guest's present boot was waited for before."""
         return False
 
     def _seen_warnings(self) -> Sequence[str]:
-        """Give what cloud-init was seen to warn of while it was waited for."""
+        """Return the warnings of cloud-init that were seen while it was waited for."""
         return ()
 
     def _lookout(self) -> Callable[[], None]:
-        """Give what is called every so often while a command runs: it raises to end the wait."""
+        """Return what is called regularly while a command runs; it raises to end the wait."""
         return self._check_alive
 
     def _wait_for_instance_start(self, **kwargs: Any) -> None:  # noqa: B027 - optional
@@ -203,7 +203,7 @@ class Readiness(ABC):
         ) from last_seen.error
 
     def _try_execute(self, old_boot_id: str | None, deadline: Deadline) -> _Obstacle | None:
-        """Try once; give what was in the way, or None when commands run."""
+        """Try once; return the obstacle, or None when commands run."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
@@ -259,7 +259,7 @@ class Readiness(ABC):
             self._log.warning("cloud-init on %s: %s", self.name, warning)
 
     def _follow_cloudinit(self) -> cloudinit.CloudInitStatus | None:
-        """Give how cloud-init ended, over lost connections and boots; None if that is not read."""
+        """Wait for cloud-init over reboots; return its status, None if that is unreadable."""
         with use_deadline(self._deadline(None)) as deadline:
             return self._ask_cloudinit(deadline)
 
@@ -301,7 +301,7 @@ class Readiness(ABC):
             return None
 
     def _goes_down(self, shutdown: cloudinit.Shutdown | None, deadline: Deadline) -> bool:
-        """Say whether the guest is not ready yet, since it goes down, or boots again soon."""
+        """Whether the guest is shutting down, or reboots soon, so that it is not ready yet."""
         if shutdown is None:
             return False
         if shutdown.under_way:
@@ -315,7 +315,7 @@ class Readiness(ABC):
         return False
 
     def _follow_shutdown(self, deadline: Deadline) -> str:
-        """Wait until a guest that goes down is gone, or does not go down any more; say which."""
+        """Wait until a guest's shutdown has ended it, or was cancelled; return which."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:

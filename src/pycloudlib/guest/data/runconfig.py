@@ -130,7 +130,7 @@ class _Plan:
 
 
 def build_script(user_data: str | bytes) -> str:
-    """Give the shell script that does in a running machine what the user-data asks for.
+    """Return the shell script that does in a running machine what the user-data asks for.
 
     Args:
         user_data: For cloud-init, in any of its forms.
@@ -162,7 +162,7 @@ def build_script(user_data: str | bytes) -> str:
 
 
 def _add(plan: _Plan, part: Part) -> None:
-    """Take a part into the plan.
+    """Add a part to the plan.
 
     Raises:
         ValueError: It cannot be done; says why.
@@ -189,7 +189,7 @@ def _text(part: Part) -> str:
 
 
 def _with_unix_lines(text: str) -> str:
-    """Do as cloud-init: where the first line ends as on Windows, all may (util.dos2unix)."""
+    """Convert line ends if the first one is Windows', as cloud-init does (util.dos2unix)."""
     return text.replace("\r\n", "\n") if text.partition("\n")[0].endswith("\r") else text
 
 
@@ -203,7 +203,7 @@ def _executable(text: str) -> str:
 
 
 def _file_name(part: Part) -> str:
-    """Give the name under which cloud-init keeps a part (util.clean_filename)."""
+    """Return the name under which cloud-init keeps a part (util.clean_filename)."""
     kept = "".join(char for char in part.name.replace("/", "_") if char in _NAME_CHARACTERS)
     if kept in ("", ".", ".."):
         raise ValueError(f"of its file name, {part.name!r}, cloud-init leaves {kept!r}")
@@ -211,7 +211,7 @@ def _file_name(part: Part) -> str:
 
 
 def _tell_unknown(part: Part) -> str:
-    """Say what is wrong with a part that cloud-init would pass over, with a warning at most."""
+    """Describe what is wrong with a part that cloud-init would ignore."""
     content = part.content
     hint = ""
     if content.startswith(_BYTE_ORDER_MARKS):
@@ -306,7 +306,7 @@ def _dump(config: Mapping[str, Any]) -> str:
 
 
 def _place(text: str, path: str, mode: int = 700) -> str:
-    """Give the command that makes a file, byte for byte."""
+    """Return the command that writes a file, byte for byte."""
     encoded = base64.encodebytes(text.encode()).decode()
     return f"place {path} {mode} <<'end'\n{encoded}end"
 
@@ -349,12 +349,12 @@ Routes and name servers stay those of the first interface, by which the guest re
 
 
 def configure_script(mac: str) -> str:
-    """Give the script that brings a new interface up and prints its address as JSON."""
+    """Return the script that brings a new interface up and prints its address as JSON."""
     return _CONFIGURE.format(mac=mac, file=netplan_file(mac))
 
 
 def find_mac_script(address: str) -> str:
-    """Give the script that prints the hardware address of the interface with an IPv4 address."""
+    """Return the script that prints the hardware address of the interface with an IPv4 address."""
     return (
         "interface=$(ip -4 -oneline address show to "
         f"{shlex.quote(address)} | awk '{{print $2; exit}}'); "
@@ -363,12 +363,12 @@ def find_mac_script(address: str) -> str:
 
 
 def forget_script(mac: str) -> str:
-    """Give the script that removes an interface's configuration."""
+    """Return the script that removes an interface's configuration."""
     return f"rm -f /etc/netplan/{netplan_file(mac)}; netplan apply"
 
 
 def netplan_file(mac: str) -> str:
-    """Name the file of an interface's configuration."""
+    """Return the name of an interface's configuration file."""
     return f"60-hotplug-{mac.replace(':', '')}.yaml"
 
 

@@ -99,7 +99,7 @@ def build_seed(
     network_config: Document = None,
     boothook: bytes | None = None,
 ) -> Seed:
-    """Put a machine's seed together.
+    """Build a machine's seed.
 
     The user-data stays as it is given, whatever its kind: the SSH key comes by the meta-data, and
     host keys by the vendor-data, unless the image's own configuration says anything of them.
@@ -166,7 +166,7 @@ def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
 
 
 def _make_alike(file: BinaryIO, descriptor: int, blocks: int) -> None:
-    """Take out of a volume descriptor what would tell one volume from another."""
+    """Overwrite what differs between the descriptors of two volumes."""
     for offset, content in (
         (_SPACE_SIZE, struct.pack("<I", blocks) + struct.pack(">I", blocks)),
         (_RECORDING_TIME, bytes([100, 1, 1, 0, 0, 0, 0])),
@@ -326,7 +326,7 @@ def _host_key_config(host_keys: Sequence[HostKey]) -> bytes | None:
 
 
 def _merge_vendor_data(*documents: Document) -> bytes | None:
-    """Let all of them take effect: as the parts of one MIME document, or alone.
+    """Merge documents into one: as the parts of a MIME document, or the only one as it is.
 
     Where two set the same key, the later part's value replaces the earlier one's: the caller's
     (cloudinit/handlers/cloud_config.py, `dict(replace)+list()+str()`).

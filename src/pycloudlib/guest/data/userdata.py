@@ -141,12 +141,12 @@ def decompress(document: bytes, name: str) -> bytes:
 
 
 def is_mime(document: bytes) -> bool:
-    """Tell a MIME document by what cloud-init looks for (cloudinit/user_data.py)."""
+    """Whether a document is MIME, as cloud-init decides it (cloudinit/user_data.py)."""
     return b"mime-version:" in document[:4096].lower()
 
 
 def parts(document: bytes, name: str) -> list[Part]:
-    """Take user-data apart as cloud-init does (cloudinit/user_data.py).
+    """Split user-data into its parts as cloud-init does (cloudinit/user_data.py).
 
     Args:
         document: The user-data.
@@ -264,7 +264,7 @@ def _entries(archive: bytes, name: str) -> Iterator[Part]:
 
 
 def split(document: bytes, name: str) -> Iterator[bytes]:
-    """Give the documents that user-data consists of, decompressed.
+    """Yield the documents that user-data consists of, decompressed.
 
     Raises:
         ValueError: One of them is damaged, or they are too large.
@@ -280,7 +280,7 @@ def split(document: bytes, name: str) -> Iterator[bytes]:
 
 
 def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[bytes]:
-    """Give what a `#cloud-config-archive` consists of; any other document as it is."""
+    """Yield the entries of a `#cloud-config-archive`; any other document as it is."""
     if not document.lstrip().startswith(_ARCHIVE):
         yield document
         return
@@ -307,7 +307,7 @@ def load_yaml(document: bytes, name: str) -> object:
 
 
 def _parts(document: bytes, name: str) -> list[bytes]:
-    """Give what the parts of a MIME document carry, and the parts of parts."""
+    """Return the contents of the parts of a MIME document, and of the parts of parts."""
     try:
         payloads = [
             part.get_payload(decode=True)
@@ -327,7 +327,7 @@ _DEFAULT = "default"
 
 
 def explain_logins(user_data: bytes, console: Iterable[str], username: str) -> str:
-    """Say who can log in, and what to do so that a user can.
+    """Explain who can log in, and what to do so that a user can.
 
     Args:
         user_data: The user-data.

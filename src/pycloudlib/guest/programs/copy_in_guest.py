@@ -86,7 +86,7 @@ def read_exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def sender(stream: BinaryIO) -> Send:
-    """Give what writes records to a stream."""
+    """Return the function that writes records to a stream."""
 
     def send(kind: bytes, payload: bytes) -> None:
         stream.write(HEAD.pack(kind, len(payload)))
@@ -117,7 +117,7 @@ class Reader:
                 self.send(UP, b"")
 
     def read_one(self, path: bytes, name: bytes, follow: bool) -> Optional[Iterator[Entry]]:
-        """Read one entry; give the entries of a directory."""
+        """Read one entry; return the entries of a directory."""
         try:
             facts = os.stat(path, follow_symlinks=follow)
         except OSError as error:
@@ -196,7 +196,7 @@ def pieces(descriptor: int) -> Iterator[Tuple[int, bytes]]:
 
 
 def hole_at_end(descriptor: int) -> int:
-    """Give the length of a file that may end with a hole."""
+    """Return the length of a file that may end with a hole."""
     facts = os.fstat(descriptor)
     return facts.st_size if facts.st_blocks * 512 < facts.st_size else 0
 
@@ -213,7 +213,7 @@ class Place:
         self.path = path
 
     def look(self, follow: bool) -> Optional[os.stat_result]:
-        """See what is there; None if nothing is."""
+        """Return the facts of what is there; None if nothing is."""
         try:
             return os.stat(self.name, dir_fd=self.directory, follow_symlinks=follow)
         except FileNotFoundError:
@@ -278,7 +278,7 @@ class Writer:
             self.begin(kind, payload)
 
     def begin(self, kind: bytes, payload: bytes) -> None:
-        """Begin what has a name."""
+        """Begin an entry that has a name."""
         first, rest = unpack_first(payload)
         if kind == DIRECTORY:
             self.enter(self.place(rest), first)
@@ -303,7 +303,7 @@ class Writer:
             self.problems.append(problem)
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close all files and directories that are open."""
         while self.open_directories:
             self.leave()
         if self.file is not None:
@@ -311,7 +311,7 @@ class Writer:
             self.file = None
 
     def place(self, name: bytes) -> Optional[Place]:
-        """Say where something is to go; None for what is in a directory that is left out."""
+        """Return where an entry goes; None if its directory is left out."""
         if self.file is not None:
             raise StreamError("a file that has no end")
         if not self.open_directories:
@@ -327,7 +327,7 @@ class Writer:
     def attempt(
         self, what: str, place: Optional[Place], make: Callable[..., None], *arguments: Any
     ) -> bool:
-        """Do something at a place, if there is one; say whether it was done.
+        """Call `make` for a place, if there is one; return whether it succeeded.
 
         What was in the way is kept.
         """
@@ -344,7 +344,7 @@ class Writer:
         return True
 
     def enter(self, place: Optional[Place], mode: int) -> None:
-        """Begin a directory; what was there in its place is left alone, and it is left out."""
+        """Begin a directory; it is left out where something else is in its place."""
         if not self.attempt("create directory", place, self.make_directory, mode):
             self.open_directories.append((None, -1, None))
 
@@ -391,7 +391,7 @@ class Writer:
         self.file = OpenFile(place, place.open(flags, mode & PERMISSIONS))
 
     def check_link(self, place: Place) -> None:
-        """Make sure that nothing is written out of the target where the other half chooses."""
+        """Check that no link leads out of the target, where the other half is not trusted."""
         if place.directory is None:
             root, path = self.given, place.name
         else:
@@ -416,7 +416,7 @@ class Writer:
             self.attempt("write", file.place, file.finish, size)
 
     def make_room(self, place: Place) -> None:
-        """Take away what is there, unless it is a directory."""
+        """Remove what is there, unless it is a directory."""
         found = place.look(follow=False)
         if found is not None:
             if stat.S_ISDIR(found.st_mode):
@@ -499,7 +499,7 @@ def unpack_first(payload: bytes) -> Tuple[int, bytes]:
 
 
 def size_told(payload: bytes) -> int:
-    """Give the size of a file that a record says begins; none that cannot be."""
+    """Return the size that the record of a new file announces; 0 if that is damaged."""
     sizes = payload[MODE.size : MODE.size + NUMBER.size]
     return max(0, NUMBER.unpack(sizes)[0]) if len(sizes) == NUMBER.size else 0
 
@@ -509,18 +509,18 @@ def set_mode(place: Place, mode: int) -> None:
 
 
 def link_to(descriptor: int) -> bytes:
-    """Name what a descriptor is of."""
+    """Return a path of what a descriptor has open."""
     return "/proc/self/fd/{}".format(descriptor).encode()
 
 
 def name_in_directory(source: bytes) -> bytes:
-    """Say what a source is called in a directory that it is copied to, as `cp` does."""
+    """Return a source's name in a directory that it is copied to, as `cp` chooses it."""
     name = os.path.basename(source.rstrip(b"/"))
     return b"" if name in (b".", b"..") else name
 
 
 def write(stream: BinaryIO, writer: Writer) -> List[Problem]:
-    """Write a whole stream; give what could not be done."""
+    """Write a whole stream; return the problems."""
     try:
         for kind, payload in read_records(stream):
             writer.take(kind, payload)
@@ -530,7 +530,7 @@ def write(stream: BinaryIO, writer: Writer) -> List[Problem]:
 
 
 def main() -> None:
-    """Be the half in the guest."""
+    """Run the half in the guest."""
     role, path = sys.argv[1], os.fsencode(sys.argv[2])
     output = sys.stdout.buffer
     send = sender(output)

@@ -56,12 +56,12 @@ def write(path: str, text: str, mode: int = 0o444) -> None:
 
 
 def is_itself() -> bool:
-    """Say whether the machine has become another than the one that was stopped."""
+    """Whether the machine already has its own identity."""
     return os.path.exists(MACHINE_ID) and read(MACHINE_ID) == FACTS["machine_id"]
 
 
 def is_later_boot() -> bool:
-    """Say whether the machine has been switched on since: nothing in it is that old then.
+    """Whether the machine was powered on after the other one was saved.
 
     By files, not by the clock, which NTP may have set, nor by the uptime, which does not count
     the time of being stopped.
@@ -71,7 +71,7 @@ def is_later_boot() -> bool:
 
 
 def stir_random_numbers() -> None:
-    """Let no two machines draw the same random numbers from here on."""
+    """Stir the random number generator, so that no two machines draw the same numbers."""
     entropy = bytes.fromhex(FACTS["entropy"])
     with open("/dev/random", "wb", buffering=0) as device:
         content = struct.pack("ii", 8 * len(entropy), len(entropy)) + entropy
@@ -83,7 +83,7 @@ def stir_random_numbers() -> None:
 
 
 def wait_for_tick() -> "tuple[int, float]":
-    """Wait until the real-time clock ticks; give what it says then, and when, by the monotonic one.
+    """Wait until the real-time clock ticks; return its seconds, and the monotonic time of the tick.
 
     A tick that came while the processor was taken away is known no better than that: then it is
     waited for another, twice.
@@ -162,7 +162,7 @@ def format_time(seconds: float) -> bytes:
 
 
 def take_machine_id() -> None:
-    """Be another machine to systemd, D-Bus and the journal."""
+    """Change the machine-id, also that of D-Bus and of the journal."""
     old, new = read(MACHINE_ID), FACTS["machine_id"]
     if old == new:
         return
@@ -184,7 +184,7 @@ def take_machine_id() -> None:
 
 
 def move(base: str, old: str, new: str) -> bool:
-    """Give the journal of a machine to another; say whether there is one."""
+    """Move the journal of a machine to another machine-id; return whether there is one."""
     if not os.path.isdir(base + old):
         return False
     for name in os.listdir(base + old):
@@ -196,7 +196,7 @@ def move(base: str, old: str, new: str) -> bool:
 
 
 def put_right(late: bool) -> "list[str]":
-    """Put the machine right; give what went wrong."""
+    """Fix up the machine; return the problems."""
     problems = []
     if late:
         problems.append("cloud-init did not run what puts it right, its modules came before")

@@ -39,7 +39,7 @@ KNOWN_USERS = {}  # type: Dict[str, Any]
 
 
 def to_bytes(text: str) -> bytes:
-    """Give the bytes of a text; those that are no text came as surrogates."""
+    """Encode a text; bytes that were not text come back as they were."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -221,7 +221,7 @@ def processes_of(session: int) -> List[int]:
 
 @contextlib.contextmanager
 def acting_as(user: pwd.struct_passwd, groups: List[int]) -> Iterator[None]:
-    """Be another user in the block; what is executed in it cannot come back from that.
+    """Switch to another user in the block; a program executed in it cannot switch back.
 
     execve(2) makes the saved user id the effective one. Unlike changing over in the child, this
     lets Python start it by vfork(), which is much cheaper.
@@ -297,7 +297,7 @@ def answer(port: Channel, request: Request, fields: Request, data: bytes = b"") 
 
 
 def fix(request: Request) -> List[str]:
-    """Make this copy of a machine one of its own; give the names of what was done."""
+    """Fix up this copy of a machine; return the names of what was done."""
     done = []
     # Random numbers first: whatever follows may need some.
     entropy = base64.b64decode(request["entropy"])
@@ -319,7 +319,7 @@ def fix(request: Request) -> List[str]:
 
 
 def authorize(keys: Dict[str, str]) -> None:
-    """Let another SSH key in, in place of one that was let in before."""
+    """Replace an authorized SSH key by another."""
     home = find_user(keys["user"])[0].pw_dir
     for path in (home + "/.ssh/authorized_keys", "/root/.ssh/authorized_keys"):
         if not os.path.exists(path):
@@ -331,7 +331,7 @@ def authorize(keys: Dict[str, str]) -> None:
 
 
 def take_identity(identity: Request) -> None:
-    """Take another name, machine-id, instance-id and SSH host key."""
+    """Change the hostname, the machine-id, the instance-id and the SSH host keys."""
     rewrite("/etc/machine-id", identity["machine_id"] + "\n")
     if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink(
         "/var/lib/dbus/machine-id"
@@ -354,7 +354,7 @@ def take_hostname(hostname: str) -> None:
 
 
 def take_instance_id(instance_id: str) -> None:
-    """Let the state that cloud-init has be that of another instance, so that it begins no boot."""
+    """Rename cloud-init's state to another instance-id, so that it sees no new instance."""
     path = CLOUD + "/data/instance-id"
     if not os.path.exists(path):
         return
