@@ -20,6 +20,7 @@ from pycloudlib.config import ENVIRONMENT_VARIABLE
 from pycloudlib.qemu.state.settings import QemuSettings
 from scripts import command_line, transcript
 from scripts.doc_blocks import DOCUMENTS, FENCE, ROOT, Block, find_blocks
+from tests.unit import test_imports
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,6 +136,11 @@ def test_pictures_are_shown_with_words_for_those_who_cannot_see_them() -> None:
     assert [path.name for path, text in shown if len(text.split()) < 10] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_draw_no_pictures_with_characters(document: Path) -> None:
+    assert re.findall(r"[\u2500-\u25ff]", document.read_text()) == []
+
+
 def test_every_document_is_reached_from_the_readme() -> None:
     reached: set[Path] = set()
     waiting = [ROOT / "README.md"]
@@ -171,6 +177,32 @@ def test_every_folder_says_what_it_is_for() -> None:
     folders = {file.parent for file in SOURCE.rglob("*.py")}
     texts = {folder: (folder / "__init__.py").read_text() for folder in folders}
     assert [folder for folder, text in texts.items() if not text.startswith('"""')] == []
+
+
+def list_folders() -> set[str]:
+    """List the folders of the package, but for those of other clouds."""
+    return {
+        f"{file.parent.relative_to(SOURCE)}/"
+        for file in SOURCE.glob("**/__init__.py")
+        if file.parent != SOURCE and "placeholders" not in file.read_text()
+    }
+
+
+def test_every_folder_has_its_paragraph_in_the_design() -> None:
+    folders = re.findall(r"\*\*`([\w/]+/)`\*\*", DESIGN.read_text())
+    assert len(folders) == len(set(folders))
+    assert set(folders) == list_folders()
+
+
+def test_design_and_its_map_follow_the_order_of_imports() -> None:
+    order = [f"{name.replace('.', '/')}/" for name in reversed(test_imports.ORDER)]
+    expected = [folder for folder in order if folder in list_folders()]
+    assert len(expected) > 10
+    paragraphs = re.findall(r"\*\*`([\w/]+/)`\*\*", DESIGN.read_text())
+    assert [folder for folder in paragraphs if folder in expected] == expected
+    rows = ET.parse(ROOT / "docs" / "pictures" / "map.svg").iter(f"{_SVG}text")
+    drawn = [row.text or "" for row in rows if row.get("class") == "strong"]
+    assert [folder for text in drawn for folder in re.findall(r"[\w/]+/", text)] == expected
 
 
 def test_reference_of_the_command_line_is_up_to_date() -> None:
