@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.cli import imagenames
 from pycloudlib.cli.session import Session
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store
 from pycloudlib.images.store import ImageRecord
+from pycloudlib.qemu import imagenames
 from tests.unit.clirun import make_machine, run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import difflib
 import enum
 import functools
 import itertools
@@ -360,3 +361,9 @@ def _show(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(ESCAPED, _show)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that is most like an unknown one, to suggest it; None if none is."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return near[0] if near else None

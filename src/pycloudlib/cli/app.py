@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import click
 
+from pycloudlib._base.documents import nearest
 from pycloudlib._version import __version__
 from pycloudlib.cli import doctor, imagecommands, inside, lifecycle, looking
-from pycloudlib.cli.output import colour_choice, exit_code_of, nearest, show_any_text, tell
+from pycloudlib.cli.output import colour_choice, exit_code_of, show_any_text, tell
 from pycloudlib.cli.session import Session, told_options
 from pycloudlib.cli.terminal import ending_by_exception, secure_streams
 

@@ -18,7 +18,6 @@ from pycloudlib._base.documents import from_bytes
 from pycloudlib._base.tools import PACKAGES, environment, find_tool
 from pycloudlib._version import __version__
 from pycloudlib.cli.machines import list_machines
-from pycloudlib.cli.session import TAG
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
 from pycloudlib.guest.access import loginkey
@@ -33,6 +32,7 @@ from pycloudlib.qemu.host.resources import (
     PortRegistry,
     can_listen,
 )
+from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.state.settings import DIRECTORIES, QemuSettings, find_obstacle
 
 # Stands for directories where there is no home for them, and has nothing in it.
@@ -178,7 +178,7 @@ def _read_settings() -> tuple[QemuSettings, str, str]:
 def _look_for_key() -> tuple[str, str]:
     """Tell which SSH key machines get, and what is wrong with it."""
     try:
-        cloud = Qemu(TAG, timestamp_suffix=False)
+        cloud = Qemu(COMMAND_LINE_TAG, timestamp_suffix=False)
         key_pair = cloud.find_key_pair()
         if key_pair is None:
             return "none of yours; each program makes one of its own", ""

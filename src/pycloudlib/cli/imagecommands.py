@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from pycloudlib.cli import imagenames
 from pycloudlib.cli.machines import ImageName, Size
 from pycloudlib.cli.output import (
     age_in_words,
@@ -21,6 +20,7 @@ from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
+from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.state import savedmachine
 
 _minimal = click.option("--minimal", is_flag=True, help="The minimal variant.")

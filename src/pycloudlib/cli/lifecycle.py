@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pycloudlib.cli import imagenames, looking
+from pycloudlib.cli import looking
 from pycloudlib.cli.machines import (
     ImageName,
     MachineName,
@@ -30,6 +30,7 @@ from pycloudlib.errors import (
     InstanceExistsError,
     InstanceNotFoundError,
 )
+from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, InstanceType

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 
-from pycloudlib.cli.imagenames import short_name
 from pycloudlib.cli.machines import Found, MachineName, find_machine, list_machines, open_machine
 from pycloudlib.cli.output import (
     age_in_words,
@@ -30,6 +29,7 @@ from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot.console import find_last_lines
 from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.resources import LOOPBACK
+from pycloudlib.qemu.imagenames import short_name
 from pycloudlib.qemu.state.rundir import LoginFacts
 
 # Seconds between two looks at a log that is followed.

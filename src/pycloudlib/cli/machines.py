@@ -18,13 +18,13 @@ from click.shell_completion import CompletionItem
 
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import positive
-from pycloudlib.cli import imagenames
-from pycloudlib.cli.output import nearest
-from pycloudlib.cli.session import TAG
+from pycloudlib._base.documents import nearest
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.ownership import Ownership
+from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.settings import QemuSettings
@@ -57,7 +57,7 @@ class Found:
     @property
     def full_name(self) -> str:
         """What it is called on the command line: others' machines by their cloud, too."""
-        return self.name if self.tag == TAG else f"{self.tag}/{self.name}"
+        return self.name if self.tag == COMMAND_LINE_TAG else f"{self.tag}/{self.name}"
 
     @property
     def id(self) -> str:
@@ -93,9 +93,11 @@ def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]
     found = []
     for parent in layers.cloud_directories(working_dir):
         tag = layers.cloud_tag(parent)
-        if everywhere or tag == TAG:
+        if everywhere or tag == COMMAND_LINE_TAG:
             found += [_describe(tag, path) for path in _directories(parent)]
-    return sorted(found, key=lambda machine: (machine.tag != TAG, machine.tag, machine.name))
+    return sorted(
+        found, key=lambda machine: (machine.tag != COMMAND_LINE_TAG, machine.tag, machine.name)
+    )
 
 
 def _directories(parent: Path) -> Iterator[Path]:

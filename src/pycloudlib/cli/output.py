@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import datetime
-import difflib
 import enum
 import io
 import json
@@ -215,9 +214,3 @@ def _words_of(error: BaseException) -> str:
     if said is None or not isinstance(diagnosis, Diagnosis):
         return str(error)
     return f"{said}\n{diagnosis.tell(beside=said, audience=Audience.COMMAND_LINE)}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Find the name that is most like one that is unknown; None where none is like it."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return near[0] if near else None

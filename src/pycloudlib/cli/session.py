@@ -15,11 +15,9 @@ import click
 from pycloudlib import Qemu
 from pycloudlib.cli.output import colour_choice
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
+from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.settings import DIRECTORIES
-
-TAG = "cli"
-"""The tag of the cloud that the machines of the command line live in."""
 
 _LOGGER = "pycloudlib"
 _Target = TypeVar("_Target", bound="Callable[..., Any] | click.Command")
@@ -45,7 +43,7 @@ class Session:
 
         Errors are those of `Qemu`.
         """
-        return Qemu(TAG, timestamp_suffix=False, orphans="keep")
+        return Qemu(COMMAND_LINE_TAG, timestamp_suffix=False, orphans="keep")
 
     @contextlib.contextmanager
     def naming_directories(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.cli.imagenames import get_image
 from pycloudlib.errors import ImageInUseError
 from pycloudlib.pytest_plugin.budget import Budget, Room
 from pycloudlib.pytest_plugin.machines import (
@@ -28,6 +27,7 @@ from pycloudlib.pytest_plugin.machines import (
     tell_of,
 )
 from pycloudlib.qemu.host.ownership import Orphans, claim
+from pycloudlib.qemu.imagenames import get_image
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE
 from pycloudlib.util import raise_cleanup_errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import pwd
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pycloudlib._base.documents import safe_repr
+from pycloudlib._base.documents import nearest, safe_repr
 from pycloudlib._base.files import expand_user, is_directory, is_file
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.host.accelerator import AUTO, SETTINGS
@@ -266,8 +265,8 @@ def parse_orphans(value: str) -> Orphans:
 def _warn_of_unknown(section: Mapping[str, Any], source: str) -> None:
     for key in section:
         if key not in _KNOWN_KEYS:
-            near = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = nearest(key, _KNOWN_KEYS)
+            hint = f"; did you mean {near!r}?" if near else ""
             _log.warning("Unknown key %r in [qemu] of %s is ignored%s", key, source, hint)
 
 

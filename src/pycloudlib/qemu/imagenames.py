@@ -1,4 +1,8 @@
-"""What people call images, turned into ids: a release, a snapshot, or a path."""
+"""What people call images, and which image a name means: a release, a snapshot, a build, a path.
+
+The command line and the pytest plugin take these names. Snapshots have names only if they were made
+of machines of the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,10 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pycloudlib import Qemu
+from pycloudlib._base.documents import nearest
 from pycloudlib._base.files import expand_user, is_file
-from pycloudlib.cli.output import nearest
-from pycloudlib.cli.session import TAG
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
@@ -19,22 +22,28 @@ from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
+if TYPE_CHECKING:
+    from pycloudlib.qemu.cloud import Qemu
+
+COMMAND_LINE_TAG = "cli"
+"""The tag of the cloud that the machines of the command line live in."""
+
 _ALIASES = ("devel", "lts")
 
 
 def known_releases() -> list[str]:
-    """List the releases that are known by name."""
+    """List the releases that have a known name."""
     return [*BUILT_RELEASES, *UBUNTU_RELEASE_VERSION_MAP, *_ALIASES]
 
 
 def snapshots(working_dir: Path) -> list[Path]:
-    """List the images that were made of the command line's machines, the newest last."""
-    store_of_all = layers.LayerStore(layers.cloud_directory(working_dir, TAG))
-    found = [path for path in store_of_all.snapshots.glob("*.img") if path.is_file()]
-    return sorted(found, key=_made_at)
+    """List the images made of the command line's machines, the newest last."""
+    cloud_directory = layers.cloud_directory(working_dir, COMMAND_LINE_TAG)
+    images = layers.LayerStore(cloud_directory).snapshots.glob("*.img")
+    return sorted((path for path in images if path.is_file()), key=_modified)
 
 
-def _made_at(image: Path) -> int:
+def _modified(image: Path) -> int:
     for file in (store.record_path(image), image):
         # The record is written a moment after the image; and both may be deleted just now.
         with contextlib.suppress(OSError):
@@ -42,8 +51,13 @@ def _made_at(image: Path) -> int:
     return 0
 
 
+def snapshot_names(working_dir: Path) -> list[str]:
+    """List the names of `snapshots`."""
+    return [path.stem for path in snapshots(working_dir)]
+
+
 def short_name(image: Path, image_dir: Path) -> str:
-    """Give an image by as few words as tell it from others, which name it in turn."""
+    """Return the shortest name by which `find_here` finds an image."""
     if layers.is_snapshot(image):
         return image.stem
     inside = image.relative_to(image_dir).parts if image.is_relative_to(image_dir) else ()
@@ -52,41 +66,37 @@ def short_name(image: Path, image_dir: Path) -> str:
     return str(image)
 
 
-def snapshot_names(working_dir: Path) -> list[str]:
-    """Name those images."""
-    return [path.stem for path in snapshots(working_dir)]
-
-
 def find_here(cloud: Qemu, text: str) -> str | None:
-    """Find an image that is here by its name or path; None where it would have to be got."""
+    """Find an image on this host by its name or path; None if it has to be downloaded or built.
+
+    Raises:
+        ImageNotFoundError: The text is a path, and no image.
+    """
     for path in snapshots(cloud.working_dir):
         if text in (path.stem, path.name):
             return str(path)
     for stored in cloud.images():
         if text == short_name(Path(stored.image_id), cloud.image_dir):
             return stored.image_id
-    is_path = "/" in text or Path(text).suffix in (".img", ".qcow2", ".raw")
+    if "/" not in text and Path(text).suffix not in (".img", ".qcow2", ".raw"):
+        return None
     here = expand_user(text)
-    if is_path and is_file(here):
-        return str(here.absolute())
-    if is_path:
-        return str(store.resolve(text, cloud.image_dir))
-    return None
+    return str(here.absolute() if is_file(here) else store.resolve(text, cloud.image_dir))
 
 
 def get_image(cloud: Qemu, text: str, *, daily: bool, on_progress: ProgressCallback | None) -> str:
-    """Give the id of an image by what people call it; it is built or downloaded if need be.
+    """Return the id of the image that a name means; build or download it if it is not here.
 
     Args:
-        cloud: Where images are kept.
+        cloud: The cloud whose images are searched.
         text: A release, a snapshot, a build (`noble/20260930`), or a path.
-        daily: Whether the daily image of a release is meant, not the released one.
-        on_progress: Told of a build or a download.
+        daily: Whether a release means its daily image, not the released one.
+        on_progress: Called with the progress of a build or a download.
 
     Raises:
-        ImageNotFoundError: There is none; tells the nearest.
+        ImageNotFoundError: No image has that name; suggests the nearest.
         ValueError: The server knows no such release.
-        ImageBuildError: It could not be got.
+        ImageBuildError: The build or download failed.
     """
     try:
         found = find_here(cloud, text)
@@ -103,22 +113,21 @@ def get_image(cloud: Qemu, text: str, *, daily: bool, on_progress: ProgressCallb
 
 
 def check_release(cloud: Qemu, text: str) -> None:
-    """Make sure that a text may be a release: known, or like none that is; a server decides.
+    """Check that a text may be a release: a known one, or one that only the server may know.
 
     Raises:
-        ImageNotFoundError: It is a slip of one that is known, or cannot be a release's name.
+        ImageNotFoundError: It is a misspelt name, or cannot be a release's name.
     """
-    versions = UBUNTU_RELEASE_VERSION_MAP.values()
-    if text in (*known_releases(), *versions):
+    if text in (*known_releases(), *UBUNTU_RELEASE_VERSION_MAP.values()):
         return
-    if nearest(text, _known(cloud)) or not re.fullmatch(r"[a-z]+|[0-9]{2}\.[0-9]{2}", text):
+    if nearest(text, _names(cloud)) or not re.fullmatch(r"[a-z]+|[0-9]{2}\.[0-9]{2}", text):
         raise unknown_image(cloud, text)
 
 
 def unknown_image(cloud: Qemu, text: str) -> ImageNotFoundError:
-    """Tell that there is no image of a name, and what there is that is like it."""
-    near = nearest(text, _known(cloud))
-    hint = f"did you mean {near!r}?" if near else "'pycloudlib images list' tells what is here"
+    """Return the error that no image has a name; it suggests the nearest."""
+    near = nearest(text, _names(cloud))
+    hint = f"did you mean {near!r}?" if near else "'pycloudlib images list' lists what is here"
     return ImageNotFoundError(
         resource_name=text,
         message=f"There is no image {text!r}: it is neither a release, nor a snapshot, nor a file; "
@@ -126,12 +135,12 @@ def unknown_image(cloud: Qemu, text: str) -> ImageNotFoundError:
     )
 
 
-def _known(cloud: Qemu) -> list[str]:
+def _names(cloud: Qemu) -> list[str]:
     return [*known_releases(), *snapshot_names(cloud.working_dir)]
 
 
 def name_prefix(text: str) -> str:
-    """Give what the name of a machine begins with whose image is called so."""
+    """Return the prefix of the names of machines launched from the image that a name means."""
     series = {version: name for name, version in UBUNTU_RELEASE_VERSION_MAP.items()}
     word = series.get(text, text)
     if word in known_releases():
@@ -142,19 +151,19 @@ def name_prefix(text: str) -> str:
 
 
 def find_saved_of(working_dir: Path, name: str) -> Path | None:
-    """Find the latest snapshot of a machine that it can be rolled back to."""
+    """Find the latest snapshot with memory of a machine of the command line."""
     for image in reversed(snapshots(working_dir)):
         record = store.find_record(image)
-        made_of_it = record is not None and record.source == f"saved from {name}"
-        if made_of_it and savedmachine.find(image) is not None:
+        is_of_machine = record is not None and record.source == f"saved from {name}"
+        if is_of_machine and savedmachine.find(image) is not None:
             return image
     return None
 
 
 def fork_bases(working_dir: Path) -> Iterator[Path]:
-    """List what forks are built on, which nobody launches from: saved, with its memory dropped."""
+    """List the snapshots on which forks are built: saved ones without their memory."""
     for image in snapshots(working_dir):
         record = store.find_record(image)
-        saved = record is not None and record.source.startswith("saved from ")
-        if saved and not savedmachine.directory_of(image).exists():
+        is_saved = record is not None and record.source.startswith("saved from ")
+        if is_saved and not savedmachine.directory_of(image).exists():
             yield image
