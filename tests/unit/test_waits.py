@@ -128,7 +128,7 @@ WAITS = (
         "60 s for each answer",
         _GONE + ", a reboot of the guest",
         (
-            "guest.access.commands:ended_early.watch",
+            "guest.access.commands:interrupt_when.watch",
             "guest.access.sessions:Connections.files",
             "guest.access.sessions:Session.wait_for_end",
         ),
