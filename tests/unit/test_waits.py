@@ -36,8 +36,8 @@ class Wait:
     seconds: tuple[tuple[str, float], ...] = ()
 
 
-_DEAD = "QEMU's end, a dead end of the boot, a long pause, no room on the host's disk"
-_GONE = "QEMU's end, a kernel panic, no room on the host's disk"
+_DEAD = "QEMU's end, a dead end of the boot, a long pause, a full disk of the host"
+_GONE = "QEMU's end, a kernel panic, a full disk of the host"
 _END = "QEMU's end"
 _OTHER = "none: as long as what the other does, which has limits of its own"
 
@@ -307,8 +307,8 @@ WAITS = (
         ),
     ),
     Wait(
-        "a guest that stands still to be saved",
-        "60 s and 10 s for each GiB of memory, then it goes on unsaved",
+        "a guest that is paused to be saved",
+        "60 s and 10 s for each GiB of memory, then it is resumed unsaved",
         "QEMU's end, an error",
         ("qemu.saved.checkpoint:_measure_pause", "qemu.saved.capture:_InPlace.prepare"),
         ("qemu/test_checkpoint.py::test_guest_goes_on_when_it_stood_still_for_too_long",),
@@ -401,7 +401,7 @@ WAITS = (
     ),
     Wait(
         "programs of the host (`qemu-img`, `gpgv`, `mmdebstrap` …)",
-        "none; 10 s to end when they are told to",
+        "none; 10 s to end when they are asked to",
         "Ctrl-C",
         ("_base.tools:_ended", "_base.tools:run_tool", "util:subp"),
         ("unit/test_tool_streaming.py::test_the_program_ends_with_whatever_ends_the_call",),
@@ -427,7 +427,7 @@ WAITS = (
     ),
     Wait(
         "another who deletes or replaces an image",
-        "10 s; it is told of then",
+        "10 s; then it is named as the user of the image",
         "its end, a kill too",
         ("images.uses:_exclude",),
         (
