@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pycloudlib.qemu.host import resources
 from tests.newest_qemu import UnavailableError, find_newest_qemu
+from tests.portrange import claimed_ports
 
 UNIT_TESTS = Path(__file__).parent / "unit"
 
@@ -60,6 +62,21 @@ def newest_qemu() -> Path:
         return find_newest_qemu()
     except UnavailableError as error:
         pytest.skip(f"No newer QEMU can be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def claimed() -> Iterator[range]:
+    """Claim ports that nothing else on this host uses while this process lives."""
+    with claimed_ports() as claimed:
+        yield claimed
+
+
+@pytest.fixture
+def own_ports(claimed: range, monkeypatch: pytest.MonkeyPatch) -> range:
+    """Lease ports that nothing else on this host leases, so that they are free again afterwards."""
+    monkeypatch.setattr(resources, "FIRST_PORT", claimed[0])
+    monkeypatch.setattr(resources, "LAST_PORT", claimed[-1])
+    return claimed
 
 
 @pytest.fixture

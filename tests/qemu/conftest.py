@@ -13,7 +13,6 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.guest.access.hostkeys import TYPES, HostKey, HostKeyPool
 from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
-from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -136,13 +135,6 @@ def emptied(cloud: Qemu, cache: WarmCache) -> Iterator[None]:
         instance.delete()
     cache.prune(0)
     assert not cache.directory.exists()
-
-
-@pytest.fixture
-def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lease ports that no other run of tests on this host does, so that they are free again."""
-    monkeypatch.setattr(resources, "FIRST_PORT", 18200)
-    monkeypatch.setattr(resources, "LAST_PORT", 18300)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -14,30 +13,23 @@ import pytest
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.resources import PortLease, PortRegistry
+from tests.portrange import claimed_ports
+
+pytestmark = pytest.mark.usefixtures("own_ports")
 
 REAL_RANGE = (resources.FIRST_PORT, resources.LAST_PORT)
-# Machines of this host come and go in the real range while these tests run, and another run of
-# them may go on beside this one.
-FIRST = 20000 + os.getpid() % 100 * 101
-LAST = FIRST + 100
 
-LEASE_IN_ANOTHER_PROCESS = f"""
+LEASE_IN_ANOTHER_PROCESS = """
 import sys
 from pathlib import Path
 from pycloudlib.qemu.host import resources as ports
 
-ports.FIRST_PORT, ports.LAST_PORT = {FIRST}, {LAST}
-registry, *owners = map(Path, sys.argv[1:])
+ports.FIRST_PORT, ports.LAST_PORT = map(int, sys.argv[1:3])
+registry, *owners = map(Path, sys.argv[3:])
 for owner in owners:
     lease = ports.PortRegistry(registry).acquire(owner)
     print(lease.ssh, lease.telnet)
 """
-
-
-@pytest.fixture(autouse=True)
-def _range_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "FIRST_PORT", FIRST)
-    monkeypatch.setattr(resources, "LAST_PORT", LAST)
 
 
 @pytest.fixture
@@ -61,15 +53,23 @@ def foreign_listener(port: int) -> Iterator[None]:
         yield
 
 
+def test_each_process_of_tests_claims_ports_of_its_own(claimed: range) -> None:
+    with claimed_ports() as one, claimed_ports() as other:
+        assert not set(claimed) & set(one)
+        assert not set(one) & set(other)
+
+
 def test_range_is_the_documented_one() -> None:
     assert REAL_RANGE == (18000, 18100)
 
 
-def test_two_ports_of_the_range_are_leased(registry: PortRegistry, tmp_path: Path) -> None:
+def test_two_ports_of_the_range_are_leased(
+    registry: PortRegistry, tmp_path: Path, own_ports: range
+) -> None:
     lease = registry.acquire(make_owner(tmp_path))
 
     assert lease.ssh != lease.telnet
-    assert all(FIRST <= port <= LAST for port in ports_of(lease))
+    assert all(port in own_ports for port in ports_of(lease))
 
 
 def test_leased_port_can_be_listened_on(registry: PortRegistry, tmp_path: Path) -> None:
@@ -95,9 +95,12 @@ def test_leases_of_threads_differ(registry: PortRegistry, tmp_path: Path) -> Non
     assert len(set(ports_of(*leases))) == 24
 
 
-def test_leases_of_processes_differ(registry: PortRegistry, tmp_path: Path) -> None:
+def test_leases_of_processes_differ(
+    registry: PortRegistry, tmp_path: Path, own_ports: range
+) -> None:
     owners = [make_owner(tmp_path, f"vm-{number}") for number in range(12)]
-    command = [sys.executable, "-c", LEASE_IN_ANOTHER_PROCESS, str(registry.directory)]
+    command = [sys.executable, "-c", LEASE_IN_ANOTHER_PROCESS]
+    command += [str(own_ports[0]), str(own_ports[-1]), str(registry.directory)]
     processes = [
         subprocess.Popen(
             [*command, *map(str, owners[first : first + 4])], stdout=subprocess.PIPE, text=True
@@ -184,7 +187,7 @@ def test_port_of_another_program_is_left_alone(
 
 
 def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
-    registry: PortRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: PortRegistry, own_ports: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a machine of another registry does that is switched on at that moment."""
     listened: list[int] = []
@@ -197,17 +200,19 @@ def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
             super().close()
 
     monkeypatch.setattr(resources, "make_socket", Looking)
-    assert resources.can_listen(FIRST)
-    assert listened == [FIRST]
+    assert resources.can_listen(own_ports[0])
+    assert listened == [own_ports[0]]
 
 
-def test_range_that_is_used_up_is_an_error(registry: PortRegistry, tmp_path: Path) -> None:
+def test_range_that_is_used_up_is_an_error(
+    registry: PortRegistry, tmp_path: Path, own_ports: range
+) -> None:
     leases = []
-    with pytest.raises(CloudError, match=str(FIRST)) as caught:  # noqa: PT012 - until it is full
+    with pytest.raises(CloudError, match=str(own_ports[0])) as caught:  # noqa: PT012 - until it is full
         for number in range(51):
             leases.append(registry.acquire(make_owner(tmp_path, f"vm-{number}")))
 
-    assert str(LAST) in str(caught.value)
+    assert str(own_ports[-1]) in str(caught.value)
     assert len(set(ports_of(*leases))) == 2 * len(leases)
     (tmp_path / "vm-0").rmdir()
     assert registry.acquire(make_owner(tmp_path, "next")) == leases[0]
