@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ _USER_DIRECTORIES = {
 }
 
 MakeImage = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach tests and the programs that they start.
+
+    What a script starts in the background ignores it, and so does all that this starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
