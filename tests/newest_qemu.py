@@ -17,7 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-DIRECTORY = Path(__file__).parents[1] / "build" / "newest-qemu"
+from tests import ROOT
+
+DIRECTORY = ROOT / "build" / "newest-qemu"
 _PACKAGE = "qemu-system-x86"
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _DEFAULT_MIRROR = "http://deb.debian.org/debian"

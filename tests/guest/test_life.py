@@ -26,7 +26,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.machine import MachineEndedError, State
 from tests.guest.conftest import Guest
 from tests.guest.seeds import SHOW_RECORD, Kind
-from tests.qemu.saved import becomes
+from tests.qemu.machines import becomes
 from tests.unit.imageserver import new_signing_key, running_image_server
 from tests.unit.userdataforms import HOOK, mime, text
 

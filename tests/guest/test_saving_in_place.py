@@ -21,7 +21,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.machine import State
 from pycloudlib.qemu.vm.memory import ANONYMOUS
 from tests.guest.identity import KEYS, clock_error, who_is
-from tests.qemu.saved import pauses
+from tests.qemu.machines import pauses
 
 pytestmark = pytest.mark.guest
 

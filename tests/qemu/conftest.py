@@ -16,8 +16,8 @@ from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state.savedmachine import SavedMachine
+from tests.qemu.machines import run, save
 from tests.qemu.reader import write_reader
-from tests.qemu.saved import run, save
 
 UNSTARTED = ("-S",)
 """QEMU's option for a machine whose processors do not run."""

@@ -8,7 +8,7 @@ from pycloudlib import Qemu
 from pycloudlib.guest.data.seed import ROOT_DIRECTORY_SECTOR
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmImage
-from tests.qemu.saved import SMALL, becomes, hurry
+from tests.qemu.machines import SMALL, becomes, hurry
 
 # Of the seed: user-data is the first file after the directories.
 USER_DATA_SECTOR = ROOT_DIRECTORY_SECTOR + 3 * 4

@@ -25,7 +25,7 @@ from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.machine import PowerOff, State
-from tests.qemu.saved import SMALL, becomes, hurry, runs
+from tests.qemu.machines import SMALL, becomes, hurry, runs
 
 # Loads the next two sectors, since the end of this one has a partition table, an empty one.
 _BOOT = bytes.fromhex(
