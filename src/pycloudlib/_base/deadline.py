@@ -47,6 +47,11 @@ class Deadline:
         return min(seconds, self.remaining)
 
 
+def capped(seconds: float, deadline: Deadline | None) -> float:
+    """Return the time for one step of a wait, see `Deadline.capped`; None is no deadline."""
+    return seconds if deadline is None else deadline.capped(seconds)
+
+
 def positive(what: str, value: object, unit: str) -> float:
     """Read a limit that was given, as a number of seconds or minutes.
 

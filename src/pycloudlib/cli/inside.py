@@ -25,7 +25,7 @@ from pycloudlib.cli.output import ExitCode
 from pycloudlib.cli.session import Session, command
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError
-from pycloudlib.guest.access import commands
+from pycloudlib.guest.access import commands, sessions
 from pycloudlib.progress import showing_progress
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm import sockets
@@ -82,7 +82,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
         if on_terminal:
             with commands.interrupt_when(instance.check_answers, client.close):
                 remote = SshTerminal(
-                    commands.open_session(client), command_line, terminal.terminal_size()
+                    sessions.open_session(client), command_line, terminal.terminal_size()
                 )
                 terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
                 status = remote.wait()
@@ -90,7 +90,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
             # What is typed is another program's, unless a shell is to read it.
             reads = command_line is None or not terminal.is_terminal(_STDIN)
             status = commands.stream(
-                commands.open_session(client),
+                sessions.open_session(client),
                 command_line,
                 stdin=functools.partial(os.read, _STDIN) if reads else None,
                 stdout=functools.partial(_write, _STDOUT),

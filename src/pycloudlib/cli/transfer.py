@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pycloudlib._base.documents import escape_line, to_bytes
 from pycloudlib.errors import GuestRefusedError, PycloudlibError
-from pycloudlib.guest.access import commands
+from pycloudlib.guest.access import commands, sessions
 from pycloudlib.guest.programs import copy_in_guest
 from pycloudlib.guest.programs.copy_in_guest import Problem, StreamError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
@@ -187,8 +187,8 @@ class _Command:
         self._lookout = commands.interrupt_when(instance.check_answers, self._client.close)
         words = [os.fsdecode(argument) for argument in arguments]
         try:
-            self.channel = commands.open_session(self._client)
-            with commands.close_if_unanswered(self.channel, None):
+            self.channel = sessions.open_session(self._client)
+            with sessions.close_if_unanswered(self.channel, None):
                 self.channel.exec_command(os.fsencode(f"exec {_program()} {shlex.join(words)}"))
         except BaseException:
             self._client.close()

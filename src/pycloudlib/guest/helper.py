@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.deadline import Deadline, capped
 from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest.access.hostkeys import HostKey
@@ -289,8 +289,7 @@ class HelperConnection:
     def _fill(self, deadline: Deadline | None) -> None:
         if deadline is not None and deadline.expired:
             raise PycloudlibTimeoutError("the helper did not answer in time")
-        look = _LOOK if deadline is None else deadline.capped(_LOOK)
-        self._socket.settimeout(max(look, 0.001))
+        self._socket.settimeout(max(capped(_LOOK, deadline), 0.001))
         try:
             data = self._socket.recv(_CHUNK)
         except TimeoutError:

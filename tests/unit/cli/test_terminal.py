@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import pytest
 
 from pycloudlib.cli.inside import Greeting, SerialConsole, SshTerminal
-from pycloudlib.guest.access import commands
+from pycloudlib.guest.access import sessions
 from tests.unit.sshserver import LocalInstance
 
 LIMIT = 20
@@ -157,7 +157,7 @@ def read_all(remote: SshTerminal, end: bytes) -> bytes:
 
 def test_command_on_a_terminal_knows_its_size_and_has_a_status(local: LocalInstance) -> None:
     with local._ssh_connect() as client:
-        channel = commands.open_session(client)
+        channel = sessions.open_session(client)
         remote = SshTerminal(channel, "test -t 0 && stty size; read x; stty size; exit 9", (90, 30))
         assert b"30 90" in read_all(remote, b"30 90")
         remote.resize(100, 40)
@@ -175,7 +175,7 @@ def test_command_on_a_terminal_knows_its_size_and_has_a_status(local: LocalInsta
 
 def test_shell_on_a_terminal_takes_what_is_typed(local: LocalInstance) -> None:
     with local._ssh_connect() as client:
-        remote = SshTerminal(commands.open_session(client), None, (80, 24))
+        remote = SshTerminal(sessions.open_session(client), None, (80, 24))
         remote.send(b"echo $((6 * 7))\r")
         assert b"42" in read_all(remote, b"42")
         remote.send(b"exit 3\r")

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.deadline import Deadline, capped
 from pycloudlib._base.documents import to_bytes
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
+from pycloudlib.guest.access.sessions import close_if_unanswered, ssh_errors
 
 if TYPE_CHECKING:
     import paramiko
@@ -22,26 +22,24 @@ if TYPE_CHECKING:
     from pycloudlib.guest.access.sessions import Connections, Session
 
 Source = Callable[[int], bytes]
-"""Gives the next bytes, as many as asked for at most; none at the end."""
+"""Returns the next bytes, at most as many as asked for; none at the end."""
 Sink = Callable[[bytes], object]
-"""Takes bytes as they come; what it raises ends the command."""
+"""Receives bytes as they come; what it raises ends the command."""
 
 _CHUNK = 1 << 16
-# Seconds between two looks at whether waiting for a command is of any use still.
+# Seconds between two checks of whether the guest can still answer.
 _ON_WAIT_INTERVAL = 0.5
-# RFC 4254, 5.1: what sshd says when a connection has all the sessions that it may have.
-_CONNECT_FAILED = 2
 # Seconds that a guest may take to end a command, that a caller waits for that, and that the server
-# may take to tell of it.
+# may take to report the end.
 _END_LIMIT = 120.0
 _END_WAIT = 15.0
-_END_TOLD_LIMIT = 2.0
+_END_REPORT_LIMIT = 2.0
 
-# Tells as which process a command runs, in a line of its own, and becomes the command.
+# Prints the pid of the command in a line of its own, and becomes the command.
 _ANNOUNCE = 'echo "$1 $$" && shift && exec "$@"'
-# Ends all processes of a command, whose pid is given: they are hung up on, and killed if they live
-# on. They are those of its session (setsid(2)), where that is its own or its login shell's and not
-# one of the SSH server's. Other users' are ended, too, if this user may become root: `sudo` is one.
+# Ends all processes of a command, whose pid is given, by SIGHUP and then SIGKILL. They are those of
+# its session (setsid(2)), if that is its own or its login shell's and not the SSH server's; other
+# users' included, if this user may become root: `sudo` is one.
 _END = """
 pid=$0
 read -r line </proc/$pid/stat && set -- ${line##*) } || set -- - - - $pid
@@ -66,7 +64,7 @@ exit 1
 """
 
 
-# The hooks that clients override take no such argument, so it is handed to what is below them so.
+# The hooks that clients override take no such argument, so a context variable passes it below them.
 _secret: ContextVar[bool] = ContextVar("secret", default=False)
 
 
@@ -80,55 +78,9 @@ def hide_command() -> Iterator[None]:
         _secret.reset(token)
 
 
-def command_in_errors(command: str | None) -> str | None:
+def command_in_errors(command: str | None) -> str:
     """Return how a command is named in errors."""
-    return "a command that is not to be shown" if _secret.get() else command
-
-
-def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -> paramiko.Channel:
-    """Open a channel for a command or a shell.
-
-    Raises:
-        paramiko.ChannelException: The server takes no further one on this connection.
-        paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: It was not open in time.
-    """
-    import paramiko  # noqa: PLC0415 - heavy
-
-    transport = client.get_transport()
-    if transport is None:
-        raise paramiko.SSHException("the connection is closed")
-    with _lost_on_the_way(deadline):
-        try:
-            return transport.open_session(timeout=max(_limit(ANSWER_LIMIT, deadline), 0.1))
-        except paramiko.ChannelException:
-            raise
-        except paramiko.SSHException as error:
-            # Where several are refused at once, paramiko has the reason for one of them.
-            if not transport.is_active() or "Unable to open" not in str(error):
-                raise
-            raise paramiko.ChannelException(_CONNECT_FAILED, str(error)) from error
-
-
-@contextlib.contextmanager
-def _lost_on_the_way(deadline: Deadline | None) -> Iterator[None]:
-    """Turn failures before a command has begun into errors of SSH, or into time-outs."""
-    import paramiko  # noqa: PLC0415 - heavy
-
-    try:
-        yield
-    except paramiko.ChannelException:
-        raise  # the server's own word
-    except Exception as error:
-        if deadline is not None and deadline.expired:
-            raise PycloudlibTimeoutError(
-                f"The command did not begin within {deadline.limit:g} s"
-            ) from error
-        if isinstance(error, paramiko.SSHException):
-            raise
-        # It is the transport's thread that reads what comes, and whatever it fails with.
-        why = error if isinstance(error, (OSError, EOFError)) else not_ssh(error)
-        raise paramiko.SSHException(f"the connection is gone: {why}") from error
+    return "a command that is not to be shown" if _secret.get() else str(command)
 
 
 def run(
@@ -146,20 +98,19 @@ def run(
         connections: Those to the machine.
         command: The command line, as the login shell reads it: one program with its arguments.
         stdin: What the command reads.
-        get_pty: Whether it gets a terminal.
         timeout: Seconds it may take; no limit when None.
-        on_wait: Called every so often while it runs; what it raises ends the wait.
+        get_pty: As in `stream`.
+        on_wait: As in `stream`.
 
     Returns:
         Standard output, standard error, exit status (-1 when the connection ended first).
 
     Raises:
         paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: The command went on past `timeout`; it is ended.
+        PycloudlibTimeoutError: The command did not end within `timeout`; it is ended.
     """
     deadline = None if timeout is None else Deadline.after(timeout)
-    out: list[bytes] = []
-    err: list[bytes] = []
+    out, err = list[bytes](), list[bytes]()
     announced = None if deadline is None else Announcement(out.append)
     with contextlib.ExitStack() as held:
         session = held.enter_context(connections.session(deadline))
@@ -175,12 +126,10 @@ def run(
                 on_wait=on_wait,
             )
         except PycloudlibTimeoutError:
-            if announced is not None:
-                _end(connections, session, announced, held.pop_all())
-            raise PycloudlibTimeoutError(
-                f"The command did not end within {timeout:g} s and was hung up on: "
-                f"{command_in_errors(command)}"
-            ) from None
+            if deadline is None or announced is None or not deadline.expired:
+                raise  # by on_wait
+            _end(connections, session, announced, held.pop_all())
+            raise _is_late(command, deadline, " and was hung up on") from None
     if announced is not None:
         announced.finish()
     return b"".join(out), b"".join(err), status
@@ -194,26 +143,26 @@ def _end(
 ) -> None:
     """End a command whose time is over; its place on the connection is free again if that works.
 
-    A guest that is out of breath may take longer for that than the caller is to wait: it goes on in
-    the background then.
+    A busy guest may take longer for that than the caller is to wait: then this continues in the
+    background.
 
     Args:
         connections: Those to the machine.
         session: The command's.
-        announced: As which process it runs.
-        held: What gives the session back.
+        announced: The process it runs as.
+        held: Closes the session.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
     def end() -> None:
         with held, contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
             deadline = Deadline.after(_END_LIMIT)
-            # One that has not begun yet may do so still.
-            while not announced.told.wait(deadline.capped(_ON_WAIT_INTERVAL)):
+            # One that has not begun may still do so.
+            while not announced.known.wait(deadline.capped(_ON_WAIT_INTERVAL)):
                 if deadline.expired or session.channel.closed:
                     return
             if not announced.pid:
-                return  # something else was said where its process should be
+                return  # something else was printed where its pid should be
             with connections.session(deadline) as another:
                 stream(
                     another.channel,
@@ -222,7 +171,7 @@ def _end(
                     stderr=len,
                     deadline=deadline,
                 )
-            session.wait_for_end(_END_TOLD_LIMIT)
+            session.wait_for_end(_END_REPORT_LIMIT)
 
     ending = threading.Thread(target=end, name="command-end", daemon=True)
     ending.start()
@@ -230,27 +179,27 @@ def _end(
 
 
 class Announcement:
-    """The line in which a command says as which process it runs, taken out of its output.
+    """The line in which a command prints its pid, taken out of its output.
 
-    What the command is and sees is the same as without it.
+    The command itself is the same as without it.
 
     Args:
-        sink: Takes the rest of the output.
+        sink: Receives the rest of the output.
 
     Attributes:
-        pid: The process; None until it has been told.
-        told: Set when it has.
+        pid: The process; 0 if the line was not a pid, None until it has come.
+        known: Set when it has come.
     """
 
     def __init__(self, sink: Sink) -> None:
         self.pid: int | None = None
-        self.told = threading.Event()
+        self.known = threading.Event()
         self._sink = sink
         self._mark = secrets.token_hex(8)
         self._held = b""
 
     def ask_for(self, command: str) -> str:
-        """Write a command line so that the command announces itself."""
+        """Return a command line whose command announces itself."""
         return f"{shlex.join(['sh', '-c', _ANNOUNCE, 'sh', self._mark])} {command}"
 
     def take(self, chunk: bytes) -> None:
@@ -262,22 +211,22 @@ class Announcement:
         # A shell's start-up files may have printed something before.
         start = self._held.find(self._mark.encode())
         if start < 0:
-            self._let_go(max(0, len(self._held) - len(self._mark)))
+            self._pass_on(max(0, len(self._held) - len(self._mark)))
             return
-        self._let_go(start)
+        self._pass_on(start)
         line, ended, rest = self._held.partition(b"\n")
         if ended:
             pid = line[len(self._mark) :].strip()
             self.pid = int(pid) if pid.isdigit() else 0
-            self.told.set()
+            self.known.set()
             self._held = rest
             self.finish()
 
     def finish(self) -> None:
-        """Hand on what is held still."""
-        self._let_go(len(self._held))
+        """Pass on the rest that is held."""
+        self._pass_on(len(self._held))
 
-    def _let_go(self, count: int) -> None:
+    def _pass_on(self, count: int) -> None:
         done, self._held = self._held[:count], self._held[count:]
         if done:
             self._sink(done)
@@ -294,27 +243,27 @@ def stream(
     deadline: Deadline | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a command to its end, handing on its outputs as they come.
+    """Run a command to its end, passing on its outputs as they come.
 
     Args:
-        channel: What `open_session` gave; whoever opened it closes it.
+        channel: From `open_session`; its opener closes it.
         command: The command line, as the login shell reads it; None for the login shell itself.
         stdin: What the command reads; nothing by default.
-        stdout: Takes its output.
-        stderr: Takes its error output.
+        stdout: Receives its output.
+        stderr: Receives its error output.
         get_pty: Whether it gets a terminal.
         deadline: Until when it may run; no limit when None.
-        on_wait: Called every so often while it runs; what it raises ends the wait.
+        on_wait: Called regularly while it runs; what it raises ends the wait.
 
     Returns:
         Its exit status; -1 when a signal ended it, or the connection ended first.
 
     Raises:
         paramiko.SSHException: The connection is gone.
-        PycloudlibTimeoutError: The command goes on past its deadline, or did not begin in time.
+        PycloudlibTimeoutError: The command did not end, or did not begin, in time.
     """
     line = None if command is None else to_bytes(command)
-    with _lost_on_the_way(deadline), close_if_unanswered(channel, deadline):
+    with ssh_errors(deadline), close_if_unanswered(channel, deadline):
         if get_pty:
             channel.get_pty()
         if line is None:
@@ -325,14 +274,17 @@ def stream(
     threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
     if _have_ended(pumps, deadline, on_wait) and _has_status(channel, deadline, on_wait):
         return channel.exit_status
-    limit = 0.0 if deadline is None else deadline.limit
-    raise PycloudlibTimeoutError(
-        f"The command did not end within {limit:g} s: {command_in_errors(command)}"
-    )
+    assert deadline is not None  # without one, the waits above end with the command
+    raise _is_late(command, deadline)
+
+
+def _is_late(command: str | None, deadline: Deadline, how: str = "") -> PycloudlibTimeoutError:
+    words = f"The command did not end within {deadline.limit:g} s{how}"
+    return PycloudlibTimeoutError(f"{words}: {command_in_errors(command)}")
 
 
 class _Pump(threading.Thread):
-    """Hands one output of a channel on, to its end."""
+    """Passes one output of a channel on, to its end."""
 
     def __init__(self, receive: Source, sink: Sink) -> None:
         super().__init__(daemon=True)
@@ -345,7 +297,7 @@ class _Pump(threading.Thread):
         while True:
             try:
                 chunk = self._receive(_CHUNK)
-            except OSError:  # the connection is gone, which the exit status tells
+            except OSError:  # the connection is gone: there will be no exit status
                 return
             if not chunk:
                 return
@@ -356,33 +308,12 @@ class _Pump(threading.Thread):
                 return
 
 
-def _limit(seconds: float, deadline: Deadline | None) -> float:
-    return seconds if deadline is None else deadline.capped(seconds)
-
-
-@contextlib.contextmanager
-def close_if_unanswered(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
-    """Close a channel whose requests are not answered in time: they know no limit of their own."""
-
-    def hang_up() -> None:
-        with contextlib.suppress(OSError, EOFError):  # the connection is lost already
-            channel.close()
-
-    watchdog = threading.Timer(_limit(ANSWER_LIMIT, deadline), hang_up)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.cancel()
-
-
 def _have_ended(
     pumps: tuple[_Pump, ...], deadline: Deadline | None, on_wait: Callable[[], None]
 ) -> bool:
     """Wait until both outputs have ended; return whether they did in time."""
     while waiting := [pump for pump in pumps if pump.is_alive()]:
-        waiting[0].join(_limit(_ON_WAIT_INTERVAL, deadline))
+        waiting[0].join(capped(_ON_WAIT_INTERVAL, deadline))
         _raise_first(pumps)
         if waiting[0].is_alive():
             if deadline is not None and deadline.expired:
@@ -396,7 +327,7 @@ def _has_status(
     channel: paramiko.Channel, deadline: Deadline | None, on_wait: Callable[[], None]
 ) -> bool:
     """Wait for the exit status, or the end of the connection; return whether that came in time."""
-    while not channel.status_event.wait(_limit(_ON_WAIT_INTERVAL, deadline)):
+    while not channel.status_event.wait(capped(_ON_WAIT_INTERVAL, deadline)):
         if deadline is not None and deadline.expired:
             return False
         on_wait()
@@ -405,10 +336,11 @@ def _has_status(
 
 @contextlib.contextmanager
 def interrupt_when(check: Callable[[], None], hang_up: Callable[[], object]) -> Iterator[None]:
-    """End a block that waits for the guest as soon as nobody will answer there any more.
+    """End a block that waits for the guest as soon as a check fails.
 
     Args:
-        check: Called every so often; raises when that is so. Its error leaves the block.
+        check: Called regularly; raises if the guest cannot answer any more. Its error leaves the
+            block.
         hang_up: Closes what is waited on in the block; called in another thread.
     """
     over = threading.Event()

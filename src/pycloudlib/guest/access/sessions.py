@@ -1,8 +1,8 @@
-"""The SSH connections to one machine: as many as its sessions need.
+"""The sessions on the SSH connections to one machine: as many connections as the sessions need.
 
-An SSH server bounds the sessions of a connection (sshd's `MaxSessions`, 10 by default), and keeps
-the place of one that was closed until its command has ended. So each connection is given a share of
-the sessions, less where the server refuses one, and none any more once a place on it is lost.
+An SSH server limits the sessions of a connection (sshd's `MaxSessions`, 10 by default), and keeps
+the place of a closed one until its command has ended. So each connection gets a share of the
+sessions, less where the server refuses one, and no further one once a place on it is lost.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.deadline import Deadline, capped
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.access.commands import close_if_unanswered, open_session
+from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
 
 if TYPE_CHECKING:
     import paramiko
 
-# Sessions on one connection: below sshd's default, as some may be ending still.
+# Sessions on one connection: below sshd's default, as some may not have ended yet.
 _SHARE = 8
 # Seconds between tries to open the only session on a connection: a new one takes longer.
 _PAUSES = (0.01, 0.04, 0.1, 0.2)
@@ -31,6 +31,71 @@ _PAUSES = (0.01, 0.04, 0.1, 0.2)
 _END_LIMIT = 3.0
 # Seconds that it may take for each answer about a file.
 _FILE_ANSWER_LIMIT = 60.0
+# RFC 4254, 5.1: what sshd answers when a connection has all the sessions that it may have.
+_CONNECT_FAILED = 2
+
+
+def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -> paramiko.Channel:
+    """Open a channel for a command or a shell.
+
+    Raises:
+        paramiko.ChannelException: The server takes no further one on this connection.
+        paramiko.SSHException: The connection is gone.
+        PycloudlibTimeoutError: It was not open in time.
+    """
+    import paramiko  # noqa: PLC0415 - heavy
+
+    transport = client.get_transport()
+    if transport is None:
+        raise paramiko.SSHException("the connection is closed")
+    with ssh_errors(deadline):
+        try:
+            return transport.open_session(timeout=max(capped(ANSWER_LIMIT, deadline), 0.1))
+        except paramiko.ChannelException:
+            raise
+        except paramiko.SSHException as error:
+            # Where several are refused at once, paramiko has the reason for one of them.
+            if not transport.is_active() or "Unable to open" not in str(error):
+                raise
+            raise paramiko.ChannelException(_CONNECT_FAILED, str(error)) from error
+
+
+@contextlib.contextmanager
+def ssh_errors(deadline: Deadline | None) -> Iterator[None]:
+    """Turn failures before a command has begun into errors of SSH, or into time-outs."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    try:
+        yield
+    except paramiko.ChannelException:
+        raise  # the server's own answer
+    except Exception as error:
+        if deadline is not None and deadline.expired:
+            raise PycloudlibTimeoutError(
+                f"The command did not begin within {deadline.limit:g} s"
+            ) from error
+        if isinstance(error, paramiko.SSHException):
+            raise
+        # The transport's thread reads what comes, and raises what parsing that does.
+        why = error if isinstance(error, (OSError, EOFError)) else not_ssh(error)
+        raise paramiko.SSHException(f"the connection is gone: {why}") from error
+
+
+@contextlib.contextmanager
+def close_if_unanswered(channel: paramiko.Channel, deadline: Deadline | None) -> Iterator[None]:
+    """Close a channel whose requests are not answered in time: they have no limit themselves."""
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError, EOFError):  # the connection is lost already
+            channel.close()
+
+    watchdog = threading.Timer(capped(ANSWER_LIMIT, deadline), hang_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 @dataclass
@@ -39,15 +104,15 @@ class Session:
 
     Attributes:
         channel: Its channel.
-        ended: Whether the server has ended it, so that its place is free; None while that is to be
-            told from the channel.
+        ended: Whether the server has ended it, so that its place is free; None if the channel
+            tells.
     """
 
     channel: paramiko.Channel
     ended: bool | None = None
 
     def wait_for_end(self, seconds: float) -> None:
-        """Wait until the server has ended it, and take note of whether it did."""
+        """Wait until the server has ended it, and note whether it did."""
         self.ended = self.channel.status_event.wait(seconds)
 
 
@@ -101,7 +166,7 @@ class Connections:
 
     @contextlib.contextmanager
     def session(self, deadline: Deadline | None = None) -> Iterator[Session]:
-        """Open a session for the block, on a connection with room for it or on a new one.
+        """Open a session for the block, on a connection with a free place or on a new one.
 
         Args:
             deadline: Until when it has to be open; no limit when None.
@@ -137,12 +202,12 @@ class Connections:
                 client = paramiko.SFTPClient(channel)
             except (paramiko.SSHException, OSError, EOFError) as error:
                 raise paramiko.SSHException(
-                    f"the SSH server takes and gives no files (SFTP): {error or 'it hung up'}"
+                    f"the SSH server offers no SFTP: {error or 'it hung up'}"
                 ) from error
             try:
                 yield client
             finally:
-                # Its end is waited for: else the next session may come while it has its place.
+                # The next session may come before its place is free otherwise.
                 with contextlib.suppress(OSError, EOFError):
                     channel.shutdown_write()
                 session.wait_for_end(_END_LIMIT)
@@ -182,7 +247,7 @@ class Connections:
                 # The place of the session before is free a moment after that has ended.
                 if connection.in_use > 1 or not connection.proven:
                     raise
-            time.sleep(pause if deadline is None else deadline.capped(pause))
+            time.sleep(capped(pause, deadline))
         return open_session(connection.client, deadline)
 
     def _take(self, deadline: Deadline | None) -> _Connection:
@@ -190,7 +255,7 @@ class Connections:
         import paramiko  # noqa: PLC0415 - heavy
 
         with self._changed:
-            while (connection := self._find_room()) is None and self._connecting:
+            while (connection := self._find_free()) is None and self._connecting:
                 if deadline is not None and deadline.expired:
                     raise PycloudlibTimeoutError(
                         f"No SSH session could be opened within {deadline.limit:g} s: the "
@@ -218,7 +283,7 @@ class Connections:
                 self._changed.notify_all()
         return opened
 
-    def _find_room(self) -> _Connection | None:
+    def _find_free(self) -> _Connection | None:
         for connection in [known for known in self._connections if not known.alive]:
             self._connections.remove(connection)
             connection.client.close()
@@ -250,7 +315,7 @@ class Connections:
 
 
 def _is_late(error: Exception) -> bool:
-    """Whether a connection failed since its time was over, and not by what the machine said."""
+    """Whether a connection failed because its time was over, not by an answer."""
     return isinstance(error.__cause__, TimeoutError)
 
 
@@ -258,7 +323,7 @@ _all: weakref.WeakSet[Connections] = weakref.WeakSet()
 
 
 def _forget_parents_connections() -> None:
-    # A forked child has no part in its parent's connections, nor in its locks.
+    # A forked child must not use its parent's connections, nor its locks.
     for connections in list(_all):
         connections._begin()
 

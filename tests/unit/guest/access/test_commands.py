@@ -13,7 +13,8 @@ import paramiko
 import pytest
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib.guest.access.commands import close_if_unanswered, open_session, stream
+from pycloudlib.guest.access.commands import stream
+from pycloudlib.guest.access.sessions import close_if_unanswered, open_session
 from tests.unit.sshserver import LocalInstance
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.access import commands, ssh
+from pycloudlib.guest.access import commands, sessions, ssh
 from pycloudlib.guest.access.commands import interrupt_when
 from pycloudlib.key import KeyPair
 from tests.unit.public.test_base_classes import Instance
@@ -212,7 +212,7 @@ def test_messages_that_are_none_are_errors_of_ssh_after_the_login(tmp_path: Path
 
         transport.server_object.check_channel_request = answer  # type: ignore[union-attr, method-assign]
         with pytest.raises(paramiko.SSHException, match="what the server sent is not SSH"):
-            commands.open_session(client)
+            sessions.open_session(client)
 
 
 @pytest.mark.parametrize("says", [HALF_ALIVE["one letter"], HALF_ALIVE["a banner without an end"]])

@@ -165,7 +165,7 @@ def test_a_lost_connection_is_replaced(make: Maker) -> None:
     local = make()
     local.execute("true")
     local.transports[0].close()
-    wait_until(lambda: not local._connections._find_room())
+    wait_until(lambda: not local._connections._find_free())
     assert local.execute("echo again") == "again"
 
 
