@@ -205,6 +205,23 @@ def test_design_and_its_map_follow_the_order_of_imports() -> None:
     assert [folder for text in drawn for folder in re.findall(r"[\w/]+/", text)] == expected
 
 
+def test_coding_style_has_at_most_forty_rules() -> None:
+    style = (ROOT / "CONTRIBUTING.md").read_text().partition("## Coding style")[2]
+    numbers = re.findall(r"^(\d+)\. ", style.partition("\n## ")[0], re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+    assert 30 <= len(numbers) <= 40
+
+
+def test_table_of_changes_names_places_that_exist() -> None:
+    table = DESIGN.read_text().partition("## Where do I change")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 10
+    for row in rows:
+        places = re.findall(r"`([\w/.]+(?:/|\.py))`", row.split("|")[2])
+        assert places, row
+        assert [place for place in places if not (SOURCE / place).exists()] == []
+
+
 def test_reference_of_the_command_line_is_up_to_date() -> None:
     assert command_line.TARGET.read_text() == command_line.write(), (
         "python -m scripts.command_line writes it"
