@@ -1,7 +1,6 @@
 """The SSH transport: connect with a pinned host key.
 
-Everything that can go wrong on the way to a connection leaves here as `paramiko.SSHException`, the
-error that clients catch.
+Every failure to connect is raised as `paramiko.SSHException`, the error that clients catch.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Each failure reaches the caller as an exception; paramiko's own log would tell it twice, with the
-# traceback of a thread that nobody knows.
+# Each failure reaches the caller as an exception; paramiko's own log would repeat it, with the
+# traceback of an internal thread.
 _TRANSPORT_LOG = f"{__name__}.transport"
 logging.getLogger(_TRANSPORT_LOG).setLevel(logging.CRITICAL)
 
-# From the banner on the server is there, but a busy guest in emulation may need long for its part
-# of the key exchange; giving up early would only make it begin anew.
+# A server that has sent its banner is there, but a busy guest in emulation may take long for its
+# part of the key exchange; another try would make it start again.
 ANSWER_LIMIT = 60.0
-"""Seconds that a server which is there may take for an answer."""
+"""Seconds that a server may take for an answer, once it has sent its banner."""
 LOGIN_LIMIT = 2 * ANSWER_LIMIT
 """Seconds that the whole way from the banner to being logged in may take."""
 _BANNER_START = b"SSH-"
 # RFC 4253, 4.2: with the carriage return and the line feed at its end.
 _LONGEST_BANNER_LINE = 255
-# Encrypts and authenticates in one: half of this side's work per byte, which is what bounds copies
-# to and from a guest that runs under KVM. The guest has no more work than before.
+# Encrypts and authenticates in one step: half of this side's work per byte, which limits copies to
+# and from a guest under KVM. The guest's work stays the same.
 _FIRST_CIPHER = "aes128-gcm@openssh.com"
 _SERVER_SAYS = "; the server says: "
 _LONGEST_BANNER = 300
-# While it boots and before it goes down, systemd lets only root in (systemd-user-sessions.service).
+# During boot and shutdown, systemd allows only root to log in (systemd-user-sessions.service).
 _NO_LOGIN_NOW = re.compile(r"pam_nologin|not permitted to log in")
-# paramiko's words of a connection that ended before the server's answer.
+# What paramiko says of a connection that ended before the server's answer.
 _CUT_OFF = re.compile(r"transport shut down|saw EOF|timeout", re.IGNORECASE)
 
 
@@ -69,7 +68,7 @@ class HostKeys(Protocol):
 
 
 class NoBannerError(TimeoutError):
-    """Connections are taken, and nobody answers on them in time."""
+    """Connections are accepted, and nothing answers on them in time."""
 
 
 class NoServerError(ConnectionError):
@@ -107,13 +106,13 @@ def login_command(endpoint: Endpoint, alias: str = "") -> str:
             that has another one.
     """
     command = ["ssh"]
-    # ssh has a matching key of an agent by the public half as well.
+    # ssh finds a matching key of an agent by the public half as well.
     identity = next(
         (path for path in (endpoint.private_key_path, endpoint.public_key_path) if _is_there(path)),
         endpoint.private_key_path,
     )
     if identity is not None:
-        # Without it, each key of an agent would be tried before this one, and servers take few.
+        # Otherwise an agent's keys would be tried before this one, and servers allow few tries.
         command += [*_identity(identity), "-o", "IdentitiesOnly=yes"]
     if alias:
         command += ["-o", f"HostKeyAlias={alias}"]
@@ -145,9 +144,9 @@ def connect(
 
     Args:
         endpoint: Where and as whom.
-        host_keys: What to hold the host key against; None accepts any.
-        banner_timeout: Seconds until the server has to have shown itself.
-        deadline: Until when the login has to have ended, whatever the server says meanwhile; it
+        host_keys: Which host keys are accepted; None accepts any.
+        banner_timeout: Seconds until the server has to have sent its banner.
+        deadline: Until when the login has to have ended, whatever the server sends meanwhile; it
             may take `banner_timeout` and `LOGIN_LIMIT` where that is sooner.
 
     Raises:
@@ -166,7 +165,7 @@ def connect(
         # A host key that was not known has been accepted.
         client = _log_in(endpoint, key, host_keys, banner_timeout, whole)
     if client is None:
-        # Its own they may be, but there need not be an end of them.
+        # They may be the machine's own, but there need not be an end of them.
         raise paramiko.SSHException(f"{endpoint}: another host key is shown on each connection")
     return client
 
@@ -178,69 +177,74 @@ def _log_in(
     banner_timeout: float,
     deadline: Deadline,
 ) -> paramiko.SSHClient | None:
-    """Log in once; None where that is to be tried again, as another host key has been accepted."""
+    """Log in once; None if a new host key was accepted, so that another try is needed."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    client = _make_client(endpoint, host_keys)
+    with contextlib.ExitStack() as stack:
+        stack.callback(client.close)
+        try:
+            limit = max(deadline.capped(banner_timeout), 0.001)
+            connection = open_with_banner(endpoint.host, endpoint.port, limit)
+            client.set_missing_host_key_policy(_policy(host_keys, connection))
+            with _shut_at(deadline, connection):
+                client.connect(
+                    endpoint.host,
+                    endpoint.port,
+                    endpoint.username,
+                    # Only this key: others, in files or an agent, would use up the tries that a
+                    # server allows.
+                    pkey=key,
+                    look_for_keys=False,
+                    allow_agent=False,
+                    sock=connection,
+                    transport_factory=_open_transport,
+                    timeout=ANSWER_LIMIT,
+                    banner_timeout=ANSWER_LIMIT,
+                    auth_timeout=ANSWER_LIMIT,
+                )
+        except paramiko.BadHostKeyException as error:
+            if host_keys is not None and host_keys.accepts(_line(error.key), connection):
+                return None
+            raise paramiko.SSHException(
+                f"{endpoint}: host key changed: {_line(error.key)} was shown, and not by the "
+                f"machine, whose key is {_line(error.expected_key)}"
+            ) from HostKeyRefusedError(str(error))
+        except Exception as error:
+            raise _as_ssh_error(endpoint, error, client) from error
+        stack.pop_all()
+    return client
+
+
+def _make_client(endpoint: Endpoint, host_keys: HostKeys | None) -> paramiko.SSHClient:
     import paramiko  # noqa: PLC0415 - heavy
 
     client = paramiko.SSHClient()
     client.set_log_channel(_TRANSPORT_LOG)
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
     for line in host_keys.pinned() if host_keys else ():
-        key_shown = _read_host_key(name, line)
-        if key_shown is not None:
-            client.get_host_keys().add(name, key_shown.get_name(), key_shown)
-    try:
-        limit = max(deadline.capped(banner_timeout), 0.001)
-        connection = open_with_banner(endpoint.host, endpoint.port, limit)
-        client.set_missing_host_key_policy(_policy(host_keys, connection))
-        with _shut_at(deadline, connection):
-            client.connect(
-                endpoint.host,
-                endpoint.port,
-                endpoint.username,
-                # Ours alone: others, in files or an agent, would use up the tries that a server
-                # allows.
-                pkey=key,
-                look_for_keys=False,
-                allow_agent=False,
-                sock=connection,
-                transport_factory=_open_transport,
-                timeout=ANSWER_LIMIT,
-                banner_timeout=ANSWER_LIMIT,
-                auth_timeout=ANSWER_LIMIT,
-            )
-    except paramiko.BadHostKeyException as error:
-        accepted = host_keys is not None and host_keys.accepts(_line(error.key), connection)
-        client.close()
-        if accepted:
-            return None
-        raise paramiko.SSHException(
-            f"{endpoint}: host key changed: {_line(error.key)} was shown, and not by the machine, "
-            f"whose key is {_line(error.expected_key)}"
-        ) from HostKeyRefusedError(str(error))
-    except HostKeyRefusedError as error:
-        client.close()
-        raise paramiko.SSHException(f"{endpoint}: {error}") from error
-    except _LateError as error:
-        client.close()
-        raise paramiko.SSHException(f"{endpoint}: {error}") from error
-    except paramiko.AuthenticationException as error:
-        said = _find_banner(client)
-        client.close()
-        # Those of its kind are not all made of a text.
+        key = _read_host_key(name, line)
+        if key is not None:
+            client.get_host_keys().add(name, key.get_name(), key)
+    return client
+
+
+def _as_ssh_error(
+    endpoint: Endpoint, error: Exception, client: paramiko.SSHClient
+) -> paramiko.SSHException:
+    """Return the error of SSH for whatever a login has failed with."""
+    import paramiko  # noqa: PLC0415 - heavy
+
+    if isinstance(error, paramiko.AuthenticationException):
+        # Errors of its subclasses are not all made of a text.
         locked = isinstance(error, paramiko.PasswordRequiredException)
         kind = paramiko.PasswordRequiredException if locked else paramiko.AuthenticationException
-        raise kind(f"{endpoint}: key {endpoint.private_key_path} refused: {error}{said}") from error
-    except (OSError, EOFError, paramiko.SSHException) as error:
-        client.close()
-        raise paramiko.SSHException(f"{endpoint}: {error or type(error).__name__}") from error
-    except Exception as error:
-        client.close()
-        # Of a message that is none, paramiko raises what its parsing does: ValueError, IndexError.
-        raise paramiko.SSHException(f"{endpoint}: {not_ssh(error)}") from error
-    except BaseException:
-        client.close()
-        raise
-    return client
+        answer = _find_banner(client)
+        return kind(f"{endpoint}: key {endpoint.private_key_path} refused: {error}{answer}")
+    if isinstance(error, (OSError, EOFError, paramiko.SSHException, HostKeyRefusedError)):
+        return paramiko.SSHException(f"{endpoint}: {error or type(error).__name__}")
+    # paramiko raises what its parsing does, for a message that is not one: ValueError, IndexError.
+    return paramiko.SSHException(f"{endpoint}: {not_ssh(error)}")
 
 
 def not_ssh(error: Exception) -> str:
@@ -256,8 +260,8 @@ class _LateError(TimeoutError):
 def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
     """Shut a connection down at a deadline, if the block has not ended by then.
 
-    paramiko limits the time between two answers: a server that says little, but often, would never
-    be given up.
+    paramiko limits the time between two answers only: a server that sends a little now and then
+    would keep it waiting for ever.
 
     Raises:
         _LateError: The deadline came first.
@@ -276,7 +280,7 @@ def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
         yield
     except Exception as error:
         if late.is_set():
-            # What paramiko made of it is none of the server's words.
+            # This is paramiko's reaction, not the server's answer.
             raise _LateError(
                 f"the login did not end within {deadline.limit:.0f} s: {error}"
             ) from None
@@ -286,13 +290,13 @@ def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
 
 
 def _read_host_key(name: str, line: str) -> paramiko.PKey | None:
-    """Read a pinned host key; None for a line that is none, as one that was cut off."""
+    """Read a pinned host key; None for a line that is damaged, such as one that was cut off."""
     import paramiko  # noqa: PLC0415 - heavy
 
     try:
         entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
         key = None if entry is None else entry.key
-        # Of a number that is cut off, another number is read.
+        # A number that is cut off is read as another number.
         if key is not None and _line(key) != line:
             key = None
     except Exception as error:  # noqa: BLE001 - whatever is behind it parses what it is given
@@ -359,8 +363,8 @@ def open_with_banner(host: str, port: int, timeout: float) -> socket.socket:
     """
     deadline = Deadline.after(timeout)
     sock = moved_socket(socket.create_connection((host, port), timeout))
-    # SSH's requests are small. Without this, one that follows another that nobody answers is held
-    # back until the kernel of the other side acknowledges the one before, some 40 ms later.
+    # SSH's requests are small. Otherwise one that follows another without an answer between them is
+    # held back until the other kernel acknowledges the one before, some 40 ms later.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         _await_banner(sock, deadline)
@@ -375,12 +379,12 @@ def _await_banner(sock: socket.socket, deadline: Deadline) -> None:
     poller.register(sock, select.POLLIN | select.POLLRDHUP)
     line = b""
     while True:
-        # Only more than is known already wakes us up.
+        # poll() returns only when there is more than before.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(line) + 1)
         events = poller.poll(deadline.remaining * 1000)
-        told = f", but {line!r} alone" if line else ""
+        begun = f", but {line!r} alone" if line else ""
         if not events:
-            raise NoBannerError(f"no SSH banner within {deadline.limit:.0f} s{told}")
+            raise NoBannerError(f"no SSH banner within {deadline.limit:.0f} s{begun}")
         sock.settimeout(0)
         with contextlib.suppress(BlockingIOError):
             line = sock.recv(_LONGEST_BANNER_LINE, socket.MSG_PEEK)
@@ -389,7 +393,7 @@ def _await_banner(sock: socket.socket, deadline: Deadline) -> None:
         if b"\n" in line:
             break
         if events[0][1] & ~select.POLLIN:
-            raise NoServerError(f"the connection was closed before SSH's banner{told}")
+            raise NoServerError(f"the connection was closed before SSH's banner{begun}")
         if len(line) == _LONGEST_BANNER_LINE:
             raise ConnectionError(f"not an SSH server: a line that began with {line[:20]!r}")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
