@@ -28,8 +28,8 @@ from pycloudlib._base.files import replace_atomically
 from pycloudlib._base.tools import find_tool
 from pycloudlib.key import KeyPair, generate_key_pair
 from pycloudlib.qemu.host.accelerator import AUTO, Accelerator, Choice, choose_accelerator
+from pycloudlib.qemu.parts.standard import accel_option
 from pycloudlib.qemu.state.settings import DEFAULT_BINARY, find_cache_directory
-from pycloudlib.qemu.vm.command import accel_option
 from scripts.measure import measure_import
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -244,9 +244,8 @@ class Qemu(QemuReady):
         """
         request = beginning.request
         store.record_use(request.image.path)
-        kernels = () if request.kernel_boot is None else request.kernel_boot.files
         user = username or _default_user(request.image.path)
-        with uses.holding(*kernels), contextlib.ExitStack() as stack:
+        with uses.holding(*request.needs), contextlib.ExitStack() as stack:
             # Whatever goes wrong from here on, Ctrl-C included, the stack takes back what was made.
             rundir = create_run_directory(self.parent_dir / request.name, stack, self.orphans)
             key = self._key_for(rundir)

@@ -26,6 +26,7 @@ ORDER: Final = (
     "images",
     "base",
     "qemu.host",
+    "qemu.parts",
     "qemu.state",
     "qemu.disk",
     "qemu.vm",

@@ -312,8 +312,8 @@ def _list_needed(tip: Path) -> Iterable[Path]:
     """List the files that a machine, or a machine from a snapshot, cannot do without."""
     yield from chain(tip)[1:]
     spec = _find_spec(tip)
-    if spec is not None and spec.kernel_boot is not None:
-        yield from spec.kernel_boot.files
+    if spec is not None:
+        yield from (file for part in spec.parts for file in part.needs)
 
 
 def _find_spec(tip: Path) -> MachineSpec | None:

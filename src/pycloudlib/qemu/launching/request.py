@@ -21,6 +21,7 @@ from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.host.resources import PortLease, PortRegistry
+from pycloudlib.qemu.parts.part import Part
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import (
     DEFAULT_INSTANCE_TYPE,
@@ -142,6 +143,16 @@ class LaunchRequest:
     kernel_boot: KernelBoot | None
     launch_args: tuple[str, ...]
     disk_size: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are asked for, beside those that every machine has."""
+        return () if self.kernel_boot is None else (self.kernel_boot,)
+
+    @property
+    def needs(self) -> tuple[Path, ...]:
+        """The files that nobody deletes meanwhile, beside the image."""
+        return tuple(file for part in self.parts for file in part.needs)
 
 
 def parse_launch_args(launch_args: Sequence[str] | None) -> tuple[str, ...]:

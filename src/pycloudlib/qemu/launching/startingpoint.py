@@ -42,15 +42,15 @@ from pycloudlib.qemu.launching.request import (
     start_machine,
     supply_seed,
 )
+from pycloudlib.qemu.parts.part import SHARED, Origin
+from pycloudlib.qemu.parts.standard import SEED_NODE
 from pycloudlib.qemu.saved.capture import write_whole
 from pycloudlib.qemu.saved.restoring import waking
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import SEED_NODE, Origin
 from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, uninterrupted
-from pycloudlib.qemu.vm.memory import SHARED
 from pycloudlib.qemu.vm.qmp import Event
 
 # Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
@@ -85,8 +85,9 @@ def find_obstacle(request: LaunchRequest) -> str | None:
     """
     if request.seed is None:
         return "it has no seed"
-    if request.kernel_boot is not None:
-        return "its kernel is booted directly, with a command line of its own"
+    for part in request.parts:
+        if part.start_obstacle is not None:
+            return part.start_obstacle
     if any(argument != _HELD for argument in request.launch_args):
         return "it has launch_args of its own"
     return _find_seed_obstacle(request.seed)

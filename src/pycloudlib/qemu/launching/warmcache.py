@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from pycloudlib.qemu.launching.request import (
     find_kernel_boot,
     make_seed,
 )
+from pycloudlib.qemu.parts.part import Part
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -76,13 +77,8 @@ class WarmImage:
 def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
     """Digest everything that decides what a machine is like when it has booted."""
     boot = find_kernel_boot(image, options.kernel_cmdline, options.kernel_path)
-    kernels = () if boot is None else (boot.kernel, boot.initrd)
-    return _digest(
-        image,
-        host,
-        kernel=[_facts(file) for file in kernels if file is not None],
-        options=options.to_plain(),
-    )
+    parts = () if boot is None else (boot,)
+    return _digest(image, host, parts, options=options.to_plain())
 
 
 def build_start_key(request: LaunchRequest, host: Host) -> str:
@@ -92,23 +88,33 @@ def build_start_key(request: LaunchRequest, host: Host) -> str:
     return _digest(
         request.image.path,
         host,
+        request.parts,
         instance_type=str(request.instance_type),
         volume_length=make_seed(request).volume_length,
         **disk,
     )
 
 
-def _digest(image: Path, host: Host, **more: object) -> str:
+def _digest(image: Path, host: Host, parts: Sequence[Part], **more: object) -> str:
+    """Digest what decides what a machine is like.
+
+    Args:
+        image: The image that it is launched from.
+        host: What it runs on.
+        parts: The parts that are asked for, beside those that every machine has.
+        **more: What else decides it.
+    """
     record = store.find_record(image)
-    parts = {
+    facts = {
         "format": savedmachine.FORMAT,
         "package": __version__,
         "host": savedmachine.host_fingerprint(host.binary, host.accelerator),
         "image": _facts(image),
         "digest": record.sha256 if record else "",
+        "parts": [[dict(part.key), [_facts(file) for file in part.needs]] for part in parts],
         **more,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
 
 
 class TooLargeError(CloudError):

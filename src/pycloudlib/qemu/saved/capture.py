@@ -24,14 +24,13 @@ from pycloudlib._base.files import make_socket_pair, private_opener
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
+from pycloudlib.qemu.parts.part import SHARED, Origin
 from pycloudlib.qemu.saved import devicestate, guestmemory
 from pycloudlib.qemu.saved.devicestate import list_blocks, write_state
 from pycloudlib.qemu.saved.guestmemory import GuestMemory
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state.rundir import RunDirectory
-from pycloudlib.qemu.vm.command import Origin
 from pycloudlib.qemu.vm.machine import Machine
-from pycloudlib.qemu.vm.memory import SHARED
 from pycloudlib.qemu.vm.running import RunningQemu
 
 _log = logging.getLogger(__name__)

@@ -216,6 +216,9 @@ def _check_can_be_saved(machine: Machine) -> None:
             f"{machine.spec.name} cannot be saved before a save that was cut off is settled, for "
             "which its QEMU did not answer"
         )
+    for part in machine.spec.parts:
+        if part.save_obstacle is not None:
+            raise CloudError(f"{machine.spec.name} cannot be saved: {part.save_obstacle}")
     with machine.session() as session:
         check_machine(machine.spec.name, session)
     plugged = list_plugged(machine)
@@ -240,7 +243,7 @@ def _describe(machine: Machine, image: Path, helper: bool) -> SavedMachine:
 def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
     """Put beside the memory what goes with it."""
     for source, target in (
-        (rundir.seed, saved.seed),
+        *((rundir.path / name, saved.directory / name) for name in saved.spec.kept_files),
         (rundir.known_hosts, saved.known_hosts),
     ):
         if source.exists():

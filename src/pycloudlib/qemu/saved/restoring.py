@@ -15,15 +15,14 @@ from pycloudlib.errors import CloudError
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.images import uses
 from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.parts.part import Memory, Origin
 from pycloudlib.qemu.saved.devicestate import feed, receive, wait_for_state
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import Origin
 from pycloudlib.qemu.vm.machine import Machine, uninterrupted
-from pycloudlib.qemu.vm.memory import Memory
 from pycloudlib.qemu.vm.running import RunningQemu
 
 _WAKE_LIMIT = 60.0

@@ -23,6 +23,13 @@ from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.host.ownership import owner_file
 from pycloudlib.qemu.host.processes import NotedProcess, ProcessIdentity, find_proc_directory
+from pycloudlib.qemu.parts.standard import (
+    ATTACH_SOCKET,
+    CONSOLE_LOG,
+    HELPER_SOCKET,
+    QMP_SOCKET,
+    SEED_FILE,
+)
 from pycloudlib.qemu.state.spec import MachineSpec
 
 _log = logging.getLogger(__name__)
@@ -91,7 +98,7 @@ class RunDirectory:
     @property
     def seed(self) -> Path:
         """The NoCloud volume."""
-        return self.path / "seed.iso"
+        return self.path / SEED_FILE
 
     @property
     def known_hosts(self) -> Path:
@@ -101,7 +108,7 @@ class RunDirectory:
     @property
     def console_log(self) -> Path:
         """What the machine wrote to its serial console, over all its boots."""
-        return self.path / "console.log"
+        return self.path / CONSOLE_LOG
 
     @property
     def qemu_log(self) -> Path:
@@ -111,17 +118,17 @@ class RunDirectory:
     @property
     def qmp_socket(self) -> Path:
         """Where anybody may talk QMP to the machine."""
-        return self.path / "qmp-socket"
+        return self.path / QMP_SOCKET
 
     @property
     def attach_socket(self) -> Path:
         """Where processes that did not start the machine control it."""
-        return self.path / "attach-socket"
+        return self.path / ATTACH_SOCKET
 
     @property
     def helper_socket(self) -> Path:
         """Where the helper in the guest is talked to."""
-        return self.path / "helper-socket"
+        return self.path / HELPER_SOCKET
 
     @property
     def helper_mark(self) -> Path:
@@ -244,11 +251,6 @@ class RunDirectory:
     def forget_saving(self) -> None:
         """Take note that the machine is being saved no more."""
         self._saving_file.unlink(missing_ok=True)
-
-    @property
-    def sockets(self) -> tuple[Path, Path, Path]:
-        """What QEMU listens on."""
-        return self.attach_socket, self.qmp_socket, self.helper_socket
 
     @contextlib.contextmanager
     def power_lock(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ from pycloudlib._base.files import (
     write_private,
 )
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.standard import CONSOLE_LOG, SEED_FILE
 from pycloudlib.qemu.state.rundir import LoginFacts
 from pycloudlib.qemu.state.spec import MachineSpec
 
@@ -101,12 +102,12 @@ class SavedMachine:
     @property
     def seed(self) -> Path:
         """The seed it was started with."""
-        return self.directory / "seed.iso"
+        return self.directory / SEED_FILE
 
     @property
     def console_log(self) -> Path:
         """What it had written to its console, where that is part of what comes after."""
-        return self.directory / "console.log"
+        return self.directory / CONSOLE_LOG
 
     @property
     def known_hosts(self) -> Path:

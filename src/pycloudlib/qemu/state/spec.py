@@ -11,6 +11,33 @@ from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.part import OwnDisk, Part
+from pycloudlib.qemu.parts.standard import (
+    Board,
+    Card,
+    Console,
+    HelperPort,
+    InstanceType,
+    KernelBoot,
+    Processor,
+    RandomNumbers,
+    RootDisk,
+    Seed,
+)
+
+__all__ = [
+    "DEFAULT_INSTANCE_TYPE",
+    "LAYERS",
+    "SNAPSHOTS",
+    "InstanceType",
+    "KernelBoot",
+    "MachineSpec",
+    "check_name",
+    "complete_cmdline",
+    "make_mac",
+    "make_name",
+    "may_be_machine",
+]
 
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
@@ -21,53 +48,7 @@ _RESERVED = (LAYERS, SNAPSHOTS)
 # Only an initrd finds a file system by its label; without one the kernel wants a device.
 _ROOT_BY_LABEL = "root=LABEL=cloudimg-rootfs ro"
 _ROOT_BY_DEVICE = "root=/dev/sda1 ro"
-# QEMU rounds a memory's length up to this.
-_ODD_KIB = 8
 _CONSOLE_DEFAULT = "console=tty1 console=ttyS0"
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceType:
-    """The size of a machine.
-
-    Attributes:
-        cpus: Number of virtual processors.
-        memory_mib: Memory in MiB.
-    """
-
-    cpus: int
-    memory_mib: int
-
-    @classmethod
-    def parse(cls, text: str) -> InstanceType:
-        """Read `c<cpus>m<MiB>`.
-
-        Raises:
-            ValueError: It is something else, or a size that no machine can have.
-        """
-        match = re.fullmatch(r"c([0-9]{1,3})m([0-9]{1,8})", text) if isinstance(text, str) else None
-        if match is None or min(map(int, match.groups())) < 1:
-            raise ValueError(
-                f"instance_type is {text!r}, expected c<cpus>m<MiB of memory>, such as 'c2m2048'"
-            )
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"c{self.cpus}m{self.memory_mib}"
-
-
-@dataclass(frozen=True, slots=True)
-class KernelBoot:
-    """A kernel that QEMU loads directly, past firmware and boot loader."""
-
-    kernel: Path
-    initrd: Path | None
-    cmdline: str
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The kernel, and the initrd if there is one."""
-        return (self.kernel,) if self.initrd is None else (self.kernel, self.initrd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +80,43 @@ class MachineSpec:
     launch_args: tuple[str, ...] = ()
 
     @property
-    def memory_kib(self) -> int:
-        """KiB of memory: in emulation a little more than asked for.
+    def parts(self) -> tuple[Part, ...]:
+        """What the machine is made of, in the order of QEMU's command line.
 
-        The two pages more stay so that machines that were saved before still fit: a state fits a
-        memory of its own length alone. They were for guests whose memory is migrated while they
-        run, which none is any more: before version 9.0, QEMU in emulation loses track of pages that
-        are written to meanwhile, if the length is a multiple of 64 pages ("physmem: Fix migration
-        dirty bitmap coherency with TCG memory access").
+        That order decides which machines saved before can be restored: new parts come where they
+        change nothing of a machine that has none.
         """
-        odd = _ODD_KIB if self.accelerator is Accelerator.TCG else 0
-        return self.instance_type.memory_mib * 1024 + odd
+        return (
+            self.processor,
+            Board(),
+            Console(self.telnet_port),
+            RandomNumbers(),
+            RootDisk(),
+            *(() if self.seed is None else (Seed(self.seed),)),
+            Card(self.mac, self.ssh_port),
+            HelperPort(),
+            *(() if self.kernel_boot is None else (self.kernel_boot,)),
+        )
+
+    @property
+    def own_disks(self) -> tuple[OwnDisk, ...]:
+        """The disks of its parts, the root disk first."""
+        return tuple(disk for part in self.parts for disk in part.disks)
+
+    @property
+    def kept_files(self) -> tuple[str, ...]:
+        """The names of its parts' files that are kept with a saved machine."""
+        return tuple(name for part in self.parts for name in part.kept_files)
+
+    @property
+    def processor(self) -> Processor:
+        """Its processors and memory."""
+        return Processor(self.instance_type, self.accelerator)
+
+    @property
+    def memory_kib(self) -> int:
+        """KiB of memory; see `Processor`."""
+        return self.processor.memory_kib
 
     def to_json(self) -> str:
         """Write it as text, for the run directory."""

@@ -23,10 +23,10 @@ from pycloudlib.errors import (
 )
 from pycloudlib.guest.boot.console import Console, DeadEnd
 from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.parts.part import Origin
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm import recovery
-from pycloudlib.qemu.vm.command import Origin
 from pycloudlib.qemu.vm.memory import check_command, choose_memory
 from pycloudlib.qemu.vm.process import PortTakenError, ProcessEnd, QemuProcess, is_open_elsewhere
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession

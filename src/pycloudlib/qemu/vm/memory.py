@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,30 +19,23 @@ from pycloudlib._base.documents import read_kernel_file
 from pycloudlib._base.files import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.part import ANONYMOUS, SHARED, Memory
+from pycloudlib.qemu.parts.standard import BACKEND
 
-BACKEND = "ram0"
-"""QEMU's name of a machine's memory, of one name for all kinds: by it a state is fitted to it."""
+__all__ = [
+    "ANONYMOUS",
+    "BACKEND",
+    "SHARED",
+    "KeptMemoryError",
+    "Memory",
+    "check_command",
+    "check_machine",
+    "choose_memory",
+    "create_shared_memory",
+]
 
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _NAME = "pycloudlib-guest-memory"
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """A guest's memory, as QEMU is to make it.
-
-    Attributes:
-        shared: Whether it is a shared mapping of a file of its own, which has no name and goes
-            with the process.
-        file: Kept memory that is mapped copy-on-write; None for memory that begins empty.
-    """
-
-    shared: bool = False
-    file: Path | None = None
-
-
-ANONYMOUS = Memory()
-SHARED = Memory(shared=True)
 
 
 def choose_memory(accelerator: Accelerator) -> Memory:

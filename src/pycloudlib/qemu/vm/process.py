@@ -22,9 +22,10 @@ from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.accelerator import find_features
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, environment
 from pycloudlib.qemu.host.processes import ProcessIdentity, World, find_proc_directory
+from pycloudlib.qemu.parts.part import POWER_ON, Channels, Origin, UnixListener
 from pycloudlib.qemu.state.rundir import RunDirectory, StagedSocket
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import POWER_ON, Channels, Origin, build_command, ssh_rule
+from pycloudlib.qemu.vm.command import build_command
 from pycloudlib.qemu.vm.memory import create_shared_memory
 
 _OUTPUT_LIMIT = 16 * 1024
@@ -312,27 +313,13 @@ def start_qemu(
         control, peer = make_socket_pair()
         ours.callback(control.close)
         theirs.callback(peer.close)
-        sockets = []
-        for file in rundir.sockets:
-            staged = StagedSocket.listen(file)
-            ours.callback(staged.listener.close)
-            ours.callback(staged.discard)
-            sockets.append(staged)
-        attach, qmp, helper = (staged.listener.fileno() for staged in sockets)
-        console = ours.enter_context(_listen(spec.telnet_port))
+        listeners, sockets = _listen(spec, rundir, ours)
         memory = None
         if origin.memory.shared:
             memory = create_shared_memory(spec.memory_kib << 10)
             theirs.callback(os.close, memory)
-        channels = Channels(
-            control=peer.fileno(),
-            attach=attach,
-            qmp=qmp,
-            console=console.fileno(),
-            helper=helper,
-            console_log=rundir.console_log,
-            memory=memory,
-        )
+        numbers = {name: listener.fileno() for name, listener in listeners.items()}
+        channels = Channels(peer.fileno(), numbers, memory)
         argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
         descriptors = (*channels.descriptors, *origin.descriptors)
@@ -344,20 +331,47 @@ def start_qemu(
             argv, pass_fds=descriptors, log=rundir.qemu_log, environment=environment(orphans)
         )
         ours.pop_all()
-    listeners = (*(staged.listener for staged in sockets), console)
-    return StartedQemu(process, control, argv, tuple(sockets), listeners, rundir)
+    return StartedQemu(process, control, argv, sockets, tuple(listeners.values()), rundir)
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:
     """Say why a QEMU that ended at once did so."""
     # QEMU's own words when it cannot bind the port of a `hostfwd`; the caller's arguments may
     # hold others.
-    if f"host forwarding rule '{ssh_rule(spec)}" in end.stderr:
+    rules = (rule for part in spec.parts for rule in part.forwards)
+    if any(f"host forwarding rule '{rule}" in end.stderr for rule in rules):
         return PortTakenError(str(end))
     return LaunchError(argv, end)
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(
+    spec: MachineSpec, rundir: RunDirectory, stack: contextlib.ExitStack
+) -> tuple[dict[str, socket.socket], tuple[StagedSocket, ...]]:
+    """Listen for each part of a machine; `stack` gives up what is made.
+
+    Returns:
+        The sockets, by the names that parts give them, and those of them that have a file.
+
+    Raises:
+        PortTakenError: Another program listens on a port.
+    """
+    listeners: dict[str, socket.socket] = {}
+    files = []
+    for part in spec.parts:
+        for wanted in part.listeners:
+            if isinstance(wanted, UnixListener):
+                staged = StagedSocket.listen(rundir.path / wanted.file)
+                stack.callback(staged.discard)
+                files.append(staged)
+                listener = staged.listener
+            else:
+                listener = _listen_on(wanted.port)
+            stack.callback(listener.close)
+            listeners[wanted.name] = listener
+    return listeners, tuple(files)
+
+
+def _listen_on(port: int) -> socket.socket:
     try:
         return resources.listen(port)
     except OSError as error:

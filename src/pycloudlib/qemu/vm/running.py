@@ -18,10 +18,10 @@ from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.locks import renew_in_children
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.parts.part import POWER_ON, Origin
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm import sockets
-from pycloudlib.qemu.vm.command import POWER_ON, Origin
 from pycloudlib.qemu.vm.process import (
     ProcessEnd,
     QemuProcess,

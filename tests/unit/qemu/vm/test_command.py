@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.qemu.host.accelerator import Accelerator, Features
+from pycloudlib.qemu.parts.part import Channels, Memory, Origin
 from pycloudlib.qemu.state.spec import InstanceType, KernelBoot, MachineSpec
-from pycloudlib.qemu.vm.command import Channels, Origin, build_command
-from pycloudlib.qemu.vm.memory import Memory
+from pycloudlib.qemu.vm.command import build_command
 
 CHANNELS = Channels(
-    control=5,
-    attach=8,
-    qmp=6,
-    console=7,
-    helper=9,
-    memory=10,
-    console_log=Path("/run/vm/console.log"),
+    control=5, listeners={"attach": 8, "qmp": 6, "console": 7, "helper": 9}, memory=10
 )
 SPEC = MachineSpec(
     name="vm-1",
@@ -82,10 +76,8 @@ GOLDEN = [
 # fmt: on
 
 
-def build(
-    spec: MachineSpec = SPEC, channels: Channels = CHANNELS, *, sandbox: bool = True
-) -> list[str]:
-    return build_command("/usr/bin/qemu-system-x86_64", spec, channels, Features(sandbox=sandbox))
+def build(spec: MachineSpec = SPEC, *, sandbox: bool = True) -> list[str]:
+    return build_command("/usr/bin/qemu-system-x86_64", spec, CHANNELS, Features(sandbox=sandbox))
 
 
 def values_of(argv: list[str], option: str) -> list[str]:
@@ -191,7 +183,7 @@ def test_machine_without_a_seed_has_one_drive() -> None:
 def test_commas_in_paths_are_escaped() -> None:
     directory = Path("/run/a,b,,c/vm")
     spec = dataclasses.replace(SPEC, disk=directory / "d,.qcow2", seed=directory / "s.iso")
-    argv = build(spec, dataclasses.replace(CHANNELS, console_log=directory / "console.log"))
+    argv = build(spec)
 
     for option, end in (
         ("-drive", "file=/run/a,,b,,,,c/vm/d,,.qcow2"),
