@@ -27,6 +27,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import copies
 from pycloudlib.qemu.launching.copies import CopyRequest
 from pycloudlib.qemu.launching.request import Host
+from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -480,7 +481,7 @@ def test_copy_that_fails_leaves_nothing(
     def fail(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(copies, "wait_for_state", fail)
+    monkeypatch.setattr(restoring, "wait_for_state", fail)
     with pytest.raises(KeyboardInterrupt):
         cloud.launch(image)
     assert instance_dirs(cloud) == [running.instance_dir]
