@@ -271,6 +271,11 @@ class ImageInUseError(CloudError):
         )
 
 
+def describe_exit(status: int) -> str:
+    """Describe how a process ended: "exit status 1", or "signal 9" for -9."""
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
 class ToolError(PycloudlibError):
     """A host program ended with an error.
 
@@ -288,7 +293,7 @@ class ToolError(PycloudlibError):
         self.argv = list(argv)
         self.exit_status = exit_status
         self.output = output
-        how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
+        how = describe_exit(exit_status)
         tail = "".join(f"\n  {line}" for line in output.splitlines()[-self._SHOWN_LINES :])
         super().__init__(
             f"{step} failed: {self.argv[0]} ended with {how}{':' if tail else ''}{tail}"

@@ -1,4 +1,4 @@
-"""What is read from files and answers: JSON, YAML, gzip, bytes that need not be text."""
+"""Untrusted data, read within limits: JSON, YAML, gzip, bytes that may not be text."""
 
 from __future__ import annotations
 
@@ -27,16 +27,24 @@ _T = TypeVar("_T")
 _LONGEST_SHOWN = 200
 _TOO_DEEP = "it is nested too deeply"
 
-# Values that a YAML text may hold, and stand for. Aliases let a few lines stand for billions, which
-# are not there until something walks through them, merges or writes them.
+# Values that a YAML text may have, those by aliases included. Aliases let a few lines stand for
+# billions, which exist only when something walks through them, merges or writes them.
 _MOST_VALUES = 1_000_000
-# A longer text counts as several of them: whoever writes the values out repeats it each time.
+# A longer text counts as several values: it is repeated whenever the values are written out.
 _CHARACTERS = 16
-# As many digits as Python reads (sys.int_info). A number of YAML may be written in base 60, too,
-# which is read in the square of the time.
+# As many digits as Python reads (sys.int_info). YAML's base 60 is read in quadratic time.
 _LONGEST_NUMBER = 4300
 
-# Each with the words for it.
+_GZIP = 31  # zlib.decompressobj(): a header and a trailer as gzip has them
+
+ESCAPED = "pycloudlib-escaped"
+"""The name of the error handler by which a text stream escapes what it cannot encode."""
+
+_NO_TEXT = re.compile("[\ud800-\udfff]")
+# Line ends, and what moves a terminal's cursor, are among these.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+# Each with its description.
 _PLAIN_KINDS = {str: "a text", int: "a whole number", bool: "true or false"}
 
 
@@ -78,7 +86,7 @@ def parse_yaml(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        # What is not the library's own error comes from a value such as `!!int ""`.
+        # Errors that are not the library's own come from values such as `!!int ""`.
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -86,7 +94,7 @@ def parse_yaml(text: str | bytes) -> Any:
 def _define_loader() -> type[yaml.SafeLoader]:
     import yaml  # noqa: PLC0415 - heavy
 
-    # The one in C, where there is one: user-data may be large.
+    # The one in C, if it was built: user-data may be large.
     base: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[valid-type, misc]
@@ -161,10 +169,10 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def decode(kind: type[_T], plain: object) -> _T:
-    """Make a dataclass of the plain values that JSON has for it, each checked for its type.
+    """Make a dataclass of JSON's plain values, each checked for its type.
 
     Fields may be texts, numbers, booleans, paths, enums, tuples, other dataclasses, and any of
-    these or None. Such as have a default may be left out; others than the fields may not be there.
+    these or None. Those with a default may be missing; unknown ones are refused.
 
     Raises:
         ValueError: A value is missing, unknown or another than the field's; names it.
@@ -272,18 +280,15 @@ def _wrong(plain: object, where: str, expected: str) -> ValueError:
     return ValueError(f"{where or 'it'} is {safe_repr(plain)}, expected {expected}")
 
 
-_GZIP = 31  # zlib.decompressobj(): a header and a trailer as gzip has them
-
-
 def gunzip(compressed: bytes, limit: int) -> bytes:
     """Decompress gzip data of one or more members.
 
     Args:
         compressed: The data.
-        limit: How many bytes may come out of it; no more are ever made.
+        limit: How many bytes it may have when decompressed; no more are ever produced.
 
     Raises:
-        ValueError: It is damaged, or stands for more than that; says so after the name of it.
+        ValueError: It is damaged, or longer than that; the text continues "<name> …".
     """
     content = bytearray()
     while compressed:
@@ -300,16 +305,8 @@ def gunzip(compressed: bytes, limit: int) -> bytes:
     return bytes(content)
 
 
-ESCAPED = "pycloudlib-escaped"
-"""The name of the error handler by which a text stream shows what its encoding has not."""
-
-_NO_TEXT = re.compile("[\ud800-\udfff]")
-# Line ends and what moves a terminal's cursor belong to these.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
-
-
 def from_bytes(data: bytes) -> str:
-    """Read bytes as text; `to_bytes` gives the same bytes again, whatever they are."""
+    """Decode bytes, whatever they are; `to_bytes` returns the same bytes."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -317,13 +314,13 @@ def to_bytes(text: str) -> bytes:
     """Encode a text; bytes that were not text come back as they were.
 
     Raises:
-        UnicodeEncodeError: It holds a surrogate that stands for no byte.
+        UnicodeEncodeError: It has a surrogate that is no byte.
     """
     return text.encode("utf-8", "surrogateescape")
 
 
 def read_kernel_file(path: str | Path) -> str:
-    """Read a file of /proc or /sys, which may hold names of others' choice.
+    """Read a file of /proc or /sys, which may have names that other users have chosen.
 
     Raises:
         OSError: It cannot be read.
@@ -332,17 +329,17 @@ def read_kernel_file(path: str | Path) -> str:
 
 
 def escape_line(text: str) -> str:
-    r"""Show a text in a line or a cell: what is no text, or would leave it, as `\xd1` or `\x0a`."""
+    r"""Return a text for one line or cell, with bytes and control characters as `\xd1`, `\x0a`."""
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", escape_bytes(text))
 
 
 def escape_bytes(text: str) -> str:
-    r"""Show a text: each byte that is no text as `\xd1`."""
+    r"""Return a text with each byte that is not text as `\xd1`."""
     return _NO_TEXT.sub(lambda found: _escape(found[0]), text)
 
 
 def escape_json(document: str) -> str:
-    r"""Write what is no text in a JSON document by its escapes (`\udcd1`), as JSON can."""
+    r"""Return a JSON document with each byte that is not text as JSON's escape `\udcd1`."""
     return _NO_TEXT.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
 
 

@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, private to their owner; descriptors clear of 0 to 2."""
+"""Files that appear complete or not at all, private to their owner; descriptors above 0 to 2."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import secrets
@@ -14,17 +15,25 @@ import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pycloudlib._base.documents import to_bytes
 from pycloudlib.errors import CloudSetupError
+
+_BLOCK = 1 << 18  # bytes that are read at once
+_FIRST = 3  # the first descriptor above standard input and outputs
+
+# Of this process, not of the children that it forks. No WeakSet: a Ctrl-C that comes when it drops
+# a socket would be lost.
+_sockets: set[weakref.ref[socket.socket]] = set()
 
 
 @contextlib.contextmanager
 def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a temporary name in the target's directory; it becomes the target on success.
 
-    The final name never shows half a file: the content is synced before it is renamed, and on
-    any error, interruption included, nothing is left.
+    The final name is never half a file: the content is synced before it is renamed, and nothing is
+    left on any error, interruption included.
 
     Args:
         target: The file.
@@ -49,14 +58,14 @@ def temporary_name(target: Path, suffix: str) -> Path:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a small regular file, whatever has been put in its place.
+    """Read a small regular file, whatever is in its place.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is no regular file, such as a FIFO that never ends, or longer than `limit`
             bytes.
     """
-    # A FIFO is opened without waiting for whoever writes into it.
+    # A FIFO is opened without waiting for a writer.
     with open(path, "rb", opener=_open_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file")
@@ -66,18 +75,26 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
+def hash_file(file: IO[bytes]) -> hashlib._Hash:
+    """Read a file from its position to its end, and return its SHA-256."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     return opener(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[io.FileIO]:
-    """Open a file, without a buffer, for what is copied to it; as `cp` would leave it.
+    """Open a file, without a buffer, for what is copied to it, as `cp` does.
 
-    A regular file is replaced when all is written, and a new name appears then: half a file is
-    never seen, and what was there before stays on any error. Everything else stays what it is and
-    is written into: a device, a FIFO, a file that has other names, another owner or an access
-    control list, one that a process has open as /dev/stdout. Links are followed.
+    A regular file is replaced when all is written, and a new one appears then: half a file is never
+    seen, and the file before stays on any error. Everything else is written into: a device, a FIFO,
+    a file with other names, another owner or an access control list, one that a process has open as
+    /dev/stdout. Links are followed.
 
     Raises:
         FileNotFoundError: The directory is not there, or a link leads nowhere.
@@ -107,7 +124,7 @@ def writing(target: Path) -> Iterator[io.FileIO]:
         try:
             temporary.replace(os.path.realpath(target))
         except OSError as error:
-            # The name of a mount stays where it is.
+            # A mount point cannot be replaced.
             if error.errno != errno.EBUSY:
                 raise
             with temporary.open("rb") as written, open(target, "wb", opener=opener) as file:
@@ -156,7 +173,7 @@ def _has_attributes(path: Path) -> bool:
         names = os.listxattr(path)
     except OSError:  # its file system has none
         return False
-    # Those are the system's to give.
+    # The system sets those.
     return any(not name.startswith("security.") for name in names)
 
 
@@ -218,7 +235,7 @@ def is_directory(path: Path) -> bool:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file; that there is none of its name, or that none can have it, is no error."""
+    """Remove a file; a missing one is no error."""
     try:
         path.unlink()
     except OSError as error:
@@ -240,7 +257,7 @@ def is_private_directory(path: Path) -> bool:
 def create_directories(path: Path, mode: int = 0o700) -> None:
     """Make a directory and its parents, where they are missing; only their owner can write there.
 
-    Whatever the umask is: with 002, as many systems have it, others could exchange what is in them.
+    Whatever the umask is: with 002, as on many systems, others could replace what is in them.
 
     Args:
         path: The directory.
@@ -260,7 +277,7 @@ def create_directories(path: Path, mode: int = 0o700) -> None:
 
 
 def is_shared_with_group(directory: Path) -> bool:
-    """Whether a directory is shared with a group on purpose: whose all is that is made in it."""
+    """Whether a directory is shared with a group on purpose: new files belong to the group."""
     mode = directory.stat().st_mode
     return mode & (stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == stat.S_ISGID | stat.S_IWGRP
 
@@ -300,13 +317,6 @@ def _is_file(facts: os.stat_result, path: Path) -> bool:
         return False
 
 
-_FIRST = 3
-
-# Of this process, not of the children that it forks. No WeakSet: a Ctrl-C that comes when one drops
-# a socket would be lost.
-_sockets: set[weakref.ref[socket.socket]] = set()
-
-
 def moved(descriptor: int) -> int:
     """Move a new descriptor out of the way of standard input and outputs, if it is there."""
     if descriptor >= _FIRST:
@@ -333,12 +343,12 @@ def moved_socket(new: socket.socket) -> socket.socket:
 
 
 def make_socket(family: socket.AddressFamily) -> socket.socket:
-    """Make a stream socket, which forked children have no part in."""
+    """Make a stream socket, which is closed in forked children."""
     return _not_for_children(moved_socket(socket.socket(family, socket.SOCK_STREAM)))
 
 
 def make_socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Make two sockets that are connected to each other; forked children have no part in them."""
+    """Make two sockets that are connected to each other; they are closed in forked children."""
     ours, theirs = (_not_for_children(moved_socket(end)) for end in socket.socketpair())
     return ours, theirs
 
@@ -358,9 +368,6 @@ def _close_parents_sockets() -> None:
                 sock.close()
 
 
-os.register_at_fork(after_in_child=_close_parents_sockets)
-
-
 def make_pipe() -> tuple[int, int]:
     """Make a pipe; return the end to read from and the end to write to."""
     reader, writer = os.pipe()
@@ -375,3 +382,6 @@ def keep_standard_streams_free() -> Iterator[None]:
             placeholders.callback(os.close, descriptor)
         os.close(descriptor)
         yield
+
+
+os.register_at_fork(after_in_child=_close_parents_sockets)

@@ -1,21 +1,23 @@
 """Locks among threads and processes: each ends with its block, and with its process.
 
-A lock is the kernel's (flock(2)) on a file of its own. The kernel holds it for as long as any
-process has the opened file, and a fork copies that: a lock that is only closed lives on in every
-child that another thread has started meanwhile. So it is unlocked before it is closed, and forked
-children close their copies: a child has no part in its parent's locks. Programs that are executed
-inherit none, except a directory's lock that is handed to them on purpose.
+A lock is the kernel's (flock(2)) on a separate file. The kernel holds it for as long as any process
+has the file open, and a fork copies that: a lock that is only closed stays held by every child that
+another thread has started meanwhile. So it is unlocked before it is closed, and forked children
+close their copies. Executed programs inherit none, except a directory's lock that is passed to them
+on purpose. Single bytes of any file can be locked as well, which only open descriptors hold.
 
-The locks of Python's `threading` are another matter: one that another thread holds at the moment of
-a fork stays held in the child for ever. Objects that a child may go on to use have theirs renewed.
+A lock of Python's `threading` that another thread holds at the moment of a fork stays held in the
+child for ever. Objects that a child may use have their locks renewed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import struct
 import sys
 import threading
 import time
@@ -38,10 +40,14 @@ _REPORT_AFTER = 5.0
 _LOOK_SECONDS = 0.05
 _NOTE_LIMIT = 200  # bytes
 
+# struct flock of Linux on x86-64: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+_NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+
 # The locks that have a file open, or are about to. No lock of Python's guards it, since a Ctrl-C or
-# a fork could leave that held; each step is one of the interpreter's own.
+# a fork could leave that held; each step is atomic in the interpreter.
 _opened: dict[int, weakref.ref[_Lock]] = {}
-# Whose Python locks forked children make anew, and by what each is made.
+# The objects whose Python locks are renewed in forked children, and what makes each lock.
 _Makers = dict[str, Callable[[], object]]
 _renewed: list[tuple[weakref.ref[object], _Makers]] = []
 
@@ -49,8 +55,8 @@ _renewed: list[tuple[weakref.ref[object], _Makers]] = []
 class _Lock:
     """One lock, from its wait to its end.
 
-    A class, not a generator: `with` enters it without a moment in which a Ctrl-C leaves the lock
-    held by nothing but a traceback.
+    A class, not a generator: so there is no moment in which a Ctrl-C leaves the lock held, but
+    outside of the block.
 
     Args:
         path: The lock's file, or a directory.
@@ -78,7 +84,7 @@ class _Lock:
     def _open(self) -> int:
         if not is_shared_with_group(self._path.parent):
             return moved(os.open(self._path, _FLAGS, 0o600))
-        # Its members wait for each other, whatever their umask.
+        # All members of the group can lock it, whatever their umask.
         descriptor = moved(os.open(self._path, _FLAGS, 0o660))
         with contextlib.suppress(PermissionError):  # another member's
             os.fchmod(descriptor, 0o660)
@@ -125,7 +131,7 @@ class _Lock:
 
     def _close(self) -> None:
         if self._descriptor >= 0:
-            # In one step, which no Ctrl-C can divide; the class's -1 is what is left.
+            # In one step, which no Ctrl-C can divide; then the class's -1 counts.
             os.close(self.__dict__.pop("_descriptor"))
         _opened.pop(id(self), None)
 
@@ -266,7 +272,7 @@ def exclusive_lock(
 ) -> contextlib.AbstractContextManager[None]:
     """Hold a lock that other threads and processes wait for, inside a block.
 
-    Whoever holds the lock may remove the file. Without `on_wait`, a wait of some seconds is logged.
+    The holder may remove the file. Without `on_wait`, a wait of some seconds is logged.
 
     Args:
         path: The lock's file; made when missing.
@@ -317,7 +323,7 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        # Shared, so that two who look are not in each other's way.
+        # Shared, so that two processes that look do not disturb each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     except BlockingIOError:
@@ -325,6 +331,39 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def lock_bytes(descriptor: int, kind: int, start: int, length: int, *, wait: bool = False) -> bool:
+    """Lock bytes of an open file (fcntl(2), OFD), or unlock them; False if others hold a lock.
+
+    Args:
+        descriptor: The open file, which holds the lock.
+        kind: F_RDLCK, which several may hold, F_WRLCK or F_UNLCK.
+        start: The first byte; it need not exist.
+        length: How many bytes; 0 for all that follow.
+        wait: Whether to wait while others hold a lock.
+    """
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    try:
+        fcntl.fcntl(descriptor, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        # The file system has no such locks.
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def find_byte_lock(descriptor: int, start: int, length: int) -> int:
+    """Return the kind of lock that others hold on bytes of an open file: F_UNLCK for none."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        return int(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0])
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return fcntl.F_UNLCK
 
 
 def renew_in_children(owner: object, **makers: Callable[[], object]) -> None:

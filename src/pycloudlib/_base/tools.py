@@ -30,15 +30,17 @@ PACKAGES = {
 }
 """The Debian and Ubuntu package of each program."""
 
+# prlimit(1): what a program that reads others' data may use.
 _LIMITS = (f"--as={4 << 30}", "--cpu=120")
+_KEPT_LINES = 200
+_GRACE_SECONDS = 10.0
 
 # Where administrators' programs live; an ordinary user's PATH on Debian leaves them out.
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
-
-# What a program may need to run at all: where things are, for whom, in which language, and, for a
-# QEMU that is given a window or sound, how to reach the desktop. All else is the caller's own:
-# tokens of a CI service, passwords, settings of other programs.
+# What a program may need to run at all: paths, user, language, and, for a QEMU with a window or
+# sound, how to reach the desktop. Everything else is the caller's own: tokens of a CI service,
+# passwords, settings of other programs.
 _PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|LOCPATH|LOCALE_ARCHIVE|TZ|TZDIR|TMPDIR"
     r"|LD_LIBRARY_PATH|LD_PRELOAD|NIX_LD(?:_LIBRARY_PATH)?|GLIBC_TUNABLES|MALLOC_\w+"
@@ -49,6 +51,30 @@ _PASSED_ON = re.compile(
 )
 # For those that fetch something; a proxy's address may have a password in it.
 _FOR_DOWNLOADS = re.compile(r"(?:https?|ftp|all|no)_proxy|APT_CONFIG", re.IGNORECASE)
+
+# `kill -1` reaches every process of the namespace but its first, which then has nothing left to
+# wait for. File descriptors 3 to 8 are the caller's to pass, and those from 20.
+_LIFELINE = """\
+umask 022
+exec 9<&0 </dev/null
+{ read -r _; kill -KILL -1; } <&9 &
+exec 9<&-
+"$@"
+status=$?
+exit $status
+"""
+
+_ROOT_HINT = (
+    "root needs the privilege to make mounts (CAP_SYS_ADMIN), which most containers withhold; "
+    "run the container with it or build outside"
+)
+_USER_HINT = (
+    "building as an ordinary user needs user namespaces: install the package 'uidmap', give the "
+    "user ranges in /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 "
+    "--add-subgids 100000-165535 USER), and see that the settings "
+    "kernel.unprivileged_userns_clone=0 and user.max_user_namespaces=0 are not in force; "
+    "or build as root"
+)
 
 
 def environment(*, downloads: bool = False) -> dict[str, str]:
@@ -99,12 +125,12 @@ def run_tool(
     """Run a short host program to its end.
 
     Args:
-        step: What it is run for, as it should read in an error.
+        step: The purpose, for the error.
         argv: The program, as `find_tool` finds it, and its arguments.
         input_bytes: What it reads on standard input; nothing by default.
         accepted: The exit statuses that are no error.
-        bounded: Whether it reads what others have made: it may then take 4 GiB of address space and
-            two minutes of processor time, and is an error beyond that.
+        bounded: Whether it reads data of others: it may then use at most 4 GiB of address space and
+            two minutes of processor time.
 
     Returns:
         The finished process with its `stdout` and `stderr` as bytes.
@@ -113,7 +139,7 @@ def run_tool(
         MissingPrerequisiteError: The program is not installed.
         ToolError: It ended with an error.
     """
-    command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
+    command = _command(argv)
     limits = [str(find_tool("prlimit")), *_LIMITS, "--"] if bounded else []
     finished = subprocess.run(
         [*limits, *command],
@@ -128,8 +154,8 @@ def run_tool(
     return finished
 
 
-_KEPT_LINES = 200
-_GRACE_SECONDS = 10.0
+def _command(argv: Sequence[str | Path]) -> list[str]:
+    return [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
 
 
 def run_tool_streaming(
@@ -141,27 +167,26 @@ def run_tool_streaming(
     pass_fds: Sequence[int] = (),
     ends_with_stdin: bool = False,
 ) -> None:
-    """Run a long host program to its end, handing on each line it prints.
+    """Run a long host program to its end, passing on each line it prints.
 
-    The program does not outlive this call: not when `on_line` raises, not on Ctrl-C, not even
-    when this process is killed.
+    The program does not outlive this call, also when `on_line` raises, on Ctrl-C, and when this
+    process is killed.
 
     Args:
-        step: What it is run for, as it should read in an error.
+        step: The purpose, for the error.
         argv: The program, as `find_tool` finds it, and its arguments.
         on_line: Called with each line of its output and of its errors, as they come.
         env: Environment variables beside those that every program gets, see `environment`.
         pass_fds: File descriptors that it inherits.
-        ends_with_stdin: The program ends itself, and everything it has started, once its standard
-            input ends. It is then left to do so; any other program is killed.
+        ends_with_stdin: Whether the program ends itself, and all that it has started, once its
+            standard input ends; any other program is killed.
 
     Raises:
         MissingPrerequisiteError: The program is not installed.
         ToolError: It ended with an error.
     """
-    command = [str(find_tool(str(argv[0]))), *map(str, argv[1:])]
-    # The kernel sends the signal when the thread that started the program ends, and that thread
-    # is waiting below.
+    command = _command(argv)
+    # The kernel sends the signal when the thread that started the program ends: it waits below.
     guard = [] if ends_with_stdin else [str(find_tool("setpriv")), "--pdeathsig", "KILL", "--"]
     process = subprocess.Popen(
         [*guard, *command],
@@ -170,15 +195,14 @@ def run_tool_streaming(
         encoding="utf-8",
         errors="replace",
         pass_fds=pass_fds,
-        start_new_session=True,  # a Ctrl-C is ours to answer
+        start_new_session=True,  # a Ctrl-C is for this process alone
         stderr=subprocess.STDOUT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     tail: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
     with _ended(process, gently=ends_with_stdin):
-        assert process.stdout is not None  # asked for above
-        for line in map(str.strip, process.stdout):
+        for line in map(str.strip, process.stdout or ()):
             if line:
                 tail.append(line)
                 on_line(line)
@@ -202,31 +226,6 @@ def _ended(process: subprocess.Popen[str], *, gently: bool) -> Iterator[None]:
             raise
 
 
-# `kill -1` reaches every process of the namespace but its first, which then has nothing left to
-# wait for. File descriptors 3 to 8 are the caller's to pass, and those from 20.
-_LIFELINE = """\
-umask 022
-exec 9<&0 </dev/null
-{ read -r _; kill -KILL -1; } <&9 &
-exec 9<&-
-"$@"
-status=$?
-exit $status
-"""
-
-_ROOT_HINT = (
-    "root needs the privilege to make mounts (CAP_SYS_ADMIN), which most containers withhold; "
-    "run the container with it or build outside"
-)
-_USER_HINT = (
-    "building as an ordinary user needs user namespaces: install the package 'uidmap', give the "
-    "user ranges in /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 "
-    "--add-subgids 100000-165535 USER), and see that the settings "
-    "kernel.unprivileged_userns_clone=0 and user.max_user_namespaces=0 are not in force; "
-    "or build as root"
-)
-
-
 def is_root() -> bool:
     """Whether this process is root, so that no user namespace is needed."""
     return os.geteuid() == 0
@@ -247,7 +246,7 @@ def run_confined(
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> None:
-    """Run a program as root in namespaces of its own; nothing of it is left afterwards.
+    """Run a program as root in separate namespaces; no process of it is left afterwards.
 
     Files it makes belong to root; for an ordinary user outside they belong to the first of the
     user's subordinate ids, and it reaches files of theirs through `pass_fds` only.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import os
 import secrets
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base import tools
-from pycloudlib._base.files import create_directories
+from pycloudlib._base.files import create_directories, hash_file
 from pycloudlib._base.locks import directory_lock, exclusive_lock
 from pycloudlib._base.tools import find_tool
 from pycloudlib.errors import ImageBuildError, MissingPrerequisiteError, ToolError
@@ -216,10 +215,12 @@ def _put_in_place(recipe: BuildRecipe, serial: str, workshop: Workshop, image_di
     """Record the image and give it its final name, complete or not at all."""
     release_dir = image_dir / recipe.release
     image = workshop.product / recipe.image_name
+    with image.open("rb") as content:
+        digest = hash_file(content).hexdigest()
     record = store.ImageRecord(
         release=recipe.release,
         serial=serial,
-        sha256=_digest(image),
+        sha256=digest,
         size=image.stat().st_size,
         source=_SOURCE + recipe.key,
         default_user=recipe.default_user,
@@ -242,14 +243,6 @@ def _choose_serial(release_dir: Path, today: datetime.date) -> str:
     taken = [store.serial_order(path.name) for path in release_dir.glob(f"{date}*")]
     numbers = [number for day, number in taken if day == int(date)]
     return f"{date}.{max(numbers) + 1}" if numbers else date
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1024 * 1024):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pycloudlib._base.documents import gunzip
-from pycloudlib._base.files import owner_opener
+from pycloudlib._base.files import hash_file, owner_opener
 from pycloudlib._version import __version__
 from pycloudlib.errors import ImageBuildError, ImageVerificationError
 from pycloudlib.progress import Progress, ProgressCallback
@@ -33,8 +33,6 @@ _log = logging.getLogger(__name__)
 
 # Each wait for the server, not the whole transfer: an image may take as long as its line needs.
 _TIMEOUT = 30.0
-
-_CHUNK = 256 * 1024
 
 # What may pass by itself is tried again after so many seconds, each longer than the one before.
 _PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -73,7 +71,7 @@ class Digest:
         if not path.is_file() or self.size not in (None, path.stat().st_size):
             return False
         with path.open("rb") as file:
-            return _hash_file(file) == self.sha256
+            return hash_file(file).hexdigest() == self.sha256
 
 
 def shown_url(url: str) -> str:
@@ -290,11 +288,9 @@ class _Transfer:
         self._expected = expected
         self._on_progress = on_progress
         self._limit = expected.size or _FILE_LIMIT
-        self._digest, self._size = hashlib.sha256(), 0
         file.seek(0)
-        while chunk := file.read(_CHUNK):
-            self._digest.update(chunk)
-            self._size += len(chunk)
+        self._digest = hash_file(file)
+        self._size = file.tell()
         if self._size > self._limit:
             self._begin_anew()
         self.resumed = self._size > 0
@@ -430,13 +426,6 @@ def _check_status(response: httpx.Response, url: str) -> None:
         f"Downloading {shown_url(url)} failed: the server answered {status} "
         f"{response.reason_phrase}, expected 200 OK"
     )
-
-
-def _hash_file(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _describe(expected: Digest) -> str:

@@ -1,16 +1,16 @@
-"""Who uses an image: recorded beside the image, for whoever is about to delete or replace it.
+"""The users of an image: recorded beside it, so that it is not deleted or replaced while in use.
 
-The path by which an image is named, the directory that a cloud works in and the user do not matter:
-all that counts is with the file itself.
+The path by which an image is named, a cloud's working directory and the user do not matter: all
+information is at the file itself.
 
-- Beside it lies a record for each disk that is built on it, `.NAME.TOKEN.used`. That is a hard
-  link of a file that is kept with the disk: when the disk's directory goes, however it does, the
-  record has one name left and counts no more. Where no hard link can be made, as between file
-  systems, it is `.NAME.TOKEN.used-elsewhere`, and counts as long as the disk is where it says.
+- Beside it is a record for each disk that is built on it, `.NAME.TOKEN.used`. That is a hard link
+  of a file kept with the disk: when the disk's directory is removed, in any way, the record has one
+  name left and does not count any more. Where hard links are not possible, as between file systems,
+  it is `.NAME.TOKEN.used-elsewhere`, and counts as long as the disk that it names exists.
 - A launch holds a lock on the file from the choice of the image until its own record is there.
-- A running QEMU has locks of its own on every file that its disk consists of.
+- A running QEMU locks every file that its disk consists of.
 
-A directory that this user must not write to gets no records; the locks need no more than to read.
+A directory that this user must not write to gets no records; the locks need only read permission.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import pwd
 import re
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from pathlib import Path
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.documents import decode, parse_json, to_bytes
 from pycloudlib._base.files import create_private_directory, moved, write_private
+from pycloudlib._base.locks import find_byte_lock, lock_bytes
 from pycloudlib.errors import ImageInUseError, ImageNotFoundError
 from pycloudlib.images import store
 
@@ -47,19 +47,16 @@ _ELSEWHERE = "used-elsewhere"
 _TOKEN = re.compile("[0-9a-f]{16}")
 _ENDING = re.compile(rf"{_TOKEN.pattern}\.(?P<kind>{_LINKED}|{_ELSEWHERE})")
 _LONGEST_NAME = 200
-# Seconds for which a record counts that cannot be judged: another user's, or another container's.
+# Seconds for which a record counts that cannot be checked: another user's, or another container's.
 _UNKNOWN_AGE = 30 * 86400
 
-# struct flock of Linux on x86-64: type, whence, start, length, pid.
-_FLOCK = struct.Struct("hhqqi4x")
 # QEMU locks bytes from 100 on (block/file-posix.c). These are far from them, and from any data.
 _FIRST_BYTE = 1 << 40
 _TO_THE_END = 0
-_NO_LOCKS = (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-# Seconds to wait for another who removes a file, which takes moments, and between two looks.
+# Seconds to wait for another process that removes a file, and between two looks.
 _REMOVAL_LIMIT = 10.0
 _LOOK_SECONDS = 0.01
 
@@ -70,7 +67,7 @@ RUNNING = "a machine that runs"
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a record says.
+    """The content of a record.
 
     Attributes:
         disk: The disk that is built on the image, or that needs the kernel.
@@ -132,24 +129,24 @@ def holding_image(image_id: str, image_dir: Path) -> Iterator[Path]:
 def removing(
     *files: Path, by_name: bool = False, find_more: Callable[[], Sequence[str]] = list
 ) -> Iterator[None]:
-    """Delete or replace files in the block, which nobody starts to use meanwhile.
+    """Lock files to delete or replace them in the block; nothing begins to use them meanwhile.
 
-    Others who do so are waited for.
+    Other processes that remove them are waited for.
 
     Args:
-        *files: An image and what goes with it; those that are not there are passed over.
-        by_name: Whether these are names of files that have others, each with users of its own.
+        *files: An image and what belongs to it; missing ones are ignored.
+        by_name: Whether the files may have other names, with users of their own.
         find_more: Finds users that no record names.
 
     Raises:
-        ImageInUseError: Some are in use; names by whom.
+        ImageInUseError: Some are in use; names the users.
     """
     with contextlib.ExitStack() as stack:
-        # In one order for all, so that no two wait for each other.
+        # All processes lock in one order, so that no two wait for each other.
         places = sorted({Path(os.path.realpath(file)) for file in files})
         locks = [stack.enter_context(_excluding(place, by_name=by_name)) for place in places]
         users = {user for file in files for user in find_users(file)} | set(find_more())
-        # A machine that has a record, and runs, is named once.
+        # A running machine that has a record is named once.
         users = users or {user for user in locks if user is not None}
         if users:
             raise ImageInUseError(str(files[0]), sorted(users))
@@ -157,17 +154,17 @@ def removing(
 
 
 def record(disk: Path, files: Iterable[Path]) -> None:
-    """Record that a disk is built on files, or needs them; what was recorded of it before goes.
+    """Record that a disk is built on files, or needs them; this replaces earlier records of it.
 
-    Where no record can be written, there is none. Another program may delete the disk meanwhile:
-    who deletes one forgets it afterwards, and who records one looks afterwards whether it is still
-    there. So nothing is left, whichever of them is the last.
+    Where no record can be written, there is none. Another program may delete the disk meanwhile: it
+    removes the records after the disk, and this function looks for the disk after it has recorded
+    it. So no record is left, whichever of them is the last.
     """
     directory = _kept_with(disk)
     before = _list_kept(directory)
     for file in {Path(os.path.realpath(file)) for file in files}:
         try:
-            # Without parents: those of a disk that is deleted are to stay away.
+            # Without parents: those of a deleted disk must not come back.
             create_private_directory(directory, parents=False)
             _record(disk, file, directory)
         except OSError as error:
@@ -186,7 +183,7 @@ def is_recorded(disk: Path) -> bool:
 
 
 def forget(disk: Path) -> None:
-    """Remove what was recorded of a disk, which is deleted; that nothing was is no error."""
+    """Remove the records of a deleted disk; missing ones are no error."""
     directory = _kept_with(disk)
     for kept in _list_kept(directory):
         _forget(kept)
@@ -195,7 +192,7 @@ def forget(disk: Path) -> None:
 
 
 def forget_gone(directory: Path) -> None:
-    """Remove what was recorded of disks of a directory that are there no more."""
+    """Remove the records of a directory's disks that do not exist any more."""
     for kept in directory.glob(f"*{_BESIDE}"):
         disk = kept.with_name(kept.name.removesuffix(_BESIDE))
         if not os.path.lexists(disk):
@@ -238,7 +235,7 @@ def _record(disk: Path, file: Path, directory: Path) -> None:
 def _forget(kept: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         beside = Path(_Record.read(kept).record)
-        # Whatever else it says, it names no other file than one of these.
+        # A damaged record must not name another file.
         if kept.name in beside.name and _ENDING.search(beside.name):
             beside.unlink()
     with contextlib.suppress(FileNotFoundError):
@@ -276,7 +273,7 @@ def _records_of(file: Path) -> list[Path]:
 
 
 def _counts(found: Path) -> bool:
-    """Whether a record stands for a disk that there is."""
+    """Whether the disk of a record exists."""
     try:
         facts = found.lstat()
     except FileNotFoundError:
@@ -292,16 +289,16 @@ def _counts(found: Path) -> bool:
         if said.host == _host():
             return False
     except (OSError, ValueError):
-        pass  # it is another user's, or damaged
+        pass  # another user's, or damaged
     else:
         return True
     return time.time() - facts.st_mtime < _UNKNOWN_AGE
 
 
 def _was_copied(found: Path) -> bool:
-    """Whether a record and the file that it was a link of were copied apart, to where they were.
+    """Whether a record and the file that it was a link of were copied as separate files.
 
-    As `rsync -a` and `cp -r` do with a home. A copy of the images alone is in nobody's use.
+    As `rsync -a` and `cp -r` do with a home. A copy of only the images has no users.
     """
     try:
         said = _Record.read(found)
@@ -325,12 +322,12 @@ def _describe_user(found: Path) -> str:
 def _host() -> str:
     """Return an id of this host, or container: paths are different in others.
 
-    Containers of one image may have one machine-id, hosts of one network the same name.
+    Containers of one image may share a machine-id, and hosts a name.
     """
-    told = ""
+    machine_id = ""
     with contextlib.suppress(OSError, ValueError):
-        told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
-    return f"{told} {socket.gethostname()}"
+        machine_id = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    return f"{machine_id} {socket.gethostname()}"
 
 
 @contextlib.contextmanager
@@ -340,12 +337,12 @@ def _holding(file: Path) -> Iterator[None]:
         try:
             descriptor = moved(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         except PermissionError:
-            # Whoever reads it says so; and the locks of others are none of its business.
+            # The error comes when it is read; it cannot be locked.
             yield
             return
         with _closing(descriptor):
-            _lock(descriptor, fcntl.F_RDLCK, _byte_of(file), 1, wait=True)
-            # Whoever had it locked may have deleted it.
+            lock_bytes(descriptor, fcntl.F_RDLCK, _byte_of(file), 1, wait=True)
+            # It may have been deleted before the lock was free.
             if _is_at(descriptor, file):
                 yield
                 return
@@ -353,11 +350,11 @@ def _holding(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
-    """Lock a file against those who begin to use it; yield who uses it by the locks there are."""
+    """Lock a file that is removed in the block; yield who uses it, as far as locks show."""
     while (descriptor := _open(file)) is not None:
         with _closing(descriptor):
             user = _exclude(descriptor, file, by_name=by_name)
-            # Whoever was waited for may have deleted or replaced it.
+            # It may have been deleted or replaced before the lock was free.
             if user is not None or _is_at(descriptor, file):
                 yield user
                 return
@@ -365,15 +362,15 @@ def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
 
 
 def _exclude(descriptor: int, file: Path, *, by_name: bool) -> str | None:
-    """Lock a file for one who removes it; return who uses it by the locks there are."""
+    """Lock a file that is to be removed; return who uses it, as far as locks show."""
     try:
         start, length = (_byte_of(file), 1) if by_name else (_FIRST_BYTE, _TO_THE_END)
     except FileNotFoundError:
         return None  # removed by now, with its directory
     deadline = Deadline.after(_REMOVAL_LIMIT)
     while True:
-        locked = _lock(descriptor, fcntl.F_WRLCK, start, length)
-        others = _find_lock(descriptor, start, length)
+        locked = lock_bytes(descriptor, fcntl.F_WRLCK, start, length)
+        others = find_byte_lock(descriptor, start, length)
         if others == fcntl.F_RDLCK:
             return LAUNCHING
         if locked and others == fcntl.F_UNLCK:
@@ -381,13 +378,13 @@ def _exclude(descriptor: int, file: Path, *, by_name: bool) -> str | None:
         if deadline.expired:
             return REMOVING
         time.sleep(_LOOK_SECONDS)
-    if not by_name and _find_lock(descriptor, 0, _FIRST_BYTE) != fcntl.F_UNLCK:
+    if not by_name and find_byte_lock(descriptor, 0, _FIRST_BYTE) != fcntl.F_UNLCK:
         return RUNNING
     return None
 
 
 def _open(file: Path) -> int | None:
-    # Only who may write to a file can lock it; to see others' locks, reading is enough.
+    # Only a file open for writing can be locked exclusively; to see locks, reading is enough.
     for flags in (os.O_RDWR, os.O_RDONLY):
         with contextlib.suppress(OSError):
             return moved(os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -401,7 +398,7 @@ def _closing(descriptor: int) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            _lock(descriptor, fcntl.F_UNLCK, _FIRST_BYTE, _TO_THE_END)
+            lock_bytes(descriptor, fcntl.F_UNLCK, _FIRST_BYTE, _TO_THE_END)
         os.close(descriptor)
 
 
@@ -409,31 +406,6 @@ def _byte_of(file: Path) -> int:
     """Return the byte to lock for a name of a file: each of its names has its own byte."""
     name = b"%d/%s" % (file.parent.stat().st_ino, to_bytes(file.name))
     return _FIRST_BYTE + int.from_bytes(hashlib.sha256(name).digest()[:5], "big")
-
-
-def _lock(descriptor: int, kind: int, start: int, length: int, *, wait: bool = False) -> bool:
-    """Lock bytes of a file, of whichever process; False when others have them locked."""
-    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
-    try:
-        fcntl.fcntl(descriptor, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        # The file system has no locks, or this one cannot be had; there is only what is recorded.
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
-def _find_lock(descriptor: int, start: int, length: int) -> int:
-    """Find the kind of a lock that others have on bytes of a file: F_UNLCK if there is none."""
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    try:
-        return int(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0])
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return fcntl.F_UNLCK
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

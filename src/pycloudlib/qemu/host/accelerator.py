@@ -19,7 +19,7 @@ from pathlib import Path
 from pycloudlib._base.documents import decode, parse_json, read_kernel_file
 from pycloudlib._base.files import create_directories, moved, replace_atomically, write_private
 from pycloudlib._base.tools import environment
-from pycloudlib.errors import CloudSetupError
+from pycloudlib.errors import CloudSetupError, describe_exit
 
 _log = logging.getLogger(__name__)
 
@@ -195,8 +195,7 @@ def _judge(exit_status: int, stderr: str) -> str | None:
             "working KVM needs (guest instructions are probably interpreted in the host's kernel)"
         )
     said = stderr.splitlines()[-1] if stderr else "nothing on stderr"
-    how = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
-    return f"QEMU ended with {how}: {said}"
+    return f"QEMU ended with {describe_exit(exit_status)}: {said}"
 
 
 def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> list[str]:
@@ -312,8 +311,7 @@ def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
     if answer.returncode == 0 and b'"QMP"' in answer.stdout:
         return answer.stdout, ""
     words = (answer.stderr + answer.stdout).decode(errors="replace").strip()[-_LONGEST_SAID:]
-    status = answer.returncode
-    how = f"it ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+    how = f"it ended with {describe_exit(answer.returncode)}"
     return b"", f"{how}, and said: {words}" if words else how
 
 

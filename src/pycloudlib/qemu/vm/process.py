@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pycloudlib._base import tools
 from pycloudlib._base.files import make_socket_pair, moved
-from pycloudlib.errors import CloudError
+from pycloudlib.errors import CloudError, describe_exit
 from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.accelerator import find_features
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, environment
@@ -53,10 +53,8 @@ class ProcessEnd:
         """Its exit status or signal, for people."""
         if self.exit_status is None:
             return "QEMU ended with an unknown exit status"
-        if self.exit_status >= 0:
-            return f"QEMU ended with exit status {self.exit_status}"
-        name = _signal_name(-self.exit_status)
-        return f"QEMU ended with signal {-self.exit_status} ({name})"
+        name = f" ({_signal_name(-self.exit_status)})" if self.exit_status < 0 else ""
+        return f"QEMU ended with {describe_exit(self.exit_status)}{name}"
 
 
 class QemuProcess:
