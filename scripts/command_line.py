@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 
 from pycloudlib.cli.app import PROGRAM, application
+from pycloudlib.cli.common import MEANINGS
 from pycloudlib.cli.doctor import Check
 from pycloudlib.cli.imagecommands import ImageFacts
-from pycloudlib.cli.looking import MachineFacts
-from pycloudlib.cli.output import MEANINGS
+from pycloudlib.cli.reports import MachineFacts
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "command-line.md"
 _WIDTH = 96

@@ -1,4 +1,4 @@
-"""The command `pycloudlib`: its commands put together, and how each of them ends."""
+"""The command `pycloudlib`: all commands in one group, and how each of them ends."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import click
 
 from pycloudlib._base.documents import nearest
 from pycloudlib._version import __version__
-from pycloudlib.cli import doctor, imagecommands, inside, lifecycle, looking
-from pycloudlib.cli.output import colour_choice, exit_code_of, show_any_text, tell
-from pycloudlib.cli.session import Session, told_options
-from pycloudlib.cli.terminal import ending_by_exception, secure_streams
+from pycloudlib.cli import doctor, imagecommands, inside, lifecycle, reports
+from pycloudlib.cli.common import (
+    Session,
+    colour_choice,
+    command,
+    common_options,
+    escape_unencodable,
+    exit_code_of,
+    print_error,
+)
+from pycloudlib.cli.terminal import exiting_on_signals, secure_streams
 
 PROGRAM = "pycloudlib"
+_COMPLETE_VARIABLE = "_PYCLOUDLIB_COMPLETE"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Group(click.Group):
-    """A group that lists its commands by theme, and suggests the nearest for one it has not."""
+    """A group that lists its commands by theme, and suggests the nearest to an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the commands, in the order in which they were added."""
@@ -27,10 +35,10 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is meant."""
+        """Find the command of a name."""
         name = args[0] if args else ""
         known = not name or name.startswith("-") or self.get_command(ctx, name) is not None
-        if not (known or ctx.resilient_parsing):  # as while it is typed
+        if not (known or ctx.resilient_parsing):  # as in completion
             near = nearest(name, self.list_commands(ctx))
             hint = f" Did you mean {near!r}?" if near else ""
             ctx.fail(f"No such command {name!r}.{hint}")
@@ -39,18 +47,36 @@ class _Group(click.Group):
 
 @click.group(PROGRAM, cls=_Group, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name=PROGRAM)
-@told_options
+@common_options
 @click.pass_context
 def application(context: click.Context) -> None:
-    """Cloud images as local QEMU machines, which live until they are deleted."""
+    """Run cloud images as local QEMU machines, which live until they are deleted."""
     context.ensure_object(Session)
     context.color = colour_choice()
 
 
+@command("completion", short_help="Print the completion script of a shell.")
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.pass_context
+def completion(context: click.Context, _session: Session, shell: str) -> None:
+    """Print the script with which a SHELL completes commands, options and names.
+
+    \b
+    bash:  eval "$(pycloudlib completion bash)"           in ~/.bashrc
+    zsh:   eval "$(pycloudlib completion zsh)"            in ~/.zshrc
+    fish:  pycloudlib completion fish | source            in ~/.config/fish/config.fish
+    """  # noqa: D301 - click's mark for an unwrapped paragraph
+    from click.shell_completion import get_completion_class  # noqa: PLC0415 - seldom
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click knows all three
+    click.echo(kind(context.find_root().command, {}, PROGRAM, _COMPLETE_VARIABLE).source())
+
+
 for _command in (
     lifecycle.launch,
-    looking.list_,
-    looking.info,
+    reports.list_,
+    reports.info,
     inside.execute,
     inside.shell,
     inside.console,
@@ -60,40 +86,40 @@ for _command in (
     lifecycle.restart,
     lifecycle.wait,
     lifecycle.delete,
-    lifecycle.snapshot,
-    lifecycle.fork,
-    lifecycle.rollback,
+    imagecommands.snapshot,
+    imagecommands.fork,
+    imagecommands.rollback,
     imagecommands.images,
-    looking.logs,
-    looking.diagnose,
+    reports.logs,
+    reports.diagnose,
     doctor.prune,
     doctor.doctor,
-    doctor.completion,
+    completion,
 ):
     application.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code.
+    """Run the command line, and return its exit code.
 
     Args:
-        arguments: What is given after the program's name; by default this process's own.
+        arguments: The arguments after the program's name; by default this process's own.
     """
     session = Session()
-    show_any_text()
+    escape_unencodable()
     if arguments is None:
         secure_streams()
     try:
-        with ending_by_exception(), session.naming_directories():
+        with exiting_on_signals(), session.naming_directories():
             code = application.main(
                 None if arguments is None else list(arguments),
                 prog_name=PROGRAM,
                 standalone_mode=False,
                 obj=session,
             )
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each is told
-        tell(error, with_traceback=session.verbosity > 1)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each is printed
+        print_error(error, with_traceback=session.verbosity > 1)
         return int(exit_code_of(error))
     finally:
-        session.leave_log()
+        session.hide_log()
     return code if isinstance(code, int) else 0

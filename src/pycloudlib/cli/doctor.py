@@ -1,4 +1,4 @@
-"""What is judged of a host: each check is a value, made from facts alone."""
+"""`doctor` and `prune`: the commands that look after the host. Checks are made from facts alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 import click
 
+from pycloudlib.cli import hostfacts
+from pycloudlib.cli.common import Session, command, json_option, print_json, size_in_words
 from pycloudlib.cli.hostfacts import HostFacts
-from pycloudlib.cli.lifecycle import drop_fork_bases
-from pycloudlib.cli.output import print_json, size_in_words
-from pycloudlib.cli.session import Session, command, json_option
+from pycloudlib.cli.lifecycle import delete_fork_bases
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-# QEMU's versions by which the parts are that this package uses.
+# The first version of QEMU with all features that this package uses.
 _OLDEST_QEMU = (6, 2)
 _LEAST_DISK, _ENOUGH_DISK = _GIB, 10 * _GIB
-# A machine of the usual size, and what QEMU needs beside.
+# A machine of the usual size, with QEMU's own memory.
 _LEAST_MEMORY, _ENOUGH_MEMORY = 600 * _MIB, 2 * _GIB
 _PORTS_OF_ONE, _ENOUGH_PORTS = 2, 10
+_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 class Outcome(enum.Enum):
-    """What came of a check."""
+    """The result of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -33,13 +34,13 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check, as `doctor --json` tells of it.
+    """A check, as `doctor --json` prints it.
 
     Attributes:
-        name: What was looked at.
+        name: What was checked.
         outcome: `ok`; `warning`: something is missing or slow; `problem`: launches fail.
         detail: What was found.
-        remedy: How to mend it; empty where nothing is to be mended.
+        remedy: How to fix it; empty if nothing is wrong.
     """
 
     name: str
@@ -49,10 +50,10 @@ class Check:
 
 
 def judge(facts: HostFacts) -> list[Check]:
-    """Judge a host; pure."""
+    """Return the checks of a host."""
     checks = [_configuration(facts), _qemu(facts), _accelerator(facts)]
     checks += _tools(facts)
-    checks += [_room(facts, name) for name in facts.room]
+    checks += [_disk(facts, name) for name in facts.free_space]
     checks += _key(facts)
     checks += _processors(facts)
     checks += [_memory(facts), _ports(facts), _server(facts), _leftovers(facts), _package(facts)]
@@ -61,7 +62,7 @@ def judge(facts: HostFacts) -> list[Check]:
 
 def _configuration(facts: HostFacts) -> Check:
     if facts.configuration_problem:
-        remedy = "mend that file; docs/reference/configuration.md tells what may be in it"
+        remedy = "correct that file; docs/reference/configuration.md lists its keys"
         return Check("configuration", Outcome.PROBLEM, facts.configuration_problem, remedy)
     return Check("configuration", Outcome.OK, facts.configuration)
 
@@ -72,38 +73,36 @@ def _qemu(facts: HostFacts) -> Check:
             "QEMU",
             Outcome.PROBLEM,
             f"{facts.qemu_name!r} was not found",
-            "sudo apt install qemu-system-x86; or let qemu_binary in [qemu] name it",
+            "sudo apt install qemu-system-x86; or set qemu_binary in [qemu] to it",
         )
     if not facts.qemu_version:
         remedy = "sudo apt install --reinstall qemu-system-x86"
-        return Check("QEMU", Outcome.PROBLEM, f"{facts.qemu} tells no version", remedy)
-    told = f"{facts.qemu}, version {'.'.join(map(str, facts.qemu_version))}"
+        return Check("QEMU", Outcome.PROBLEM, f"{facts.qemu} prints no version", remedy)
+    detail = f"{facts.qemu}, version {'.'.join(map(str, facts.qemu_version))}"
     if facts.qemu_version < _OLDEST_QEMU:
-        oldest = ".".join(map(str, _OLDEST_QEMU))
-        return Check(
-            "QEMU", Outcome.WARNING, told, f"install a newer one: this is for {oldest} and later"
-        )
-    return Check("QEMU", Outcome.OK, told)
+        remedy = f"install a newer one: {'.'.join(map(str, _OLDEST_QEMU))} and later are supported"
+        return Check("QEMU", Outcome.WARNING, detail, remedy)
+    return Check("QEMU", Outcome.OK, detail)
 
 
 def _accelerator(facts: HostFacts) -> Check:
     if not facts.qemu:
-        return Check("accelerator", Outcome.WARNING, "not tried: there is no QEMU")
+        return Check("accelerator", Outcome.WARNING, "not tried: QEMU is missing")
     if facts.accelerator != "tcg" and facts.kvm_problem is None:
         return Check("accelerator", Outcome.OK, "KVM was tried, and works")
     if facts.tcg_problem:
         detail = f"emulation was tried and does not work: {facts.tcg_problem}"
-        return Check("accelerator", Outcome.PROBLEM, detail, "install QEMU anew")
+        return Check("accelerator", Outcome.PROBLEM, detail, "install QEMU again")
     if facts.accelerator == "tcg":
         return Check("accelerator", Outcome.OK, "emulation, as configured; it was tried, and works")
     outcome = Outcome.PROBLEM if facts.accelerator == "kvm" else Outcome.WARNING
     detail = f"KVM does not work: {facts.kvm_problem}"
     if outcome is Outcome.WARNING:
         detail += "; emulation works, some ten times slower"
-    return Check("accelerator", outcome, detail, _mend_kvm(facts))
+    return Check("accelerator", outcome, detail, _kvm_remedy(facts))
 
 
-def _mend_kvm(facts: HostFacts) -> str:
+def _kvm_remedy(facts: HostFacts) -> str:
     if not facts.kvm_exists:
         return (
             "sudo modprobe kvm_intel (or kvm_amd); switch on virtualization in the firmware, or "
@@ -111,9 +110,9 @@ def _mend_kvm(facts: HostFacts) -> str:
         )
     if not facts.kvm_allowed:
         if facts.in_kvm_group:
-            return "you are in the group 'kvm', but /dev/kvm is not its: ls -l /dev/kvm"
-        return "sudo usermod -aG kvm $USER, and log in anew"
-    return "nothing on this host; another one may have KVM that works"
+            return "you are in the group 'kvm', but /dev/kvm is another group's: ls -l /dev/kvm"
+        return "sudo usermod -aG kvm $USER, and log in again"
+    return "nothing on this host; use another one, where KVM works"
 
 
 def _tools(facts: HostFacts) -> Iterator[Check]:
@@ -128,17 +127,17 @@ def _tools(facts: HostFacts) -> Iterator[Check]:
         yield Check(f"tools {use}", outcome, detail, f"sudo apt install {packages}")
 
 
-def _room(facts: HostFacts, name: str) -> Check:
-    path, free = facts.room[name]
+def _disk(facts: HostFacts, name: str) -> Check:
+    path, free = facts.free_space[name]
     if name in facts.unusable:
         return Check(
             f"disk of {name}",
             Outcome.PROBLEM,
             f"{path} cannot be used: {facts.unusable[name]}",
-            f"let {name} in [qemu] name a directory of yours",
+            f"set {name} in [qemu] to a directory of yours",
         )
     detail = f"{size_in_words(free)} free in {path}"
-    remedy = f"make room, or let {name} in [qemu] name another place; 'pycloudlib prune' may help"
+    remedy = f"free space ('pycloudlib prune'), or set {name} in [qemu] to another directory"
     if free < _LEAST_DISK:
         return Check(f"disk of {name}", Outcome.PROBLEM, detail, remedy)
     if free < _ENOUGH_DISK:
@@ -148,7 +147,7 @@ def _room(facts: HostFacts, name: str) -> Check:
 
 def _key(facts: HostFacts) -> Iterator[Check]:
     if facts.key_problem:
-        remedy = "or let public_key_path in [qemu] name another key"
+        remedy = "or set public_key_path in [qemu] to another key"
         yield Check("SSH key", Outcome.PROBLEM, facts.key_problem, remedy)
     elif facts.key:
         yield Check("SSH key", Outcome.OK, facts.key)
@@ -156,7 +155,7 @@ def _key(facts: HostFacts) -> Iterator[Check]:
 
 def _processors(facts: HostFacts) -> Iterator[Check]:
     if facts.processors:
-        detail = f"{facts.processors} that programs may keep busy here, as many machines at once"
+        detail = f"{facts.processors} available, for as many busy machines"
         yield Check("processors", Outcome.OK, detail)
 
 
@@ -174,7 +173,7 @@ def _memory(facts: HostFacts) -> Check:
 
 def _ports(facts: HostFacts) -> Check:
     detail = f"{facts.free_ports} of {facts.ports} local ports are free; a machine takes two"
-    remedy = "delete machines that are not needed, or end the programs: ss -tlnp"
+    remedy = "delete machines, or end the programs that listen: ss -tlnp"
     if facts.free_ports < _PORTS_OF_ONE:
         return Check("ports", Outcome.PROBLEM, detail, remedy)
     if facts.free_ports < _ENOUGH_PORTS:
@@ -190,7 +189,7 @@ def _server(facts: HostFacts) -> Check:
             "image server",
             Outcome.WARNING,
             f"{facts.server} cannot be used: {facts.server_problem}",
-            "set HTTPS_PROXY, or image_mirror in [qemu]; Debian's images are built without it: "
+            "set HTTPS_PROXY, or image_mirror in [qemu]; Debian's images do not need it: "
             "'pycloudlib images build'",
         )
     return Check("image server", Outcome.OK, f"{facts.server} answers")
@@ -198,8 +197,8 @@ def _server(facts: HostFacts) -> Check:
 
 def _leftovers(facts: HostFacts) -> Check:
     if facts.leftovers:
-        some = ", ".join(facts.leftovers[:3]) + (" …" if len(facts.leftovers) > 3 else "")
-        detail = f"{len(facts.leftovers)} left by programs that died: {some}"
+        names = ", ".join(facts.leftovers[:3]) + (" …" if len(facts.leftovers) > 3 else "")
+        detail = f"{len(facts.leftovers)} left by programs that died: {names}"
         return Check("leftover machines", Outcome.WARNING, detail, "pycloudlib prune")
     return Check("leftover machines", Outcome.OK, "none")
 
@@ -209,35 +208,30 @@ def _package(facts: HostFacts) -> Check:
         return Check(
             "other pycloudlib",
             Outcome.PROBLEM,
-            f"another one is in the way: {', '.join(facts.other_packages)}",
-            "pip uninstall pycloudlib, until it says that there is none; then install this one "
-            "again, best in an environment of its own",
+            f"another one conflicts: {', '.join(facts.other_packages)}",
+            "pip uninstall pycloudlib, until none is left; then install this one again, preferably "
+            "in its own environment",
         )
     return Check("other pycloudlib", Outcome.OK, f"none; this one is {facts.own_package}")
 
 
-_PROGRAM = "pycloudlib"
-_COMPLETE_VARIABLE = "_PYCLOUDLIB_COMPLETE"
-_COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
-
-
-@command("prune", short_help="Remove what dead programs have left behind.")
-@click.option("--stopped", is_flag=True, help="Machines that are off, too, yours among them.")
-@click.option("--images", is_flag=True, help="Old builds of images, too.")
-@click.option("--warm", is_flag=True, help="Machines that are kept ready, too.")
+@command("prune", short_help="Remove what dead programs have left.")
+@click.option("--stopped", is_flag=True, help="Also machines that are off, yours included.")
+@click.option("--images", is_flag=True, help="Also old builds of images.")
+@click.option("--warm", is_flag=True, help="Also machines kept ready for `launch --warm`.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def prune(
     session: Session, stopped: bool, images: bool, warm: bool, yes: bool, as_json: bool
 ) -> None:
-    """Remove what programs have left behind that were killed or crashed, and print its paths.
+    """Remove what killed or crashed programs have left, and print its paths.
 
-    What belongs to a program that is alive stays, and so do machines of the command line.
+    Machines of programs that are alive stay, and so do those of the command line.
     """
     if stopped and not yes:
         click.confirm("Delete all machines that are off?", abort=True, err=True)
     cloud = session.cloud
-    removed = [*cloud.prune(stopped=stopped), *drop_fork_bases(session)]
+    removed = [*cloud.prune(stopped=stopped), *delete_fork_bases(cloud)]
     if images:
         removed += cloud.prune_images()
     if warm:
@@ -251,45 +245,23 @@ def prune(
 
 
 @command("doctor", short_help="Check what a launch needs.")
-@click.option("--offline", is_flag=True, help="Leave the image server alone.")
+@click.option("--offline", is_flag=True, help="Do not contact the image server.")
 @json_option
 def doctor(session: Session, offline: bool, as_json: bool) -> int:
-    """Check what a launch needs, and say how to mend what is missing.
+    """Check what a launch needs, and say how to fix what is missing.
 
-    The exit code is 1 when something is in the way of a launch.
+    The exit code is 1 if a launch would fail.
     """
-    from pycloudlib.cli import hostfacts  # noqa: PLC0415 - seldom
-
-    pass
-
     if not as_json:
-        session.note("Looking, which takes some seconds …")
-    found = judge(hostfacts.collect(ask_server=not offline))
+        session.note("This takes some seconds …")
+    checks = judge(hostfacts.collect(ask_server=not offline))
     if as_json:
-        print_json(found)
+        print_json(checks)
     else:
-        for check in found:
+        for check in checks:
             word = check.outcome.value
             mark = click.style(f"{word:8}", fg=_COLOURS[word], bold=True)
             click.echo(f"{mark} {check.name}: {check.detail}")
             if check.remedy:
                 click.echo(f"{'':8} → {check.remedy}")
-    return int(any(check.outcome is Outcome.PROBLEM for check in found))
-
-
-@command("completion", short_help="Print what makes a shell complete commands and names.")
-@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
-@click.pass_context
-def completion(context: click.Context, _session: Session, shell: str) -> None:
-    """Print the script that makes a SHELL complete commands, options and names.
-
-    \b
-    bash:  eval "$(pycloudlib completion bash)"           in ~/.bashrc
-    zsh:   eval "$(pycloudlib completion zsh)"            in ~/.zshrc
-    fish:  pycloudlib completion fish | source            in ~/.config/fish/config.fish
-    """  # noqa: D301 - click's mark for a paragraph that is left as it is
-    from click.shell_completion import get_completion_class  # noqa: PLC0415 - seldom
-
-    kind = get_completion_class(shell)
-    assert kind is not None  # click knows all three
-    click.echo(kind(context.find_root().command, {}, _PROGRAM, _COMPLETE_VARIABLE).source())
+    return int(any(check.outcome is Outcome.PROBLEM for check in checks))

@@ -1,4 +1,4 @@
-"""What is seen of a host, before anybody judges it."""
+"""The facts about a host on which `doctor` bases its checks."""
 
 from __future__ import annotations
 
@@ -35,49 +35,49 @@ from pycloudlib.qemu.host.resources import (
 from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.state.settings import DIRECTORIES, QemuSettings, find_obstacle
 
-# Stands for directories where there is no home for them, and has nothing in it.
+# Replaces directories that have no place without a home directory.
 _NOWHERE = Path(os.devnull)
 _SERVER_LIMIT = 10.0
 _VERSION_LIMIT = 10.0
 _LAUNCHES, _DOWNLOADS = ("qemu-img",), ("gpgv",)
-# Clouds of which this package has placeholders, and others more.
+# Clouds for which this package has placeholders, and other packages have code.
 _OTHER_CLOUDS = ("azure", "ec2", "gce", "ibm", "ibm_classic", "lxd", "oci", "openstack", "vmware")
-# What each module of a placeholder names.
+# Each module of a placeholder contains this.
 _PLACEHOLDER = b"pycloudlib._otherclouds"
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What is seen of a host.
+    """The facts about a host.
 
     Attributes:
         configuration: Where the configuration comes from.
         configuration_problem: What is wrong with it; empty if nothing is.
-        qemu_name: How QEMU is called in the configuration.
-        qemu: Where it is; empty if it is not there.
-        qemu_version: Its version; empty if it tells none.
-        accelerator: What is configured: `auto`, `kvm` or `tcg`.
-        kvm_problem: What came of trying KVM; None when it works.
-        tcg_problem: What came of trying emulation; None when it works.
-        kvm_exists: Whether there is a device.
+        qemu_name: The name of QEMU in the configuration.
+        qemu: Its path; empty if it was not found.
+        qemu_version: Its version; empty if it prints none.
+        accelerator: The configured one: `auto`, `kvm` or `tcg`.
+        kvm_problem: Why KVM does not work; None if it does.
+        tcg_problem: Why emulation does not work; None if it does.
+        kvm_exists: Whether KVM's device exists.
         kvm_allowed: Whether this user may use it.
         in_kvm_group: Whether this user is in the group `kvm`.
-        tools: For each use, the programs, each with the package to install, which is empty where
-            it is there; and whether no launch works without.
-        room: For each directory, by its key in the configuration, its path and the bytes free.
-        key: Which SSH key machines get; empty where that cannot be told.
+        tools: For each use, its programs, each with the package to install, which is empty if the
+            program is installed; and whether launches fail without them.
+        free_space: For each directory, by its key in the configuration, its path and free bytes.
+        unusable: For each directory that cannot be written to, by its key, why.
+        key: The SSH key for machines; empty if unknown.
         key_problem: What is wrong with it; empty if nothing is.
-        unusable: For each that cannot be written to, by its key, why.
-        free_memory: Bytes of memory that are available, to what this program may use.
-        memory: Bytes of memory that this program may use in all; 0 if nothing tells.
-        processors: How many it may keep busy; 0 if nothing tells.
-        free_ports: Ports that no machine has and nobody listens on.
-        ports: How many there are in all.
-        server: The image server; empty if it was not asked.
-        server_problem: What came of asking it; empty if it answers.
+        free_memory: Bytes of memory available to this program.
+        memory: Bytes of memory that this program may use in all; 0 if unknown.
+        processors: Processors that it may keep busy; 0 if unknown.
+        free_ports: Ports that no machine leases and no program listens on.
+        ports: Number of ports for machines.
+        server: The image server; empty if it was not contacted.
+        server_problem: Why it cannot be used; empty if it can.
         leftovers: The names of machines whose programs died.
-        other_packages: Where other packages of this name are.
-        own_package: Where this one is, and its version.
+        other_packages: The paths of other packages of this name.
+        own_package: The version and the path of this package.
     """
 
     configuration: str = "none"
@@ -92,7 +92,7 @@ class HostFacts:
     kvm_allowed: bool = True
     in_kvm_group: bool = True
     tools: Mapping[str, tuple[Mapping[str, str], bool]] = field(default_factory=dict)
-    room: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    free_space: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     unusable: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
     key_problem: str = ""
@@ -109,15 +109,15 @@ class HostFacts:
 
 
 def collect(*, ask_server: bool = True) -> HostFacts:
-    """Look at this host; takes some seconds.
+    """Collect the facts about this host, which takes some seconds.
 
     Args:
-        ask_server: Whether the image server is asked.
+        ask_server: Whether to contact the image server.
     """
     settings, source, problem = _read_settings()
     key, key_problem = ("", "") if problem else _look_for_key()
     qemu = _find(settings.qemu_binary)
-    no_qemu = "there is no QEMU"
+    no_qemu = "QEMU is missing"
     directories = {name: getattr(settings, name) for name in DIRECTORIES}
     if settings.state_dir == _NOWHERE:
         directories = {}
@@ -137,7 +137,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         kvm_allowed=os.access(KVM_DEVICE, os.R_OK | os.W_OK),
         in_kvm_group=_in_group("kvm"),
         tools=_look_for_tools(),
-        room={name: (str(path), _free(path)) for name, path in directories.items()},
+        free_space={name: (str(path), _free(path)) for name, path in directories.items()},
         unusable={
             name: obstacle
             for name, path in directories.items()
@@ -158,7 +158,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
 
 
 def _read_settings() -> tuple[QemuSettings, str, str]:
-    """Give the settings, where they come from, and what is wrong; defaults where something is."""
+    """Return the settings, their source, and what is wrong; defaults if something is."""
     source = "no configuration file"
     try:
         config = parse_config()
@@ -176,7 +176,7 @@ def _read_settings() -> tuple[QemuSettings, str, str]:
 
 
 def _look_for_key() -> tuple[str, str]:
-    """Tell which SSH key machines get, and what is wrong with it."""
+    """Return the SSH key for machines, and what is wrong with it."""
     try:
         cloud = Qemu(COMMAND_LINE_TAG, timestamp_suffix=False)
         key_pair = cloud.find_key_pair()
@@ -184,7 +184,7 @@ def _look_for_key() -> tuple[str, str]:
             return "none of yours; each program makes one of its own", ""
         loginkey.prove(key_pair, "your SSH key")
     except PycloudlibException as error:
-        # That QEMU is missing is told elsewhere.
+        # Another check reports a missing QEMU.
         return "", "" if isinstance(error, MissingPrerequisiteError) else str(error)
     return str(key_pair.private_key_path), ""
 
@@ -210,7 +210,7 @@ def _ask_version(qemu: str) -> tuple[int, ...]:
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """Read what `qemu-system-x86_64 --version` says; empty if it tells no version."""
+    """Parse the output of `qemu-system-x86_64 --version`; empty if it has no version."""
     match = re.search(r"version ([0-9]+(?:\.[0-9]+)+)", text)
     return tuple(map(int, match[1].split("."))) if match else ()
 
@@ -237,10 +237,10 @@ def _look_for_tools() -> dict[str, tuple[dict[str, str], bool]]:
 
 
 def _free(directory: Path) -> int:
-    """Tell how many bytes are free where a directory is, or will be."""
-    # Not by exists(), which fails where a directory above cannot be looked into.
-    place = next(path for path in (directory, *directory.parents) if os.access(path, os.F_OK))
-    facts = os.statvfs(place)
+    """Return the free bytes of the file system of a directory that need not exist."""
+    # Not exists(), which fails if a directory above cannot be searched.
+    existing = next(path for path in (directory, *directory.parents) if os.access(path, os.F_OK))
+    facts = os.statvfs(existing)
     return facts.f_bavail * facts.f_frsize
 
 
@@ -249,12 +249,12 @@ def _count_free_ports(state_dir: Path) -> int:
     ports = range(FIRST_PORT, LAST_PORT + 1)
     try:
         return sum(not registry.leased(port) and can_listen(port) for port in ports)
-    except OSError:  # the leases cannot be read, which is told of their directory
+    except OSError:  # the check of the leases' directory reports it
         return sum(can_listen(port) for port in ports)
 
 
 def _ask_server(settings: QemuSettings, server: str) -> str:
-    """Ask the image server for its catalog; give what is wrong, and nothing if it answers."""
+    """Request the catalog of the image server; return what is wrong, empty if it answers."""
     import httpx  # noqa: PLC0415 - heavy
 
     try:
@@ -270,25 +270,25 @@ def _ask_server(settings: QemuSettings, server: str) -> str:
 def _find_leftovers(working_dir: Path) -> tuple[str, ...]:
     try:
         found = list_machines(working_dir, everywhere=True)
-    except OSError:  # it cannot be read, which is told of it
+    except OSError:  # the check of the directory reports it
         return ()
     owners = ((machine, Ownership.find(machine.rundir.path)) for machine in found)
     return tuple(machine.full_name for machine, owner in owners if owner and owner.is_over)
 
 
 def _is_anothers(directory: Path) -> bool:
-    """Say whether there is more of a cloud than its placeholder."""
+    """Whether a cloud's directory has more than its placeholder."""
     modules = [*directory.glob("*.py")]
     real = any(_PLACEHOLDER not in module.read_bytes() for module in modules)
     return directory.is_dir() and (real or not modules)
 
 
 def find_other_packages(own: Path, search_path: list[str]) -> tuple[str, ...]:
-    """Find packages of this name besides this one: elsewhere, or mixed into it.
+    """Find other packages of this name: elsewhere, or mixed into this one.
 
     Args:
-        own: The directory of this one.
-        search_path: Where Python looks for packages.
+        own: The directory of this package.
+        search_path: Python's search path.
     """
     found = {str(own / name) for name in _OTHER_CLOUDS if _is_anothers(own / name)}
     for entry in search_path:

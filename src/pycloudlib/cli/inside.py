@@ -1,4 +1,4 @@
-"""`exec`, `shell`, `console` and `copy`: what goes on inside a machine."""
+"""`exec`, `shell`, `console` and `copy`: the commands that reach into a machine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import shlex
-import socket
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,13 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.documents import to_bytes
 from pycloudlib.cli import terminal
-from pycloudlib.cli.lifecycle import open_running
-from pycloudlib.cli.machines import MachineName, open_machine
-from pycloudlib.cli.machines import Place as PlaceType
-from pycloudlib.cli.output import ExitCode
-from pycloudlib.cli.session import Session, command
+from pycloudlib.cli.common import ExitCode, Session, command
+from pycloudlib.cli.machines import MachineName, MachinePath, open_machine, open_running
+from pycloudlib.cli.terminal import SerialConsole, SshTerminal
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError
 from pycloudlib.guest.access import commands, sessions
@@ -35,11 +30,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LEAVE = b"\x1d"
+_CONSOLE_ESCAPE = b"\x1d"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-# Seconds: one that was just left is free in a moment.
+# Seconds: a console that was just left is free in a moment.
 _CONSOLE_LIMIT = 3.0
-_CONSOLE_LOOK = 0.1
+_CONSOLE_INTERVAL = 0.1
 
 
 @command(
@@ -47,14 +42,15 @@ _CONSOLE_LOOK = 0.1
     short_help="Run a command in a machine.",
     context_settings={"allow_interspersed_args": False},
 )
-@click.option("-t/-T", "--tty/--no-tty", default=None, help="Whether it gets a terminal.")
+@click.option("-t/-T", "--tty/--no-tty", default=None, help="Whether COMMAND gets a terminal.")
 @click.argument("name", type=MachineName())
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
 def execute(session: Session, name: str, tty: bool | None, argv: tuple[str, ...]) -> int:
     """Run COMMAND in a machine, as its login user.
 
-    Its standard input, output and error are those of this command, and so is its exit status. It
-    gets a terminal where this command has one. No shell reads it: for that, run `sh -c '…'`.
+    COMMAND has the standard input, output and error of this command, which ends with its exit
+    status. It gets a terminal if this command has one. No shell interprets it: for that, run
+    `sh -c '…'`.
     """
     words = argv[1:] if argv[0] == "--" else argv
     if not words:
@@ -87,7 +83,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
                 terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT)
                 status = remote.wait()
         else:
-            # What is typed is another program's, unless a shell is to read it.
+            # Typed input is another program's, unless a shell is to read it.
             reads = command_line is None or not terminal.is_terminal(_STDIN)
             status = commands.stream(
                 sessions.open_session(client),
@@ -102,6 +98,7 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
 
 @contextlib.contextmanager
 def _connected(session: Session, instance: QemuInstance) -> Iterator[paramiko.SSHClient]:
+    """Yield an SSH connection; while the machine boots, an error comes with a note."""
     try:
         with instance.explaining(f"an SSH connection to {instance.name}"):
             client = instance._ssh_connect()
@@ -126,25 +123,25 @@ def _write(descriptor: int, data: bytes) -> None:
 def console(session: Session, name: str) -> None:
     """Open the serial console of a machine, in this terminal. Ctrl-] leaves it.
 
-    It works when SSH does not. One at a time can have it open.
+    It works when SSH does not. Only one program at a time can have it open.
     """
     if not terminal.is_terminal(_STDIN):
         raise click.UsageError("console needs a terminal; 'pycloudlib logs' prints what was shown")
     instance = open_machine(session.cloud, name)
     instance.machine.check_on()
-    wait_until_free(instance)
+    wait_for_console(instance)
     session.note(f"The serial console of {name}; Ctrl-] leaves it")
     remote = SerialConsole(instance.ip, int(instance.telnet_port))
     with contextlib.closing(remote):
-        left = terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT, escape=_LEAVE)
-    session.note("" if left else f"\r\n{name} has ended, or somebody else took its console")
+        left = terminal.relay(remote, stdin=_STDIN, stdout=_STDOUT, escape=_CONSOLE_ESCAPE)
+    session.note("" if left else f"\r\n{name} has ended, or another program took its console")
 
 
-def wait_until_free(instance: QemuInstance) -> None:
-    """Wait until nobody else has a console open.
+def wait_for_console(instance: QemuInstance) -> None:
+    """Wait until no other program has the console open.
 
     Raises:
-        CloudError: Somebody has it, for longer than it is waited for; says who.
+        CloudError: One has, for longer than the limit; says which.
     """
     deadline = Deadline.after(_CONSOLE_LIMIT)
     while True:
@@ -158,161 +155,36 @@ def wait_until_free(instance: QemuInstance) -> None:
                 f"The serial console of {instance.name} is open elsewhere, where only one can have "
                 f"it{sockets.tell_tcp_client(console, server)}"
             )
-        time.sleep(_CONSOLE_LOOK)
+        time.sleep(_CONSOLE_INTERVAL)
 
 
 def _expand_user(path: str) -> str:
-    """Put a home directory in place of a leading `~`, and leave how a path ends as it is."""
+    """Replace a leading `~` by a home directory, and keep a slash at the end."""
     return os.path.expanduser(path)  # noqa: PTH111 - a Path has no slash at its end
 
 
 @command("copy", short_help="Copy files and directories to or from a machine.")
-@click.argument("source", type=PlaceType(), metavar="SRC")
-@click.argument("target", type=PlaceType(), metavar="DST")
+@click.argument("source", type=MachinePath(), metavar="SRC")
+@click.argument("target", type=MachinePath(), metavar="DST")
 def copy(session: Session, source: str, target: str) -> None:
-    """Copy a file or a directory: SRC or DST is in a machine, as NAME:PATH.
+    """Copy a file or a directory: either SRC or DST is in a machine, as NAME:PATH.
 
-    A path in a machine is relative to the home directory of the login user, with whose rights it is
-    read and written. All is as `cp -r` does it, but a link that is SRC itself is followed. What
-    cannot be copied is named, and the rest is copied.
+    A path in a machine is relative to the home directory of the login user, whose permissions
+    apply. It copies as `cp -r` does, but follows a link that is SRC itself. It names what it cannot
+    copy, and copies the rest.
     """
     from pycloudlib.cli import transfer  # noqa: PLC0415 - seldom
 
-    here, there = transfer.Place.parse(source), transfer.Place.parse(target)
-    if bool(here.machine) is bool(there.machine):
-        which = "Neither is" if not here.machine else "Both are"
+    origin, goal = transfer.Location.parse(source), transfer.Location.parse(target)
+    if bool(origin.machine) is bool(goal.machine):
+        which = "Neither is" if not origin.machine else "Both are"
         raise click.UsageError(f"{which} in a machine: one of SRC and DST is NAME:PATH")
-    instance = open_running(session, here.machine or there.machine)
+    instance = open_running(session, origin.machine or goal.machine)
     with (
         instance.explaining(f"a copy from {source} to {target}"),
         showing_progress(session.progress, _log) as show,
     ):
-        if here.machine:
-            transfer.pull(instance, here.path, _expand_user(there.path), show)
+        if origin.machine:
+            transfer.pull(instance, origin.path, _expand_user(goal.path), show)
         else:
-            transfer.push(instance, _expand_user(here.path), there.path, show)
-
-
-_CHUNK = 1 << 16
-_CONNECT_LIMIT = 10.0
-# What QEMU says when somebody connects (chardev/char-socket.c): four times IAC, WILL or DO, and an
-# option (RFC 854). All that comes after is the guest's, as it is: QEMU doubles no 0xff.
-_WORD_LENGTH = 3
-_GREETING_WORDS = 4
-_WORD_START = re.compile(rb"(?:\xff(?:[\xfb-\xfe].?)?)?", re.DOTALL)
-
-
-class SshTerminal:
-    """A pseudo-terminal in the guest with a command, or the login shell, on it.
-
-    Args:
-        channel: An open channel.
-        command: The command line; None for the login shell.
-        size: Columns and lines of the local terminal.
-    """
-
-    def __init__(
-        self, channel: paramiko.Channel, command: str | None, size: tuple[int, int]
-    ) -> None:
-        self._channel = channel
-        channel.get_pty(os.environ.get("TERM", "xterm"), *size)
-        if command is None:
-            channel.invoke_shell()
-        else:
-            channel.exec_command(to_bytes(command))
-
-    def fileno(self) -> int:
-        """Give what becomes readable when there is something to receive."""
-        return self._channel.fileno()
-
-    def receive(self) -> bytes | None:
-        """Give what has come; None at the end."""
-        return self._channel.recv(_CHUNK) or None
-
-    def send(self, data: bytes) -> None:
-        """Send what was typed."""
-        try:
-            self._channel.sendall(data)
-        except OSError:
-            if not self._channel.closed:
-                raise  # what it has to say at its end comes still
-
-    def resize(self, columns: int, lines: int) -> None:
-        """Take note of the terminal's size."""
-        self._channel.resize_pty(columns, lines)
-
-    def wait(self) -> int:
-        """Give the exit status; -1 when there is none."""
-        with self._channel:
-            self._channel.status_event.wait()
-            return self._channel.exit_status
-
-
-class SerialConsole:
-    """A machine's serial console, which it offers by telnet.
-
-    Args:
-        host: Its address.
-        port: Its port.
-
-    Raises:
-        OSError: Nobody listens there.
-    """
-
-    def __init__(self, host: str, port: int) -> None:
-        self._socket = socket.create_connection((host, port), _CONNECT_LIMIT)
-        self._socket.settimeout(None)
-        self._greeting = Greeting()
-
-    def close(self) -> None:
-        """Leave it."""
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """Give what becomes readable when there is something to receive."""
-        return self._socket.fileno()
-
-    def receive(self) -> bytes | None:
-        """Give what has come, without QEMU's greeting; None at the end."""
-        try:
-            chunk = self._socket.recv(_CHUNK)
-        except ConnectionResetError:
-            return None
-        if not chunk:
-            return None
-        return self._greeting.take_out(chunk)
-
-    def send(self, data: bytes) -> None:
-        """Send what was typed."""
-        self._socket.sendall(data.replace(b"\xff", b"\xff\xff"))
-
-    def resize(self, columns: int, lines: int) -> None:
-        """Do nothing: a serial line knows no size."""
-
-
-class Greeting:
-    """The telnet words by which QEMU greets whoever connects.
-
-    Nothing later is taken for telnet's: a guest could hide what it prints from people, or let an
-    endless word be kept here.
-    """
-
-    def __init__(self) -> None:
-        self._words_left = _GREETING_WORDS
-        self._pending = b""
-
-    def take_out(self, data: bytes) -> bytes:
-        """Return what has come without the greeting, which may come in pieces."""
-        data = self._pending + data
-        self._pending = b""
-        while self._words_left:
-            word = data[:_WORD_LENGTH]
-            if not _WORD_START.fullmatch(word):
-                self._words_left = 0
-            elif len(word) < _WORD_LENGTH:
-                self._pending = word
-                return b""
-            else:
-                data = data[_WORD_LENGTH:]
-                self._words_left -= 1
-        return data
+            transfer.push(instance, _expand_user(origin.path), goal.path, show)

@@ -1,13 +1,13 @@
-"""Names and machines: what there is, which one a name means, and which name is free.
+"""The machines that exist, which of them a name means, and the values that options take.
 
-Nothing here talks to QEMU or loads what is heavy, so that listing is quick.
+Listing machines neither asks QEMU nor loads heavy modules, so that it is quick.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import positive
 from pycloudlib._base.documents import nearest
+from pycloudlib.cli.common import Session
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.qemu import imagenames
@@ -31,17 +32,27 @@ from pycloudlib.qemu.state.settings import QemuSettings
 from pycloudlib.qemu.state.spec import MachineSpec, check_name, may_be_machine
 from pycloudlib.qemu.vm import recovery
 
+if TYPE_CHECKING:
+    _Integer = click.ParamType[int]
+    _Number = click.ParamType[float]
+    _Text = click.ParamType[str]
+else:  # older versions of click are not generic
+    _Integer = _Number = _Text = click.ParamType
+
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A machine that a name may mean.
+class MachineEntry:
+    """A machine in the list of machines.
 
     Attributes:
-        tag: The cloud that it lives in.
+        tag: The tag of its cloud.
         rundir: Its directory.
-        spec: What machine it is; None of one whose launch was cut off, or goes on just now, or
-            whose notes are damaged.
-        problem: Why it cannot be used; empty of one that can.
+        spec: Its specification; None while it is launched, or if its launch was interrupted or its
+            specification is damaged.
+        problem: Why it cannot be used; empty if it can.
     """
 
     tag: str
@@ -51,34 +62,34 @@ class Found:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name in its cloud."""
         return self.rundir.path.name
 
     @property
     def full_name(self) -> str:
-        """What it is called on the command line: others' machines by their cloud, too."""
+        """Its name on the command line; with the cloud of a machine of another program."""
         return self.name if self.tag == COMMAND_LINE_TAG else f"{self.tag}/{self.name}"
 
     @property
     def id(self) -> str:
-        """Its id, by which `Qemu.get_instance` finds it; empty of one that cannot be used."""
+        """Its id for `Qemu.get_instance`; empty if it cannot be used."""
         return "" if self.spec is None else self.rundir.instance_id(self.spec)
 
     @property
     def pid(self) -> int | None:
-        """The process id of its QEMU; None when it is off."""
+        """The process id of its QEMU; None if it is off."""
         process = recovery.find_process(self.rundir)
         return None if process is None else process.pid
 
     @property
     def place(self) -> str:
-        """Where it runs, or may run, if that cannot be seen from here; empty of any other."""
+        """Where it runs, or may run, if that cannot be seen from here; else empty."""
         process = recovery.find_elsewhere(self.rundir)
         return "" if process is None else process.place
 
     @property
     def state(self) -> str:
-        """`running`, `off`, `starting`, `elsewhere` or `broken`, told without asking QEMU."""
+        """`running`, `off`, `starting`, `elsewhere` or `broken`, without asking QEMU."""
         if self.problem:
             return "broken"
         if self.spec is None:
@@ -88,16 +99,14 @@ class Found:
         return "elsewhere" if self.place else "off"
 
 
-def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[Found]:
-    """List the machines of the command line, or those of all clouds, by their names."""
+def list_machines(working_dir: Path, *, everywhere: bool = False) -> list[MachineEntry]:
+    """List the machines of the command line, or those of all clouds, sorted by name."""
     found = []
     for parent in layers.cloud_directories(working_dir):
         tag = layers.cloud_tag(parent)
         if everywhere or tag == COMMAND_LINE_TAG:
             found += [_describe(tag, path) for path in _directories(parent)]
-    return sorted(
-        found, key=lambda machine: (machine.tag != COMMAND_LINE_TAG, machine.tag, machine.name)
-    )
+    return sorted(found, key=lambda entry: (entry.tag != COMMAND_LINE_TAG, entry.tag, entry.name))
 
 
 def _directories(parent: Path) -> Iterator[Path]:
@@ -107,22 +116,22 @@ def _directories(parent: Path) -> Iterator[Path]:
                 yield path
 
 
-def _describe(tag: str, path: Path) -> Found:
+def _describe(tag: str, path: Path) -> MachineEntry:
     rundir = RunDirectory(path)
     try:
         recovery.settle_abandoned(rundir)
-        return Found(tag, rundir, rundir.read_spec())
+        return MachineEntry(tag, rundir, rundir.read_spec())
     except InstanceNotFoundError as error:
         owner = Ownership.find(path)
         begins = owner is not None and owner.process.alive
-        return Found(tag, rundir, None, "" if begins else str(error))
+        return MachineEntry(tag, rundir, None, "" if begins else str(error))
 
 
-def find_machine(working_dir: Path, name: str) -> Found:
-    """Find the machine that a name means: one of the command line's, or `CLOUD/NAME`.
+def find_machine(working_dir: Path, name: str) -> MachineEntry:
+    """Return the machine that a name means: one of the command line's, or `CLOUD/NAME`.
 
     Raises:
-        InstanceNotFoundError: There is none; tells the nearest.
+        InstanceNotFoundError: No machine has that name; suggests the nearest.
     """
     machines = list_machines(working_dir, everywhere=True)
     for machine in machines:
@@ -146,11 +155,11 @@ def _hint(name: str, names: Sequence[str], others: Sequence[str]) -> str:
 
 
 def open_machine(cloud: Qemu, name: str) -> QemuInstance:
-    """Take the machine over that a name means.
+    """Return the instance of the machine that a name means.
 
     Raises:
-        InstanceNotFoundError: There is none; tells the nearest.
-        CloudError: It cannot be used; says why.
+        InstanceNotFoundError: No machine has that name; suggests the nearest.
+        CloudError: The machine cannot be used; says why.
     """
     found = find_machine(cloud.working_dir, name)
     if found.problem:
@@ -160,21 +169,32 @@ def open_machine(cloud: Qemu, name: str) -> QemuInstance:
     if found.spec is None:
         raise CloudError(f"{name} is being launched by another process")
     if found.tag != cloud.tag:
-        # What is made of it is to live where it lives.
+        # So that its snapshots and copies belong to its own cloud.
         cloud = Qemu(found.tag, timestamp_suffix=False, orphans="keep")
     return cloud.get_instance(found.id)
 
 
+def open_running(session: Session, name: str) -> QemuInstance:
+    """Return the instance of a machine that is about to be used; a copy is fixed up before.
+
+    Errors are those of `open_machine`.
+    """
+    instance = open_machine(session.cloud, name)
+    instance.machine.look()
+    instance.put_right_soon()
+    return instance
+
+
 def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
-    """Delete the machine that a name means, a broken one too; give the errors met on the way.
+    """Delete the machine that a name means, even a broken one; return the errors.
 
     Raises:
-        InstanceNotFoundError: There is none; tells the nearest.
+        InstanceNotFoundError: No machine has that name; suggests the nearest.
     """
     found = find_machine(cloud.working_dir, name)
     if not found.problem:
         errors = open_machine(cloud, name).delete()
-        with contextlib.suppress(OSError):  # there is something else in it
+        with contextlib.suppress(OSError):  # it has other files
             found.rundir.path.parent.rmdir()
         return errors
     try:
@@ -189,29 +209,14 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
 
 
 def free_names(working_dir: Path, prefix: str) -> Iterator[str]:
-    """Give the names `PREFIX-1`, `PREFIX-2` … that no machine of the command line has."""
+    """Yield the names `PREFIX-1`, `PREFIX-2` … that no machine of the command line has."""
     taken = {machine.name for machine in list_machines(working_dir)}
-    number = 0
-    while True:
-        number += 1
-        name = f"{prefix[:55]}-{number}"
-        if name not in taken:
-            yield name
-
-
-if TYPE_CHECKING:
-    _Integer = click.ParamType[int]
-    _Number = click.ParamType[float]
-    _Text = click.ParamType[str]
-else:  # older ones are not generic
-    _Integer = _Number = _Text = click.ParamType
-
-_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
+    names = (f"{prefix[:55]}-{number}" for number in itertools.count(1))
+    return (name for name in names if name not in taken)
 
 
 class Size(_Integer):
-    """An amount of memory or disk, read as a whole number of a unit.
+    """A size of memory or disk, converted to a whole number of a unit.
 
     Args:
         unit: `M` for MiB, `G` for GiB.
@@ -223,7 +228,7 @@ class Size(_Integer):
         self._unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
+        """Convert it."""
         if isinstance(value, int):
             return value
         match = _SIZE.fullmatch(str(value).strip())
@@ -241,14 +246,14 @@ class Size(_Integer):
 
 
 class Minutes(_Number):
-    """How long something may take."""
+    """A limit of time."""
 
     name = "minutes"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Read it."""
+        """Convert it."""
         try:
             return positive("it", float(value), self.name)
         except ValueError:
@@ -256,12 +261,12 @@ class Minutes(_Number):
 
 
 class NewName(_Text):
-    """A name for a machine that is to be."""
+    """The name of a new machine."""
 
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Read it."""
+        """Convert it."""
         try:
             return check_name(value)
         except ValueError as error:
@@ -269,7 +274,7 @@ class NewName(_Text):
 
 
 class MachineName(_Text):
-    """The name of a machine that there is."""
+    """The name of an existing machine."""
 
     name = "name"
 
@@ -292,27 +297,27 @@ class ImageName(_Text):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Complete it; a path is left to the shell."""
+        """Complete it; the shell completes paths."""
         names = [*imagenames.known_releases(), *_snapshots()]
         fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
         return fitting or [CompletionItem(incomplete, type="file")]
 
 
-class Place(_Text):
-    """A file here, or in a machine: `name:path`."""
+class MachinePath(_Text):
+    """A path on the host, or in a machine: `name:path`."""
 
-    name = "place"
+    name = "path"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Complete the name of a machine; a path here is left to the shell."""
+        """Complete the name of a machine; the shell completes paths on the host."""
         names = [f"{machine.full_name}:" for machine in _machines()]
         fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
         return [*fitting, CompletionItem(incomplete, type="file")]
 
 
-def _machines(*, everywhere: bool = False) -> list[Found]:
+def _machines(*, everywhere: bool = False) -> list[MachineEntry]:
     working_dir = _working_dir()
     return [] if working_dir is None else list_machines(working_dir, everywhere=everywhere)
 
@@ -323,20 +328,11 @@ def _snapshots() -> list[str]:
 
 
 def _working_dir() -> Path | None:
-    """Find where machines are as a cloud does; None where the configuration is wrong."""
+    """Find the directory of machines as a cloud does; None if the configuration is wrong."""
     try:
         config = parse_config()
         section = config.get("qemu")
         settings = QemuSettings.parse(section if isinstance(section, dict) else {}, config.source)
         return settings.working_dir
     except ValueError:
-        return None  # which is told when a command is run, not while it is typed
-
-
-def read_document(path: Path | None) -> bytes | None:
-    """Read a file that is handed to cloud-init, or standard input for `-`; None for no file."""
-    if path is None:
-        return None
-    if str(path) == "-":
-        return sys.stdin.buffer.read()
-    return path.read_bytes()
+        return None  # running the command reports it; completing it must not

@@ -1,85 +1,98 @@
-"""The local terminal, handed to something remote and restored; standard streams."""
+"""The local terminal, connected to a remote one and restored afterwards; standard streams."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import termios
 import threading
 import tty
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+
+from pycloudlib._base.documents import to_bytes
+
+if TYPE_CHECKING:
+    import paramiko
 
 _CHUNK = 1 << 16
+_CONNECT_LIMIT = 10.0
+# QEMU greets whoever connects (chardev/char-socket.c) with four times IAC, WILL or DO, and an
+# option (RFC 854). All bytes after that are the guest's, unchanged: QEMU does not double 0xff.
+_WORD_LENGTH = 3
+_GREETING_WORDS = 4
+_WORD_START = re.compile(rb"(?:\xff(?:[\xfb-\xfe].?)?)?", re.DOTALL)
 
 
 class Remote(Protocol):
     """The other end of a terminal."""
 
     def fileno(self) -> int:
-        """Give what becomes readable when there is something to receive."""
+        """Return the descriptor that becomes readable when there is output."""
 
     def receive(self) -> bytes | None:
-        """Give what has come; None at the end."""
+        """Return the output; None at the end."""
 
     def send(self, data: bytes) -> None:
-        """Send what was typed."""
+        """Send input."""
 
     def resize(self, columns: int, lines: int) -> None:
-        """Take note of the terminal's size."""
+        """Set the size of the terminal."""
 
 
 def relay(remote: Remote, *, stdin: int = 0, stdout: int = 1, escape: bytes | None = None) -> bool:
-    """Hand the terminal to the other end until that ends, or `escape` is typed.
+    """Connect the terminal to the other end until that ends, or `escape` is typed.
 
     Args:
         remote: The other end.
-        stdin: The terminal that is typed on; made raw meanwhile.
-        stdout: Where it is shown what comes.
-        escape: The key by which it is left; None for none.
+        stdin: The terminal whose input is sent; raw meanwhile.
+        stdout: Where output is written.
+        escape: The key that disconnects; None for none.
 
     Returns:
-        Whether it was left, not ended.
+        Whether the key was typed; False if the other end has ended.
     """
-    with _raw(stdin), _telling_resizes() as resized:
+    with _raw(stdin), _resize_events() as resized:
         remote.resize(*terminal_size())
         incoming = remote.fileno()
-        waited_for = [incoming, resized, stdin]
+        sources = [incoming, resized, stdin]
         while True:
-            ready, _, _ = select.select(waited_for, [], [])
+            ready, _, _ = select.select(sources, [], [])
             if resized in ready:
                 os.read(resized, _CHUNK)
                 remote.resize(*terminal_size())
             if incoming in ready:
-                shown = remote.receive()
-                if shown is None:
+                output = remote.receive()
+                if output is None:
                     return False
-                _write_all(stdout, shown)
+                _write_all(stdout, output)
             if stdin in ready:
                 typed = os.read(stdin, _CHUNK)
-                before, left, _ = typed.partition(escape) if escape else (typed, b"", b"")
+                before, key, _ = typed.partition(escape) if escape else (typed, b"", b"")
                 if before:
                     remote.send(before)
-                if left:
+                if key:
                     return True
                 if not typed:
-                    waited_for.remove(stdin)
+                    sources.remove(stdin)
 
 
 def terminal_size() -> tuple[int, int]:
-    """Give the columns and lines of the terminal."""
+    """Return the columns and lines of the terminal."""
     size = shutil.get_terminal_size()
     return size.columns, size.lines
 
 
 def is_terminal(*descriptors: int) -> bool:
-    """Say whether all of these are terminals."""
+    """Whether all descriptors are terminals."""
     return all(os.isatty(descriptor) for descriptor in descriptors)
 
 
@@ -93,12 +106,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw(descriptor: int) -> Iterator[None]:
-    """Make a terminal raw; what was set is set again, when a signal ends this process even."""
+    """Make a terminal raw inside the block; its settings are restored even if a signal ends it."""
     if not os.isatty(descriptor):
         yield
         return
     before = termios.tcgetattr(descriptor)
-    with ending_by_exception():
+    with exiting_on_signals():
         try:
             tty.setraw(descriptor, termios.TCSADRAIN)
             yield
@@ -107,10 +120,10 @@ def _raw(descriptor: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_by_exception() -> Iterator[None]:
-    """Let signals that would end the process raise instead, so that all is put in order first.
+def exiting_on_signals() -> Iterator[None]:
+    """Raise SystemExit for signals that would end the process, so that `finally` blocks run.
 
-    Only the main thread may decide about signals; in any other, nothing is done.
+    Only the main thread may set signal handlers; in any other, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,17 +141,16 @@ def ending_by_exception() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _telling_resizes() -> Iterator[int]:
-    """Give a descriptor that becomes readable when the terminal's size has changed."""
+def _resize_events() -> Iterator[int]:
+    """Yield a descriptor that becomes readable when the terminal's size has changed."""
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
 
-    def tell(_number: int, _frame: FrameType | None) -> None:
-        # One that is full has told already.
-        with contextlib.suppress(BlockingIOError):
+    def report(_number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(BlockingIOError):  # full, so readable already
             os.write(theirs, b".")
 
-    before = signal.signal(signal.SIGWINCH, tell)
+    before = signal.signal(signal.SIGWINCH, report)
     try:
         yield ours
     finally:
@@ -147,11 +159,125 @@ def _telling_resizes() -> Iterator[int]:
         os.close(theirs)
 
 
-def secure_streams() -> None:
-    """Open what is closed of standard input and outputs, so that nothing else takes its place.
+class SshTerminal:
+    """A pseudo-terminal in the guest that runs a command, or the login shell.
 
-    What is told beside a result is dropped where it cannot be written: a full disk or a reader
-    that is gone is no reason for a command to fail that has done its work.
+    Args:
+        channel: An open channel.
+        command: The command line; None for the login shell.
+        size: Columns and lines of the local terminal.
+    """
+
+    def __init__(
+        self, channel: paramiko.Channel, command: str | None, size: tuple[int, int]
+    ) -> None:
+        self._channel = channel
+        channel.get_pty(os.environ.get("TERM", "xterm"), *size)
+        if command is None:
+            channel.invoke_shell()
+        else:
+            channel.exec_command(to_bytes(command))
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is output."""
+        return self._channel.fileno()
+
+    def receive(self) -> bytes | None:
+        """Return the output; None at the end."""
+        return self._channel.recv(_CHUNK) or None
+
+    def send(self, data: bytes) -> None:
+        """Send input."""
+        try:
+            self._channel.sendall(data)
+        except OSError:
+            if not self._channel.closed:
+                raise  # else there may be output still
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Set the size of the terminal."""
+        self._channel.resize_pty(columns, lines)
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit status; -1 if there is none."""
+        with self._channel:
+            self._channel.status_event.wait()
+            return self._channel.exit_status
+
+
+class SerialConsole:
+    """A machine's serial console, by telnet.
+
+    Args:
+        host: Its address.
+        port: Its port.
+
+    Raises:
+        OSError: Nothing listens there.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port), _CONNECT_LIMIT)
+        self._socket.settimeout(None)
+        self._greeting = Greeting()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is output."""
+        return self._socket.fileno()
+
+    def receive(self) -> bytes | None:
+        """Return the output, without QEMU's greeting; None at the end."""
+        try:
+            chunk = self._socket.recv(_CHUNK)
+        except ConnectionResetError:
+            return None
+        return self._greeting.remove_from(chunk) if chunk else None
+
+    def send(self, data: bytes) -> None:
+        """Send input."""
+        self._socket.sendall(data.replace(b"\xff", b"\xff\xff"))
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Do nothing: a serial line has no size."""
+
+
+class Greeting:
+    """The telnet commands with which QEMU greets whoever connects.
+
+    Nothing later is taken for telnet's: a guest could hide its output from the user, or have an
+    endless command buffered here.
+    """
+
+    def __init__(self) -> None:
+        self._words_left = _GREETING_WORDS
+        self._pending = b""
+
+    def remove_from(self, data: bytes) -> bytes:
+        """Return received data without the greeting, which may come in pieces."""
+        data = self._pending + data
+        self._pending = b""
+        while self._words_left:
+            word = data[:_WORD_LENGTH]
+            if not _WORD_START.fullmatch(word):
+                self._words_left = 0
+            elif len(word) < _WORD_LENGTH:
+                self._pending = word
+                return b""
+            else:
+                data = data[_WORD_LENGTH:]
+                self._words_left -= 1
+        return data
+
+
+def secure_streams() -> None:
+    """Open closed standard streams on /dev/null, so that no other file takes their descriptors.
+
+    Standard error drops what cannot be written: a full disk, or a reader that has gone, is no
+    reason for a command to fail that has done its work.
     """
     for descriptor in range(3):
         if not _is_usable(descriptor):
@@ -159,14 +285,14 @@ def secure_streams() -> None:
             os.dup2(null, descriptor)
             if null != descriptor:
                 os.close(null)
-    # Python has none for what was closed when it began.
+    # Python has none for a descriptor that was closed when it started.
     sys.stdin = sys.stdin or _open_null("r")
     sys.stdout = sys.stdout or _open_null("w")
-    sys.stderr = cast("TextIO", Notes(sys.stderr or _open_null("w")))
+    sys.stderr = cast("TextIO", _DroppingStream(sys.stderr or _open_null("w")))
 
 
 def _is_usable(descriptor: int) -> bool:
-    """Say whether it is open for what it is used for: a shell's own script may be in its place."""
+    """Whether it is open in the right direction: a shell may have its script in its place."""
     try:
         mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
@@ -178,8 +304,8 @@ def _open_null(mode: str) -> TextIO:
     return cast("TextIO", open(os.devnull, mode, encoding="utf-8", errors="replace"))  # noqa: PTH123
 
 
-class Notes:
-    """A text stream on which what cannot be written is dropped.
+class _DroppingStream:
+    """A text stream that drops what cannot be written.
 
     Args:
         stream: The stream.
@@ -195,7 +321,7 @@ class Notes:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is kept, if that is possible."""
+        """Write what is buffered, if that is possible."""
         with self._dropping():
             self._stream.flush()
 
@@ -204,7 +330,7 @@ class Notes:
         try:
             yield
         except OSError:
-            # What the stream keeps still goes there, too, when it is closed.
+            # What the stream has buffered goes there, too, when it is closed.
             with open(os.devnull, "wb") as null:  # noqa: PTH123
                 os.dup2(null.fileno(), self._stream.fileno())
 

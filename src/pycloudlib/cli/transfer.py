@@ -1,4 +1,4 @@
-"""Copying between here and a machine, as `cp -rH` does: one half runs here, one in the guest."""
+"""Copies between the host and a machine, as `cp -rH` does: half runs here, half in the guest."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ if TYPE_CHECKING:
     import paramiko
 
 _REMOTE = re.compile(r"(?P<name>[a-z0-9-]+(?:/[a-z0-9-]+)?):(?P<path>.*)", re.DOTALL)
-# Seconds that a command which has failed may take to say why.
+# Seconds that a failed command may take to say why.
 _LAST_WORDS_LIMIT = 10.0
 _NO_SUCH_COMMAND = 127  # a shell's exit status
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One side of a copy.
+class Location:
+    """The source or the target of a copy.
 
     Attributes:
-        machine: The machine's name; empty of a file here.
-        path: The path, as it was given.
+        machine: The machine's name; empty for a path on the host.
+        path: The path, unchanged.
     """
 
     machine: str
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Place:
-        """Read `name:path`, or a path here; one that looks like the former begins with `./`."""
+    def parse(cls, text: str) -> Location:
+        """Parse `name:path`, or a path on the host; `./` makes `name:path` one of the latter."""
         match = None if text.startswith((".", "/", "~")) else _REMOTE.fullmatch(text)
         return cls(match["name"], match["path"] or ".") if match else cls("", text)
 
 
 class CopyError(OSError):
-    """Something could not be copied; what could be has been.
+    """Some files could not be copied; the others have been.
 
     Attributes:
-        problems: What was in the way, one line each.
+        problems: Why, one line for each file.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -75,14 +75,14 @@ def push(
 
     Args:
         instance: The machine.
-        source: The path here, as it was given: a slash or a dot at its end has a meaning.
-        target: The path there.
-        on_progress: Told of the bytes that are sent.
+        source: The path on the host, unchanged: a slash or a dot at its end has a meaning.
+        target: The path in the machine.
+        on_progress: Called with the bytes sent.
 
     Raises:
-        FileNotFoundError: The source, or the directory that it is to go to, is not there.
-        CopyError: Something could not be copied; names it. All else has been.
-        PycloudlibError: The guest cannot take what is sent; says why.
+        FileNotFoundError: The source, or the directory of the target, does not exist.
+        CopyError: Some files could not be copied; names them. The others have been.
+        PycloudlibError: The guest cannot receive the files; says why.
         paramiko.SSHException: The machine cannot be reached.
     """
     path = os.fsencode(source)
@@ -103,7 +103,7 @@ def push(
                 copy_in_guest.Reader(send).read(path)
                 put(copy_in_guest.END, b"")
         except _HungUpError as error:
-            # The guest's own words tell more than that it hung up.
+            # The guest's own message says more than that it hung up.
             running.explain()
             raise PycloudlibError(f"{source} could not be sent: {error}") from error
         running.channel.shutdown_write()
@@ -121,18 +121,18 @@ def pull(
 ) -> None:
     """Copy a file or directory from a machine, as its login user, like `cp -rH`.
 
-    The machine is not believed: nothing is written outside of the target, and no device is made.
+    The machine is not trusted: nothing is written outside of the target, and no device is made.
 
     Args:
         instance: The machine.
-        source: The path there, as it was given: a slash or a dot at its end has a meaning.
-        target: The path here.
-        on_progress: Told of the bytes that have come.
+        source: The path in the machine, unchanged: a slash or a dot at its end has a meaning.
+        target: The path on the host.
+        on_progress: Called with the bytes received.
 
     Raises:
-        FileNotFoundError: The source, or the directory that it is to go to, is not there.
-        CopyError: Something could not be copied; names it. All else has been.
-        PycloudlibError: What the guest sends is refused, or the guest cannot send it; says why.
+        FileNotFoundError: The source, or the directory of the target, does not exist.
+        CopyError: Some files could not be copied; names them. The others have been.
+        PycloudlibError: The guest cannot send the files, or sends what is refused; says why.
         paramiko.SSHException: The machine cannot be reached.
     """
     path = to_bytes(source)
@@ -157,17 +157,17 @@ def pull(
 
 
 def _raise_problems(name: str, *, ours: Sequence[Problem], theirs: Sequence[Problem]) -> None:
-    """Raise what was in the way, if anything was."""
+    """Raise the problems as one error, if there are any."""
     named = [*(("", problem) for problem in ours), *((f"{name}:", problem) for problem in theirs)]
     if len(named) == 1 and named[0][1].number == errno.ENOENT:
         place, problem = named[0]
         path = place + os.fsdecode(problem.path)
         raise FileNotFoundError(problem.number, os.strerror(problem.number), path)
     if named:
-        raise CopyError([_tell(place, problem) for place, problem in named])
+        raise CopyError([_describe(place, problem) for place, problem in named])
 
 
-def _tell(place: str, problem: Problem) -> str:
+def _describe(place: str, problem: Problem) -> str:
     path = escape_line(f"{place}{os.fsdecode(problem.path)}")
     return f"cannot {problem.attempt} '{path}': {escape_line(problem.why)}"
 
@@ -210,21 +210,21 @@ class _Command:
             self._client.close()
 
     def input(self, count: _Count) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Give what it reads."""
+        """Return the stream of its standard input."""
         stream = io.BufferedWriter(_Writer(self.channel, count), 1 << 16)
         return cast("contextlib.AbstractContextManager[BinaryIO]", stream)
 
     def output(self, count: _Count | None = None) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Give what it writes."""
+        """Return the stream of its standard output."""
         stream = io.BufferedReader(_Reader(self.channel, count), 1 << 16)
         return cast("contextlib.AbstractContextManager[BinaryIO]", stream)
 
     @contextlib.contextmanager
     def understood(self) -> Iterator[None]:
-        """Let it say why what it writes is no such stream.
+        """Translate the errors of what it writes.
 
         Raises:
-            GuestRefusedError: It is none; in the command's own words where it has failed.
+            GuestRefusedError: Its output is malformed; with its own message if it has failed.
         """
         try:
             yield
@@ -233,12 +233,12 @@ class _Command:
             raise GuestRefusedError(f"What {self._name} sends is refused: {error}") from error
 
     def explain(self) -> None:
-        """Let it say why it did not take or give what it was to.
+        """Raise the command's own error, if it has failed.
 
-        It may not have ended, and write what nobody reads: then it is not waited for.
+        If it does not end, because nobody reads what it writes, nothing is raised.
 
         Raises:
-            GuestRefusedError: It failed; in its own words.
+            GuestRefusedError: It failed; with its own message.
         """
         self.channel.settimeout(_LAST_WORDS_LIMIT)
         with contextlib.suppress(TimeoutError):
@@ -248,16 +248,16 @@ class _Command:
         """Wait for its end.
 
         Raises:
-            GuestRefusedError: It failed; in its own words.
+            GuestRefusedError: It failed; with its own message.
         """
-        said = self.channel.makefile_stderr("rb").read()
+        message = self.channel.makefile_stderr("rb").read()
         if not self.channel.status_event.wait(self.channel.gettimeout()):
             raise TimeoutError
         status = self.channel.recv_exit_status()
         if status == _NO_SUCH_COMMAND:
             raise GuestRefusedError(f"{self._name} has no python3, which copies need")
         if status != 0:
-            words = said.decode(errors="replace").strip()
+            words = message.decode(errors="replace").strip()
             raise GuestRefusedError(
                 f"{self._name}: {words or f'the copy ended with exit status {status}'}"
             )
@@ -265,16 +265,16 @@ class _Command:
 
 @functools.cache
 def _program() -> str:
-    """Give the command that runs the half in the guest, without its arguments."""
+    """Return the command that runs the half in the guest, without its arguments."""
     package = resources.files(copy_in_guest.__package__ or "")
     text = package.joinpath("copy_in_guest.py").read_text("utf-8")
     return f"python3 -IS -c {shlex.quote(text)}"
 
 
 def _size_of(source: str) -> int:
-    """Give the bytes of all files in a directory, or of a file; its stream has a few more."""
+    """Return the bytes of all files in a directory, or of a file; its stream has a few more."""
     total = _size_of_file(Path(source), follow=True)
-    # Unlike other ways, this passes over what cannot be read.
+    # os.walk skips directories that cannot be read.
     for directory, _, names in os.walk(source):
         total += sum(_size_of_file(Path(directory, name)) for name in names)
     return total
@@ -289,14 +289,14 @@ def _size_of_file(path: Path, *, follow: bool = False) -> int:
 
 
 class _HungUpError(OSError):
-    """The other side takes no more."""
+    """The other side has closed the connection."""
 
 
 class _Count:
-    """Counts the bytes of a stream, and tells of them.
+    """Counts the bytes of a stream, and reports them.
 
     Attributes:
-        total: How many there will be; None while that is not known.
+        total: How many there will be; None while that is unknown.
     """
 
     def __init__(self, on_progress: ProgressCallback, name: str, total: int | None) -> None:
@@ -306,14 +306,14 @@ class _Count:
         self._done = 0
 
     def add(self, count: int) -> None:
-        """Take note of more."""
+        """Count more bytes."""
         self._done += count
         done = self._done if self.total is None else min(self._done, self.total)
         self._on_progress(Progress("copying", self._name, done, self.total, "B"))
 
 
 class _Writer(io.RawIOBase):
-    """A channel that is written to."""
+    """The writable end of a channel."""
 
     def __init__(self, channel: paramiko.Channel, count: _Count) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class _Writer(io.RawIOBase):
 
 
 class _Reader(io.RawIOBase):
-    """A channel that is read from."""
+    """The readable end of a channel."""
 
     def __init__(self, channel: paramiko.Channel, count: _Count | None) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.cli import inside
-from pycloudlib.cli.inside import SerialConsole
+from pycloudlib.cli.terminal import SerialConsole
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.guest.helper import FixUp, HelperError
@@ -461,12 +461,12 @@ def test_a_console_that_is_open_elsewhere_says_where(
     unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inside, "_CONSOLE_LIMIT", 0.3)
-    inside.wait_until_free(unstarted)
+    inside.wait_for_console(unstarted)
     with socket.create_connection(("127.0.0.1", int(unstarted.telnet_port))) as terminal:
         assert terminal.recv(1), "QEMU greets whom it serves"
         with pytest.raises(CloudError, match=rf"open elsewhere.*process {os.getpid()} "):
-            inside.wait_until_free(unstarted)
-    inside.wait_until_free(unstarted)
+            inside.wait_for_console(unstarted)
+    inside.wait_for_console(unstarted)
 
 
 def test_a_helper_whose_socket_others_hold_is_not_waited_for(

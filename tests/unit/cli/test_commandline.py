@@ -12,10 +12,16 @@ import click
 import pytest
 from click.shell_completion import BashComplete
 
-from pycloudlib.cli import lifecycle, output
+from pycloudlib.cli import lifecycle
 from pycloudlib.cli.app import application, main
-from pycloudlib.cli.output import ExitCode, colour_choice, exit_code_of, tell
-from pycloudlib.cli.session import Session
+from pycloudlib.cli.common import (
+    MEANINGS,
+    ExitCode,
+    Session,
+    colour_choice,
+    exit_code_of,
+    print_error,
+)
 from pycloudlib.diagnosis import Audience, Cause, Diagnosis
 from pycloudlib.errors import (
     CleanupError,
@@ -352,12 +358,12 @@ def test_interrupted_question_ends_as_ctrl_c(capsys: Capture) -> None:
     error.__cause__ = KeyboardInterrupt()
 
     assert exit_code_of(error) is ExitCode.INTERRUPTED
-    output.tell(error, with_traceback=False)
+    print_error(error, with_traceback=False)
     assert capsys.readouterr().err == "Interrupted\n"
 
 
 def test_every_exit_code_has_a_meaning() -> None:
-    assert set(output.MEANINGS) == set(ExitCode)
+    assert set(MEANINGS) == set(ExitCode)
 
 
 def test_quiet_says_nothing_beside_the_result(capsys: Capture, web: RunDirectory) -> None:
@@ -490,7 +496,7 @@ def test_hints_are_those_of_the_command_line(cause: Cause, capsys: Capture) -> N
     error = CloudError(others)
     explain(error, Diagnosis(cause, state="running"))
 
-    tell(error, with_traceback=False)
+    print_error(error, with_traceback=False)
 
     told = capsys.readouterr().err
     assert told.startswith(f"Error: {others}\n  Cause: "), "others' words stay as they are"
@@ -504,7 +510,7 @@ def test_error_whose_arguments_are_no_texts_is_told_with_its_diagnosis(capsys: C
     error = CleanupError([OSError("stuck")])
     explain(error, Diagnosis(Cause.SWITCHED_OFF))
 
-    tell(error, with_traceback=False)
+    print_error(error, with_traceback=False)
 
     told = capsys.readouterr().err
     assert "stuck" in told
@@ -512,6 +518,6 @@ def test_error_whose_arguments_are_no_texts_is_told_with_its_diagnosis(capsys: C
 
 
 def test_error_without_a_diagnosis_is_told_as_it_is(capsys: Capture) -> None:
-    tell(CloudError("start() switches it on"), with_traceback=False)
+    print_error(CloudError("start() switches it on"), with_traceback=False)
 
     assert capsys.readouterr().err == "Error: start() switches it on\n"

@@ -25,7 +25,7 @@ HEALTHY = HostFacts(
     qemu="/usr/bin/qemu-system-x86_64",
     qemu_version=(8, 2, 2),
     tools={"to launch": ({"qemu-img": ""}, True), "to build images": ({"sfdisk": ""}, False)},
-    room={"image_dir": ("/images", 100 * GIB), "working_dir": ("/work", 100 * GIB)},
+    free_space={"image_dir": ("/images", 100 * GIB), "working_dir": ("/work", 100 * GIB)},
     free_memory=8 * GIB,
     free_ports=100,
     server="https://cloud-images.ubuntu.com",
@@ -64,10 +64,10 @@ def test_nothing_is_wrong_with_a_healthy_host() -> None:
     [
         (
             {"configuration_problem": "x.toml is not valid TOML"},
-            *("configuration", Outcome.PROBLEM, "not valid TOML", "mend that file"),
+            *("configuration", Outcome.PROBLEM, "not valid TOML", "correct that file"),
         ),
         ({"qemu": ""}, "QEMU", Outcome.PROBLEM, "was not found", "apt install qemu-system-x86"),
-        ({"qemu_version": ()}, "QEMU", Outcome.PROBLEM, "tells no version", "--reinstall"),
+        ({"qemu_version": ()}, "QEMU", Outcome.PROBLEM, "prints no version", "--reinstall"),
         ({"qemu_version": (4, 2)}, "QEMU", Outcome.WARNING, "version 4.2", "6.2 and later"),
         (
             {"kvm_problem": "no such device", "kvm_exists": False, "kvm_allowed": False},
@@ -102,11 +102,11 @@ def test_nothing_is_wrong_with_a_healthy_host() -> None:
             *("tools to build", Outcome.WARNING, "missing: a, c", "sudo apt install p"),
         ),
         (
-            {"room": {"working_dir": ("/work", GIB - 1)}},
-            *("disk of working_dir", Outcome.PROBLEM, "in /work", "make room"),
+            {"free_space": {"working_dir": ("/work", GIB - 1)}},
+            *("disk of working_dir", Outcome.PROBLEM, "in /work", "free space"),
         ),
         (
-            {"room": {"image_dir": ("/images", 5 * GIB)}},
+            {"free_space": {"image_dir": ("/images", 5 * GIB)}},
             *("disk of image_dir", Outcome.WARNING, "5 GiB free", "image_dir in [qemu]"),
         ),
         ({"free_memory": GIB // 2}, "memory", Outcome.PROBLEM, "512 MiB", "--memory 512M"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.cli.session import Session
+from pycloudlib.cli.common import Session
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store
 from pycloudlib.images.store import ImageRecord

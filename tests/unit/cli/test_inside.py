@@ -11,8 +11,7 @@ import pytest
 from paramiko.sftp import SFTP_FAILURE
 
 from pycloudlib.cli import inside, transfer
-from pycloudlib.cli.output import ExitCode
-from pycloudlib.cli.session import Session
+from pycloudlib.cli.common import ExitCode, Session
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import KernelPanicError
 from tests.unit import sshserver

@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from pycloudlib.cli.machines import Size
-from pycloudlib.cli.output import (
+from pycloudlib.cli.common import (
     age_in_words,
     format_table,
     print_facts,
@@ -17,7 +16,8 @@ from pycloudlib.cli.output import (
     size_in_words,
     timestamp,
 )
-from pycloudlib.cli.session import boot_line
+from pycloudlib.cli.lifecycle import boot_line
+from pycloudlib.cli.machines import Size
 from pycloudlib.progress import Progress
 
 

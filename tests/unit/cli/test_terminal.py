@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pycloudlib.cli.inside import Greeting, SerialConsole, SshTerminal
+from pycloudlib.cli.terminal import Greeting, SerialConsole, SshTerminal
 from pycloudlib.guest.access import sessions
 from tests.unit.sshserver import LocalInstance
 
@@ -206,12 +206,12 @@ def test_greeting_alone_is_taken_out_wherever_it_is_cut(said: bytes) -> None:
     data = GREETING + said
     for cut in range(len(data) + 1):
         greeting = Greeting()
-        assert greeting.take_out(data[:cut]) + greeting.take_out(data[cut:]) == said, cut
+        assert greeting.remove_from(data[:cut]) + greeting.remove_from(data[cut:]) == said, cut
 
 
 @pytest.mark.parametrize("said", [b"login: ", b"\xfflogin: ", b"\xff\xf1 x", b"\xfe"])
 def test_server_that_does_not_greet_is_shown_as_it_is(said: bytes) -> None:
-    assert Greeting().take_out(said) == said
+    assert Greeting().remove_from(said) == said
 
 
 def test_serial_console_speaks_telnet() -> None:

@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 
 from pycloudlib.cli import transfer
-from pycloudlib.cli.transfer import CopyError, Place
+from pycloudlib.cli.transfer import CopyError, Location
 from pycloudlib.errors import PycloudlibError
 from pycloudlib.guest.programs import copy_in_guest
 from pycloudlib.guest.programs.copy_in_guest import (
@@ -84,7 +84,7 @@ def portrait(directory: Path) -> dict[str, object]:
     ],
 )
 def test_places_are_told_apart(text: str, machine: str, path: str) -> None:
-    assert Place.parse(text) == Place(machine, path)
+    assert Location.parse(text) == Location(machine, path)
 
 
 def test_file_is_pushed_with_its_permissions(
