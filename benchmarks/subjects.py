@@ -196,7 +196,7 @@ class Guest(_Machine):
         """Boot a machine, and start in it what a save needs, and what ticks."""
         self._launch()
         self.machine.wait()
-        self.machine.start_helper()
+        self.machine.guest.fixes.start_helper(self.machine.username)
         self._run("ticker", TICKER, str(self._ticks.port))
 
     def restore(self, image: str) -> None:

@@ -13,7 +13,7 @@ from pycloudlib.guest.access.hostkeys import HostKeyPool
 from pycloudlib.images import download
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.resources import PortRegistry
-from pycloudlib.qemu.launching.request import Host
+from pycloudlib.qemu.launching.beginning import Host
 from tests.unit.imageserver import (
     ImageServer,
     SigningKey,

@@ -181,7 +181,7 @@ def open_running(session: Session, name: str) -> QemuInstance:
     """
     instance = open_machine(session.cloud, name)
     instance.machine.look()
-    instance.put_right_soon()
+    instance.guest.fixes.fix_up_soon()
     return instance
 
 

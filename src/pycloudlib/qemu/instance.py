@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.locks import renew_in_children
-from pycloudlib.errors import CloudError, PycloudlibTimeoutError
-from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
-from pycloudlib.guest.boot.readiness import BootWatch, ready_limit, use_deadline
-from pycloudlib.guest.data import runconfig
+from pycloudlib.diagnosis import Diagnosis
+from pycloudlib.errors import (
+    CloudError,
+    InstanceNotFoundError,
+    PycloudlibError,
+    PycloudlibTimeoutError,
+)
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access.commands import command_in_errors
+from pycloudlib.guest.boot.bootlines import PhaseStart
+from pycloudlib.guest.boot.readiness import ready_limit, use_deadline
+from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
-from pycloudlib.progress import Progress, ProgressCallback
-from pycloudlib.qemu.access import GuestAccess
+from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu.disk.layers import LayerStore
+from pycloudlib.qemu.failure.explaining import Explainer
 from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.host.resources import PortLease, PortRegistry
+from pycloudlib.qemu.host.resources import LOOPBACK, PortLease, PortRegistry
 from pycloudlib.qemu.saved import restoring
-from pycloudlib.qemu.state.savedmachine import SavedMachine, host_fingerprint
 from pycloudlib.qemu.vm import hotplug
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.vm.guest import SHUTDOWN_LIMIT, Guest
+from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.result import Result
 
-# How long a guest may take to power itself off before it is switched off.
-_SHUTDOWN_LIMIT = 120.0
-_STOP_LOOK = 1.0
-# How long it may take to begin a reboot.
-_REBOOT_LIMIT = 60.0
+if TYPE_CHECKING:
+    import paramiko
+
+    from pycloudlib.qemu.cloud import Qemu
+
 # Minutes until a machine has to be ready: many times what a boot takes on a busy host.
 _READY_MINUTES = {Accelerator.KVM: 10.0, Accelerator.TCG: 20.0}
 
 
-class Owner(Protocol):
-    """What an instance asks of the cloud that it belongs to."""
-
-    def forget(self, instance: QemuInstance) -> None:
-        """Take note that an instance is deleted."""
-
-    def fork(
-        self, instance: QemuInstance, count: int, fresh_identity: bool, names: Sequence[str]
-    ) -> list[QemuInstance]:
-        """Start copies of a running instance."""
-
-    def find_saved(self, image_id: str) -> SavedMachine:
-        """Find the saved machine that an image id stands for."""
+# The first that is leased in QEMU's user-mode network (qemu(1), -netdev user, dhcpstart).
+_GUEST_ADDRESS = "10.0.2.15"
+_SHOWN_COMMAND = 100
 
 
-class QemuInstance(GuestAccess):
+class QemuInstance(BaseInstance):
     """One QEMU machine.
 
     Made by `Qemu.launch` and `Qemu.get_instance`. Safe to use from several threads.
@@ -70,19 +69,47 @@ class QemuInstance(GuestAccess):
         machine: Machine,
         registry: PortRegistry,
         username: str | None = None,
-        owner: Owner | None = None,
+        cloud: Qemu | None = None,
     ) -> None:
-        super().__init__(key_pair, machine, username)
+        super().__init__(key_pair, username)
+        self.machine = machine
+        self.guest = Guest(machine, self._connections, self.execute)
+        self._explainer = Explainer(self.guest)
+        self.port = str(machine.spec.ssh_port)
         self.telnet_port = str(machine.spec.telnet_port)
         self.instance_dir: Path = machine.rundir.path
         self.instance_path: Path = machine.rundir.disk
         self._registry = registry
-        self._owner = owner
+        self._owner = cloud
         self._delete_lock = threading.Lock()
         renew_in_children(self, _delete_lock=threading.Lock)
-        self._timeline: tuple[PhaseStart, ...] = ()
-        # Where on the console, and when, it was last told to reboot.
-        self._reboot = (0, 0.0)
+
+    @property
+    def name(self) -> str:
+        """The instance's name, and the guest's host name unless meta-data said otherwise."""
+        return self.machine.spec.name
+
+    @property
+    def ip(self) -> str:
+        """The address of its ports: this host's loopback."""
+        return LOOPBACK
+
+    @property
+    def private_ip(self) -> str:
+        """The address that QEMU's DHCP server gives its first network card.
+
+        A `network_config` of the caller's may give it another one.
+        """
+        return _GUEST_ADDRESS
+
+    @property
+    def artifacts_dir(self) -> Path | None:
+        """Where logs go when something fails; None for nowhere."""
+        return self._explainer.artifacts_dir
+
+    @artifacts_dir.setter
+    def artifacts_dir(self, directory: Path | None) -> None:
+        self._explainer.artifacts_dir = directory
 
     @property
     def id(self) -> str:
@@ -92,7 +119,7 @@ class QemuInstance(GuestAccess):
     @property
     def boot_timeline(self) -> tuple[PhaseStart, ...]:
         """The phases of the boot that `wait` followed last, with when each began."""
-        return self._timeline
+        return self.guest.timeline
 
     def wait(
         self,
@@ -121,9 +148,9 @@ class QemuInstance(GuestAccess):
         # What is wrong with it is told before anything is done.
         deadline = ready_limit(ready_timeout, self.ready_timeout)
         limit = self._tell_limit(ready_timeout)
-        with self._watching_boot(on_progress, limit), use_deadline(deadline):
+        with self._following_boot(on_progress, limit), use_deadline(deadline):
             super().wait(ready_timeout, **kwargs)
-            self._run_first()
+            self.guest.run_user_data(self._follow_cloudinit)
 
     def wait_for_restart(self, old_boot_id: str) -> None:
         """Wait until the machine has booted anew and cloud-init has finished.
@@ -136,7 +163,7 @@ class QemuInstance(GuestAccess):
             BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
         """
-        with self._watching_boot(None, self._tell_limit(None)):
+        with self._following_boot(None, self._tell_limit(None)):
             super().wait_for_restart(old_boot_id)
 
     @property
@@ -149,6 +176,48 @@ class QemuInstance(GuestAccess):
             return f"{minutes * 60:.0f} s (ready_timeout)"
         how = self.machine.spec.accelerator.value
         return f"{self._default_ready_minutes * 60:.0f} s (the default with {how}; ready_timeout)"
+
+    def wait_until_well(self) -> None:
+        """Wait until the machine is ready, and cloud-init has ended without an error.
+
+        Raises:
+            PycloudlibTimeoutError: It could not be reached in time.
+            PycloudlibError: cloud-init failed; in its own words.
+        """
+        self.wait()
+        status = self._follow_cloudinit()
+        if status is not None and status.failed:
+            raise PycloudlibError(f"cloud-init failed on {self.name}: {status.failure}")
+
+    def diagnose(self) -> Diagnosis:
+        """Find out what is going on with the machine, at any time: the facts, and a cause if any.
+
+        The guest is asked, too, when it can be reached at once.
+        """
+        return self._explainer.diagnose()
+
+    def explaining(
+        self, waiting_for: str, limit: str = "", *, ask: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Have an error that leaves a block say what was going on; see `Explainer.explaining`."""
+        return self._explainer.explaining(waiting_for, limit, ask=ask)
+
+    def login_command(self) -> str:
+        """Give the command line by which people log in by `ssh`, for a shell."""
+        return ssh.login_command(self._endpoint(), self.name)
+
+    def check_exists(self) -> None:
+        """Raise when the instance is deleted.
+
+        Raises:
+            InstanceNotFoundError: It is.
+        """
+        if not self.machine.rundir.path.is_dir():
+            raise InstanceNotFoundError(self.id, message=f"{self.name} is deleted")
+
+    def check_answers(self) -> None:
+        """Raise when nobody in the guest will answer any more; see `Guest.check_alive`."""
+        self.guest.check_alive()
 
     def get_status(self) -> str:
         """Say in one word what the machine does: `off`, `starting`, `paused` or `running`.
@@ -177,7 +246,7 @@ class QemuInstance(GuestAccess):
         self.check_exists()
         self._log.info("Shutting down %s", self.name)
         if wait:
-            self._power_off()
+            self.guest.power_off()
         elif self.machine.state is not State.OFF:
             self.machine.execute("system_powerdown")
 
@@ -190,7 +259,7 @@ class QemuInstance(GuestAccess):
         self.check_exists()
         if self.machine.state is State.OFF:
             self._log.info("Starting %s", self.name)
-            self._forget_guest()
+            self.guest.forget()
             self.machine.power_on_again()
         if wait:
             self.wait()
@@ -216,7 +285,7 @@ class QemuInstance(GuestAccess):
             raise ValueError(f"count is {count!r}, expected a positive number of copies")
         if names and len(set(names)) != count:
             raise ValueError(f"names are {names!r}, expected {count} that differ")
-        return self._cloud().fork(self, count, fresh_identity, names)
+        return self._cloud.fork(self, count, fresh_identity, names)
 
     def rollback(self, image_id: str) -> None:
         """Go back to the moment at which this machine was saved; as often as wanted.
@@ -233,20 +302,17 @@ class QemuInstance(GuestAccess):
                 nothing has changed.
         """
         self.check_exists()
-        saved = self._cloud().find_saved(image_id)
+        saved = self._cloud.find_saved(image_id)
         restoring.check_is_of(saved, self.machine.spec)
-        machine = self.machine
-        host = host_fingerprint(machine.binary, machine.spec.accelerator)
-        obstacle = saved.find_obstacle(host)
-        if obstacle is not None:
-            raise CloudError(f"{self.name} cannot be rolled back to {image_id}: {obstacle}")
+        restoring.check_runs_here(saved, self.machine.binary, self.machine.spec.accelerator)
         self._forget_client()
         restoring.roll_back(self.machine, saved)
         LayerStore(self.instance_dir.parent).collect()
-        self.put_right_soon()
+        self.guest.fixes.fix_up_soon()
         self._log.info("Rolled %s back to %s", self.name, image_id)
 
-    def _cloud(self) -> Owner:
+    @property
+    def _cloud(self) -> Qemu:
         if self._owner is None:
             raise CloudError(f"{self.name} belongs to no cloud")
         return self._owner
@@ -258,15 +324,7 @@ class QemuInstance(GuestAccess):
             MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
             PycloudlibTimeoutError: It still runs after two minutes.
         """
-        deadline = Deadline.after(_SHUTDOWN_LIMIT)
-        while not self.machine.wait_for_end(Deadline.after(deadline.capped(_STOP_LOOK))):
-            if deadline.expired:
-                raise PycloudlibTimeoutError(
-                    f"{self.name} still runs after {deadline.limit:.0f} s of waiting for its stop"
-                )
-            # Its guest cannot do anything then.
-            with contextlib.suppress(MachineEndedError):
-                self.machine.check_pause()
+        self.machine.wait_until_off(Deadline.after(SHUTDOWN_LIMIT))
 
     def add_network_interface(self, **kwargs: Any) -> str:
         """Plug a network interface into the running machine.
@@ -285,21 +343,7 @@ class QemuInstance(GuestAccess):
             MachineEndedError: The machine is off.
             CloudError: QEMU refused, or the interface got no address; it is unplugged again.
         """
-        interface = hotplug.plug_interface(self.machine)
-        try:
-            result = self.execute(
-                runconfig.configure_script(interface.mac),
-                use_sudo=True,
-                description="configuring a new network interface",
-            )
-            return runconfig.parse_address(result)
-        except BaseException as error:
-            hotplug.unplug_interface(self.machine, interface)
-            if isinstance(error, ValueError):
-                raise CloudError(
-                    f"{self.name}: a new interface did not come up: {error}"
-                ) from error
-            raise
+        return hotplug.add_interface(self.machine, self.execute)
 
     def remove_network_interface(self, ip_address: str) -> None:
         """Pull out an interface that `add_network_interface` has plugged in.
@@ -310,12 +354,7 @@ class QemuInstance(GuestAccess):
         Raises:
             CloudError: No plugged-in interface has that address.
         """
-        mac = self.execute(runconfig.find_mac_script(ip_address)).stdout
-        if not mac:
-            raise CloudError(f"No interface of {self.name} has the address {ip_address!r}")
-        interface = hotplug.find_plugged(self.machine, mac)
-        hotplug.unplug_interface(self.machine, interface)
-        self.execute(runconfig.forget_script(mac), use_sudo=True)
+        hotplug.remove_interface(self.machine, ip_address, self.execute)
 
     def wait_for_delete(self, **kwargs: Any) -> None:
         """Wait until the machine is gone; `delete` has seen to that when it returns.
@@ -372,50 +411,76 @@ class QemuInstance(GuestAccess):
 
     def _do_restart(self, **kwargs: Any) -> None:
         """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
-        import paramiko  # noqa: PLC0415 - heavy
-
-        log = self.machine.rundir.console_log
-        self._reboot = (log.stat().st_size if log.exists() else 0, time.monotonic())
-        try:
-            # A guest that obeys may take the connection with it: then there is no exit status.
-            result = self.execute("systemctl reboot", use_sudo=True, timeout=_REBOOT_LIMIT)
-            problem = result.stderr if result.return_code > 0 else None
-        except (paramiko.SSHException, PycloudlibTimeoutError) as error:
-            problem = str(error)
-        if problem is not None:
-            self._log.warning("%s does not reboot by itself (%s): power cycle", self.name, problem)
-            self._power_off()
-            self.machine.power_on_again()
-        self._forget_guest()
+        self.guest.reboot()
 
     def _release_ports(self) -> None:
         spec = self.machine.spec
         self._registry.release(PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir)
 
-    def _power_off(self) -> None:
-        took = self.machine.power_off(Deadline.after(_SHUTDOWN_LIMIT))
-        self._forget_guest()
-        self._log.info("%s is off (%s)", self.name, took.value)
+    @contextlib.contextmanager
+    def _following_boot(self, on_progress: ProgressCallback | None, limit: str) -> Iterator[None]:
+        """Follow the console while waiting: it may decide the outcome, and shows the phases."""
+        with (
+            self.guest.following_boot(on_progress) as watch,
+            self.explaining("the machine to be ready", limit, ask=True),
+            watch,
+        ):
+            yield
+
+    # What follows are the hooks of `BaseInstance`, which subclasses of programs override and call.
+
+    def _wait_for_execute(
+        self, old_boot_id: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until commands can be executed: by the helper, where one runs, or else over SSH."""
+        wait_for_ssh = super()._wait_for_execute
+        self.guest.wait_for_execute(
+            self._deadline(timeout), self.username, old_boot_id, lambda: wait_for_ssh(old_boot_id)
+        )
+
+    def _ssh_connect(self) -> paramiko.SSHClient:
+        with self.guest.connecting():
+            return super()._ssh_connect()
+
+    def _ssh(
+        self,
+        command: Sequence[str],
+        stdin: str | bytes | None = None,
+        get_pty: bool = False,
+        timeout: float | None = None,
+    ) -> Result:
+        run_by_ssh = super()._ssh
+
+        def by_ssh() -> Result:
+            return run_by_ssh(command, stdin, get_pty, timeout)
+
+        with self.explaining(
+            f"the end of: {command_in_errors(shlex.join(command)[:_SHOWN_COMMAND])}"
+        ):
+            return self.guest.run(command, self.username, stdin, timeout, by_ssh, get_pty=get_pty)
 
     @contextlib.contextmanager
-    def _watching_boot(self, on_progress: ProgressCallback | None, limit: str) -> Iterator[None]:
-        """Follow the console while waiting: it may decide the outcome, and tells the phases."""
-        machine = self.machine
-        boots = (self._reboot, (machine.console_start, machine.powered_on))
-        # The latest: a machine that was never told to reboot has been so at 0, in no time at all.
-        console_start, begun = max(boots)
+    def _ended_early(self) -> Iterator[None]:
+        with self.guest.naming_end(), super()._ended_early():
+            yield
 
-        def report(phase: Phase | None, line: str) -> None:
-            if on_progress is not None:
-                elapsed = time.monotonic() - begun
-                activity = f"booting: {phase.value if phase else 'power-on'}"
-                on_progress(Progress(activity, line, done=elapsed, unit="s"))
+    def _check_alive(self) -> None:
+        self.guest.check_alive()
 
-        watch = BootWatch(machine.console, console_start, begun, report)
-        outer, self._watch = self._watch, watch
-        try:
-            with self.explaining("the machine to be ready", limit, ask=True), watch:
-                yield
-        finally:
-            self._watch = outer
-            self._timeline = watch.timeline
+    def _has_settled(self) -> object:
+        return self.guest.has_settled()
+
+    def _was_followed(self) -> bool:
+        return self.guest.was_followed
+
+    def _seen_warnings(self) -> Sequence[str]:
+        return self.guest.watch.warnings if self.guest.watch else ()
+
+    def _explain_refusal(self) -> str:
+        return self.guest.explain_refusal(self.username)
+
+    def _lookout(self) -> Callable[[], None]:
+        return self.guest.lookout()
+
+    def _host_keys(self) -> ssh.HostKeys:
+        return self.guest.host_keys()

@@ -151,7 +151,7 @@ def test_command_in_a_guest_that_boots_anew_is_not_waited_for(
 
     monkeypatch.setattr(BaseInstance, "_ssh", boot_anew)
     assert becomes(lambda: "Booting from Hard Disk" in running.console_log())
-    with running._watching_boot(None, "") if by == "console" else contextlib.nullcontext():
+    with running._following_boot(None, "") if by == "console" else contextlib.nullcontext():
         result = running.execute("sleep 1000")
     assert (result.stdout, result.return_code) == ("", -1)
 

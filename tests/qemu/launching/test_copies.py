@@ -24,9 +24,8 @@ from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.guest.data.seed import read_iso
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launching import copies
-from pycloudlib.qemu.launching.copies import CopyRequest
-from pycloudlib.qemu.launching.request import Host
+from pycloudlib.qemu.launching.beginning import Host
+from pycloudlib.qemu.launching.copies import Copy
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
@@ -456,18 +455,18 @@ def test_machine_that_is_off_is_not_forked(running: QemuInstance) -> None:
 def test_fork_that_fails_leaves_no_copy(
     cloud: Qemu, running: QemuInstance, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    write = copies.write_files
+    write = Copy.write_files
     lock = threading.Lock()
     calls = [0]
 
-    def fail_once(host: Host, rundir: RunDirectory, request: CopyRequest) -> None:
+    def fail_once(*arguments: Any) -> None:
         with lock:
             number, calls[0] = calls[0], calls[0] + 1
         if number == failing:
             raise CloudError("no more")
-        write(host, rundir, request)
+        write(*arguments)
 
-    monkeypatch.setattr(copies, "write_files", fail_once)
+    monkeypatch.setattr(Copy, "write_files", fail_once)
     with pytest.raises(CloudError, match="no more"):
         running.fork(3)
     assert instance_dirs(cloud) == [running.instance_dir]
@@ -533,16 +532,16 @@ def test_a_port_that_is_taken_is_no_obstacle(
 ) -> None:
     """Another program takes the port that was leased, before QEMU does."""
     taken: list[socket.socket] = []
-    describe = copies.describe_copy
+    describe = Copy.describe
 
-    def describe_late(rundir: RunDirectory, request: CopyRequest, lease: Any) -> Any:
+    def describe_late(copy: Copy, host: Host, rundir: RunDirectory, lease: Any) -> Any:
         if not taken:
             taken.append(socket.socket())
             taken[0].bind(("127.0.0.1", lease.ssh))
             taken[0].listen()
-        return describe(rundir, request, lease)
+        return describe(copy, host, rundir, lease)
 
-    monkeypatch.setattr(copies, "describe_copy", describe_late)
+    monkeypatch.setattr(Copy, "describe", describe_late)
     try:
         assert runs(cloud.launch(image))
     finally:

@@ -12,10 +12,9 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, ImageInUseError
-from pycloudlib.qemu import ready
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.launching import startingpoint
+from pycloudlib.qemu.launching import ready, startingpoint
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import vitality

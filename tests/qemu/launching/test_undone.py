@@ -14,12 +14,13 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu import live
 from pycloudlib.qemu.host import ownership
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launching import request
+from pycloudlib.qemu.launching import beginning
+from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import process
+from pycloudlib.qemu.vm.fixups import FixUps
 from pycloudlib.qemu.vm.qmp import LoopThread
 from tests.qemu.machines import SMALL, descriptors, qemus
 
@@ -54,7 +55,7 @@ def test_directory_whose_making_is_interrupted_is_removed(
 
     def make() -> None:
         with contextlib.ExitStack() as stack:
-            request.create_run_directory(tmp_path / "cloud" / "vm", stack, Orphans.REAP)
+            beginning.create_run_directory(tmp_path / "cloud" / "vm", stack, Orphans.REAP)
             stack.pop_all()
 
     with pytest.raises(KeyboardInterrupt):
@@ -183,21 +184,21 @@ def test_image_that_is_written_is_the_callers_though_the_clean_up_fails(
 ) -> None:
     cloud = running._owner
     assert isinstance(cloud, Qemu)
-    real = live.savedmachine.delete  # type: ignore[attr-defined]
+    real = savedmachine.delete
 
     def fail(image: Path) -> None:
         raise PermissionError(13, "Permission denied", str(image))
 
     target = tmp_path / "kept.img"
-    monkeypatch.setattr(QemuInstance, "start_helper", lambda _self: False)
+    monkeypatch.setattr(FixUps, "start_helper", lambda *_: False)
     with monkeypatch.context() as patch:
-        patch.setattr(live.savedmachine, "delete", fail)  # type: ignore[attr-defined]
+        patch.setattr(savedmachine, "delete", fail)
         assert cloud.snapshot(running, memory=True, path=target) == str(target)
     assert target.is_file()
     assert "stays until clean()" in caplog.text
     assert len(cloud.created_images) == 1, "clean() is to try again"
     real(target)
     with monkeypatch.context() as patch:
-        patch.setattr(live.savedmachine, "delete", fail)  # type: ignore[attr-defined]
+        patch.setattr(savedmachine, "delete", fail)
         (copy,) = running.fork(1)
     assert copy.delete() == []

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from pycloudlib import Qemu
 from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launching import copies, startingpoint
+from pycloudlib.qemu.launching import startingpoint
+from pycloudlib.qemu.launching.copies import Copy
 from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
@@ -170,14 +172,14 @@ def test_one_that_is_just_used_is_not_dropped(
     cloud: Qemu, warm: Launch, cache: WarmCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warm().delete()
-    write = copies.write_files
+    write = Copy.write_files
     dropped: list[str] = []
 
-    def drop_and_write(*arguments: object) -> None:
+    def drop_and_write(*arguments: Any) -> None:
         dropped.extend(cache.prune(0))
-        write(*arguments)  # type: ignore[arg-type]
+        write(*arguments)
 
-    monkeypatch.setattr(copies, "write_files", drop_and_write)
+    monkeypatch.setattr(Copy, "write_files", drop_and_write)
     assert is_copy(warm(), entry_of(cloud))
     assert dropped == []
 

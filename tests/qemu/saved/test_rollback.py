@@ -222,7 +222,7 @@ def test_damaged_one_is_refused(running: QemuInstance, saved: SavedMachine) -> N
 def test_one_of_another_qemu_is_refused(
     running: QemuInstance, saved: SavedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pycloudlib.qemu.instance.host_fingerprint", lambda *_: "another")
+    monkeypatch.setattr("pycloudlib.qemu.state.savedmachine.host_fingerprint", lambda *_: "another")
     before = Before(running)
     with pytest.raises(CloudError, match="another QEMU"):
         running.rollback(str(saved.image))

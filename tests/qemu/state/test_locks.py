@@ -309,7 +309,7 @@ def settle_by_list(cloud: Qemu, instance_id: str) -> None:
 
 
 def settle_by_prune(cloud: Qemu, instance_id: str) -> None:
-    assert str(RunDirectory.of_id(instance_id).path) not in cloud.prune()
+    assert str(RunDirectory.find(instance_id)[0].path) not in cloud.prune()
 
 
 def settle_by_start(cloud: Qemu, instance_id: str) -> None:
@@ -330,7 +330,7 @@ def test_whoever_comes_next_sets_it_right(
     instance_id = cut_off(working_dir, tiny_image, "before the disk is exchanged")
     cloud = make_cloud("cut")
     settle(cloud, instance_id)
-    assert not RunDirectory.of_id(instance_id).is_being_saved
+    assert not RunDirectory.find(instance_id)[0].is_being_saved
     check_whole(cloud, instance_id, working_dir)
 
 

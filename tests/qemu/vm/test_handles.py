@@ -473,7 +473,7 @@ def test_a_helper_whose_socket_others_hold_is_not_waited_for(
     unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SSH does its work then; what it alone can do says who is in the way."""
-    link, rundir = unstarted._helper, unstarted.machine.rundir
+    link, rundir = unstarted.guest.helper, unstarted.machine.rundir
     rundir.helper_mark.write_text("ubuntu")
     look = link._chardev
     # Nothing in this guest can open the port.

@@ -31,7 +31,7 @@ from pycloudlib.errors import (
     MissingPrerequisiteError,
     PycloudlibTimeoutError,
 )
-from pycloudlib.qemu.diagnosed import explain
+from pycloudlib.qemu.failure.explaining import explain
 from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.unit.clirun import make_machine, run
 

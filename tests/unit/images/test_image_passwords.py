@@ -93,7 +93,7 @@ def test_password_of_the_mirror_is_seen_nowhere(
         "pycloudlib.lock",
         "noble-server-cloudimg-amd64.img.json",
     }
-    told += [caplog.text, repr(cloud.settings), repr(cloud._image_source)]
+    told += [caplog.text, repr(cloud.settings), repr(cloud._shelf.source)]
     told += [repr(image) for image in cloud.images()]
     told += [path.read_bytes().decode("latin-1") for path in files]
     assert [part for part in PARTS for text in told if part in text] == []

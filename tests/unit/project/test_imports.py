@@ -116,7 +116,7 @@ def find_imports(module: str) -> Iterator[tuple[str, int]]:
 
 def test_modules_are_found() -> None:
     assert {PACKAGE, "pycloudlib.cloud", "pycloudlib.qemu.cloud"} <= set(MODULES)
-    assert "pycloudlib.cloud" in dict(find_imports("pycloudlib.qemu.images"))
+    assert "pycloudlib.cloud" in dict(find_imports("pycloudlib.qemu.imageshelf"))
 
 
 @pytest.mark.parametrize("module", MODULES)

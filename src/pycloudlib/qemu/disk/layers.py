@@ -12,6 +12,8 @@ lives; the layer itself goes when nothing is built on it any more.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
 import struct
@@ -28,6 +30,8 @@ from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, disown
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import LAYERS, SNAPSHOTS, MachineSpec
+
+_log = logging.getLogger(__name__)
 
 MAXIMUM_DEPTH = 16
 """Layers that a disk is built on before they are merged into one; see `performance.md`."""
@@ -153,6 +157,25 @@ class LayerStore:
             for directory in (self.snapshots, self.layers):
                 with contextlib.suppress(OSError):  # something is in it, or it is gone already
                     directory.rmdir()
+
+    def remove_cloud_directory(self) -> None:
+        """Remove the cloud's directory, unless others have something in it.
+
+        Raises:
+            OSError: It could not be removed.
+        """
+        self.remove_if_empty()
+        try:
+            self.parent_dir.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            # Another cloud of the same tag works here, too.
+            with contextlib.suppress(FileNotFoundError):  # they were about to remove it
+                others = ", ".join(sorted(file.name for file in self.parent_dir.iterdir()))
+                _log.info("%s is kept: others have %s in it", self.parent_dir, others)
 
     @contextlib.contextmanager
     def keeping_all(self) -> Iterator[None]:

@@ -1,42 +1,32 @@
-"""The steps of a launch: a request checked whole, then resources that own what they make."""
+"""What is asked of a launch: read and checked whole, before anything is made."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pycloudlib._base.files import expand_user, is_file
-from pycloudlib.errors import InstanceExistsError, MissingKernelError
-from pycloudlib.guest.access import hostkeys
-from pycloudlib.guest.access.hostkeys import HostKeyPool
+from pycloudlib.errors import MissingKernelError
+from pycloudlib.guest.access import hostkeys, loginkey
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store
+from pycloudlib.key import KeyPair
 from pycloudlib.qemu.disk import diskimage
-from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
-from pycloudlib.qemu.host.resources import PortLease, PortRegistry
 from pycloudlib.qemu.parts.part import Part
-from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import (
     DEFAULT_INSTANCE_TYPE,
     InstanceType,
     KernelBoot,
     MachineSpec,
     complete_cmdline,
-    make_mac,
     make_name,
 )
-from pycloudlib.qemu.vm.machine import Machine, uninterrupted
-from pycloudlib.qemu.vm.process import PortTakenError
 
-# Programs that know nothing of leases can take a port between our look and QEMU's start.
-_PORT_TRIES = 5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +66,10 @@ class LaunchOptions:
     name: str | None = None
     disk_size_gib: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.username is not None and not isinstance(self.username, str):
+            raise TypeError(f"username must be a text, not {self.username!r}")
+
     def to_plain(self) -> dict[str, str]:
         """Give each option that decides what the machine is like, as a text."""
         decisive = (name for name in LaunchOptions.__slots__ if name != "name")
@@ -103,23 +97,6 @@ _MACHINE_OPTIONS = (
     "launch_args",
     "disk_size_gib",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What machines run on.
-
-    Attributes:
-        binary: The QEMU binary.
-        accelerator: How guest instructions are executed.
-        ports: The ports that are leased to machines.
-        host_keys: SSH host keys for machines, made ahead.
-    """
-
-    binary: Path
-    accelerator: Accelerator
-    ports: PortRegistry
-    host_keys: HostKeyPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,101 +215,6 @@ def _find_initrd(kernel: Path) -> Path | None:
     return None
 
 
-def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orphans) -> RunDirectory:
-    """Make an instance's directory; `stack` removes it, and its parent if that is empty then.
-
-    Args:
-        path: The directory.
-        stack: Takes over what is made.
-        orphans: What becomes of the instance when this program ends.
-
-    Raises:
-        InstanceExistsError: There is an instance of that name.
-    """
-    rundir = RunDirectory(path)
-
-    def create() -> None:
-        create_owned_directory(path, orphans)
-        stack.callback(rundir.remove)
-
-    stack.callback(_remove_if_empty, path.parent)
-    try:
-        # There is no moment at which it is made and nobody removes it.
-        uninterrupted(create)
-    except OSError as error:
-        # One of that name was not there when it was looked for.
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise InstanceExistsError(path.name, path) from error
-        raise
-    return rundir
-
-
-class Beginning(Protocol):
-    """The steps of launching a machine that differ by where it begins."""
-
-    @property
-    def request(self) -> LaunchRequest:
-        """The machine."""
-
-    def write_files(self, host: Host, rundir: RunDirectory) -> None:
-        """Make its disk and its seed."""
-
-    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
-        """Say what machine it is."""
-
-    def switch_on(self, machine: Machine) -> None:
-        """Let it begin."""
-
-
-@dataclass(frozen=True, slots=True)
-class PowerOn:
-    """The steps of launching a machine that boots.
-
-    Attributes:
-        request: The machine.
-    """
-
-    request: LaunchRequest
-
-    def write_files(self, host: Host, rundir: RunDirectory) -> None:
-        """Make its disk and its seed."""
-        diskimage.create_overlay(self.request.image, rundir.disk, size=self.request.disk_size)
-        if self.request.seed is not None:
-            supply_seed(host, rundir, self.request)
-
-    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
-        """Say what machine it is."""
-        return describe_machine(host, rundir, self.request, lease)
-
-    def switch_on(self, machine: Machine) -> None:
-        """Let it begin."""
-        machine.power_on()
-
-
-def supply_seed(
-    host: Host,
-    rundir: RunDirectory,
-    request: LaunchRequest,
-    *,
-    boothook: bytes | None = None,
-    length: int = 0,
-) -> None:
-    """Make the machine's seed, with host keys that are pinned, unless the caller says of some.
-
-    Args:
-        host: What the machine runs on.
-        rundir: The machine's directory.
-        request: The machine.
-        boothook: What cloud-init is to run first; see `guest.seed.build_seed`.
-        length: Bytes that the volume is to have; see `guest.seed.write_iso`.
-    """
-    assert request.seed is not None
-    keys = () if request.seed.decides_host_keys else host.host_keys.take(f"root@{request.name}")
-    nocloud.write_iso(make_seed(request, keys, boothook), rundir.seed, length)
-    if keys:
-        hostkeys.pin(rundir.known_hosts, keys)
-
-
 def make_seed(
     request: LaunchRequest,
     host_keys: Sequence[hostkeys.HostKey] = (),
@@ -353,65 +235,39 @@ def make_seed(
     )
 
 
-def start_machine(
-    host: Host,
-    rundir: RunDirectory,
-    describe: Callable[[PortLease], MachineSpec],
-    stack: contextlib.ExitStack,
-    switch_on: Callable[[Machine], None] = Machine.power_on,
-) -> Machine:
-    """Lease ports and start the machine; `stack` ends it and gives the ports back.
+def check_request(
+    options: LaunchOptions, image: Path, key: KeyPair, tag: str, working_dir: Path
+) -> LaunchRequest:
+    """Check what is asked for as a whole.
 
     Args:
-        host: What it runs on.
-        rundir: Its directory.
-        describe: Gives the machine that has these ports.
-        stack: Takes over what is made.
-        switch_on: Starts the machine.
+        options: What was asked for.
+        image: The image.
+        key: The SSH key that the guest is to let in.
+        tag: The cloud's tag, from which a name is made.
+        working_dir: Where a copy of an image's beginning may be looked at; see `inspect_image`.
 
     Raises:
-        LaunchError: QEMU ended at once.
-        CloudError: No free ports.
+        ValueError: One of the options is malformed, or the image is damaged or unsafe.
+        InvalidKeyError: A file of the key is missing, or is no key.
+        MissingKernelError: There is no kernel for `kernel_cmdline`.
     """
-    for tries_left in reversed(range(_PORT_TRIES)):
-        # Within the caller's from the beginning: there is no moment at which it is in neither.
-        attempt = stack.enter_context(contextlib.ExitStack())
-        lease = host.ports.acquire(rundir.path)
-        attempt.callback(host.ports.release, lease, rundir.path)
-        spec = describe(lease)
-        rundir.write_spec(spec)
-        machine = Machine(rundir, spec, host.binary)
-        attempt.callback(machine.kill)
-        try:
-            switch_on(machine)
-        except PortTakenError:
-            if not tries_left:
-                raise
-            attempt.close()
-        else:
-            return machine
-    raise AssertionError("unreachable: the last try returns or raises")
-
-
-def _remove_if_empty(directory: Path) -> None:
-    # The next launch, or another process of the same tag, may have put something there.
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def describe_machine(
-    host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
-) -> MachineSpec:
-    """Say what machine was asked for."""
-    return MachineSpec(
-        name=request.name,
-        instance_type=request.instance_type,
-        accelerator=host.accelerator,
-        disk=rundir.disk,
-        seed=rundir.seed if request.seed else None,
-        ssh_port=lease.ssh,
-        telnet_port=lease.telnet,
-        mac=make_mac(),
-        kernel_boot=request.kernel_boot,
-        launch_args=request.launch_args,
+    data = (options.user_data, options.meta_data, options.vendor_data, options.network_config)
+    if options.no_seed_iso and data != (None,) * len(data):
+        _log.warning("no_seed_iso leaves out the seed, and the data given for it")
+    if not options.no_seed_iso:
+        # Once more: its files may have come, or gone, since it was chosen.
+        loginkey.prove(key, "the cloud's SSH key")
+    seed = SeedRequest(key.public_key_line, *data)
+    base = diskimage.inspect_image(image, working_dir)
+    return LaunchRequest(
+        name=options.name_with(tag),
+        instance_type=InstanceType.parse(
+            DEFAULT_INSTANCE_TYPE if options.instance_type is None else options.instance_type
+        ),
+        launch_args=parse_launch_args(options.launch_args),
+        kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
+        seed=None if options.no_seed_iso else seed,
+        image=base,
+        disk_size=diskimage.parse_size(options.disk_size_gib, base),
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private, write_private
+from pycloudlib._base.locks import uninterrupted
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import helper
 from pycloudlib.guest.boot.bootlines import Phase
@@ -32,16 +33,16 @@ from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.ownership import Orphans
 from pycloudlib.qemu.host.resources import PortLease
-from pycloudlib.qemu.launching.request import (
+from pycloudlib.qemu.launching.beginning import (
     Host,
-    LaunchRequest,
-    SeedRequest,
+    PowerOn,
     create_run_directory,
     describe_machine,
-    make_seed,
     start_machine,
     supply_seed,
 )
+from pycloudlib.qemu.launching.login import Login
+from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, make_seed
 from pycloudlib.qemu.parts.part import SHARED, Origin
 from pycloudlib.qemu.parts.standard import SEED_NODE
 from pycloudlib.qemu.saved.capture import write_whole
@@ -50,7 +51,7 @@ from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, uninterrupted
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError
 from pycloudlib.qemu.vm.qmp import Event
 
 # Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
@@ -247,7 +248,7 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstBoot:
+class FirstBoot(PowerOn):
     """The steps of launching a machine whose first boot begins at a starting point.
 
     Attributes:
@@ -255,10 +256,9 @@ class FirstBoot:
         start: Where it begins.
     """
 
-    request: LaunchRequest
     start: SavedMachine
 
-    def write_files(self, host: Host, rundir: RunDirectory) -> None:
+    def write_files(self, host: Host, rundir: RunDirectory, login: Login) -> None:
         """Make its disk and its seed."""
         start = self.start
         assert start.rtc_lag is not None
@@ -276,13 +276,13 @@ class FirstBoot:
         copy_private(start.console_log, rundir.console_log)
 
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
-        """Say what machine it is."""
+        """Return what machine it is."""
         spec = describe_machine(host, rundir, self.request, lease)
         # The guest has found its network card already.
         return dataclasses.replace(spec, mac=self.start.spec.mac)
 
     def switch_on(self, machine: Machine) -> None:
-        """Let it begin."""
+        """Restore it at the starting point."""
         held = _HELD in self.request.launch_args
         with waking(self.start, machine.rundir, held=held) as (origin, settle):
             machine.power_on(origin, settle)

@@ -27,8 +27,8 @@ from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.images import store, uses
 from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.request import (
-    Host,
     LaunchOptions,
     LaunchRequest,
     find_kernel_boot,

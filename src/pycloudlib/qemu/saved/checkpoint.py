@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private
+from pycloudlib._base.locks import uninterrupted
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.images import uses
 from pycloudlib.key import bring_along
@@ -33,7 +34,7 @@ from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.vm import livedisk, recovery
 from pycloudlib.qemu.vm.hotplug import list_added, list_plugged
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State, uninterrupted
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
 from pycloudlib.qemu.vm.memory import check_machine
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.vm.running import ROOM, RunningQemu

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private, make_socket_pair, moved, write_private
+from pycloudlib._base.locks import uninterrupted
 from pycloudlib.errors import CloudError
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.images import uses
 from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import Memory, Origin
 from pycloudlib.qemu.saved.devicestate import feed, receive, wait_for_state
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
@@ -22,7 +24,7 @@ from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.machine import Machine, uninterrupted
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.running import RunningQemu
 
 _WAKE_LIMIT = 60.0
@@ -73,6 +75,33 @@ def _keep_base_state(saved: SavedMachine, rundir: RunDirectory) -> None:
         os.link(saved.state, rundir.base_state)
     except OSError:  # it is another user's, or on another file system
         copy_private(saved.state, rundir.base_state)
+
+
+def check_has_booted(saved: SavedMachine, kind: type[Exception]) -> None:
+    """Make sure that a saved machine is not where first boots begin.
+
+    Args:
+        saved: The saved machine.
+        kind: The error that is raised.
+    """
+    if saved.is_starting_point:
+        base = layers.chain(saved.image)[-1]
+        launchable = base if base != saved.image else "the image that it was made from"
+        raise kind(
+            f"{saved.image} is where first boots begin, not a machine that has booted: launch "
+            f"{launchable} with fast_boot=True"
+        )
+
+
+def check_runs_here(saved: SavedMachine, binary: Path, accelerator: Accelerator) -> None:
+    """Make sure that a saved machine can be restored on this host.
+
+    Raises:
+        CloudError: It cannot; says why.
+    """
+    obstacle = saved.find_obstacle(savedmachine.host_fingerprint(binary, accelerator))
+    if obstacle is not None:
+        raise CloudError(f"{saved.image} cannot be restored here: {obstacle}")
 
 
 def roll_back(machine: Machine, saved: SavedMachine) -> None:

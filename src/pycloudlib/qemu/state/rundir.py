@@ -72,10 +72,22 @@ class RunDirectory:
         return [cls(file.parent) for file in sorted(parent.glob(f"*/{_SPEC_FILE}"))]
 
     @classmethod
-    def of_id(cls, instance_id: str) -> RunDirectory:
-        """Name the directory of the instance that has an id; it need not exist."""
+    def find(cls, instance_id: str) -> tuple[RunDirectory, MachineSpec]:
+        """Find the directory of the instance that has an id, and what machine it is.
+
+        Raises:
+            InstanceNotFoundError: It does not exist (any more), or this is not an instance's id.
+        """
         # From the right: the path may hold the separator, the ports cannot.
-        return cls(Path(instance_id.rsplit(_ID_SEPARATOR, 2)[0]).parent)
+        rundir = cls(Path(str(instance_id).rsplit(_ID_SEPARATOR, 2)[0]).parent)
+        spec = rundir.read_spec()
+        if instance_id != rundir.instance_id(spec):
+            raise InstanceNotFoundError(
+                instance_id,
+                message=f"{instance_id!r} is not the id of the instance in {rundir.path}; an id "
+                "has the form <path>::<ssh port>::<telnet port>",
+            )
+        return rundir, spec
 
     def instance_id(self, spec: MachineSpec) -> str:
         """Give the id of the instance: `<path of its disk>::<ssh port>::<telnet port>`."""

@@ -46,12 +46,12 @@ class HelperLink:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        self.machine = machine
 
     @property
     def expected(self) -> bool:
         """Whether it is believed to run: it was started, and the guest has not been rebooted."""
-        return self._machine.rundir.helper_mark.exists()
+        return self.machine.rundir.helper_mark.exists()
 
     def appears(self, timeout: float = ANSWER_LIMIT) -> bool:
         """Say whether something in the guest has the helper's port open.
@@ -73,12 +73,12 @@ class HelperLink:
             if deadline.expired:
                 return False
             time.sleep(_APPEAR_LOOK)
-        write_private(self._machine.rundir.helper_mark, user)
+        write_private(self.machine.rundir.helper_mark, user)
         return True
 
     def forget(self) -> None:
         """Take note that it runs no more."""
-        self._machine.rundir.helper_mark.unlink(missing_ok=True)
+        self.machine.rundir.helper_mark.unlink(missing_ok=True)
 
     def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:
         """Put a copy right.
@@ -94,9 +94,9 @@ class HelperLink:
         deadline = Deadline.after(min(limit, _FIX_LIMIT))
         with self._connection(wait=True, deadline=deadline) as connection:
             if connection is None:
-                users = sockets.tell_clients(self._machine.rundir.helper_socket)
+                users = sockets.tell_clients(self.machine.rundir.helper_socket)
                 raise HelperError(
-                    f"no helper runs in {self._machine.spec.name}, or others use it{users}"
+                    f"no helper runs in {self.machine.spec.name}, or others use it{users}"
                 )
             connection.fix(fix_up, deadline)
 
@@ -126,17 +126,17 @@ class HelperLink:
                     f"{command_in_errors(' '.join(argv))}"
                 ) from None
             except HelperRefusedError as error:
-                _log.debug("%s: %s", self._machine.spec.name, error)
+                _log.debug("%s: %s", self.machine.spec.name, error)
                 return None
             except HelperError as error:
-                _log.debug("%s: %s", self._machine.spec.name, error)
+                _log.debug("%s: %s", self.machine.spec.name, error)
                 self.forget()
                 return Result("", "", -1)
         return Result(_text(command.out), _text(command.err), command.status or 0)
 
     def _serves(self, user: str) -> bool:
         try:
-            return self._machine.rundir.helper_mark.read_bytes() == to_bytes(user)
+            return self.machine.rundir.helper_mark.read_bytes() == to_bytes(user)
         except (FileNotFoundError, IsADirectoryError):
             return False
 
@@ -155,9 +155,9 @@ class HelperLink:
                 chardev = self._chardev(_answer_limit(deadline))
                 if not chardev["frontend-open"]:
                     if appearing.expired:
-                        _log.debug("The helper of %s is gone", self._machine.spec.name)
+                        _log.debug("The helper of %s is gone", self.machine.spec.name)
                         # Of a copy that is not put right yet it is expected still: SSH may not do.
-                        if not self._machine.rundir.fix_up.exists():
+                        if not self.machine.rundir.fix_up.exists():
                             self.forget()
                         return False
                 elif sockets.is_free(chardev):
@@ -170,8 +170,8 @@ class HelperLink:
             return False
 
     def _still_there(self, deadline: Deadline | None) -> bool:
-        self._machine.check_disk()
-        self._machine.check_kernel()
+        self.machine.check_disk()
+        self.machine.check_kernel()
         try:
             return self.appears(_answer_limit(deadline))
         except CloudError:
@@ -187,7 +187,7 @@ class HelperLink:
         if deadline is not None and (wait or deadline.remaining < limit.remaining):
             limit = deadline
         turn = limit if wait else Deadline.after(0)
-        with try_lock(self._machine.rundir.path / "helper.lock", turn) as ours:
+        with try_lock(self.machine.rundir.path / "helper.lock", turn) as ours:
             if not (ours and self._is_ready(limit, deadline)):
                 yield None
                 return
@@ -196,12 +196,12 @@ class HelperLink:
                 yield connection
 
     def _chardev(self, timeout: float) -> Mapping[str, Any]:
-        chardevs = self._machine.execute("query-chardev", timeout=timeout)
+        chardevs = self.machine.execute("query-chardev", timeout=timeout)
         return next(dev for dev in chardevs if dev["label"] == "helper")
 
     def _connect(self, deadline: Deadline) -> socket.socket:
         try:
-            return sockets.connect(self._machine.rundir.helper_socket, deadline)
+            return sockets.connect(self.machine.rundir.helper_socket, deadline)
         except OSError as error:
             raise HelperError(f"the helper cannot be reached: {error}") from error
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.guest.data import runconfig
 from pycloudlib.qemu.state.spec import make_mac
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.qmp import QmpError
+from pycloudlib.result import Result
 
 # A guest lets go of a device when its kernel gets to it.
 _UNPLUG_LIMIT = 60.0
@@ -68,6 +71,55 @@ def _plug_interface(machine: Machine) -> PluggedInterface:
         machine.execute("netdev_del", {"id": interface.name})
         raise
     return interface
+
+
+def add_interface(machine: Machine, execute: Callable[..., Result]) -> str:
+    """Plug an interface into a running machine and have the guest configure it.
+
+    Args:
+        machine: The machine.
+        execute: Runs a command in the guest, as `BaseInstance.execute` does.
+
+    Returns:
+        The address it got in the guest.
+
+    Raises:
+        MachineEndedError: The machine is off.
+        CloudError: QEMU refused, or the interface got no address; it is unplugged again.
+    """
+    interface = plug_interface(machine)
+    try:
+        result = execute(
+            runconfig.configure_script(interface.mac),
+            use_sudo=True,
+            description="configuring a new network interface",
+        )
+        return runconfig.parse_address(result)
+    except BaseException as error:
+        unplug_interface(machine, interface)
+        if isinstance(error, ValueError):
+            raise CloudError(
+                f"{machine.spec.name}: a new interface did not come up: {error}"
+            ) from error
+        raise
+
+
+def remove_interface(machine: Machine, ip_address: str, execute: Callable[..., Result]) -> None:
+    """Pull out the interface that `add_interface` has plugged in.
+
+    Args:
+        machine: The machine.
+        ip_address: The address that it returned.
+        execute: Runs a command in the guest, as `BaseInstance.execute` does.
+
+    Raises:
+        CloudError: No plugged-in interface has that address.
+    """
+    mac = execute(runconfig.find_mac_script(ip_address)).stdout
+    if not mac:
+        raise CloudError(f"No interface of {machine.spec.name} has the address {ip_address!r}")
+    unplug_interface(machine, find_plugged(machine, mac))
+    execute(runconfig.forget_script(mac), use_sudo=True)
 
 
 def find_plugged(machine: Machine, mac: str) -> PluggedInterface:

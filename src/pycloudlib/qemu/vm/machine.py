@@ -10,18 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pycloudlib._base.deadline import Deadline, positive
-from pycloudlib._base.locks import renew_in_children
-from pycloudlib.diagnosis import Cause
+from pycloudlib._base.locks import renew_in_children, uninterrupted
 from pycloudlib.errors import (
-    BootFailedError,
     CloudError,
     InstanceNotFoundError,
-    KernelPanicError,
+    PycloudlibTimeoutError,
 )
-from pycloudlib.guest.boot.console import Console, DeadEnd
+from pycloudlib.guest.boot.console import Console
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.parts.part import Origin
 from pycloudlib.qemu.state.rundir import RunDirectory
@@ -38,7 +36,7 @@ from pycloudlib.qemu.vm.running import (
     State,
     weakly,
 )
-from pycloudlib.qemu.vm.vitality import DeadEndCheck, Verdict
+from pycloudlib.qemu.vm.vitality import DeadEndCheck
 
 __all__ = [
     "Machine",
@@ -46,10 +44,8 @@ __all__ = [
     "MachineEndedError",
     "PowerOff",
     "State",
-    "uninterrupted",
 ]
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 # A guest that is still booting misses the power button: it is pressed again this often.
@@ -60,9 +56,7 @@ _ACPI_SHARE = 0.9
 _PORT_PATIENCE = 1.0
 _PORT_INTERVAL = 0.05
 _PAUSE_PATIENCE = 10.0
-# Seconds in which it is decided whether a guest is dead, and between two looks.
-_DOUBT_LIMIT = 6.0
-_DOUBT_INTERVAL = 0.1
+_STOP_LOOK = 1.0
 
 
 @enum.unique
@@ -73,52 +67,6 @@ class PowerOff(enum.Enum):
     ACPI = "ACPI: the guest powered itself off"
     QUIT = "QMP quit: the guest did not react in time"
     KILL = "SIGKILL: QEMU did not react in time"
-
-
-def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None) -> _T:
-    """Run a function where no KeyboardInterrupt can come: in a thread of its own.
-
-    Ctrl-C reaches the main thread alone. When it comes, the work is let end, and undone if `undo`
-    is given: so there is no moment at which a process exists that nobody knows of.
-    """
-    results: list[_T] = []
-    errors: list[BaseException] = []
-    # Not Thread.join(): once interrupted, it takes the thread for ended. And starting it can be
-    # interrupted, too: so it begins when there is somebody to wait for it.
-    begin, ended = threading.Event(), threading.Event()
-
-    def run() -> None:
-        begin.wait()
-        if ended.is_set():
-            return
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            errors.append(error)
-        finally:
-            ended.set()
-
-    try:
-        threading.Thread(target=run, name="qemu-start", daemon=True).start()
-    except BaseException:
-        # It may have been started, and nobody is there to wait for the work.
-        ended.set()
-        begin.set()
-        raise
-    interrupt: BaseException | None = None
-    while not ended.is_set():
-        try:
-            begin.set()
-            ended.wait()
-        except BaseException as error:  # noqa: BLE001 - raised again when the work has ended
-            interrupt = error
-    if interrupt is not None:
-        if undo is not None:
-            undo()
-        raise interrupt
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 class Machine:
@@ -149,7 +97,7 @@ class Machine:
         self._starting = False
         self._powered_on = time.monotonic()
         self.console = Console(rundir.console_log, rundir.read_console_start)
-        self._dead_ends = DeadEndCheck(self.console, spec.ssh_port)
+        self._dead_ends = DeadEndCheck(spec.name, self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
         self.pause_patience = _PAUSE_PATIENCE
         self.stood_still = 0.0
@@ -384,16 +332,7 @@ class Machine:
         Raises:
             KernelPanicError: It has.
         """
-        panic = self._find_panic()
-        deadline = Deadline.after(_DOUBT_LIMIT if decided else 0)
-        while panic is not None:
-            verdict = self._dead_ends.judge(panic, self.execute)
-            if verdict is Verdict.CONFIRMED:
-                raise KernelPanicError(self.spec.name, panic.cause, panic.line)
-            if verdict is Verdict.REFUTED or deadline.expired:
-                return
-            time.sleep(deadline.capped(_DOUBT_INTERVAL))
-            panic = self._find_panic()
+        self._dead_ends.check_kernel(self.execute, decided=decided)
 
     def check_boot(self, since: int) -> None:
         """Raise when the boot goes no further by itself.
@@ -404,14 +343,24 @@ class Machine:
         Raises:
             BootFailedError: It does not, by the console and by what else can be seen.
         """
-        found = self.console.look().find_dead_end(since)
-        if found is not None and self._dead_ends.judge(found, self.execute) is Verdict.CONFIRMED:
-            raise BootFailedError(self.spec.name, found.cause, found.line)
+        self._dead_ends.check_boot(since, self.execute)
 
-    def _find_panic(self) -> DeadEnd | None:
-        found = self.console.look().find_dead_end(kernels=True)
-        is_panic = found is not None and found.cause in (Cause.KERNEL_PANIC, Cause.GUEST_MEMORY)
-        return found if is_panic else None
+    def wait_until_off(self, deadline: Deadline) -> None:
+        """Wait until the machine is off.
+
+        Raises:
+            MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
+            PycloudlibTimeoutError: It still runs at the deadline.
+        """
+        while not self.wait_for_end(Deadline.after(deadline.capped(_STOP_LOOK))):
+            if deadline.expired:
+                raise PycloudlibTimeoutError(
+                    f"{self.spec.name} still runs after {deadline.limit:.0f} s of waiting for its "
+                    "stop"
+                )
+            # Its guest cannot do anything then.
+            with contextlib.suppress(MachineEndedError):
+                self.check_pause()
 
     def check_pause(self) -> None:
         """Raise when the machine is paused, and has been for more than `pause_patience` seconds.

@@ -8,8 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.locks import renew_in_children
-from pycloudlib.errors import CloudError, PycloudlibTimeoutError
+from pycloudlib.diagnosis import Cause
+from pycloudlib.errors import (
+    BootFailedError,
+    CloudError,
+    KernelPanicError,
+    PycloudlibTimeoutError,
+)
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot.console import Console, DeadEnd
 from pycloudlib.qemu.host.resources import LOOPBACK
@@ -19,6 +26,9 @@ _SILENCE = 2.0
 # Seconds that its SSH server may take to answer, and QEMU.
 _SSH_LIMIT = 1.0
 _QMP_LIMIT = 2.0
+# Seconds in which it is decided whether a guest is dead, and between two looks.
+_DOUBT_LIMIT = 6.0
+_DOUBT_INTERVAL = 0.1
 
 
 @enum.unique
@@ -38,6 +48,7 @@ class DeadEndCheck:
     end no wait for a machine that does anything. Safe to use from several threads.
 
     Args:
+        name: The machine's name.
         console: The machine's console.
         port: The local port of its SSH server.
         answer_limit: Seconds that its SSH server may take to show that the machine lives.
@@ -46,12 +57,14 @@ class DeadEndCheck:
 
     def __init__(
         self,
+        name: str,
         console: Console,
         port: int,
         *,
         answer_limit: float = _SSH_LIMIT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._name = name
         self._console = console
         self._port = port
         self._answer_limit = answer_limit
@@ -62,6 +75,44 @@ class DeadEndCheck:
         self._since = 0.0
         self._activity: object = None
         self._verdict = Verdict.UNDECIDED
+
+    def check_kernel(self, execute: Callable[..., Any], *, decided: bool) -> None:
+        """Raise when the guest's kernel has panicked, and does not boot again by itself.
+
+        Args:
+            execute: Executes a QMP command of the machine.
+            decided: Whether to wait until it is decided, where the console says so: some seconds.
+
+        Raises:
+            KernelPanicError: It has.
+        """
+        deadline = Deadline.after(_DOUBT_LIMIT if decided else 0)
+        while (panic := self._find_panic()) is not None:
+            verdict = self.judge(panic, execute)
+            if verdict is Verdict.CONFIRMED:
+                raise KernelPanicError(self._name, panic.cause, panic.line)
+            if verdict is Verdict.REFUTED or deadline.expired:
+                return
+            time.sleep(deadline.capped(_DOUBT_INTERVAL))
+
+    def _find_panic(self) -> DeadEnd | None:
+        found = self._console.look().find_dead_end(kernels=True)
+        is_panic = found is not None and found.cause in (Cause.KERNEL_PANIC, Cause.GUEST_MEMORY)
+        return found if is_panic else None
+
+    def check_boot(self, since: int, execute: Callable[..., Any]) -> None:
+        """Raise when the boot goes no further by itself.
+
+        Args:
+            since: Where in the console's log that has to be told, at the earliest.
+            execute: Executes a QMP command of the machine.
+
+        Raises:
+            BootFailedError: It does not, by the console and by what else can be seen.
+        """
+        found = self._console.look().find_dead_end(since)
+        if found is not None and self.judge(found, execute) is Verdict.CONFIRMED:
+            raise BootFailedError(self._name, found.cause, found.line)
 
     def judge(self, found: DeadEnd, execute: Callable[..., Any]) -> Verdict:
         """Decide on a dead end; it takes some seconds from the first time on.

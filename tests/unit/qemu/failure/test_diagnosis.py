@@ -20,8 +20,8 @@ from pycloudlib.errors import (
     ToolError,
 )
 from pycloudlib.guest.access import ssh
-from pycloudlib.qemu.diagnosed import _is_failure, explain, explaining_launch
 from pycloudlib.qemu.failure.examination import Facts, diagnose, diagnose_launch, with_guest_words
+from pycloudlib.qemu.failure.explaining import _is_failure, explain, explaining_launch
 from pycloudlib.qemu.host.accelerator import KvmUnavailableError
 from pycloudlib.qemu.vm.machine import State
 from pycloudlib.qemu.vm.process import LaunchError, ProcessEnd

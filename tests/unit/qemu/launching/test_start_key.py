@@ -16,7 +16,8 @@ from pycloudlib.guest.data.seed import VOLUME_UNIT
 from pycloudlib.qemu.disk.diskimage import BaseImage
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.launching import warmcache
-from pycloudlib.qemu.launching.request import Host, LaunchRequest, SeedRequest
+from pycloudlib.qemu.launching.beginning import Host
+from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest
 from pycloudlib.qemu.launching.startingpoint import find_obstacle
 from pycloudlib.qemu.launching.warmcache import build_start_key
 from pycloudlib.qemu.state import savedmachine

@@ -11,7 +11,8 @@ from pycloudlib.images import store
 from pycloudlib.images.store import kernel_path
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.launching import warmcache
-from pycloudlib.qemu.launching.request import Host, LaunchOptions
+from pycloudlib.qemu.launching.beginning import Host
+from pycloudlib.qemu.launching.request import LaunchOptions
 from pycloudlib.qemu.launching.warmcache import build_key
 from pycloudlib.qemu.state import savedmachine
 

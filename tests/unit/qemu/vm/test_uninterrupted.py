@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pycloudlib.qemu.vm.machine import uninterrupted
+from pycloudlib._base.locks import uninterrupted
 
 
 def interrupt() -> None:

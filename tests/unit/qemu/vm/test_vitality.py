@@ -34,6 +34,7 @@ class Machine:
         self.problem: Exception | None = None
         self.listener = listener
         self.check = DeadEndCheck(
+            "vm",
             self.console,
             listener.getsockname()[1],
             answer_limit=0.2,

@@ -1,9 +1,10 @@
-"""The instance's part about failures: each says what was going on with the machine."""
+"""Errors that say what was going on with the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -12,14 +13,15 @@ from pathlib import Path
 from pycloudlib.diagnosis import UNDIAGNOSED, Diagnosis
 from pycloudlib.errors import CloudError, CloudSetupError, GuestRefusedError, PycloudlibException
 from pycloudlib.guest.boot import cloudinit
-from pycloudlib.instance import BaseInstance
-from pycloudlib.key import KeyPair
 from pycloudlib.qemu.failure import examination
 from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.failure.examination import Facts
-from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.guest import Guest
+from pycloudlib.qemu.vm.machine import State
 
-# Seconds that the guest may take to tell of itself when something has failed already.
+_log = logging.getLogger(__name__)
+
+# Seconds that the guest may take to answer when something has failed already.
 _ASK_LIMIT = 10.0
 _ASK = f"""\
 systemctl --failed --no-legend --plain | cut -d' ' -f1
@@ -31,30 +33,30 @@ echo --
 _inside: ContextVar[bool] = ContextVar("inside a call that explains its failure", default=False)
 
 
-class DiagnosedInstance(BaseInstance):
-    """A machine whose failures explain themselves.
+@dataclasses.dataclass(slots=True)
+class Explainer:
+    """Explains the failures of one machine.
 
     Attributes:
-        machine: The machine.
+        guest: Its guest.
         artifacts_dir: Where logs go when something fails; None for nowhere.
     """
 
-    def __init__(self, key_pair: KeyPair, machine: Machine, username: str | None) -> None:
-        super().__init__(key_pair, username)
-        self.machine = machine
-        self.artifacts_dir: Path | None = None
+    guest: Guest
+    artifacts_dir: Path | None = None
 
     def diagnose(self) -> Diagnosis:
-        """Tell what is going on with the machine, at any time: the facts, and a cause if any.
+        """Find out what is going on with the machine: the facts, and a cause if any.
 
         The guest is asked, too, when it can be reached at once.
         """
-        self.machine.look()
-        return self._ask_guest(examination.diagnose(Facts.collect(self.machine)))
+        machine = self.guest.machine
+        machine.look()
+        return self._ask_guest(examination.diagnose(Facts.collect(machine)))
 
     @contextlib.contextmanager
     def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
-        """Let an error that leaves the block say what was going on with the machine.
+        """Have an error that leaves the block say what was going on with the machine.
 
         It gets an attribute `diagnosis`, and its text. Only the outermost of several blocks does.
 
@@ -81,8 +83,9 @@ class DiagnosedInstance(BaseInstance):
         self, error: Exception, waiting_for: str, waited: float, limit: str, *, ask: bool
     ) -> None:
         """Add a diagnosis to an error, and keep artifacts; what goes wrong here is only logged."""
+        machine, name = self.guest.machine, self.guest.name
         try:
-            facts = Facts.collect(self.machine)
+            facts = Facts.collect(machine)
             diagnosis = examination.diagnose(facts, error)
             # A guest whose QEMU does not answer does not answer either.
             if ask and facts.status == "running":
@@ -92,27 +95,28 @@ class DiagnosedInstance(BaseInstance):
                 dataclasses.replace(diagnosis, waiting_for=waiting_for, waited=waited, limit=limit),
             )
             if self.artifacts_dir is not None:
-                kept = keep_artifacts(self.artifacts_dir, self.machine, error)
-                self._log.warning("What is known of the failure of %s is in %s", self.name, kept)
+                kept = keep_artifacts(self.artifacts_dir, machine, error)
+                _log.warning("What is known of the failure of %s is in %s", name, kept)
         except Exception as problem:  # noqa: BLE001 - it is the first error that is raised
             told = f"{type(problem).__name__}: {problem}"
-            self._log.warning("The failure of %s is not wholly recorded: %s", self.name, told)
+            _log.warning("The failure of %s is not wholly recorded: %s", name, told)
 
     def _ask_guest(self, diagnosis: Diagnosis) -> Diagnosis:
         """Add what the guest says of itself, if it can be reached."""
-        if self.machine.state is not State.RUNNING or not self._can_be_asked():
+        guest = self.guest
+        if guest.machine.state is not State.RUNNING or not guest.is_reachable:
             return diagnosis
         try:
-            told = self.execute(_ASK, timeout=_ASK_LIMIT, no_log=True)
-        except Exception as error:  # noqa: BLE001 - it is another error that is told of
-            self._log.debug("%s cannot be asked: %s", self.name, error)
+            told = guest.execute(_ASK, timeout=_ASK_LIMIT, no_log=True)
+        except Exception as error:  # noqa: BLE001 - it is another error that is explained
+            _log.debug("%s cannot be asked: %s", guest.name, error)
             return diagnosis
         units, _, rest = told.stdout.partition("--\n")
         words, _, report = rest.partition("--\n")
         try:
             status = cloudinit.parse_status(report)
         except ValueError as error:
-            self._log.debug("cloud-init's status on %s cannot be read: %s", self.name, error)
+            _log.debug("cloud-init's status on %s cannot be read: %s", guest.name, error)
             status = cloudinit.CloudInitStatus("")
         return examination.with_guest_words(
             diagnosis,
@@ -120,10 +124,6 @@ class DiagnosedInstance(BaseInstance):
             _lines(units),
             status.warnings,
         )
-
-    def _can_be_asked(self) -> bool:
-        """Say whether commands can be run without a connection that has to be made first."""
-        return self._is_connected()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,296 @@
+"""The images of the QEMU cloud: obtained, built, exported, deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pycloudlib._base.files import expand_user, is_file
+from pycloudlib.cloud import ImageType
+from pycloudlib.errors import CloudError, ImageInUseError, ImageNotFoundError
+from pycloudlib.images import store, uses
+from pycloudlib.images.store import StoredImage
+from pycloudlib.progress import ProgressCallback, showing_progress
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.host.ownership import disown
+from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.saved import restoring
+from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.state.settings import SIGNED, QemuSettings
+
+_log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from pycloudlib.images.lookup import ImageLock, ImageLookup
+    from pycloudlib.images.source import ImageSource, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class ImageShelf:
+    """The images below `image_dir`, and those that a cloud's snapshots have made.
+
+    What its methods are asked for, return and raise is what those of `Qemu` say.
+
+    Attributes:
+        settings: Section `[qemu]` of the configuration.
+        cache: The machines that are kept ready.
+    """
+
+    settings: QemuSettings
+    cache: WarmCache
+
+    def export(
+        self, image_id: str, path: str | Path, compress: bool, on_progress: ProgressCallback | None
+    ) -> None:
+        """Write an image, and all that it is built on, as one qcow2 file that needs no other.
+
+        What is kept of a saved machine goes with it, into the directory `<path>.live`.
+        """
+        image = store.resolve(image_id, self.settings.image_dir)
+        saved = savedmachine.find(image)
+        target = check_new(path)
+        with showing_progress(on_progress, _log) as tell:
+            diskimage.export(image, target, compress=compress, on_progress=tell)
+        if saved is not None:
+            try:
+                restoring.copy_beside(saved, target)
+            except BaseException:
+                target.unlink()
+                raise
+
+    def build(
+        self,
+        release: str,
+        packages: Sequence[str],
+        options: dict[str, Any],
+        on_progress: ProgressCallback | None,
+        *,
+        refresh: bool,
+    ) -> str:
+        """Build a cloud image from a distribution's signed packages; no image server is needed."""
+        from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
+
+        recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
+        with self.settings.naming("image_dir"), showing_progress(on_progress, _log) as tell:
+            return str(
+                build_image(recipe, self.settings.image_dir, refresh=refresh, on_progress=tell)
+            )
+
+    def find_released(
+        self,
+        release: str,
+        image_type: ImageType,
+        on_progress: ProgressCallback | None,
+        *,
+        refresh: bool,
+    ) -> str:
+        """Give the latest released image of an Ubuntu release; downloaded if there is none yet."""
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
+
+        wanted = self._look_up(Stream.RELEASED, release, image_type)
+        with self.settings.naming("image_dir"), showing_progress(on_progress, _log) as tell:
+            if refresh and not self.settings.offline:
+                return wanted.newest(tell)
+            return wanted.stored_or_fetched(tell)
+
+    def find_daily(
+        self, release: str, image_type: ImageType, on_progress: ProgressCallback | None
+    ) -> str:
+        """Give the latest daily image of an Ubuntu release; downloaded unless it is there."""
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
+
+        wanted = self._look_up(Stream.DAILY, release, image_type)
+        with self.settings.naming("image_dir"), showing_progress(on_progress, _log) as tell:
+            if self.settings.offline:
+                return wanted.stored_or_fetched(tell)
+            return wanted.newest_or_stored(tell)
+
+    def lock(self, release: str, image_type: ImageType, *, daily: bool) -> str:
+        """Pin a release to its newest build, which is had from then on and no other."""
+        from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
+
+        stream = Stream.DAILY if daily else Stream.RELEASED
+        return self._update_lock([(stream, release, _is_minimal(image_type))])[0]
+
+    def update_lock(self) -> list[str]:
+        """Pin all that is pinned to the newest builds; give their serials."""
+        lock = self.pins
+        pinned = [(pin.stream, pin.release, pin.minimal) for pin in lock.pins]
+        return self._update_lock(pinned, lock.list_aliases())
+
+    def list_all(self) -> list[StoredImage]:
+        """List the images in `image_dir`, downloaded or built, of each the newest build first."""
+        return store.list_images(self.settings.image_dir)
+
+    def prune(self, keep: int, created: list[str]) -> list[str]:
+        """Delete old builds in `image_dir` that no instance and no snapshot is built on."""
+        if keep < 0:
+            raise ValueError(f"keep is {keep}, expected 0 or more")
+        seen: Counter[tuple[str, str]] = Counter()
+        deleted = []
+        for stored in self.list_all():
+            image = Path(stored.image_id)
+            kind = (image.parent.parent.name, image.name)
+            seen[kind] += 1
+            if seen[kind] <= keep:
+                continue
+            try:
+                self.delete(stored.image_id, created)
+                deleted.append(stored.image_id)
+            except ImageInUseError as error:
+                _log.info("%s is kept: %s", image, error)
+            except OSError as error:
+                # What is wrong with one is no reason to keep the others.
+                _log.warning("%s could not be deleted: %s", image, error)
+        store.remove_stale_downloads(self.settings.image_dir)
+        return deleted
+
+    def find_by_name(self, name: str, created: Sequence[str]) -> str:
+        """Give the id of the image that has a name."""
+        stored = [image.image_id for image in self.list_all()]
+        for image_id in (*reversed(created), *stored):
+            if name in (Path(image_id).name, Path(image_id).stem):
+                return image_id
+        raise ImageNotFoundError(
+            resource_name=name,
+            message=f"No image is called {name!r}, of those that this cloud made and of those in "
+            f"{self.settings.image_dir}",
+        )
+
+    def find_serial(self, image_id: str) -> str:
+        """Give the build serial of an image."""
+        return store.find_serial(store.resolve(image_id, self.settings.image_dir))
+
+    def delete(self, image_id: str, created: list[str]) -> None:
+        """Delete an image and what belongs to it; one that is not there is no error.
+
+        Args:
+            image_id: The image.
+            created: The images that the cloud made and deletes at its end; it is taken off.
+        """
+        settings = self.settings
+        image = store.locate(image_id, settings.image_dir)
+        if is_file(image):
+            with layers.deleting(image, settings.working_dir):
+                store.delete(image, settings.image_dir)
+        if layers.is_snapshot(image):
+            uses.forget(image)
+            layers.LayerStore(image.parent.parent).collect()
+        savedmachine.delete(image)
+        if layers.is_snapshot(image):
+            # Last, so that whatever is cut off before is found by it.
+            disown(image)
+        if image_id in created:
+            created.remove(image_id)
+        self.cache.forget(image)
+
+    def delete_soon(self, image_id: str, created: list[str]) -> None:
+        """Delete an image that has done its work; what fails is left to `clean()`.
+
+        What was made of it is whole, and the caller's.
+        """
+        try:
+            self.delete(image_id, created)
+        except (OSError, CloudError) as error:
+            _log.warning("%s stays until clean(): %s", image_id, error)
+
+    def find_saved(self, image_id: str) -> SavedMachine:
+        """Find the saved machine that an image id stands for."""
+        saved = savedmachine.find(store.resolve(image_id, self.settings.image_dir))
+        if saved is None:
+            raise CloudError(
+                f"{image_id} is not a saved machine, but an image of a disk; machines are saved "
+                "by snapshot(instance, memory=True)"
+            )
+        restoring.check_has_booted(saved, CloudError)
+        return saved
+
+    def _look_up(self, stream: Stream, release: str, image_type: ImageType) -> ImageLookup:
+        from pycloudlib.images.lookup import ImageLookup  # noqa: PLC0415 - seldom
+
+        minimal = _is_minimal(image_type)
+        # A download may have to replace a file, which those have to be known for that are built on.
+        layers.record_missing_uses(self.settings.working_dir)
+        lock = self.pins
+        return ImageLookup(
+            stream,
+            release,
+            minimal,
+            self.settings.image_dir,
+            self.source,
+            offline=self.settings.offline,
+            pin=lock.find(stream, release, minimal=minimal),
+            lock=lock.path,
+        )
+
+    @property
+    def source(self) -> ImageSource:
+        """Where images come from, and whom to believe."""
+        from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource  # noqa: PLC0415 - seldom
+
+        settings = self.settings
+        return ImageSource(
+            settings.image_mirror or DEFAULT_MIRROR,
+            settings.image_keyring,
+            settings.image_verification == SIGNED,
+            settings.cache_dir / "catalogs",
+        )
+
+    @property
+    def pins(self) -> ImageLock:
+        """The builds that the project pins."""
+        from pycloudlib.images.lookup import FILE, ImageLock  # noqa: PLC0415 - seldom
+
+        return ImageLock.read(self.settings.image_lock or Path(FILE).absolute())
+
+    def _update_lock(
+        self,
+        wanted: Sequence[tuple[Stream, str, bool]],
+        aliases: Sequence[tuple[Stream, str, bool]] = (),
+    ) -> list[str]:
+        from pycloudlib.images.catalog import check_release_form, fetch_catalog  # noqa: PLC0415
+
+        lock, source = self.pins, self.source
+        for _, release, _ in wanted:
+            check_release_form(release)
+        catalogs = {
+            (stream, minimal): fetch_catalog(source, stream, minimal=minimal)
+            for stream, minimal in dict.fromkeys((stream, minimal) for stream, _, minimal in wanted)
+        }
+        entries = [catalogs[stream, minimal].find(release) for stream, release, minimal in wanted]
+        for stream, alias, minimal in aliases:
+            with contextlib.suppress(ImageNotFoundError):  # nothing is called so any more
+                entries.append(catalogs[stream, minimal].find(alias))
+        lock.write_with(entries)
+        return [entry.serial for entry in dict.fromkeys(entries)]
+
+
+def _is_minimal(image_type: ImageType) -> bool:
+    if image_type not in (ImageType.GENERIC, ImageType.MINIMAL):
+        raise ValueError(
+            f"image_type is {image_type!r}, expected ImageType.GENERIC or ImageType.MINIMAL"
+        )
+    return image_type is ImageType.MINIMAL
+
+
+def check_new(path: str | Path) -> Path:
+    """Make sure that an image and what is kept beside it can be made at a path.
+
+    Raises:
+        FileExistsError: There is something already.
+        FileNotFoundError: Its directory does not exist.
+    """
+    target = expand_user(path).absolute()
+    for file in (target, savedmachine.directory_of(target)):
+        if file.exists():
+            raise FileExistsError(errno.EEXIST, "an image does not overwrite a file", str(file))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory for an image", str(target.parent))
+    return target

@@ -1,0 +1,248 @@
+"""The ways in which a machine can begin, and the steps that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pycloudlib._base.locks import uninterrupted
+from pycloudlib.errors import InstanceExistsError
+from pycloudlib.guest.access import hostkeys
+from pycloudlib.guest.access.hostkeys import HostKeyPool
+from pycloudlib.guest.data import seed as nocloud
+from pycloudlib.images import store, uses
+from pycloudlib.qemu.disk import diskimage
+from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
+from pycloudlib.qemu.host.resources import PortLease, PortRegistry
+from pycloudlib.qemu.launching.login import Keys, Login
+from pycloudlib.qemu.launching.request import LaunchRequest, make_seed
+from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.spec import (
+    MachineSpec,
+    make_mac,
+)
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.process import PortTakenError
+
+# Programs that know nothing of leases can take a port between our look and QEMU's start.
+_PORT_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What machines run on.
+
+    Attributes:
+        binary: The QEMU binary.
+        accelerator: How guest instructions are executed.
+        ports: The ports that are leased to machines.
+        host_keys: SSH host keys for machines, made ahead.
+    """
+
+    binary: Path
+    accelerator: Accelerator
+    ports: PortRegistry
+    host_keys: HostKeyPool
+
+
+class Beginning(Protocol):
+    """The steps of launching a machine that differ by how it begins."""
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+
+    @property
+    def origin(self) -> str:
+        """What it is launched from, as the log says it."""
+
+    def holding(self, image_dir: Path) -> contextlib.AbstractContextManager[object]:
+        """Keep what it begins from until the block ends.
+
+        Raises:
+            ImageNotFoundError: It is deleted.
+        """
+
+    def choose_login(self, keys: Keys, username: str | None, rundir: RunDirectory) -> Login:
+        """Choose how to log in.
+
+        Raises:
+            InvalidKeyError: A file of the key is missing, or is no key.
+        """
+
+    def write_files(self, host: Host, rundir: RunDirectory, login: Login) -> None:
+        """Make its disk and its seed."""
+
+    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
+        """Return what machine it is."""
+
+    def switch_on(self, machine: Machine) -> None:
+        """Start it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PowerOn:
+    """The steps of launching a machine that boots.
+
+    Attributes:
+        request: The machine.
+    """
+
+    request: LaunchRequest
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.request.name
+
+    @property
+    def origin(self) -> str:
+        """What it is launched from, as the log says it."""
+        return f"from {self.request.image.path}"
+
+    def holding(self, image_dir: Path) -> contextlib.AbstractContextManager[object]:
+        """Keep the files that its parts need until the block ends; the caller keeps the image."""
+        store.record_use(self.request.image.path)
+        return uses.holding(*self.request.needs)
+
+    def choose_login(self, keys: Keys, username: str | None, rundir: RunDirectory) -> Login:
+        """Choose how to log in: by the cloud's key, as the image's own user by default."""
+        record = store.find_record(self.request.image.path)
+        default = record.default_user if record else store.DEFAULT_USER
+        return Login(username or default, keys.for_machine(rundir))
+
+    def write_files(self, host: Host, rundir: RunDirectory, login: Login) -> None:
+        """Make its disk and its seed."""
+        diskimage.create_overlay(self.request.image, rundir.disk, size=self.request.disk_size)
+        if self.request.seed is not None:
+            supply_seed(host, rundir, self.request)
+
+    def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
+        """Return what machine it is."""
+        return describe_machine(host, rundir, self.request, lease)
+
+    def switch_on(self, machine: Machine) -> None:
+        """Start it."""
+        machine.power_on()
+
+
+def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orphans) -> RunDirectory:
+    """Make an instance's directory; `stack` removes it, and its parent if that is empty then.
+
+    Args:
+        path: The directory.
+        stack: Takes over what is made.
+        orphans: What becomes of the instance when this program ends.
+
+    Raises:
+        InstanceExistsError: There is an instance of that name.
+    """
+    rundir = RunDirectory(path)
+
+    def create() -> None:
+        create_owned_directory(path, orphans)
+        stack.callback(rundir.remove)
+
+    stack.callback(_remove_if_empty, path.parent)
+    try:
+        # There is no moment at which it is made and nobody removes it.
+        uninterrupted(create)
+    except OSError as error:
+        # One of that name was not there when it was looked for.
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InstanceExistsError(path.name, path) from error
+        raise
+    return rundir
+
+
+def supply_seed(
+    host: Host,
+    rundir: RunDirectory,
+    request: LaunchRequest,
+    *,
+    boothook: bytes | None = None,
+    length: int = 0,
+) -> None:
+    """Make the machine's seed, with host keys that are pinned, unless the caller says of some.
+
+    Args:
+        host: What the machine runs on.
+        rundir: The machine's directory.
+        request: The machine.
+        boothook: What cloud-init is to run first; see `guest.seed.build_seed`.
+        length: Bytes that the volume is to have; see `guest.seed.write_iso`.
+    """
+    assert request.seed is not None
+    keys = () if request.seed.decides_host_keys else host.host_keys.take(f"root@{request.name}")
+    nocloud.write_iso(make_seed(request, keys, boothook), rundir.seed, length)
+    if keys:
+        hostkeys.pin(rundir.known_hosts, keys)
+
+
+def start_machine(
+    host: Host,
+    rundir: RunDirectory,
+    describe: Callable[[PortLease], MachineSpec],
+    stack: contextlib.ExitStack,
+    switch_on: Callable[[Machine], None] = Machine.power_on,
+) -> Machine:
+    """Lease ports and start the machine; `stack` ends it and gives the ports back.
+
+    Args:
+        host: What it runs on.
+        rundir: Its directory.
+        describe: Gives the machine that has these ports.
+        stack: Takes over what is made.
+        switch_on: Starts the machine.
+
+    Raises:
+        LaunchError: QEMU ended at once.
+        CloudError: No free ports.
+    """
+    for tries_left in reversed(range(_PORT_TRIES)):
+        # Within the caller's from the beginning: there is no moment at which it is in neither.
+        attempt = stack.enter_context(contextlib.ExitStack())
+        lease = host.ports.acquire(rundir.path)
+        attempt.callback(host.ports.release, lease, rundir.path)
+        spec = describe(lease)
+        rundir.write_spec(spec)
+        machine = Machine(rundir, spec, host.binary)
+        attempt.callback(machine.kill)
+        try:
+            switch_on(machine)
+        except PortTakenError:
+            if not tries_left:
+                raise
+            attempt.close()
+        else:
+            return machine
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _remove_if_empty(directory: Path) -> None:
+    # The next launch, or another process of the same tag, may have put something there.
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def describe_machine(
+    host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
+) -> MachineSpec:
+    """Say what machine was asked for."""
+    return MachineSpec(
+        name=request.name,
+        instance_type=request.instance_type,
+        accelerator=host.accelerator,
+        disk=rundir.disk,
+        seed=rundir.seed if request.seed else None,
+        ssh_port=lease.ssh,
+        telnet_port=lease.telnet,
+        mac=make_mac(),
+        kernel_boot=request.kernel_boot,
+        launch_args=request.launch_args,
+    )

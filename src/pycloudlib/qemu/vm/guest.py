@@ -1,0 +1,388 @@
+"""The guest of a machine, reached by SSH or by the helper that runs in a copy of a saved one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.documents import to_bytes
+from pycloudlib.errors import CloudError, KernelPanicError, PycloudlibTimeoutError
+from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access.hostkeys import MachineHostKeys
+from pycloudlib.guest.access.sessions import Connections
+from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
+from pycloudlib.guest.boot.readiness import BootWatch, command_limit, use_deadline
+from pycloudlib.guest.data import runconfig
+from pycloudlib.guest.data.seed import read_iso
+from pycloudlib.guest.data.userdata import explain_logins
+from pycloudlib.progress import Progress, ProgressCallback
+from pycloudlib.qemu.host import processes
+from pycloudlib.qemu.host.resources import LOOPBACK
+from pycloudlib.qemu.vm.fixups import FixUps, cap_by_wait
+from pycloudlib.qemu.vm.helperlink import HelperLink
+from pycloudlib.qemu.vm.machine import Machine, MachineEndedError
+from pycloudlib.result import Result
+
+_log = logging.getLogger(__name__)
+
+SHUTDOWN_LIMIT = 120.0
+"""Seconds that a guest may take to power itself off before it is switched off."""
+
+# QEMU's end is known at once by the kernel; the connections it held end a moment earlier.
+_END_GRACE = 0.5
+_BANNER_LIMIT = 30.0
+_BANNER_PAUSE = 0.05
+# How long it may take to begin a reboot.
+_REBOOT_LIMIT = 60.0
+
+
+class GuestRebootedError(Exception):
+    """The guest has begun to boot anew, and its end of the connection is no more."""
+
+
+def _weakly(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a method that does not keep its object alive, which closes its connections."""
+    weak = weakref.WeakMethod(method)
+
+    def call(*arguments: Any, **options: Any) -> Result:
+        alive = weak()
+        assert alive is not None, "its object has it called"
+        return alive(*arguments, **options)
+
+    return call
+
+
+class Guest:
+    """Reaches one machine's guest.
+
+    Args:
+        machine: The machine.
+        connections: The SSH connections to it.
+        execute: Runs a command in the guest as the login user, as `BaseInstance.execute` does: a
+            method, whose object this does not keep alive.
+
+    Attributes:
+        helper: The way to the helper in the guest.
+        execute: Runs a command in the guest as the login user; see `BaseInstance.execute`.
+        fixes: What fixes up a copy, by the helper or by SSH.
+        watch: What follows the boot that is waited for; None when none is.
+        timeline: The phases of the boot that was followed last.
+    """
+
+    def __init__(
+        self, machine: Machine, connections: Connections, execute: Callable[..., Result]
+    ) -> None:
+        self.machine = machine
+        self.helper = HelperLink(machine)
+        self.watch: BootWatch | None = None
+        self.timeline: tuple[PhaseStart, ...] = ()
+        self._connections = connections
+        self.execute = _weakly(execute)
+        self.fixes = FixUps(self.helper, self.execute, connections.close)
+        self._may_go_down = False
+        # Where on the console, and when, it was last told to reboot.
+        self._reboot = (0, 0.0)
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.machine.spec.name
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether commands can be run without a connection that has to be made first."""
+        return self._connections.any_open or self.helper.expected
+
+    def forget(self) -> None:
+        """Close the connections and forget the helper: the guest they were with is gone."""
+        self._connections.close()
+        self.helper.forget()
+
+    @contextlib.contextmanager
+    def following_boot(self, on_progress: ProgressCallback | None) -> Iterator[BootWatch]:
+        """Have the console decide the outcome of what is waited for in the block.
+
+        Args:
+            on_progress: Called every quarter of a second; see `BaseInstance.wait`.
+
+        Yields:
+            What follows the console, inside its own block.
+        """
+        machine = self.machine
+        boots = (self._reboot, (machine.console_start, machine.powered_on))
+        # The latest: a machine that was never told to reboot has been so at 0, in no time at all.
+        console_start, begun = max(boots)
+
+        def report(phase: Phase | None, line: str) -> None:
+            if on_progress is not None:
+                elapsed = time.monotonic() - begun
+                activity = f"booting: {phase.value if phase else 'power-on'}"
+                on_progress(Progress(activity, line, done=elapsed, unit="s"))
+
+        watch = BootWatch(machine.console, console_start, begun, report)
+        outer, self.watch = self.watch, watch
+        try:
+            yield watch
+        finally:
+            self.watch = outer
+            self.timeline = watch.timeline
+
+    def reboot(self) -> None:
+        """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        log = self.machine.rundir.console_log
+        self._reboot = (log.stat().st_size if log.exists() else 0, time.monotonic())
+        try:
+            # A guest that obeys may take the connection with it: then there is no exit status.
+            result = self.execute("systemctl reboot", use_sudo=True, timeout=_REBOOT_LIMIT)
+            problem = result.stderr if result.return_code > 0 else None
+        except (paramiko.SSHException, PycloudlibTimeoutError) as error:
+            problem = str(error)
+        if problem is not None:
+            _log.warning("%s does not reboot by itself (%s): power cycle", self.name, problem)
+            self.power_off()
+            self.machine.power_on_again()
+        self.forget()
+
+    def power_off(self) -> None:
+        """Power the machine off: cleanly if the guest answers to its power button, else by force.
+
+        Raises:
+            CloudError: QEMU did not end.
+        """
+        how = self.machine.power_off(Deadline.after(SHUTDOWN_LIMIT))
+        self.forget()
+        _log.info("%s is off (%s)", self.name, how.value)
+
+    def run_user_data(self, follow_cloudinit: Callable[[], object]) -> None:
+        """Run what a copy was given as user-data; a failure is logged as one of cloud-init is.
+
+        Args:
+            follow_cloudinit: Waits until cloud-init has ended: the user-data may have the guest
+                boot again, as in a boot.
+
+        Raises:
+            PycloudlibTimeoutError: It did not end in time.
+        """
+        script = self.machine.rundir.first_run
+        try:
+            text = script.read_text(encoding="utf-8")
+            script.unlink()
+        except FileNotFoundError:
+            return
+        try:
+            result = self.execute(
+                "exec sh -s", stdin=text, use_sudo=True, description="running the user-data"
+            )
+        except PycloudlibTimeoutError as error:
+            raise PycloudlibTimeoutError(
+                f"The user-data of {self.name} did not end in time; its output is in "
+                f"{runconfig.OUTPUT_LOG} there"
+            ) from error
+        if result.return_code < 0:
+            _log.info("The connection to %s ended while its user-data ran", self.name)
+        elif result.failed:
+            _log.warning(
+                "The user-data failed on %s with exit status %d: %s",
+                self.name,
+                result.return_code,
+                result.stderr,
+            )
+        self._may_go_down = True
+        try:
+            follow_cloudinit()
+        finally:
+            self._may_go_down = False
+
+    def wait_for_execute(
+        self,
+        deadline: Deadline,
+        username: str,
+        old_boot_id: str | None,
+        wait_for_ssh: Callable[[], None],
+    ) -> None:
+        """Wait until commands can be executed: by the helper, where one runs, else over SSH.
+
+        Args:
+            deadline: Until when.
+            username: The login user.
+            old_boot_id: When given, a boot with another id than this is waited for.
+            wait_for_ssh: Waits for SSH.
+        """
+        import paramiko  # noqa: PLC0415 - heavy
+
+        with use_deadline(deadline):
+            if old_boot_id is None and self.helper.expected:
+                with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
+                    self.fixes.fix_up()
+                    limit = cap_by_wait(_BANNER_LIMIT)
+                    if self.helper.execute(["true"], username, b"", limit) is not None:
+                        self._wait_for_banner()
+                        return
+            wait_for_ssh()
+            self.fixes.check_first_boot()
+            self.fixes.fix_up()
+
+    def _wait_for_banner(self) -> None:
+        """Wait for an SSH server that was told to restart."""
+        if not self.fixes.ssh_restarts:
+            return
+        deadline = Deadline.after(cap_by_wait(_BANNER_LIMIT))
+        spec = self.machine.spec
+        while True:
+            try:
+                limit = max(deadline.remaining, 0.1)
+                ssh.open_with_banner(LOOPBACK, spec.ssh_port, limit).close()
+                self.fixes.ssh_restarts = False
+                return
+            except OSError as error:
+                self.check_alive()
+                if deadline.expired:
+                    raise PycloudlibTimeoutError(
+                        f"SSH did not come back in {self.name}: {error}"
+                    ) from error
+                time.sleep(deadline.capped(_BANNER_PAUSE))
+
+    def check_alive(self) -> None:
+        """Raise when it is decided that the machine will not be ready.
+
+        Raises:
+            MachineEndedError: It is off.
+            HostDiskFullError: It is paused, since the host has no space for its disk.
+            MachinePausedError: It is waited for, and paused for long.
+            BootFailedError: Its boot goes no further.
+            KernelPanicError: Its kernel has panicked.
+        """
+        self.machine.check_on()
+        self.machine.check_disk()
+        if self.watch is None:
+            # A command may be running while its caller pauses the machine, and resumes it.
+            self.machine.check_kernel()
+        else:
+            self.machine.check_pause()
+            self.machine.check_boot(self.watch.offset)
+
+    def has_settled(self) -> object:
+        """Tell whether cloud-init has ended in the present boot; see `Readiness`."""
+        watch = self.watch
+        return watch.position if watch and watch.phase is Phase.CLOUD_INIT_DONE else None
+
+    @property
+    def was_followed(self) -> bool:
+        """Whether the present boot was followed to its end before."""
+        # The helper came with what was saved, or will be: a machine that was ready.
+        return self.helper.expected and not self._may_go_down
+
+    def explain_refusal(self, username: str) -> str:
+        """Say who can log in, by the user-data and the console."""
+        try:
+            user_data = read_iso(self.machine.rundir.seed).user_data
+        except (OSError, ValueError) as error:
+            _log.debug("The seed of %s names no users: %s", self.name, error)
+            user_data = b""
+        return explain_logins(user_data, self.watch.lines if self.watch else (), username)
+
+    def lookout(self) -> Callable[[], None]:
+        """Return what ends the wait for a command when nobody will answer: its guest reboots."""
+        machine = self.machine
+        # Others may type on the console. Who waits for a boot connects anew, which does no harm.
+        believed = self.watch is not None
+        last_reset, boots = machine.last_reset, machine.boots if believed else 0
+
+        def look() -> None:
+            self.check_alive()
+            if machine.last_reset > last_reset or (believed and machine.boots > boots):
+                raise GuestRebootedError
+
+        return look
+
+    def host_keys(self) -> ssh.HostKeys:
+        """Return which host keys the guest may show."""
+        return MachineHostKeys(self.machine.rundir.known_hosts, self._ends_in_machine)
+
+    def _ends_in_machine(self, connection: socket.socket) -> bool:
+        """Whether QEMU has the other end of a connection: it hands that on to the guest's sshd."""
+        process = self.machine.rundir.find_process()
+        return process is not None and processes.ends_in(connection, process)
+
+    @contextlib.contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Name the cause where a connection that is made in the block fails."""
+        with self.naming_end():
+            self.check_alive()
+            self._wait_for_banner()
+            yield
+
+    def run(
+        self,
+        command: Sequence[str],
+        username: str,
+        stdin: str | bytes | None,
+        timeout: float | None,
+        by_ssh: Callable[[], Result],
+        *,
+        get_pty: bool = False,
+    ) -> Result:
+        """Run an argument vector: by the helper where that can be, else by SSH.
+
+        Args:
+            command: The arguments.
+            username: The login user.
+            stdin: What the command reads.
+            timeout: Seconds it may take.
+            by_ssh: Runs it over SSH.
+            get_pty: Whether it needs a terminal, which SSH alone gives.
+
+        Returns:
+            Its result; the exit status is -1 where the guest went away meanwhile.
+
+        Raises:
+            paramiko.SSHException: The machine is gone; says how it ended.
+        """
+        with self.naming_end():
+            # Nobody answers on a connection that is kept then, for as long as it is waited.
+            self.machine.check_kernel()
+            data = to_bytes(stdin) if isinstance(stdin, str) else bytes(stdin or b"")
+            limit = command_limit(timeout)
+            result = None if get_pty else self.helper.execute(command, username, data, limit)
+            if result is None:
+                try:
+                    result = by_ssh()
+                except GuestRebootedError:
+                    self.forget()
+                    result = Result("", "", -1)
+            # The connection ended before the command did: because the guest closed it, which
+            # the caller may have wanted, or because the machine is gone.
+            if result.return_code < 0 and self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                self.machine.check_on()
+        return result
+
+    @contextlib.contextmanager
+    def naming_end(self) -> Iterator[None]:
+        """Name the cause where SSH failed because QEMU is gone, or the guest's kernel is."""
+        import paramiko  # noqa: PLC0415 - heavy
+
+        try:
+            yield
+        except (MachineEndedError, KernelPanicError) as error:
+            raise paramiko.SSHException(str(error)) from error
+        except GuestRebootedError as error:
+            raise paramiko.SSHException(f"{self.name} has begun to boot anew") from error
+        except paramiko.SSHException as error:
+            if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
+                raise paramiko.SSHException(
+                    str(MachineEndedError(self.name, self.machine.end))
+                ) from error
+            if self.watch is None:
+                try:
+                    self.machine.check_kernel(decided=True)
+                except KernelPanicError as panic:
+                    raise paramiko.SSHException(str(panic)) from panic
+            raise
