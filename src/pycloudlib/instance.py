@@ -12,18 +12,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib._base.deadline import Deadline, positive
-from pycloudlib._base.documents import safe_repr, to_bytes
+from pycloudlib._base.deadline import (
+    Deadline,
+    command_limit,
+    current_deadline,
+    positive,
+    use_deadline,
+)
 from pycloudlib.errors import GuestRefusedError
 from pycloudlib.guest.access import commands, filecopy, ssh
 from pycloudlib.guest.access.sessions import Connections
 from pycloudlib.guest.boot.readiness import (
     DEFAULT_READY_MINUTES,
     Readiness,
-    command_limit,
-    current_deadline,
     ready_limit,
-    use_deadline,
 )
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback, ignore_progress
@@ -54,13 +56,13 @@ class BaseInstance(Readiness):
         self.port = "22"
         self.banner_timeout = _BANNER_LIMIT
         self._ready_minutes: float | None = None
-        # They do not hold on to the instance, whose end closes them.
+        # A weak reference, since the instance's end closes them.
         weak = weakref.ref(self)
 
         def connect(deadline: Deadline | None) -> paramiko.SSHClient:
             instance = weak()
             assert instance is not None
-            # The hook takes no deadline.
+            # The hook has no parameter for a deadline.
             with contextlib.nullcontext() if deadline is None else use_deadline(deadline):
                 return instance._ssh_connect()
 
@@ -78,14 +80,13 @@ class BaseInstance(Readiness):
         raise_cleanup_errors(self.delete(), exc)
 
     def __del__(self) -> None:
-        """Close the connections; the machine lives on. Harmless at any time, and twice."""
+        """Close the connections, not the machine; harmless at any time, and twice."""
         connections = getattr(self, "_connections", None)
         if connections is not None:
             connections.close()
 
     def __repr__(self) -> str:
-        # A program's subclass may have a method in the property's place, whose own representation
-        # has this one in it.
+        # A subclass may have a method instead of the property, whose repr() would call this one.
         identity: object = self.id
         return f"{type(self).__name__}({identity() if callable(identity) else identity})"
 
@@ -109,13 +110,13 @@ class BaseInstance(Readiness):
         """The address that it has inside its cloud.
 
         Raises:
-            NotImplementedError: This cloud tells none.
+            NotImplementedError: This cloud does not know it.
         """
         raise NotImplementedError(f"{type(self).__name__} tells no private address")
 
     @property
     def ready_timeout(self) -> float:
-        """Minutes that a wait for readiness may take in all; what the call itself says counts.
+        """Minutes that a wait for readiness may take in all, unless the call has its own limit.
 
         Raises:
             ValueError: On setting: it is not a positive number.
@@ -129,7 +130,7 @@ class BaseInstance(Readiness):
 
     @property
     def _default_ready_minutes(self) -> float:
-        """How long the machine may take until it is ready, unless somebody says otherwise."""
+        """How long the machine may take until it is ready, if no limit is set."""
         return DEFAULT_READY_MINUTES
 
     @abstractmethod
@@ -162,9 +163,8 @@ class BaseInstance(Readiness):
         A failure of cloud-init does not raise; it is logged in cloud-init's own words.
 
         Args:
-            ready_timeout: Minutes it may take in all; by default, what `ready_timeout` of the
-                instance says.
-            **kwargs: Handed to `_wait_for_instance_start`.
+            ready_timeout: Minutes it may take in all; by default the instance's `ready_timeout`.
+            **kwargs: Passed to `_wait_for_instance_start`.
 
         Raises:
             PycloudlibTimeoutError: The machine could not be reached in time, or not at all.
@@ -176,10 +176,10 @@ class BaseInstance(Readiness):
             self._wait_for_cloudinit()
 
     def wait_for_restart(self, old_boot_id: str) -> None:
-        """Wait until the machine has booted anew and cloud-init has finished.
+        """Wait until the machine has rebooted and cloud-init has finished.
 
         Args:
-            old_boot_id: What `get_boot_id` said before.
+            old_boot_id: The result of `get_boot_id` before.
 
         Raises:
             PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
@@ -192,8 +192,8 @@ class BaseInstance(Readiness):
         """Reboot the machine.
 
         Args:
-            wait: Whether to wait until it has booted anew and cloud-init has finished.
-            **kwargs: Handed to the cloud's own way of rebooting.
+            wait: Whether to wait until it has rebooted and cloud-init has finished.
+            **kwargs: Passed to the cloud's own way of rebooting.
         """
         self._log.info("Restarting %s", self.name)
         old_boot_id = self._find_boot_id() if wait else ""
@@ -225,7 +225,7 @@ class BaseInstance(Readiness):
         """Return the machine's state in one word, such as `running`.
 
         Raises:
-            NotImplementedError: This cloud does not tell.
+            NotImplementedError: This cloud does not know it.
         """
         raise NotImplementedError(f"{type(self).__name__} tells no status")
 
@@ -258,40 +258,40 @@ class BaseInstance(Readiness):
             use_sudo: Whether to run it as root.
             get_pty: Whether to give it a terminal.
             timeout: Seconds it may take, connecting included; no limit by default.
-            no_log: Whether the command, which may have secrets in it, is left out of the log and
-                of errors.
-            **kwargs: Accepted for older programs and logged.
+            no_log: Whether the command, which may contain secrets, is left out of log and errors.
+            **kwargs: Ignored; older programs have further arguments.
 
         Returns:
-            Its output, error output and exit status. Another exit status than 0 does not raise.
+            Its output, error output and exit status, whatever that is.
 
         Raises:
             paramiko.SSHException: The machine cannot be reached.
             PycloudlibTimeoutError: The command took longer than `timeout`.
-            TypeError: `command` is neither a text nor a sequence of texts, or `stdin` no text.
+            TypeError: `command` or `stdin` is of a wrong type.
             ValueError: `command` has a NUL byte, `timeout` is not a positive number.
         """
-        argv = _command_argv(command, use_sudo=use_sudo)
-        _check_stdin(stdin)
+        argv = commands.build_argv(command, use_sudo=use_sudo)
+        commands.encode_stdin(stdin)
+        # Overrides of _ssh() in older programs have `stdin` only: the rest is passed when needed.
+        options: dict[str, Any] = {"get_pty": True} if get_pty else {}
         if timeout is not None:
-            timeout = positive("timeout", timeout, "seconds")
+            options["timeout"] = positive("timeout", timeout, "seconds")
         if kwargs:
             self._log.debug("Ignored by execute(): %s", kwargs)
         if description:
             self._log.info("%s: %s", self.name, description)
         if not no_log:
-            # What a wait asks the guest, over and over, is nothing that the program has executed.
-            level = logging.INFO if current_deadline() is None else logging.DEBUG
-            words = command if isinstance(command, str) else shlex.join(command)
-            self._log.log(level, "executing: %s", words)
-        # Overrides of _ssh() in older programs know `stdin` alone: the rest only when asked for.
-        options: dict[str, Any] = {"get_pty": True} if get_pty else {}
-        if timeout is not None:
-            options["timeout"] = timeout
+            self._log_command(command)
         with commands.hide_command() if no_log else contextlib.nullcontext():
             result = self._ssh(argv, stdin=stdin, **options)
         self._log.debug("Exit status in %s: %d", self.name, result.return_code)
         return result
+
+    def _log_command(self, command: str | Sequence[str]) -> None:
+        # The repeated commands of a wait are not the program's own.
+        level = logging.INFO if current_deadline() is None else logging.DEBUG
+        line = command if isinstance(command, str) else shlex.join(command)
+        self._log.log(level, "executing: %s", line)
 
     def run_script(self, script: str, description: str | None = None) -> Result:
         """Run a script given as text; its first line names the interpreter.
@@ -319,10 +319,10 @@ class BaseInstance(Readiness):
         Args:
             local_path: The file.
             remote_path: Where it goes.
-            on_progress: Told of the bytes that have been copied.
+            on_progress: Called with the bytes that have been copied.
 
         Raises:
-            FileNotFoundError: The local file, or the directory in the guest, is not there.
+            FileNotFoundError: The local file, or the directory in the guest, does not exist.
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
@@ -341,10 +341,10 @@ class BaseInstance(Readiness):
         Args:
             remote_path: The file.
             local_path: Where it goes.
-            on_progress: Told of the bytes that have been copied.
+            on_progress: Called with the bytes that have been copied.
 
         Raises:
-            FileNotFoundError: The file in the guest, or the local directory, is not there.
+            FileNotFoundError: The file in the guest, or the local directory, does not exist.
             paramiko.SSHException: The machine cannot be reached.
         """
         self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
@@ -378,7 +378,7 @@ class BaseInstance(Readiness):
         """Make the next boot a first boot: forget cloud-init's state, logs and the machine-id.
 
         Raises:
-            PycloudlibError: The guest could not do it; says why.
+            PycloudlibError: The guest could not do it; gives its reason.
         """
         result = self.execute(
             "set -e; cloud-init clean --logs; : >/etc/machine-id; "
@@ -390,7 +390,7 @@ class BaseInstance(Readiness):
         if result.failed:
             raise GuestRefusedError(f"{self.name} could not be cleaned: {result.stderr}")
 
-    # What follows is for subclasses: clients override and call these.
+    # For subclasses: clients override and call what follows.
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         """Open a new connection.
@@ -416,20 +416,18 @@ class BaseInstance(Readiness):
 
         Inside a wait for readiness, that wait's deadline is the limit of each command.
         """
-        limit = command_limit(timeout)
-        data = to_bytes(stdin) if isinstance(stdin, str) else bytes(stdin or b"")
         out, err, status = commands.run(
             self._connections,
             shlex.join(command),
-            stdin=data,
+            stdin=commands.encode_stdin(stdin),
             get_pty=get_pty,
-            timeout=limit,
+            timeout=command_limit(timeout),
             on_wait=self._lookout(),
         )
         return Result(_text(out), _text(err), status)
 
     def _ended_early(self) -> contextlib.AbstractContextManager[None]:
-        """End a block that waits for the guest as soon as nobody will answer there any more."""
+        """End a block that waits for the guest as soon as it cannot answer any more."""
         return commands.interrupt_when(self._lookout(), self._forget_client)
 
     def _find_boot_id(self) -> str:
@@ -457,36 +455,6 @@ class BaseInstance(Readiness):
     def _forget_client(self) -> None:
         """Close the connections; the next use makes a new one."""
         self._connections.close()
-
-
-def _command_argv(command: str | Sequence[str], *, use_sudo: bool) -> list[str]:
-    if isinstance(command, str):
-        argv = ["sh", "-c", command]
-    elif isinstance(command, Sequence) and command and all(isinstance(w, str) for w in command):
-        argv = list(command)
-    else:
-        raise TypeError(f"command must be a text or a list of texts, not {command!r}")
-    for word in argv:
-        if "\0" in word:
-            raise ValueError(
-                f"command has a NUL byte in {safe_repr(word)}, which no argument can have"
-            )
-        _check_encodes("command", word)
-    return ["sudo", "--", *argv] if use_sudo else argv
-
-
-def _check_stdin(stdin: object) -> None:
-    if isinstance(stdin, str):
-        _check_encodes("stdin", stdin)
-    elif stdin is not None and not isinstance(stdin, (bytes, bytearray, memoryview)):
-        raise TypeError(f"stdin must be a text or bytes, not {type(stdin).__name__}")
-
-
-def _check_encodes(what: str, text: str) -> None:
-    try:
-        to_bytes(text)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has {safe_repr(text)}, which is not Unicode") from error
 
 
 def _text(output: bytes) -> str:

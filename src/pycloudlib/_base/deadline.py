@@ -1,13 +1,16 @@
-"""One point in time by which something has to have happened, handed down from call to call."""
+"""The time limit of a wait, passed down from call to call."""
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST = 1e9  # seconds, some thirty years: what the system's own waits can do with
+_LONGEST = 1e9  # seconds, some thirty years: the system's own waits accept no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,43 @@ def capped(seconds: float, deadline: Deadline | None) -> float:
 
 
 def positive(what: str, value: object, unit: str) -> float:
-    """Read a limit that was given, as a number of seconds or minutes.
+    """Check that a given limit is a positive number, and return it.
 
     Args:
-        what: What it is called.
-        value: What was given.
-        unit: What it is a number of.
+        what: Its name, for the error.
+        value: The limit.
+        unit: Its unit, for the error.
 
     Raises:
         ValueError: It is not a number above 0.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number: Any = value  # of what numbers.Real says, mypy knows no comparison
+        number: Any = value  # mypy knows no comparison of numbers.Real
         if number > 0:
             return float(min(number, _LONGEST))
     raise ValueError(f"{what} is {value!r}, expected a positive number of {unit}")
+
+
+# The hooks that clients override take no deadline, so a context variable passes it to them.
+_current: ContextVar[Deadline | None] = ContextVar("current", default=None)
+
+
+@contextlib.contextmanager
+def use_deadline(deadline: Deadline) -> Iterator[Deadline]:
+    """Set the deadline that the hooks called inside keep to."""
+    token = _current.set(deadline)
+    try:
+        yield deadline
+    finally:
+        _current.reset(token)
+
+
+def current_deadline() -> Deadline | None:
+    """Return the deadline of the wait that the caller is part of, if any."""
+    return _current.get()
+
+
+def command_limit(timeout: float | None) -> float | None:
+    """Return the seconds that a command may take: `timeout`, else what its wait has left."""
+    deadline = current_deadline()
+    return deadline.remaining if timeout is None and deadline is not None else timeout

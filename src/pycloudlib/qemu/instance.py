@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.deadline import Deadline, use_deadline
 from pycloudlib._base.locks import renew_in_children
 from pycloudlib.diagnosis import Diagnosis
 from pycloudlib.errors import (
@@ -21,7 +21,7 @@ from pycloudlib.errors import (
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.access.commands import command_in_errors
 from pycloudlib.guest.boot.bootlines import PhaseStart
-from pycloudlib.guest.boot.readiness import ready_limit, use_deadline
+from pycloudlib.guest.boot.readiness import ready_limit
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 from pycloudlib.progress import ProgressCallback

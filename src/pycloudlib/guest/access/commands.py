@@ -7,12 +7,12 @@ import io
 import secrets
 import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from pycloudlib._base.deadline import Deadline, capped
-from pycloudlib._base.documents import to_bytes
+from pycloudlib._base.documents import safe_repr, to_bytes
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access.sessions import close_if_unanswered, ssh_errors
 
@@ -81,6 +81,49 @@ def hide_command() -> Iterator[None]:
 def command_in_errors(command: str | None) -> str:
     """Return how a command is named in errors."""
     return "a command that is not to be shown" if _secret.get() else str(command)
+
+
+def build_argv(command: str | Sequence[str], *, use_sudo: bool = False) -> list[str]:
+    """Return a command's argument vector: a text is for `sh -c`, a list is used as it is.
+
+    Raises:
+        TypeError: It is neither a text nor a sequence of texts.
+        ValueError: It has a NUL byte, or what is not Unicode.
+    """
+    if isinstance(command, str):
+        argv = ["sh", "-c", command]
+    elif isinstance(command, Sequence) and command and all(isinstance(w, str) for w in command):
+        argv = list(command)
+    else:
+        raise TypeError(f"command must be a text or a list of texts, not {command!r}")
+    for word in argv:
+        if "\0" in word:
+            raise ValueError(
+                f"command has a NUL byte in {safe_repr(word)}, which no argument can have"
+            )
+        _encode("command", word)
+    return ["sudo", "--", *argv] if use_sudo else argv
+
+
+def encode_stdin(stdin: str | bytes | None) -> bytes:
+    """Return the bytes of what a command is to read.
+
+    Raises:
+        TypeError: It is neither a text nor bytes.
+        ValueError: It is a text that is not Unicode.
+    """
+    if isinstance(stdin, str):
+        return _encode("stdin", stdin)
+    if stdin is not None and not isinstance(stdin, (bytes, bytearray, memoryview)):
+        raise TypeError(f"stdin must be a text or bytes, not {type(stdin).__name__}")
+    return bytes(stdin or b"")
+
+
+def _encode(what: str, text: str) -> bytes:
+    try:
+        return to_bytes(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has {safe_repr(text)}, which is not Unicode") from error
 
 
 def run(

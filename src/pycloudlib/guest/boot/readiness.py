@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pycloudlib._base.deadline import Deadline, positive
+from pycloudlib._base.deadline import Deadline, current_deadline, positive, use_deadline
 from pycloudlib.errors import InvalidKeyError, PycloudlibError, PycloudlibTimeoutError
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot import cloudinit
@@ -21,27 +19,28 @@ from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
 from pycloudlib.guest.boot.console import Console, DeadEnd
 from pycloudlib.result import Result
 
+_log = logging.getLogger(__name__)
+
 DEFAULT_READY_MINUTES = 20.0
 """Minutes that a machine may take until it is ready: a cold boot in emulation on a busy host."""
 
-# An attempt to connect is made anew this often: user-mode networking repeats its own attempt to
-# reach the guest at growing intervals, so a young attempt finds a new sshd sooner than an old one.
+# Seconds after which an attempt to connect is replaced by another: user-mode networking repeats its
+# own attempt to reach the guest at growing intervals, so a new attempt finds a new sshd sooner.
 _ATTEMPT_LIMIT = 2.0
 _ATTEMPT_PAUSE = 0.2
-# An SSH server that is not there at cloud-init's end may come yet, for so many seconds in which
-# nothing happens that can be seen.
+# Seconds without any visible event in which an SSH server that is not there at cloud-init's end may
+# still come.
 _SERVER_GRACE = 120.0
-
-# The hooks that clients override take no deadline of ours, so it is handed to them this way.
-_ready_deadline: ContextVar[Deadline | None] = ContextVar("ready_deadline", default=None)
+# The console's file is read this often; only the bytes that are new.
+_LOOK_SECONDS = 0.25
 
 
 def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -> Deadline:
     """Return the deadline of a wait for readiness.
 
     Args:
-        minutes: How long it may take, if somebody says so.
-        default: How long otherwise.
+        minutes: How long it may take; None for the default.
+        default: The default, in minutes.
 
     Raises:
         ValueError: It is not a positive number of minutes.
@@ -51,36 +50,15 @@ def ready_limit(minutes: float | None, default: float = DEFAULT_READY_MINUTES) -
     return Deadline.after(positive("ready_timeout", minutes, "minutes") * 60)
 
 
-@contextlib.contextmanager
-def use_deadline(deadline: Deadline) -> Iterator[Deadline]:
-    """Set the deadline that the hooks called inside keep to."""
-    token = _ready_deadline.set(deadline)
-    try:
-        yield deadline
-    finally:
-        _ready_deadline.reset(token)
-
-
-def current_deadline() -> Deadline | None:
-    """Return the deadline of the wait that the caller is part of, if any."""
-    return _ready_deadline.get()
-
-
-def command_limit(timeout: float | None) -> float | None:
-    """Return the seconds that a command may take: `timeout`, else what its wait has left."""
-    deadline = current_deadline()
-    return deadline.remaining if timeout is None and deadline is not None else timeout
-
-
 @dataclass(frozen=True, slots=True)
 class _Obstacle:
     """Why commands cannot be executed yet.
 
     Attributes:
-        text: What was in the way.
-        lasts: Seconds after which it will not go away by itself, once cloud-init has ended and
-            nothing else happens.
-        error: What tells it.
+        text: The reason.
+        lasts: Seconds after which it is permanent, once cloud-init has ended and nothing else
+            happens.
+        error: The error that showed it.
     """
 
     text: str
@@ -89,7 +67,7 @@ class _Obstacle:
 
     @property
     def is_timeout(self) -> bool:
-        """Whether nothing is known but that there was no answer in time."""
+        """Whether it is only that no answer came in time."""
         kinds = (TimeoutError, PycloudlibTimeoutError)
         return isinstance(self.error, kinds) or isinstance(
             getattr(self.error, "__cause__", None), kinds
@@ -182,7 +160,7 @@ class Readiness(ABC):
             obstacle = self._try_execute(old_boot_id, deadline)
             if obstacle is None:
                 return
-            # A last try whose time was cut short tells less than the one before.
+            # A last try with less time shows less than the one before.
             if not (hurried and obstacle.is_timeout):
                 last_seen = obstacle
             latest = None if math.isinf(obstacle.lasts) else self._has_settled()
@@ -217,7 +195,7 @@ class Readiness(ABC):
         except (OSError, paramiko.SSHException, PycloudlibTimeoutError) as error:
             self._forget_client()
             if isinstance(error.__cause__, ssh.HostKeyRefusedError):
-                # Somebody else answers: because the machine is gone, or for good.
+                # Another program answers: because the machine is gone, or permanently.
                 self._check_alive()
                 raise PycloudlibTimeoutError(str(error)) from error
             if isinstance(error.__cause__, InvalidKeyError):
@@ -229,13 +207,13 @@ class Readiness(ABC):
                 lasts = _SERVER_GRACE
             return _Obstacle(str(error) or type(error).__name__, lasts, error)
         if not boot_id or " " in boot_id:
-            # A login shell that runs nothing, or a key that only says whom to log in as.
-            told = f"; it said {boot_id!r}" if boot_id else ""
+            # A login shell that runs nothing, or a key that only prints whom to log in as.
+            output = f"; it said {boot_id!r}" if boot_id else ""
             self._forget_client()
-            words = f"commands do not run, the boot id could not be read{told}"
-            return _Obstacle(words, 0.0, ssh.NoCommandsError(words))
+            text = f"commands do not run, the boot id could not be read{output}"
+            return _Obstacle(text, 0.0, ssh.NoCommandsError(text))
         if boot_id == old_boot_id:
-            # The old boot goes down soon, and the connection with it.
+            # The old boot ends soon, and the connection with it.
             self._forget_client()
             return _Obstacle("the machine has not rebooted yet")
         return None
@@ -251,10 +229,10 @@ class Readiness(ABC):
         if status is None:
             return
         if status.failed:
-            words = f"cloud-init failed on {self.name}: {status.failure}"
-            self._log.warning("%s", words)
+            message = f"cloud-init failed on {self.name}: {status.failure}"
+            self._log.warning("%s", message)
             if raise_on_failure:
-                raise PycloudlibError(words)
+                raise PycloudlibError(message)
         for warning in cloudinit.merge_warnings(status.warnings, self._seen_warnings()):
             self._log.warning("cloud-init on %s: %s", self.name, warning)
 
@@ -307,11 +285,11 @@ class Readiness(ABC):
         if shutdown.under_way:
             self._log.info("%s goes down by itself (%s); waiting", self.name, shutdown.mode)
             return True
-        told = f"{self.name} is announced to go down ({shutdown.mode}) in {shutdown.seconds:.0f} s"
+        plan = f"{self.name} is announced to go down ({shutdown.mode}) in {shutdown.seconds:.0f} s"
         if shutdown.boots_again and shutdown.seconds < deadline.remaining:
-            self._log.info("%s; waiting for that", told)
+            self._log.info("%s; waiting for that", plan)
             return True
-        self._log.warning("%s; until then it is ready", told)
+        self._log.warning("%s; until then it is ready", plan)
         return False
 
     def _follow_shutdown(self, deadline: Deadline) -> str:
@@ -331,19 +309,11 @@ class Readiness(ABC):
     def _deadline(self, timeout: float | None) -> Deadline:
         if timeout is not None:
             return Deadline.after(timeout)
-        return _ready_deadline.get() or ready_limit(None, self.ready_timeout)
-
-
-_log = logging.getLogger(__name__)
-
-# The console's file is looked at this often; only the bytes that are new are read.
-_LOOK_SECONDS = 0.25
+        return current_deadline() or ready_limit(None, self.ready_timeout)
 
 
 class BootWatch:
-    """Follows a console and notes when each phase begins.
-
-    Where a boot follows another, its phases begin anew.
+    """Follows a console and notes when each phase of the latest boot begins.
 
     A context manager: a thread follows the console inside its block.
 
@@ -373,7 +343,7 @@ class BootWatch:
         self._thread = threading.Thread(target=self._follow, name="boot-watch", daemon=True)
 
     def __enter__(self) -> BootWatch:
-        # What is there already may be asked about at once.
+        # What is there already is known at once.
         self._look()
         self._thread.start()
         return self
@@ -407,17 +377,17 @@ class BootWatch:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What cloud-init warned of, as "WARNING: the first line of what is wrong"."""
+        """The warnings of cloud-init, as "WARNING: the first line of what is wrong"."""
         return self._seen.warnings(self.offset)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The latest lines, as text, and those before that tell something."""
+        """The latest lines, as text, and significant ones before them."""
         return tuple(self._console.lines)
 
     @property
     def position(self) -> int:
-        """How much there is on the console: as long as that stays, nothing was printed."""
+        """How much is on the console, in bytes: the same as long as nothing is printed."""
         return self._seen.position
 
     @property

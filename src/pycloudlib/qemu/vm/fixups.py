@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Callable
 
+from pycloudlib._base.deadline import current_deadline
 from pycloudlib._base.locks import exclusive_lock
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import helper
-from pycloudlib.guest.boot.readiness import current_deadline
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.qemu.vm.helperlink import HelperLink
 from pycloudlib.qemu.vm.machine import State

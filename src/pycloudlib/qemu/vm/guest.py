@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.deadline import Deadline, command_limit, use_deadline
 from pycloudlib._base.documents import to_bytes
 from pycloudlib.errors import CloudError, KernelPanicError, PycloudlibTimeoutError
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.access.hostkeys import MachineHostKeys
 from pycloudlib.guest.access.sessions import Connections
 from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
-from pycloudlib.guest.boot.readiness import BootWatch, command_limit, use_deadline
+from pycloudlib.guest.boot.readiness import BootWatch
 from pycloudlib.guest.data import runconfig
 from pycloudlib.guest.data.seed import read_iso
 from pycloudlib.guest.data.userdata import explain_logins
