@@ -1,4 +1,4 @@
-"""Machines for tests: a pytest plugin, which pytest finds by itself when the package is installed.
+"""Machines for tests: a pytest plugin, which pytest loads if the package is installed.
 
 Fixtures: `vm`, `vm_factory`, `shared_vm`, `prepare_vm`, `vm_image` and `qemu_cloud`; a marker `vm`;
 options that begin with `--vm-`. `VmFactory` and `PrepareVm` are for annotations.

@@ -1,7 +1,7 @@
-"""What all test processes of a host may use at once: processors and memory.
+"""The processors and memory that the machines of all test processes of a host may use at once.
 
-With many workers on few processors, machines that all run get in each other's way, and each test
-takes longer than its limits. So a worker that wants a machine waits until there is room for it.
+With many workers on few processors, machines that run at the same time slow each other down until
+tests time out. So a worker that wants a machine waits until the machine fits into the budget.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.qemu.host.resources import HostLimits
 from pycloudlib.qemu.state.spec import InstanceType
 
-# Of the memory that there is; the rest is for the host, and for the tests themselves.
+# The rest is for the host, and for the tests themselves.
 _MEMORY_SHARE = 0.75
-# Only the process that waits longest looks for room.
-_LOOK_SECONDS = 0.1
-# Others' tests may take long; but who waits for ever cannot be told from who hangs.
+# Only the process that has waited longest polls.
+_POLL_SECONDS = 0.1
+# Tests of others may take long; but a process that waits for ever looks like one that hangs.
 _LIMIT = 3600.0
 _SUFFIX = ".taken"
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """An amount of what machines use.
+class Capacity:
+    """Processors and memory.
 
     Attributes:
-        processors: How many.
+        processors: Number of processors.
         memory_mib: MiB of memory.
     """
 
@@ -43,7 +43,7 @@ class Room:
     memory_mib: int
 
     @classmethod
-    def of_host(cls) -> Room:
+    def of_host(cls) -> Capacity:
         """Return what machines may use here: the processors, and most of the memory.
 
         In a container that is what the container may use.
@@ -52,125 +52,124 @@ class Room:
         return cls(limits.processors, int(limits.memory * _MEMORY_SHARE) >> 20)
 
     @classmethod
-    def of_machine(cls, instance_type: InstanceType) -> Room:
-        """Give what a machine of a size uses."""
+    def of_machine(cls, instance_type: InstanceType) -> Capacity:
+        """Return what a machine of a size uses."""
         return cls(instance_type.cpus, instance_type.memory_mib)
 
-    def fits(self, whole: Room, taken: Room) -> bool:
-        """Say whether there is still room for this in a whole of which some is taken."""
+    def fits(self, whole: Capacity, reserved: Capacity) -> bool:
+        """Whether this fits into a whole of which some is reserved."""
         return (
-            taken.processors + self.processors <= whole.processors
-            and taken.memory_mib + self.memory_mib <= whole.memory_mib
+            reserved.processors + self.processors <= whole.processors
+            and reserved.memory_mib + self.memory_mib <= whole.memory_mib
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
-    """What a process has taken, which the name of a file tells.
+class _Reservation:
+    """What a process has reserved, as the name of a file.
 
     Attributes:
-        room: How much.
+        capacity: How much.
         pid: The process.
     """
 
-    room: Room
+    capacity: Capacity
     pid: int
 
     def file_name(self) -> str:
-        """Make a name that no other share has."""
-        numbers = f"{self.room.processors}-{self.room.memory_mib}-{self.pid}"
+        """Return a file name that no other reservation has."""
+        numbers = f"{self.capacity.processors}-{self.capacity.memory_mib}-{self.pid}"
         return f"{numbers}-{secrets.token_hex(8)}{_SUFFIX}"
 
     @classmethod
-    def parse(cls, name: str) -> _Share:
-        """Read such a name."""
+    def parse(cls, name: str) -> _Reservation:
+        """Parse such a file name."""
         processors, memory_mib, pid = map(int, name.split("-")[:3])
-        return cls(Room(processors, memory_mib), pid)
+        return cls(Capacity(processors, memory_mib), pid)
 
 
 class Budget:
-    """A budget that processes of one user share, and take from for as long as they live.
+    """A budget of which all processes of one user reserve parts, until they end at the latest.
 
-    What is taken is told by locked files, which the kernel unlocks when their process ends, however
-    it does. Who waits does so in a queue: a machine that needs much is not overtaken for ever.
+    A reservation is a locked file, which the kernel unlocks when its process ends in any way.
+    Processes wait in a queue, so that small machines do not overtake a large one for ever.
 
-    A process that has something already does not wait for more, it takes it: else two processes
-    with one machine each, which both want a second one, would wait for each other for ever.
+    A process that has a reservation does not wait for another: else two processes with one machine
+    each, which both want a second one, would wait for each other for ever.
 
     Args:
-        directory: Where the files are; made when there is something to take.
-        whole: What there is.
-        limit: Seconds after which waiting is given up.
+        directory: Where the files are; made when it is needed.
+        whole: What all processes together may reserve.
+        limit: Seconds after which a wait fails.
     """
 
-    def __init__(self, directory: Path, whole: Room, limit: float = _LIMIT) -> None:
+    def __init__(self, directory: Path, whole: Capacity, limit: float = _LIMIT) -> None:
         self._directory = directory
         self._whole = whole
         self._limit = limit
         self._held = 0
 
     @contextlib.contextmanager
-    def taking(self, room: Room, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Take some of it inside the block; more than there is can be taken when nothing is.
+    def reserving(self, capacity: Capacity, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Reserve a part inside the block; one larger than the whole if nothing else is reserved.
 
         Args:
-            room: How much.
-            on_wait: Called, once, when there is no room yet, with who has it.
+            capacity: The part.
+            on_wait: Called once, if the part does not fit yet, with who has reserved the rest.
 
         Raises:
-            PycloudlibTimeoutError: There was none for long.
+            PycloudlibTimeoutError: It did not fit within the limit.
         """
         create_private_directory(self._directory)
         with contextlib.ExitStack() as stack:
-            if not (self._held and self._take(room, stack)):
-                self._wait(room, stack, on_wait)
+            if not (self._held and self._reserve(capacity, stack)):
+                self._wait(capacity, stack, on_wait)
             yield
 
     def _wait(
-        self, room: Room, stack: contextlib.ExitStack, on_wait: Callable[[str], None]
+        self, capacity: Capacity, stack: contextlib.ExitStack, on_wait: Callable[[str], None]
     ) -> None:
         deadline = Deadline.after(self._limit)
-        told: list[str] = []
+        reported: list[str] = []
 
-        def tell(_process: str = "") -> None:
-            if not told:
-                told.append(self._holders())
-                on_wait(told[0])
+        def report(_process: str = "") -> None:
+            if not reported:
+                reported.append(self._describe_holders())
+                on_wait(reported[0])
 
-        with exclusive_lock(self._directory / "queue", tell):
-            while not self._take(room, stack):
-                tell()
+        with exclusive_lock(self._directory / "queue", report):
+            while not self._reserve(capacity, stack):
+                report()
                 if deadline.expired:
                     raise PycloudlibTimeoutError(
-                        f"No room for a machine of {room.processors} processors and "
-                        f"{room.memory_mib} MiB for {self._limit:.0f} s: {self._holders()} "
+                        f"A machine of {capacity.processors} processors and {capacity.memory_mib} "
+                        f"MiB did not fit for {self._limit:.0f} s: {self._describe_holders()} "
                         f"of {self._whole.processors} processors, {self._whole.memory_mib} MiB"
                     )
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
 
-    def _take(self, room: Room, stack: contextlib.ExitStack) -> bool:
+    def _reserve(self, capacity: Capacity, stack: contextlib.ExitStack) -> bool:
         with exclusive_lock(self._directory / "lock"):
-            taken = self._count_taken()
-            if taken.processors and not self._held and not room.fits(self._whole, taken):
+            reserved = self._count_reserved()
+            if reserved.processors and not self._held and not capacity.fits(self._whole, reserved):
                 return False
-            share = _Share(room, os.getpid())
-            file = self._directory / share.file_name()
+            file = self._directory / _Reservation(capacity, os.getpid()).file_name()
             stack.enter_context(exclusive_lock(file, remove=True))
             self._held += 1
-            stack.callback(self._count_less)
+            stack.callback(self._release)
             return True
 
-    def _count_less(self) -> None:
+    def _release(self) -> None:
         self._held -= 1
 
-    def _count_taken(self) -> Room:
-        shares = [share.room for share in self._shares()]
-        return Room(
-            sum(room.processors for room in shares), sum(room.memory_mib for room in shares)
+    def _count_reserved(self) -> Capacity:
+        parts = [reservation.capacity for reservation in self._reservations()]
+        return Capacity(
+            sum(part.processors for part in parts), sum(part.memory_mib for part in parts)
         )
 
-    def _shares(self) -> list[_Share]:
-        """List what is taken; what processes left that have ended is removed."""
+    def _reservations(self) -> list[_Reservation]:
+        """List the reservations; remove those of processes that have ended."""
         found = []
         for file in self._directory.glob(f"*{_SUFFIX}"):
             # Its process may end, and another one remove the file, at any time.
@@ -178,12 +177,12 @@ class Budget:
                 if free:
                     file.unlink()
                 else:
-                    found.append(_Share.parse(file.name))
+                    found.append(_Reservation.parse(file.name))
         return found
 
-    def _holders(self) -> str:
-        """Say who has what."""
-        shares = self._shares()
-        taken = sum(share.room.processors for share in shares)
-        pids = ", ".join(sorted({str(share.pid) for share in shares})) or "others"
-        return f"machines of processes {pids} have {taken}"
+    def _describe_holders(self) -> str:
+        """Return which processes have reserved how many processors."""
+        reservations = self._reservations()
+        processors = sum(reservation.capacity.processors for reservation in reservations)
+        pids = ", ".join(sorted({str(reservation.pid) for reservation in reservations})) or "others"
+        return f"machines of processes {pids} have {processors}"

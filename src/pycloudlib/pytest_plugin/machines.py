@@ -1,4 +1,4 @@
-"""The machines that tests get: copies of machines that were made once and saved."""
+"""The machines of tests: copies of machines that were booted once and saved; reports on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.images import store
-from pycloudlib.pytest_plugin.budget import Budget, Room
+from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
@@ -28,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What machine a test wants.
+    """The machine that a test wants.
 
     Attributes:
         image: The id of its image, or of a saved machine.
-        instance_type: Its size; None for the usual one, or that of the saved machine.
+        instance_type: Its size; None for the default, or that of the saved machine.
         user_data: For cloud-init.
     """
 
@@ -42,7 +42,7 @@ class Wanted:
 
 
 class VmFactory(Protocol):
-    """Makes machines for a test; what is left out is as the test's marker `vm` says."""
+    """Makes machines for a test; the defaults are those of the test's marker `vm`."""
 
     def __call__(
         self,
@@ -51,25 +51,25 @@ class VmFactory(Protocol):
         user_data: str | bytes | Path | None = None,
         **options: Any,
     ) -> QemuInstance:
-        """Give a machine that is ready; it is deleted when the test has ended.
+        """Return a machine that is ready; it is deleted after the test.
 
         Args:
-            image: An image as people call it (`noble`, `bookworm`, a snapshot of the command
-                line), an id, or a path.
+            image: The name of an image (`noble`, `bookworm`, a snapshot of the command line), its
+                id, or a path.
             instance_type: `c<cpus>m<MiB of memory>`.
             user_data: For cloud-init; a path is read.
             **options: Further options of `Qemu.launch`. Unless `warm=False` is among them, the
-                machine is a copy of one that was launched with just these options once.
+                machine is a copy of one that was launched with the same options once.
 
         Raises:
             ImageNotFoundError: There is no such image.
-            PycloudlibException: It could not be launched, or did not get ready; as `Qemu.launch`
-                and `QemuInstance.wait`.
+            PycloudlibException: The launch failed, or the machine did not get ready; as
+                `Qemu.launch` and `QemuInstance.wait`.
         """
 
 
 class PrepareVm(Protocol):
-    """Prepares a machine and saves it, for tests that start from there."""
+    """Prepares a machine and saves it, for tests that start from that state."""
 
     def __call__(
         self,
@@ -78,30 +78,30 @@ class PrepareVm(Protocol):
         instance_type: str | None = None,
         user_data: str | bytes | None = None,
     ) -> str:
-        """Give the image of a machine that was prepared, for `vm_factory`; kept for the session.
+        """Return the image of a prepared machine, for `vm_factory`; it lives for the session.
 
         Args:
-            prepare: Does with the machine what is to be done.
-            image: As of `VmFactory`.
-            instance_type: As of `VmFactory`.
+            prepare: Called with the machine, to prepare it.
+            image: As in `VmFactory`.
+            instance_type: As in `VmFactory`.
             user_data: For cloud-init.
 
         Raises:
             ImageNotFoundError: There is no such image.
-            PycloudlibException: It could not be launched, or did not get ready, or could not be
-                saved.
+            PycloudlibException: The launch failed, or the machine did not get ready or could not
+                be saved.
         """
 
 
 @dataclass
 class InUse:
-    """What one test uses.
+    """The machines that one test uses.
 
     Attributes:
-        test: Its name, which its machines are called after.
+        test: The name of the test, which begins the names of its machines.
         machines: The machines.
-        ending: What is done when it has ended, the last first.
-        kept: The machines that live on, since it failed and they are to be looked at.
+        ending: Cleans up after the test.
+        kept: The machines that are not deleted, since the test failed and the user examines them.
     """
 
     test: str
@@ -116,7 +116,7 @@ class _Shared:
 
     Attributes:
         machine: The machine.
-        start: The saved machine that it is taken back to.
+        start: The image of the snapshot to which it is rolled back.
     """
 
     machine: QemuInstance
@@ -124,14 +124,14 @@ class _Shared:
 
 
 class Machines:
-    """Gives machines to tests, within a budget, and takes them back.
+    """Makes machines for tests, within a budget, and deletes them afterwards.
 
     Args:
-        cloud: Where they live.
-        budget: What all test processes may use at once.
-        instance_type: The usual size.
-        on_wait: Told that there is no room for a machine yet, and who has it.
-        kept_mib: How much memory the machines that are kept may have.
+        cloud: The cloud of the machines.
+        budget: What the machines of all test processes may use at once.
+        instance_type: The default size.
+        on_wait: Called if a machine does not fit yet, with who has reserved the budget.
+        kept_mib: Memory, in MiB, that the kept machines may have together.
     """
 
     def __init__(
@@ -149,47 +149,47 @@ class Machines:
         self._kept_mib = kept_mib
         self._shared: dict[Wanted, _Shared] = {}
 
-    def give(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
-        """Give a test a machine of its own.
+    def make(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
+        """Return a new machine for a test.
 
-        One that does not get ready is there until the test has ended, too: it is told of.
+        One that does not get ready lives until the end of the test, too, for the report.
 
         Args:
-            wanted: What machine.
-            in_use: What the test uses.
+            wanted: Which machine.
+            in_use: The machines of the test.
             options: Further options of the launch.
         """
         saved = self._find_saved(wanted)
-        in_use.ending.enter_context(self._taking_room(wanted, saved))
+        in_use.ending.enter_context(self._reserving(wanted, saved))
         options = {"name": _name_after(in_use.test), **options}
         machine = self._launch(wanted, saved, in_use, options)
-        in_use.ending.callback(self._take, machine, in_use)
+        in_use.ending.callback(self._dispose, machine, in_use)
         machine.wait()
         return machine
 
     def share(self, wanted: Wanted, in_use: InUse) -> QemuInstance:
-        """Give a test the machine of all that want the same, as it was at its beginning.
+        """Return the machine that tests with the same wishes share, rolled back to its start.
 
-        Between tests it is off, and takes nothing of the budget.
+        Between tests it is off, and not part of the budget.
         """
         saved = self._find_saved(wanted)
-        in_use.ending.enter_context(self._taking_room(wanted, saved))
-        shared = self._take_back(wanted) or self._make_shared(wanted, saved, in_use)
-        in_use.ending.callback(self._put_by, wanted, in_use)
+        in_use.ending.enter_context(self._reserving(wanted, saved))
+        shared = self._roll_back(wanted) or self._make_shared(wanted, saved, in_use)
+        in_use.ending.callback(self._park, wanted, in_use)
         if shared.machine not in in_use.machines:
             in_use.machines.append(shared.machine)
         return shared.machine
 
     def prepare(self, wanted: Wanted, prepare: Callable[[QemuInstance], object]) -> str:
-        """Prepare a machine, save it, and give the image."""
+        """Prepare a machine, save it, and return the image."""
         in_use = InUse(getattr(prepare, "__name__", "prepared"))
         with in_use.ending:
-            machine = self.give(wanted, in_use, {})
+            machine = self.make(wanted, in_use, {})
             prepare(machine)
             return self._cloud.snapshot(machine, memory=True)
 
     def keep(self, machine: QemuInstance, in_use: InUse) -> bool:
-        """Let a machine live on when the tests have ended; False where too many do already."""
+        """Keep a machine after the tests; return False if too many are kept already."""
         size = machine.machine.spec.instance_type.memory_mib
         if size > self._kept_mib:
             return False
@@ -197,28 +197,28 @@ class Machines:
         in_use.kept.append(machine)
         return True
 
-    def _take(self, machine: QemuInstance, in_use: InUse) -> None:
+    def _dispose(self, machine: QemuInstance, in_use: InUse) -> None:
         if machine in in_use.kept:
-            # It lives on when the cloud is cleaned.
+            # So that cleaning the cloud does not delete it.
             self._cloud.forget(machine)
         else:
             _delete(machine)
 
-    def _put_by(self, wanted: Wanted, in_use: InUse) -> None:
+    def _park(self, wanted: Wanted, in_use: InUse) -> None:
         machine = self._shared[wanted].machine
         if machine in in_use.kept:
             del self._shared[wanted]
             self._cloud.forget(machine)
         else:
-            # Its next user finds it running: going back begins with another QEMU in any case.
+            # Its next user finds it running: a rollback starts another QEMU in any case.
             machine.machine.kill()
 
-    def _taking_room(
+    def _reserving(
         self, wanted: Wanted, saved: SavedMachine | None
     ) -> contextlib.AbstractContextManager[None]:
         given = wanted.instance_type or self._instance_type
         size = saved.spec.instance_type if saved else InstanceType.parse(given)
-        return self._budget.taking(Room.of_machine(size), self._on_wait)
+        return self._budget.reserving(Capacity.of_machine(size), self._on_wait)
 
     def _find_saved(self, wanted: Wanted) -> SavedMachine | None:
         return savedmachine.find(store.resolve(wanted.image, self._cloud.image_dir))
@@ -230,7 +230,7 @@ class Machines:
         in_use: InUse,
         options: dict[str, Any],
     ) -> QemuInstance:
-        """Launch a copy of a saved machine; which is made first, if need be."""
+        """Launch a copy of a saved machine, which is made first if it does not exist."""
         if saved:
             given: dict[str, Any] = {"fresh_identity": True, **options}
             if wanted.instance_type is not None:
@@ -245,23 +245,23 @@ class Machines:
     def _make_shared(self, wanted: Wanted, saved: SavedMachine | None, in_use: InUse) -> _Shared:
         machine = self._launch(wanted, saved, in_use, {"name": _name_after("shared")})
         with contextlib.ExitStack() as undo:
-            undo.callback(in_use.ending.callback, self._take, machine, in_use)
+            undo.callback(in_use.ending.callback, self._dispose, machine, in_use)
             machine.wait()
             start = self._cloud.snapshot(machine, memory=True)
             undo.pop_all()
         shared = self._shared[wanted] = _Shared(machine, start)
         return shared
 
-    def _take_back(self, wanted: Wanted) -> _Shared | None:
-        """Take the shared machine back to its beginning; None where there is none (any more)."""
+    def _roll_back(self, wanted: Wanted) -> _Shared | None:
+        """Roll the shared machine back to its start; return None if there is none (any more)."""
         shared = self._shared.get(wanted)
         if shared is None:
             return None
         try:
             shared.machine.rollback(shared.start)
             shared.machine.wait()
-        except Exception as error:  # noqa: BLE001 - whatever tests have done to it, there is another
-            _log.info("%s is made anew: %s", shared.machine.name, error)
+        except Exception as error:  # noqa: BLE001 - whatever tests have done to it, another is made
+            _log.info("%s is made again: %s", shared.machine.name, error)
             del self._shared[wanted]
             _delete(shared.machine)
             return None
@@ -269,7 +269,7 @@ class Machines:
 
 
 def _name_after(words: str) -> str:
-    """Make the name of a machine, which nothing else has, of words such as a test's name."""
+    """Return a unique name for a machine that begins with words such as a test's name."""
     return make_name(re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "vm")
 
 
@@ -277,40 +277,40 @@ def _delete(machine: QemuInstance) -> None:
     raise_cleanup_errors(machine.delete(), None)
 
 
-def tell_of(machine: QemuInstance, report: pytest.TestReport) -> None:
-    """Add to a test's report what is going on with a machine."""
+def add_diagnosis(machine: QemuInstance, report: pytest.TestReport) -> None:
+    """Add the diagnosis of a machine to a test's report."""
     report.sections.append((f"machine {machine.name}", _diagnose(machine)))
 
 
 def save_artifacts(
     machine: QemuInstance, report: pytest.TestReport, error: BaseException, directory: Path
 ) -> None:
-    """Keep logs and more of a machine, and add to a test's report where.
+    """Save logs and more of a machine, and add their place to a test's report.
 
     Args:
         machine: The machine.
         report: The report of a failure.
-        error: What the test failed with.
-        directory: Where the test's directory goes.
+        error: The error of the test.
+        directory: Where the directory of the test is made.
     """
     try:
         place = directory / directory_name(report.nodeid)
         more = {"diagnosis.txt": _diagnose(machine) + "\n"}
-        told = str(keep_artifacts(place, machine.machine, error, more))
+        outcome = str(keep_artifacts(place, machine.machine, error, more))
     except Exception as problem:  # noqa: BLE001 - it is the test's failure that is reported
-        told = f"not all could be kept: {type(problem).__name__}: {problem}"
-    report.sections.append((f"machine {machine.name}: artifacts", told))
+        outcome = f"not all could be kept: {type(problem).__name__}: {problem}"
+    report.sections.append((f"machine {machine.name}: artifacts", outcome))
 
 
 def _diagnose(machine: QemuInstance) -> str:
     try:
         return machine.diagnose().tell()
     except Exception as problem:  # noqa: BLE001 - it is the test's failure that is reported
-        return f"Nothing is known of it: {type(problem).__name__}: {problem}"
+        return f"It cannot be diagnosed: {type(problem).__name__}: {problem}"
 
 
-def tell_kept(machine: QemuInstance) -> str:
-    """Tell how to get into a machine that is kept."""
+def commands_for(machine: QemuInstance) -> str:
+    """Return the commands that log in to a kept machine, and delete it."""
     name = f"{layers.cloud_tag(machine.instance_dir.parent)}/{machine.name}"
     return (
         f"pycloudlib shell {name}\n"
@@ -319,5 +319,5 @@ def tell_kept(machine: QemuInstance) -> str:
 
 
 def directory_name(nodeid: str) -> str:
-    """Make a directory's name of a test's."""
+    """Return the name of a directory for a test."""
     return re.sub(r"[^A-Za-z0-9_.=,-]+", "-", nodeid).strip("-.")[:150]

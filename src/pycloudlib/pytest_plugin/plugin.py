@@ -1,6 +1,6 @@
-"""The pytest plugin: options, the marker, fixtures, and what a failed test tells.
+"""The pytest plugin: its options, marker and fixtures, and the hooks that report on machines.
 
-Each fixture says what it gives; `pytest --fixtures` lists them.
+`pytest --fixtures` prints the docstrings of the fixtures.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError
-from pycloudlib.pytest_plugin.budget import Budget, Room
+from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.pytest_plugin.machines import (
     InUse,
     Machines,
     PrepareVm,
     VmFactory,
     Wanted,
+    add_diagnosis,
+    commands_for,
     save_artifacts,
-    tell_kept,
-    tell_of,
 )
 from pycloudlib.qemu.host.ownership import Orphans, claim
 from pycloudlib.qemu.imagenames import get_image
@@ -34,11 +34,11 @@ from pycloudlib.util import raise_cleanup_errors
 
 _DEFAULT_IMAGE = "lts"
 _MARKER = (
-    "vm(image=…, instance_type=…, user_data=…): what machine the fixtures vm, vm_factory and "
-    "shared_vm give to a test"
+    "vm(image=…, instance_type=…, user_data=…): the machine that the fixtures vm, vm_factory and "
+    "shared_vm make for a test"
 )
 _MARKER_KEYS = ("image", "instance_type", "user_data")
-# The name of the property of a report that tells how to get into a machine.
+# The property of a report with the commands for a kept machine.
 _KEPT = "vm kept"
 
 _IN_USE: pytest.StashKey[InUse] = pytest.StashKey()
@@ -46,7 +46,7 @@ _MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options, and what may stand for them in the configuration file."""
+    """Add the options, on the command line and in the configuration file."""
     group = parser.getgroup("pycloudlib", "virtual machines (pycloudlib)")
     group.addoption(
         "--vm-image",
@@ -57,24 +57,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--vm-keep",
         action="store_true",
-        help="keep the machines of tests that fail, and tell how to get in",
+        help="keep the machines of tests that fail, and print how to log in to them",
     )
     group.addoption(
         "--vm-artifacts",
         metavar="DIR",
-        help="keep logs and more of the machines of tests that fail in this directory",
+        help="save logs and more of the machines of tests that fail in this directory",
     )
     parser.addini("vm_image", "image of the machines of tests")
     parser.addini("vm_instance_type", "size of the machines of tests, such as c2m2048")
-    parser.addini("vm_processors", "how many processors the machines of all workers may have")
-    parser.addini("vm_memory_mib", "how much memory, in MiB, the machines of all workers may have")
+    parser.addini("vm_processors", "number of processors for the machines of all workers")
+    parser.addini("vm_memory_mib", "memory, in MiB, for the machines of all workers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known, and paths independent of the current directory."""
+    """Register the marker, and make paths absolute."""
     config.addinivalue_line("markers", _MARKER)
     started_in = config.invocation_params.dir
-    # Texts: pytest-xdist hands options on to its workers.
+    # As str: pytest-xdist sends options to its workers.
     if config.option.vm_artifacts is not None:
         config.option.vm_artifacts = str(started_in / config.option.vm_artifacts)
     if config.option.vm_image is not None:
@@ -83,9 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def qemu_cloud(pytestconfig: pytest.Config) -> Iterator[Qemu]:
-    """Give a QEMU cloud for all tests: what it makes is deleted when they have ended."""
+    """Return a QEMU cloud for all tests; all that it made is deleted after them."""
     keep = pytestconfig.option.vm_keep
-    # Machines that are kept outlive the end of the tests; nothing outlives a worker that is killed.
+    # Kept machines outlive the tests; nothing outlives a worker that is killed.
     orphans = Orphans.REAP_AFTER_CRASH.value if keep else None
     cloud = Qemu("pytest", timestamp_suffix=False, orphans=orphans)
     try:
@@ -96,17 +96,17 @@ def qemu_cloud(pytestconfig: pytest.Config) -> Iterator[Qemu]:
             errors = [error for error in errors if not isinstance(error, ImageInUseError)]
             for image in map(Path, cloud.created_images):
                 if image.exists():
-                    # A machine that is kept is built on it: with that it goes.
+                    # A kept machine is built on it: `prune` deletes it after that.
                     claim(image, Orphans.REAP)
         raise_cleanup_errors(errors, None)
 
 
 @pytest.fixture(scope="session")
 def vm_image(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> str:
-    """Give the id of the image that the machines of tests are made from.
+    """Return the id of the image of the tests' machines.
 
     It is that of `--vm-image`, else of `vm_image` in the configuration file. A `conftest.py` may
-    have one of its own instead, which builds an image or prepares one.
+    define its own fixture instead, which builds or prepares an image.
     """
     given = pytestconfig.option.vm_image
     if given is None:
@@ -116,10 +116,10 @@ def vm_image(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> str:
 
 @pytest.fixture
 def vm(vm_factory: VmFactory) -> QemuInstance:
-    """Give a fresh machine, ready, which is deleted after the test.
+    """Return a fresh machine that is ready; it is deleted after the test.
 
-    The first one boots and is saved; from then on, also in later runs, each is a copy, somebody of
-    its own. The marker `vm` says what machine.
+    The first one boots and is saved; from then on, also in later runs, each is a copy with its own
+    hostname, machine-id and host key. The marker `vm` says which machine.
     """
     return vm_factory()
 
@@ -128,7 +128,7 @@ def vm(vm_factory: VmFactory) -> QemuInstance:
 def vm_factory(
     request: pytest.FixtureRequest, _vm_machines: Machines, _vm_in_use: InUse
 ) -> VmFactory:
-    """Give a function that makes machines, which are deleted after the test; see `VmFactory`."""
+    """Return a function that makes machines, which are deleted after the test; see `VmFactory`."""
 
     def make(
         image: str | None = None,
@@ -137,7 +137,7 @@ def vm_factory(
         **options: Any,
     ) -> QemuInstance:
         wanted = _read_wanted(request, image, instance_type, user_data)
-        return _vm_machines.give(wanted, _vm_in_use, options)
+        return _vm_machines.make(wanted, _vm_in_use, options)
 
     return make
 
@@ -146,9 +146,9 @@ def vm_factory(
 def shared_vm(
     request: pytest.FixtureRequest, _vm_machines: Machines, _vm_in_use: InUse
 ) -> QemuInstance:
-    """Give a machine that tests use one after another; each finds it as it was at its beginning.
+    """Return a machine that tests use one after another; each finds it in the same state.
 
-    It is taken back to that moment, disk and memory, before each test. Tests with different markers
+    It is rolled back to that state, disk and memory, before each test. Tests with different markers
     `vm` have different ones.
     """
     return _vm_machines.share(_read_wanted(request), _vm_in_use)
@@ -156,7 +156,7 @@ def shared_vm(
 
 @pytest.fixture(scope="session")
 def prepare_vm(request: pytest.FixtureRequest, _vm_machines: Machines) -> PrepareVm:
-    """Give a function that prepares a machine and saves it, for tests that start from there.
+    """Return a function that prepares a machine and saves it, for tests that start from it.
 
     See `PrepareVm`; it is for fixtures of the session.
     """
@@ -175,19 +175,19 @@ def prepare_vm(request: pytest.FixtureRequest, _vm_machines: Machines) -> Prepar
 
 @pytest.fixture(scope="session")
 def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
-    host = Room.of_host()
-    room = Room(
+    host = Capacity.of_host()
+    whole = Capacity(
         _read_number(pytestconfig, "vm_processors") or host.processors,
         _read_number(pytestconfig, "vm_memory_mib") or host.memory_mib,
     )
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     machines = pytestconfig.stash[_MACHINES] = Machines(
         qemu_cloud,
-        Budget(qemu_cloud.settings.state_dir / "budget", room),
+        Budget(qemu_cloud.settings.state_dir / "budget", whole),
         pytestconfig.getini("vm_instance_type") or DEFAULT_INSTANCE_TYPE,
-        lambda holders: _tell_waiting(pytestconfig, holders),
-        # The other half is for the tests that go on.
-        kept_mib=room.memory_mib // 2 // workers,
+        lambda holders: _report_wait(pytestconfig, holders),
+        # The other half is for the remaining tests.
+        kept_mib=whole.memory_mib // 2 // workers,
     )
     return machines
 
@@ -199,60 +199,60 @@ def _vm_in_use(request: pytest.FixtureRequest) -> Iterator[InUse]:
         yield in_use
 
 
-# In the manner that every pytest since 7.0 knows.
+# `hookwrapper` works in every pytest since 7.0.
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, None]:
-    """Let the report of a failed test tell of its machines."""
+    """Add the machines of a failed test to its report."""
     outcome = yield
     report: pytest.TestReport = outcome.get_result()
     in_use = item.stash.get(_IN_USE, None)
     if in_use is None:
         return
     if call.when == "teardown":
-        # They are gone by now; the test may be run again.
+        # The machines are deleted by now; the test may be run again.
         del item.stash[_IN_USE]
     elif report.failed and call.excinfo is not None:
         for machine in in_use.machines:
             try:
                 if machine.instance_dir.is_dir():  # the test has not deleted it
-                    _tell_of(machine, in_use, report, call.excinfo.value, item.config)
+                    _report_machine(machine, in_use, report, call.excinfo.value, item.config)
             except Exception as problem:  # noqa: BLE001 - the test's failure is what is reported
-                told = f"{type(problem).__name__}: {problem}"
-                report.sections.append((f"machine {machine.name}: not all is told", told))
+                text = f"{type(problem).__name__}: {problem}"
+                report.sections.append((f"machine {machine.name}: incomplete report", text))
 
 
-def _tell_of(
+def _report_machine(
     machine: QemuInstance,
     in_use: InUse,
     report: pytest.TestReport,
     error: BaseException,
     config: pytest.Config,
 ) -> None:
-    # The text of an error of the only machine tells it already.
+    # An error of the only machine contains its diagnosis already.
     if len(in_use.machines) > 1 or getattr(error, "diagnosis", None) is None:
-        tell_of(machine, report)
+        add_diagnosis(machine, report)
     if config.option.vm_artifacts is not None:
         save_artifacts(machine, report, error, Path(config.option.vm_artifacts))
     if not config.option.vm_keep:
         return
     if config.stash[_MACHINES].keep(machine, in_use):
-        way_in = tell_kept(machine)
-        report.sections.append((f"machine {machine.name} is kept", way_in))
-        report.user_properties.append((_KEPT, f"{report.nodeid}\n{way_in}"))
+        commands = commands_for(machine)
+        report.sections.append((f"machine {machine.name} is kept", commands))
+        report.user_properties.append((_KEPT, f"{report.nodeid}\n{commands}"))
     else:
-        why = "those that are kept have as much memory as they may have"
+        why = "kept machines have half of the memory of the budget already"
         report.sections.append((f"machine {machine.name} is not kept", why))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell, at the end, what machines are kept."""
+    """List the kept machines at the end of the run."""
     kept = [
         text
         for reports in terminalreporter.stats.values()
         for report in reports
-        # Not only reports of tests are there.
+        # There are reports of other kinds, too.
         for name, text in getattr(report, "user_properties", ())
         if name == _KEPT
     ]
@@ -268,9 +268,9 @@ def _read_wanted(
     instance_type: str | None = None,
     user_data: str | bytes | Path | None = None,
 ) -> Wanted:
-    """Say what machine a test wants: by arguments, by its marker, and by the options of the run."""
+    """Return the machine that a test wants: by arguments, its marker, and the run's options."""
     marked = _read_marker(request)
-    # Files are meant as the test sees them, wherever pytest was started.
+    # Relative to the test's file, wherever pytest was started.
     of_session = request.scope == "session"
     directory = request.config.rootpath if of_session else request.path.parent
     image = image or marked.get("image")
@@ -289,7 +289,7 @@ def _read_wanted(
 
 
 def _read_marker(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Read the markers `vm` of a test; the one that is closest to it wins."""
+    """Return the arguments of a test's markers `vm`; the marker closest to the test wins."""
     wanted: dict[str, Any] = {}
     for marker in request.node.iter_markers("vm"):
         unknown = [repr(key) for key in marker.kwargs if key not in _MARKER_KEYS]
@@ -313,25 +313,25 @@ def _read_number(config: pytest.Config, name: str) -> int | None:
 
 
 def _anchor(image: str, directory: Path) -> str:
-    """Let an image that is a file in a directory be that, wherever the test goes."""
+    """Return the absolute path of an image that is a file in a directory; else its name."""
     return str(directory / image) if (directory / image).is_file() else image
 
 
 def _find_image(config: pytest.Config, cloud: Qemu, text: str) -> str:
-    """Give the id of an image by what people call it; what takes long is shown while it goes on."""
+    """Return the id of the image that a name means; show a download or build while it runs."""
     with _uncaptured(config):
         return get_image(cloud, text, daily=False, on_progress=None)
 
 
-def _tell_waiting(config: pytest.Config, holders: str) -> None:
+def _report_wait(config: pytest.Config, holders: str) -> None:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if reporter is not None:
         with _uncaptured(config):
-            reporter.write_line(f"waiting for room for a machine: {holders} processors")
+            reporter.write_line(f"waiting until a machine fits: {holders} processors")
 
 
 def _uncaptured(config: pytest.Config) -> contextlib.AbstractContextManager[None]:
-    """Let what is printed be seen at once."""
+    """Show inside the block what is printed at once."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     if capture is None:
         return contextlib.nullcontext()

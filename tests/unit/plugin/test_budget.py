@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.pytest_plugin.budget import Budget, Room
+from pycloudlib.pytest_plugin.budget import Budget, Capacity
 
-WHOLE = Room(2, 4000)
+WHOLE = Capacity(2, 4000)
 HOLDER = """
 import sys
 from pathlib import Path
-from pycloudlib.pytest_plugin.budget import Budget, Room
-room = Room(*map(int, sys.argv[2:]))
-with Budget(Path(sys.argv[1]), Room(2, 4000)).taking(room, lambda _who: print("waits", flush=True)):
+from pycloudlib.pytest_plugin.budget import Budget, Capacity
+room = Capacity(*map(int, sys.argv[2:]))
+budget = Budget(Path(sys.argv[1]), Capacity(2, 4000))
+with budget.reserving(room, lambda _who: print("waits", flush=True)):
     print("has it", flush=True)
     sys.stdin.read()
 """
@@ -42,7 +43,7 @@ class Holder:
 
 
 @contextlib.contextmanager
-def other_process(directory: Path, room: Room) -> Iterator[Holder]:
+def other_process(directory: Path, room: Capacity) -> Iterator[Holder]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, directory, str(room.processors), str(room.memory_mib)],
         stdin=subprocess.PIPE,
@@ -65,18 +66,20 @@ def taken(directory: Path) -> list[Path]:
 
 
 def test_what_fits_is_taken_at_once_and_given_back(tmp_path: Path) -> None:
-    with other_process(tmp_path, Room(1, 2000)) as other:
+    with other_process(tmp_path, Capacity(1, 2000)) as other:
         other.expect("has it")
-        with Budget(tmp_path, WHOLE).taking(Room(1, 2000), never):
+        with Budget(tmp_path, WHOLE).reserving(Capacity(1, 2000), never):
             assert len(taken(tmp_path)) == 2
         other.end()
     assert taken(tmp_path) == []
 
 
-@pytest.mark.parametrize("wanted", [Room(2, 100), Room(1, 3000)], ids=["processors", "memory"])
-def test_what_does_not_fit_is_waited_for(tmp_path: Path, wanted: Room) -> None:
+@pytest.mark.parametrize(
+    "wanted", [Capacity(2, 100), Capacity(1, 3000)], ids=["processors", "memory"]
+)
+def test_what_does_not_fit_is_waited_for(tmp_path: Path, wanted: Capacity) -> None:
     ours = contextlib.ExitStack()
-    ours.enter_context(Budget(tmp_path, WHOLE).taking(Room(1, 2000), never))
+    ours.enter_context(Budget(tmp_path, WHOLE).reserving(Capacity(1, 2000), never))
     with ours, other_process(tmp_path, wanted) as other:
         other.expect("waits")
         assert len(taken(tmp_path)) == 1
@@ -85,7 +88,7 @@ def test_what_does_not_fit_is_waited_for(tmp_path: Path, wanted: Room) -> None:
 
 
 def test_more_than_there_is_is_taken_when_nothing_else_is(tmp_path: Path) -> None:
-    with Budget(tmp_path, WHOLE).taking(Room(8, 100_000), never):
+    with Budget(tmp_path, WHOLE).reserving(Capacity(8, 100_000), never):
         assert len(taken(tmp_path)) == 1
 
 
@@ -95,15 +98,15 @@ def test_process_that_is_killed_gives_back(tmp_path: Path) -> None:
         other.process.kill()
         other.process.wait()
     assert len(taken(tmp_path)) == 1, "its file is still there"
-    with Budget(tmp_path, WHOLE).taking(WHOLE, never):
+    with Budget(tmp_path, WHOLE).reserving(WHOLE, never):
         assert len(taken(tmp_path)) == 1
 
 
 def test_process_that_has_something_does_not_wait_for_more(tmp_path: Path) -> None:
     budget = Budget(tmp_path, WHOLE)
-    with other_process(tmp_path, Room(1, 1000)) as other:
+    with other_process(tmp_path, Capacity(1, 1000)) as other:
         other.expect("has it")
-        with budget.taking(Room(1, 1000), never), budget.taking(WHOLE, never):
+        with budget.reserving(Capacity(1, 1000), never), budget.reserving(WHOLE, never):
             assert len(taken(tmp_path)) == 3
 
 
@@ -115,10 +118,10 @@ def test_threads_of_a_process_do_not_wait_for_each_other(tmp_path: Path) -> None
         waiting.wait()
 
     def want_all() -> None:
-        with budget.taking(WHOLE, tell):
+        with budget.reserving(WHOLE, tell):
             both_have_it.wait()
 
-    with other_process(tmp_path, Room(1, 1000)) as other:
+    with other_process(tmp_path, Capacity(1, 1000)) as other:
         other.expect("has it")
         with ThreadPoolExecutor(2) as threads:
             done = [threads.submit(want_all) for _ in range(2)]
@@ -128,7 +131,7 @@ def test_threads_of_a_process_do_not_wait_for_each_other(tmp_path: Path) -> None
 
 
 def test_host_has_processors_and_memory() -> None:
-    room = Room.of_host()
+    room = Capacity.of_host()
 
     assert room.processors >= 1
     assert room.memory_mib > 100
@@ -136,11 +139,11 @@ def test_host_has_processors_and_memory() -> None:
 
 def test_large_machine_is_not_overtaken(tmp_path: Path) -> None:
     ours = contextlib.ExitStack()
-    ours.enter_context(Budget(tmp_path, WHOLE).taking(Room(1, 1000), never))
+    ours.enter_context(Budget(tmp_path, WHOLE).reserving(Capacity(1, 1000), never))
     with ours, other_process(tmp_path, WHOLE) as large:
         large.expect("waits")
         # It would fit, but came later.
-        with other_process(tmp_path, Room(1, 1000)) as small:
+        with other_process(tmp_path, Capacity(1, 1000)) as small:
             small.expect("waits")
             ours.close()
             large.expect("has it")
@@ -156,7 +159,7 @@ def test_waiting_has_an_end_that_says_who_has_it(tmp_path: Path) -> None:
         budget = Budget(tmp_path, WHOLE, limit=0.3)
         with (
             pytest.raises(PycloudlibTimeoutError, match=held),
-            budget.taking(Room(1, 1), told.append),
+            budget.reserving(Capacity(1, 1), told.append),
         ):
             pass
     assert told == [held]

@@ -23,7 +23,7 @@ def test_fixtures_say_what_they_give(pytester: pytest.Pytester) -> None:
 
     for fixture in ("qemu_cloud", "vm_image", "vm", "vm_factory", "shared_vm", "prepare_vm"):
         (said,) = re.findall(rf"\n{fixture}(?: \[.*\])? -- .*\n +(.*)", listed)
-        assert said.startswith("Give ")
+        assert said.startswith("Return ")
 
 
 def test_tests_without_machines_are_left_alone(pytester: pytest.Pytester) -> None:
