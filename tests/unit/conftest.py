@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pycloudlib.guest.access.hostkeys import HostKeyPool
-from pycloudlib.images import download
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.launching.beginning import Host
@@ -48,9 +47,8 @@ def key() -> Iterator[SigningKey]:
 def server(
     key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ImageServer]:
-    """Give a server that publishes nothing yet; nobody waits before trying again."""
+    """Give a server that publishes nothing yet."""
     forget_proxies(monkeypatch)
-    monkeypatch.setattr(download, "_PAUSES", (0, 0, 0, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with running_image_server(key, tmp_path) as running:
         yield running

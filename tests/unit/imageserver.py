@@ -23,8 +23,11 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry
+from pycloudlib.images.download import Limits
 from pycloudlib.images.source import ImageSource, Stream
 
+# Nobody waits before trying again.
+QUICK = Limits(pauses=(0, 0, 0, 0))
 VERSIONS = {"noble": "24.04", "jammy": "22.04", "focal": "20.04"}
 
 
@@ -119,7 +122,7 @@ class ImageServer:
 
     @property
     def source(self) -> ImageSource:
-        return ImageSource(mirror=self.url, keyring=self.keyring)
+        return ImageSource(mirror=self.url, keyring=self.keyring, limits=QUICK)
 
     def add_image(
         self,

@@ -21,7 +21,7 @@ from pycloudlib.cli.machines import list_machines
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudSetupError, MissingPrerequisiteError, PycloudlibException
 from pycloudlib.guest.access import loginkey
-from pycloudlib.images.download import open_client, shown_url
+from pycloudlib.images.download import Limits, open_client, shown_url
 from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
 from pycloudlib.qemu.host.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
 from pycloudlib.qemu.host.ownership import Ownership
@@ -260,8 +260,8 @@ def _ask_server(settings: QemuSettings, server: str) -> str:
     try:
         source = ImageSource(server, settings.image_keyring)
         url = source.catalog_url(Stream.RELEASED, minimal=False)
-        with open_client(source.login) as client:
-            client.head(url, timeout=_SERVER_LIMIT).raise_for_status()
+        with open_client(source.login, Limits(timeout=_SERVER_LIMIT)) as client:
+            client.http.head(url).raise_for_status()
     except (httpx.HTTPError, ValueError, OSError, PycloudlibException) as error:
         return str(error).partition("\n")[0] or type(error).__name__
     return ""

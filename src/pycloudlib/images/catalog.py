@@ -216,7 +216,7 @@ def fetch_catalog(source: ImageSource, stream: Stream, *, minimal: bool) -> Cata
     check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
     known, version = _read_kept(check, source, url)
-    with open_client(source.login) as client:
+    with open_client(source.login, source.limits) as client:
         message, version = fetch_changed(client, url, version)
     text = known if message is None else check(message, url)
     if message is not None and _updated(text) < _updated(known):

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-# Each wait for the server, not the whole transfer: an image may take as long as its line needs.
-_TIMEOUT = 30.0
-
-# What may pass by itself is tried again after so many seconds, each longer than the one before.
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
 _OK = 200
 _PARTIAL_CONTENT = 206
 _NOT_MODIFIED = 304
@@ -48,10 +43,29 @@ _UNUSABLE_SETTINGS = (
 )
 _WAITING = Progress("waiting before the download is tried again")
 
-# A server that never stops sending must fill neither the memory nor the disk. The largest
-# stream is several MB; no kernel or initrd comes near the other.
-_TEXT_LIMIT = 64 * 1024**2
-_FILE_LIMIT = 1024**3
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a server is waited for, and how much of what it sends is taken.
+
+    A server that never stops sending must fill neither the memory nor the disk. The largest catalog
+    is several MB; no kernel or initrd comes near the other limit.
+
+    Attributes:
+        timeout: Seconds that each wait for the server may take, not the whole transfer: an image
+            may take as long as its line needs.
+        pauses: Seconds before each further try, where what failed may pass by itself.
+        text_bytes: The largest small file: a catalog, a list of checksums, a signature.
+        file_bytes: The largest file whose size no catalog names.
+    """
+
+    timeout: float = 30.0
+    pauses: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    text_bytes: int = 64 * 1024**2
+    file_bytes: int = 1024**3
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +129,29 @@ def split_login(url: str) -> tuple[str, Login | None]:
     return plain, Login(plain, unquote(parts.username or ""), unquote(parts.password or ""))
 
 
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Connections to servers.
+
+    Attributes:
+        http: The HTTP client that opens them, and uses them again.
+        limits: What is expected of the servers.
+    """
+
+    http: httpx.Client
+    limits: Limits
+
+
 @contextlib.contextmanager
-def open_client(login: Login | None = None) -> Iterator[httpx.Client]:
-    """Open the HTTP client that the other functions take; it reuses its connections.
+def open_client(login: Login | None = None, limits: Limits = LIMITS) -> Iterator[Client]:
+    """Open the client that the other functions take.
 
     Proxies come from the environment (`HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` …). Redirects are
     followed, but not from https to http.
 
     Args:
         login: Name and password for a server that asks for them.
+        limits: What is expected of the servers.
 
     Raises:
         ImageBuildError: The environment's proxy or certificate settings cannot be used.
@@ -133,8 +161,8 @@ def open_client(login: Login | None = None) -> Iterator[httpx.Client]:
     import httpx  # noqa: PLC0415 - heavy
 
     try:
-        client = httpx.Client(
-            timeout=_TIMEOUT,
+        http = httpx.Client(
+            timeout=limits.timeout,
             follow_redirects=True,
             event_hooks={"response": [_check_redirect]},
             headers={"User-Agent": f"pycloudlib/{__version__}"},
@@ -149,8 +177,8 @@ def open_client(login: Login | None = None) -> Iterator[httpx.Client]:
             f"{_UNUSABLE_SETTINGS}: one of the proxies has no URL that can be used "
             f"({', '.join(sorted(proxies))})"
         ) from None
-    with client:
-        yield client
+    with http:
+        yield Client(http, limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +194,7 @@ class Version:
     last_modified: str = ""
 
 
-def fetch_bytes(client: httpx.Client, url: str) -> bytes:
+def fetch_bytes(client: Client, url: str) -> bytes:
     """Download a small file: a catalog, a list of checksums, a signature.
 
     Raises:
@@ -177,7 +205,7 @@ def fetch_bytes(client: httpx.Client, url: str) -> bytes:
     return content
 
 
-def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes | None, Version]:
+def fetch_changed(client: Client, url: str, known: Version) -> tuple[bytes | None, Version]:
     """Download a small file unless it is the one that is known.
 
     Returns:
@@ -193,6 +221,8 @@ def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes
     # None of the others that the library knows can be undone within bounds.
     asked["Accept-Encoding"] = "gzip"
 
+    most = client.limits.text_bytes
+
     def fetch() -> tuple[bytes | None, Version]:
         content = bytearray()
         with _open_response(client, url, asked) as response:
@@ -201,30 +231,30 @@ def fetch_changed(client: httpx.Client, url: str, known: Version) -> tuple[bytes
             _check_status(response, url)
             for chunk in response.iter_raw():
                 content += chunk
-                if len(content) > _TEXT_LIMIT:
+                if len(content) > most:
                     raise ImageBuildError(
-                        f"{shown_url(url)} is longer than the {_TEXT_LIMIT} bytes expected at most"
+                        f"{shown_url(url)} is longer than the {most} bytes expected at most"
                     )
             told = response.headers
-        text = _undo_encoding(bytes(content), told.get("Content-Encoding", "identity"), url)
+        text = _undo_encoding(bytes(content), told.get("Content-Encoding", "identity"), url, most)
         return text, Version(told.get("ETag", ""), told.get("Last-Modified", ""))
 
-    return _try_again(fetch)
+    return _try_again(fetch, client.limits.pauses)
 
 
-def _undo_encoding(content: bytes, encoding: str, url: str) -> bytes:
+def _undo_encoding(content: bytes, encoding: str, url: str, most: int) -> bytes:
     try:
         if encoding == "identity":
             return content
         if encoding == "gzip":
-            return gunzip(content, _TEXT_LIMIT)
+            return gunzip(content, most)
         raise ValueError(f"has the encoding {encoding!r}, expected 'gzip' or none")
     except ValueError as error:
         raise ImageBuildError(f"{shown_url(url)} {error}") from error
 
 
 def download_file(
-    client: httpx.Client,
+    client: Client,
     url: str,
     partial: Path,
     expected: Digest,
@@ -248,9 +278,9 @@ def download_file(
         ImageVerificationError: What came is not what was expected.
     """
     with _open_partial(partial) as file:
-        transfer = _Transfer(file, url, expected, on_progress)
+        transfer = _Transfer(file, client, url, expected, on_progress)
         try:
-            _try_again(lambda: transfer.go_on(client), lambda: on_progress(_WAITING))
+            _try_again(transfer.go_on, client.limits.pauses, lambda: on_progress(_WAITING))
             transfer.check()
         except ImageVerificationError:
             if not transfer.resumed:
@@ -281,13 +311,19 @@ class _Transfer:
     """
 
     def __init__(
-        self, file: IO[bytes], url: str, expected: Digest, on_progress: ProgressCallback
+        self,
+        file: IO[bytes],
+        client: Client,
+        url: str,
+        expected: Digest,
+        on_progress: ProgressCallback,
     ) -> None:
         self._file = file
+        self._client = client
         self._url = url
         self._expected = expected
         self._on_progress = on_progress
-        self._limit = expected.size or _FILE_LIMIT
+        self._limit = expected.size or client.limits.file_bytes
         file.seek(0)
         self._digest = hash_file(file)
         self._size = file.tell()
@@ -295,7 +331,7 @@ class _Transfer:
             self._begin_anew()
         self.resumed = self._size > 0
 
-    def go_on(self, client: httpx.Client) -> None:
+    def go_on(self) -> None:
         """Get what is missing.
 
         Raises:
@@ -308,7 +344,7 @@ class _Transfer:
         headers = {"Accept-Encoding": "identity"}
         if self._size:
             headers["Range"] = f"bytes={self._size}-"
-        with _open_response(client, self._url, headers) as response:
+        with _open_response(self._client, self._url, headers) as response:
             if response.status_code != _PARTIAL_CONTENT or not self._fits(response):
                 if self._size:
                     self._begin_anew()
@@ -330,8 +366,13 @@ class _Transfer:
         if received != Digest(self._expected.sha256, self._expected.size or self._size):
             raise ImageVerificationError(
                 f"{shown_url(self._url)} is not the file expected: received {self._size} bytes "
-                f"with SHA-256 {received.sha256}, expected {_describe(self._expected)}"
+                f"with SHA-256 {received.sha256}, expected {self._describe_expected()}"
             )
+
+    def _describe_expected(self) -> str:
+        size, sha256 = self._expected.size, self._expected.sha256
+        told = f"at most {self._limit}" if size is None else str(size)
+        return f"{told} bytes with SHA-256 {sha256}"
 
     def _fits(self, response: httpx.Response) -> bool:
         """Whether the server sends the part of the file that is missing."""
@@ -352,7 +393,7 @@ class _Transfer:
         for chunk in response.iter_raw():
             if self._size + len(chunk) > self._limit:
                 raise ImageVerificationError(
-                    f"{shown_url(self._url)} is longer than expected: {_describe(self._expected)}"
+                    f"{shown_url(self._url)} is longer than expected: {self._describe_expected()}"
                 )
             self._write(chunk)
             self._on_progress(Progress("downloading", name, self._size, total, "B"))
@@ -375,9 +416,11 @@ class _EndedEarlyError(ImageBuildError):
     """A download that may go better when it is tried again."""
 
 
-def _try_again(work: Callable[[], _T], on_wait: Callable[[], None] = lambda: None) -> _T:
+def _try_again(
+    work: Callable[[], _T], pauses: Iterable[float], on_wait: Callable[[], None] = lambda: None
+) -> _T:
     """Run what depends on a server, and run it again after a while where that may help."""
-    for pause in (*_PAUSES, None):
+    for pause in (*pauses, None):
         try:
             return work()
         except _EndedEarlyError as error:
@@ -391,12 +434,12 @@ def _try_again(work: Callable[[], _T], on_wait: Callable[[], None] = lambda: Non
 
 @contextlib.contextmanager
 def _open_response(
-    client: httpx.Client, url: str, headers: dict[str, str] | None = None
+    client: Client, url: str, headers: dict[str, str] | None = None
 ) -> Iterator[httpx.Response]:
     import httpx  # noqa: PLC0415 - heavy
 
     try:
-        with client.stream("GET", url, headers=headers) as response:
+        with client.http.stream("GET", url, headers=headers) as response:
             yield response
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         kind = _EndedEarlyError if isinstance(error, httpx.TransportError) else ImageBuildError
@@ -426,8 +469,3 @@ def _check_status(response: httpx.Response, url: str) -> None:
         f"Downloading {shown_url(url)} failed: the server answered {status} "
         f"{response.reason_phrase}, expected 200 OK"
     )
-
-
-def _describe(expected: Digest) -> str:
-    size = f"at most {_FILE_LIMIT}" if expected.size is None else str(expected.size)
-    return f"{size} bytes with SHA-256 {expected.sha256}"

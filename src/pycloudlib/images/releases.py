@@ -19,6 +19,7 @@ from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerifica
 from pycloudlib.images import store, uses
 from pycloudlib.images.catalog import CatalogEntry, check_release_form, image_name
 from pycloudlib.images.download import (
+    Client,
     Digest,
     download_file,
     fetch_bytes,
@@ -36,7 +37,7 @@ from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
 if TYPE_CHECKING:
-    import httpx
+    pass
 
 # Bytes that are left free: a kernel and an initrd, whose sizes are not published, and some more.
 _SPARE_ROOM = 256 << 20
@@ -189,7 +190,7 @@ def _fetch(
     pinned: bool,
 ) -> None:
     vouchers = (source.voucher,) if source.verified or not pinned else ()
-    with _new_directory(image.parent) as made, open_client(source.login) as client:
+    with _new_directory(image.parent) as made, open_client(source.login, source.limits) as client:
         for directory in reversed(made):
             if is_shared_with_group(directory.parent):
                 # Its members add builds, whatever the umask of the first one is.
@@ -356,7 +357,7 @@ def _make_record(
 
 
 def _find_boot_files(
-    client: httpx.Client, entry: CatalogEntry, source: ImageSource, image: Path
+    client: Client, entry: CatalogEntry, source: ImageSource, image: Path
 ) -> Sequence[_File]:
     """Find kernel and initrd in the signed list of the directory `unpacked/` beside the image.
 
@@ -379,7 +380,7 @@ def _find_boot_files(
 
 
 def _fetch_sums(
-    client: httpx.Client, url: str, entry: CatalogEntry, source: ImageSource
+    client: Client, url: str, entry: CatalogEntry, source: ImageSource
 ) -> dict[str, str]:
     """Fetch a list of checksums with its detached signature; return them by file name.
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pycloudlib._base.tools import run_tool
 from pycloudlib.errors import ImageVerificationError, ToolError
-from pycloudlib.images.download import Login, shown_url, split_login
+from pycloudlib.images.download import LIMITS, Limits, Login, shown_url, split_login
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class ImageSource:
         verified: Whether what the server says counts only when it is signed.
         cache_dir: Where catalogs are kept, to be fetched when they have changed; None to keep none.
         login: The name and the password that the mirror asks for.
+        limits: What is expected of the server.
 
     Raises:
         ValueError: The mirror is not an HTTP URL.
@@ -76,6 +77,7 @@ class ImageSource:
     verified: bool = True
     cache_dir: Path | None = None
     login: Login | None = field(default=None, repr=False)
+    limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
         if not is_http_url(self.mirror):

@@ -4,16 +4,19 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download, store
+from pycloudlib.images import store
 from pycloudlib.images.catalog import find_entry, parse_catalog
+from pycloudlib.images.download import Limits
 from pycloudlib.images.source import ImageSource, Stream
 from tests.unit.imageserver import (
+    QUICK,
     ImageServer,
 )
 
@@ -246,11 +249,11 @@ def test_truncated_catalog_is_refused(server: ImageServer, cut: str) -> None:
         find_entry(server.source, Stream.RELEASED, "noble")
 
 
-def test_endless_catalog_is_refused(server: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_catalog_is_refused(server: ImageServer) -> None:
     server.add_image(Stream.RELEASED, "noble", "20240423")
-    monkeypatch.setattr(download, "_TEXT_LIMIT", 100)
+    source = replace(server.source, limits=Limits(text_bytes=100))
     with pytest.raises(ImageBuildError, match="is longer than the 100 bytes"):
-        find_entry(server.source, Stream.RELEASED, "noble")
+        find_entry(source, Stream.RELEASED, "noble")
 
 
 def test_unreachable_server_is_told(server: ImageServer) -> None:
@@ -259,14 +262,14 @@ def test_unreachable_server_is_told(server: ImageServer) -> None:
         reserved.bind(("127.0.0.1", 0))
         mirror = f"http://127.0.0.1:{reserved.getsockname()[1]}"
         with pytest.raises(ImageBuildError, match=f"{mirror}{RELEASED} failed: ConnectError"):
-            find_entry(ImageSource(mirror, server.keyring), Stream.RELEASED, "noble")
+            find_entry(replace(server.source, mirror=mirror), Stream.RELEASED, "noble")
 
 
-def test_silent_server_is_told(server: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
+def test_silent_server_is_told(server: ImageServer) -> None:
+    source = replace(server.source, limits=replace(QUICK, timeout=0.2))
     server.stalled.add(RELEASED)
     with pytest.raises(ImageBuildError, match=f"{server.url}{RELEASED} failed: ReadTimeout"):
-        find_entry(server.source, Stream.RELEASED, "noble")
+        find_entry(source, Stream.RELEASED, "noble")
 
 
 def test_redirect_is_followed(server: ImageServer) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,12 @@ from pycloudlib.errors import (
 )
 from pycloudlib.images import download, store, uses
 from pycloudlib.images.catalog import CatalogEntry, find_entry
+from pycloudlib.images.download import Limits
 from pycloudlib.images.releases import fetch_image, find_stored, image_path
 from pycloudlib.images.source import ImageSource, Stream
 from pycloudlib.progress import Progress
 from tests.unit.imageserver import (
+    QUICK,
     ImageServer,
     forget_proxies,
     list_files,
@@ -305,11 +308,11 @@ def test_endless_image_is_given_up_early(
 
 
 def test_endless_kernel_is_given_up(
-    server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
 ) -> None:
-    monkeypatch.setattr(download, "_FILE_LIMIT", 100)
+    source = replace(server.source, limits=Limits(file_bytes=100))
     with pytest.raises(ImageVerificationError, match="vmlinuz-generic is longer than expected"):
-        fetch_image(entry, server.source, image_dir)
+        fetch_image(entry, source, image_dir)
     assert list_files(image_dir) == []
 
 
@@ -400,9 +403,8 @@ def test_partial_file_of_another_member_of_the_group_is_no_obstacle(
     server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.cut_short.add(server.path_of(entry.url))
-    monkeypatch.setattr(download, "_PAUSES", ())
     with pytest.raises(ImageBuildError):
-        fetch_image(entry, server.source, image_dir)
+        fetch_image(entry, replace(server.source, limits=Limits(pauses=())), image_dir)
     theirs = {path.stat().st_ino for path in image_dir.glob("*/*/.*.part")}
     assert len(theirs) == 3
 
@@ -519,12 +521,12 @@ def test_redirect_to_elsewhere_brings_nothing_else(
 
 
 def test_server_that_stalls_is_told(
-    server: ImageServer, entry: CatalogEntry, image_dir: Path, monkeypatch: pytest.MonkeyPatch
+    server: ImageServer, entry: CatalogEntry, image_dir: Path
 ) -> None:
-    monkeypatch.setattr(download, "_TIMEOUT", 0.1)
+    source = replace(server.source, limits=replace(QUICK, timeout=0.1))
     server.stalled.add(server.path_of(entry.url))
     with pytest.raises(ImageBuildError, match="ReadTimeout"):
-        fetch_image(entry, server.source, image_dir)
+        fetch_image(entry, source, image_dir)
 
 
 def test_want_of_room_is_told_before_anything_is_transferred(

@@ -26,6 +26,7 @@ from pycloudlib.images.download import fetch_bytes, open_client
 from pycloudlib.images.recipe import BuildRecipe
 from pycloudlib.images.source import ImageSource, Stream
 from tests.unit.imageserver import (
+    QUICK,
     ImageServer,
     SigningKey,
     forget_proxies,
@@ -242,5 +243,5 @@ def test_redirect_from_https_to_http_is_not_followed(
 
 def test_redirect_to_what_is_no_http_is_not_followed(server: ImageServer) -> None:
     server.redirects["/x"] = "file:///etc/hostname"
-    with open_client() as client, pytest.raises(ImageBuildError):
+    with open_client(limits=QUICK) as client, pytest.raises(ImageBuildError):
         fetch_bytes(client, f"{server.url}/x")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageBuildError, ImageNotFoundError, ImageVerificationError
-from pycloudlib.images import download, store
+from pycloudlib.images import store
 from pycloudlib.images.catalog import CatalogEntry, find_entry
+from pycloudlib.images.lookup import ImageLookup
 from pycloudlib.images.releases import image_path
 from pycloudlib.images.source import Stream
-from tests.unit.imageserver import ImageServer, make_cloud
+from pycloudlib.progress import ignore_progress
+from tests.unit.imageserver import QUICK, ImageServer, make_cloud
 
 OLD, NEW = "20240821", "20240822.1"
 
@@ -75,20 +78,22 @@ def test_newest_daily_image_here_is_used_when_the_server_cannot_be_reached(
     how: str,
     cloud: Qemu,
     server: ImageServer,
-    monkeypatch: pytest.MonkeyPatch,
+    image_dir: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server.add_image(Stream.DAILY, "noble", OLD)
     image = cloud.daily_image("noble")
+    source = server.source
     catalog = server.catalog_path(Stream.DAILY)
     if how == "gone":
         fail(server)
     elif how == "failing":
         server.failures[catalog] = [503] * 5
     else:
-        monkeypatch.setattr(download, "_TIMEOUT", 0.1)
+        source = replace(source, limits=replace(QUICK, timeout=0.1))
         server.stalled.add(catalog)
-    assert cloud.daily_image("noble") == image
+    lookup = ImageLookup(Stream.DAILY, "noble", False, image_dir, source)
+    assert lookup.newest_or_stored(ignore_progress) == image
     assert "the newest that is here" in caplog.text
     assert image in caplog.text
 
