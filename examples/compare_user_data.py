@@ -1,4 +1,4 @@
-"""Tell what two user-datas make different in a machine: files, users, packages and units.
+"""Compare what two user-datas make of a machine: files, users, packages and units.
 
 python examples/compare_user_data.py ONE OTHER [IMAGE]
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pycloudlib import Qemu
 
-# What makes up a machine: a line for each thing, of its kind, its name, and what it is. Names and
-# addresses that each machine has of its own are no difference, nor are dates.
+# Prints the parts of a machine: a line for each, with its kind, its name and its value. Dates, and
+# names and addresses that are unique to each machine, make no difference.
 PROGRAM = r"""
 import hashlib, os, pathlib, re, socket, subprocess
 identities = [pathlib.Path("/etc/machine-id"), *pathlib.Path("/sys/class/net").glob("*/address")]
@@ -38,7 +38,7 @@ Facts = dict[tuple[str, str], str]
 
 
 def describe(cloud: Qemu, image: str, user_data: Path) -> Facts:
-    """Boot a machine with a user-data, and tell what it is made of."""
+    """Boot a machine with a user-data, and return its parts."""
     content = user_data.read_bytes()
     with cloud.launch(image, user_data=content, fast_boot=True) as machine:
         machine.wait()
@@ -47,13 +47,13 @@ def describe(cloud: Qemu, image: str, user_data: Path) -> Facts:
         raise RuntimeError(result.stderr)
     facts = {}
     for line in filter(None, result.splitlines()):
-        kind, name, what = [*line.split(maxsplit=2), ""][:3]
-        facts[kind, name] = what
+        kind, name, value = [*line.split(maxsplit=2), ""][:3]
+        facts[kind, name] = value
     return facts
 
 
 def compare(one: Facts, other: Facts) -> list[str]:
-    """List what is only in one (-), only in the other (+), and what is different in both (~)."""
+    """List what only one has (-), what only the other has (+), and what differs (~)."""
     lines = []
     for kind, name in sorted({*one, *other}):
         before, after = one.get((kind, name)), other.get((kind, name))
@@ -64,7 +64,7 @@ def compare(one: Facts, other: Facts) -> list[str]:
 
 
 def main() -> int:
-    """Boot two machines side by side, and print in what they differ."""
+    """Boot two machines side by side, and print their differences."""
     if len(sys.argv) not in (3, 4):
         print(__doc__, file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def _progress_line(console: Console, name: str, started: float) -> Iterator[Prog
 
 
 def _printer(console: Console, name: str, started: float) -> ProgressCallback:
-    """Without a terminal: a line when the activity changes, and one now and then."""
+    """Return a callback that prints a line for each new activity, and one every 15 seconds."""
     last_activity, last_printed = "", 0.0
 
     def show(report: Progress) -> None:
@@ -98,14 +98,14 @@ def _line(name: str, started: float, report: Progress) -> Text:
 
 
 def get_image(cloud: Qemu, release: str, on_progress: ProgressCallback) -> str:
-    """Build or download the image, unless it is there."""
+    """Build or download the image, unless it is here already."""
     if release in BUILT_RELEASES:
         return cloud.build_image(release, on_progress=on_progress)
     return cloud.released_image(release, on_progress=on_progress)
 
 
 def run_commands(console: Console, execute: Callable[[str], str]) -> None:
-    """Execute a few commands in the guest and show what they say."""
+    """Execute a few commands in the guest, and show their output."""
     for command in COMMANDS:
         console.print(f"[bold]$[/] {escape(command)}")
         console.print(escape(execute(command)), highlight=False)
@@ -160,7 +160,7 @@ def demo(release: str, console: Console) -> None:
 
 
 def main() -> int:
-    """Read the command line, show the demo, and tell errors in one line."""
+    """Parse the command line, run the demo, and print errors in one line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--release",

@@ -1,4 +1,4 @@
-"""Prepare a machine once, then run eight tests in eight copies of it, which go on from there.
+"""Prepare a machine once, then run eight tests in eight copies, which continue from there.
 
 python examples/eight_forks.py [IMAGE]
 """
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
 
-# Each would spoil the machine for the others.
+# Each breaks the machine for the others.
 TESTS = {
     "no hosts file": "rm /etc/hosts && ! grep -q . /etc/hosts",
     "full disk": "fallocate -l $(df --output=avail -B1 / | tail -1) /big && df / | grep -q 100%",
@@ -27,7 +27,7 @@ TESTS = {
 
 
 def run(name: str, machine: QemuInstance) -> str:
-    """Run one test in a machine, and delete that."""
+    """Run one test in a machine, and delete the machine."""
     with machine:
         result = machine.execute(["sh", "-c", TESTS[name]], use_sudo=True)
     return (

@@ -21,7 +21,7 @@ chpasswd:
   list: ["ubuntu:{PASSWORD}"]
 """
 
-# What telnet says of itself (RFC 854).
+# Commands of telnet (RFC 854).
 _COMMANDS = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa.*?\xff\xf0|[\xf0-\xf9])", re.DOTALL)
 
 
@@ -43,7 +43,7 @@ class Console:
         self._socket.sendall(line.encode() + b"\r")
 
     def expect(self, pattern: str, seconds: float = 120) -> str:
-        """Read until a pattern comes; give all that was read up to its end."""
+        """Read until a pattern is found; return all text up to its end."""
         limit = time.monotonic() + seconds
         while (match := re.search(pattern.encode(), self._seen)) is None:
             self._socket.settimeout(max(0.1, limit - time.monotonic()))

@@ -1,7 +1,7 @@
-"""Write the reference of the command line from what its commands say of themselves.
+"""Write the reference of the command line from the help of its commands.
 
 python -m scripts.command_line            writes docs/reference/command-line.md
-python -m scripts.command_line --check    says whether it is up to date
+python -m scripts.command_line --check    checks that it is up to date
 """
 
 from __future__ import annotations
@@ -28,26 +28,25 @@ _COMMON = ("verbose", "quiet", "help")
 _INTRODUCTION = f"""\
 # The command line
 
-<!-- Written by scripts/command_line.py; change what the commands say of themselves instead. -->
+<!-- Written by scripts/command_line.py; change the help of the commands instead. -->
 
-`{PROGRAM}`, or `python -m {PROGRAM}`. This lists what there is;
-[how to use it](../how-to/use-the-command-line.md) is told elsewhere.
+The command is `{PROGRAM}`, or `python -m {PROGRAM}`. This page lists all commands and options;
+[another](../how-to/use-the-command-line.md) shows how to use them.
 
-Every command takes `-v` (tell what is being done; `-vv`: everything, with tracebacks), `-q` (no
-progress, notes or warnings) and `-h`. Results go to standard output; notes, progress, warnings and
-errors to standard error. There is progress on a terminal alone, and no colour where `NO_COLOR` is
-set or there is no terminal.
+Every command takes `-v` (print each action; `-vv`: everything, with tracebacks), `-q` (no progress,
+notes or warnings) and `-h`. Results go to standard output; notes, progress, warnings and errors to
+standard error. Progress and colours are for terminals only; `NO_COLOR` forbids colours.
 
-A machine is named by its name; one of another program by its cloud and name, `CLOUD/NAME`, as
-`list --all` shows it. An image is named by a release (`noble`, `24.04`, `lts`, `bookworm`), by the
-name of a snapshot, by a build that is here (`noble/20260930`), or by a path.
+NAME is the name of a machine; for one of another program its cloud and name, `CLOUD/NAME`, as
+`list --all` shows it. IMAGE is a release (`noble`, `24.04`, `lts`, `bookworm`), the name of a
+snapshot, a build on this host (`noble/20260930`), or a path.
 
-[The configuration](configuration.md) is that of programs.
+The command line and programs have the same [configuration](configuration.md).
 """
 
 
 def write() -> str:
-    """Give the text of the reference."""
+    """Return the text of the reference."""
     sections = [_INTRODUCTION, _exit_codes(), "## Commands\n"]
     sections += [_describe(name, command) for name, command in _commands(application, "")]
     sections.append(_json())
@@ -66,14 +65,14 @@ def _exit_codes() -> str:
     lines = ["## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {int(code)} | {meaning} |" for code, meaning in MEANINGS.items()]
     lines.append("")
-    lines.append("`exec` and `shell` end with the status of what they ran, if it came to that.")
-    lines.append("When several machines are named, the code is that of the first that failed.")
+    lines.append("`exec` and `shell` end with the exit status of what they ran, if it ran.")
+    lines.append("For several machines, the code is that of the first that failed.")
     return "\n".join([*lines, ""])
 
 
 def _describe(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=f"{PROGRAM} {name}", terminal_width=_WIDTH)
-    # Those that every command has are told once.
+    # The introduction describes the options of every command.
     options = [
         record
         for parameter in command.params
@@ -84,7 +83,7 @@ def _describe(name: str, command: click.Command) -> str:
     text = inspect.cleandoc(command.help or "")
     blocks = "".join(f"\n{block}\n" for block in _blocks(text))
     usage = command.get_usage(context).removeprefix("Usage: ")
-    rows = [f"| `{names}` | {told} |" for names, told in options]
+    rows = [f"| `{names}` | {meaning} |" for names, meaning in options]
     table = "\n| option | |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
     return f"### {name}\n\n```text\n{usage}\n```\n{blocks}{table}"
 
@@ -100,13 +99,13 @@ def _blocks(text: str) -> Iterator[str]:
 def _json() -> str:
     parts = [
         "## JSON\n",
-        "What `--json` prints is stable: keys are added, and none is taken away or gets another",
+        "What `--json` prints is stable: keys are added, but never removed or given another",
         "meaning. `list`, `info`, `images list` and `doctor` print a list of objects, `launch` one",
-        "such as those of `info`; `prune` and `images prune` a list of texts; `diagnose` an object",
+        "like those of `info`; `prune` and `images prune` a list of strings; `diagnose` an object",
         "with the fields of `pycloudlib.diagnosis.Diagnosis`, whose `cause` is the name of one of",
         "`pycloudlib.diagnosis.Cause`, and with `hint`: what to try.\n\n"
         "A path that is not UTF-8 has an escape for each byte that is not, `\\udcf6` for the byte\n"
-        "f6: Python's `os.fsencode` makes the path of it again.\n",
+        "f6: Python's `os.fsencode` returns the path.\n",
     ]
     titles = {
         MachineFacts: "A machine (`list`, `info`, `launch`)",
@@ -124,7 +123,7 @@ def _json() -> str:
 
 
 def _attributes(docstring: str) -> dict[str, str]:
-    """Read the section of attributes of a docstring."""
+    """Parse the section of attributes of a docstring."""
     _, _, section = docstring.partition("Attributes:\n")
     found: dict[str, str] = {}
     name = ""

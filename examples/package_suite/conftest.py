@@ -23,7 +23,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def install(package: Path) -> Callable[[QemuInstance], None]:
-    """Give what installs the package in a machine."""
+    """Return a function that installs the package in a machine."""
 
     def install_in(machine: QemuInstance) -> None:
         machine.push_file(package, "/tmp/greeting.deb")
@@ -35,5 +35,5 @@ def install(package: Path) -> Callable[[QemuInstance], None]:
 
 @pytest.fixture(scope="session")
 def installed(prepare_vm: PrepareVm, install: Callable[[QemuInstance], None]) -> str:
-    """Save a machine with the package: each test that wants it starts from there."""
+    """Save a machine with the package; tests start from it."""
     return prepare_vm(install)
