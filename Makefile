@@ -78,12 +78,12 @@ wheel: setup  ## Build the package into dist/, install it elsewhere, and check w
 	@$(PYTHON_IN_VENV) -m scripts.check_wheel dist/*.whl
 
 measure: wheel  ## Measure the package: size of an installation, time of an import
-	@$(PYTHON_IN_VENV) -m scripts.measure dist/*.whl
+	@$(PYTHON_IN_VENV) -m benchmarks package dist/*.whl
 
 # The original's seeds need genisoimage; nothing else here does.
 bench: wheel  ## Measure the original and this package side by side (BENCH_ARGS='--rounds 1')
 	@EXTRA_REQUIREMENT='genisoimage|genisoimage|writes the seeds of the original' scripts/setup.sh
-	@$(PYTHON_IN_VENV) -m benchmarks dist/*.whl $(BENCH_ARGS)
+	@$(PYTHON_IN_VENV) -m benchmarks compare dist/*.whl $(BENCH_ARGS)
 
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,7 @@
-"""The benchmark: the same programs on the original pycloudlib and on this package, in turn.
+"""All measuring programs of this project: `python -m benchmarks NAME`, see `--list`.
 
-What runs in both (`courses`, and what they import) uses Python's own library and the interface that
-both packages share, nothing else.
+The driver runs *courses*, each in a process of its own, in the environment of one *side*: the
+original pycloudlib or this package, or two versions of it. It keeps what they report, and writes
+tables. What runs on the original too (`worker`, the courses `package`, `one`, `dead` and `many`,
+and what they import) uses Python's own library and the interface that both packages share.
 """

@@ -1,9 +1,7 @@
-"""Measure the original pycloudlib and this package side by side.
+"""Measure this package: `python -m benchmarks NAME`, with `--help` for its options.
 
-    python -m benchmarks dist/*.whl [--rounds 3] [--only NAME ...] [--skip NAME ...]
-
-Everything is kept in one directory: results.json, which is written after each course, report.md,
-and the logs of the courses. Names are those of scenarios or of courses; `--list` lists them.
+Everything is kept in one directory: NAME.json, which is written after each run, NAME.md, and the
+logs of the courses.
 """
 
 from __future__ import annotations
@@ -11,79 +9,91 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from benchmarks.driver import Driver, Options
-from benchmarks.measurements import Results
+from benchmarks.driver import Driver
+from benchmarks.plan import Plan
 from benchmarks.report import write_report
-from benchmarks.scenarios import BY_KEY, COURSES, SCENARIOS, choose
+from benchmarks.results import Results
+from benchmarks.scenarios import BY_KEY, PROGRAMS, SAVES, Program
 from pycloudlib.errors import PycloudlibException
+
+_OF_ALL = ("only", "skip", "output", "append", "report")
 
 
 def main() -> int:
-    """Read the command line, measure, and print the table."""
-    arguments = _parser().parse_args()
-    if arguments.list:
-        for scenario in SCENARIOS:
-            print(f"{scenario.course:8} {scenario.key:20} {scenario.title}")
+    """Read the command line, measure, and print the tables."""
+    parser = make_parser()
+    given = vars(parser.parse_args())
+    if given.pop("list"):
+        for name, program in PROGRAMS.items():
+            print(f"{name}: {program.title}")
+            for key in program.scenarios:
+                print(f"  {BY_KEY[key].course:9} {key:20} {BY_KEY[key].title}")
         return 0
-    results_file: Path = arguments.output / "results.json"
-    if arguments.report:
+    name = given.pop("name")
+    if name is None:
+        parser.error("name what to measure; --list shows what there is")
+    plan = Plan.from_options(given)
+    results_file = Path(plan.output, f"{name}.json")
+    if plan.report:
         print(write_report(Results.read(results_file)))
         return 0
-    options = Options(
-        output=arguments.output,
-        wheel=arguments.wheel,
-        rounds=arguments.rounds,
-        wanted=choose(tuple(arguments.only), tuple(arguments.skip)),
-        side=arguments.side,
-        machines=arguments.machines,
-        instance_type=arguments.type,
-        release=arguments.release,
-        dead_limit=arguments.dead_limit,
-        append=arguments.append,
-    )
     # As after Ctrl-C: courses clean up, and nothing is left.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    driver = Driver(name, plan)
     try:
-        results = Driver(options).run()
+        results = driver.run()
     except KeyboardInterrupt:
         print(f"interrupted; what was measured before is in {results_file}")
         return 130
-    except PycloudlibException as error:
+    except (PycloudlibException, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(write_report(results))
-    return 0
+    return int(driver.failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    names = (*COURSES, *BY_KEY)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("wheel", type=Path, nargs="?", help="this package's wheel, from dist/")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument(
-        "--only", nargs="+", default=[], choices=names, metavar="NAME", help="scenarios or courses"
-    )
-    parser.add_argument("--skip", nargs="+", default=[], choices=names, metavar="NAME")
-    parser.add_argument("--side", choices=("original", "ours"), help="measure one package alone")
-    parser.add_argument("--machines", type=int, default=8, help="how many at once (%(default)s)")
-    parser.add_argument("--type", default="c1m1024", help="instance type (default: %(default)s)")
-    parser.add_argument("--release", default="bookworm", help="Debian release (%(default)s)")
-    parser.add_argument(
-        "--dead-limit",
-        type=float,
-        default=300,
-        metavar="SECONDS",
-        help="how long the error of a dead QEMU is waited for (%(default)s)",
-    )
-    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="%(default)s")
-    parser.add_argument("--append", action="store_true", help="add to the results that are there")
-    parser.add_argument("--report", action="store_true", help="only print what was measured before")
-    parser.add_argument("--list", action="store_true", help="list courses and scenarios")
+    parser.add_argument("--list", action="store_true", help="list programs and what they measure")
+    programs = parser.add_subparsers(dest="name", metavar="NAME")
+    for name, program in PROGRAMS.items():
+        _add_options(programs.add_parser(name, help=program.title), program)
     return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, program: Program) -> None:
+    """Add the options of a program: fields of the plan, with the program's own defaults."""
+    names = (*dict.fromkeys(program.courses), *program.scenarios)
+    choices = {"only": names, "skip": names, "side": program.sides, "step": tuple(SAVES)}
+    for option in fields(Plan):
+        if option.name not in (*program.options, *_OF_ALL):
+            continue
+        default: Any = program.options.get(option.name, option.default)
+        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        if option.name == "wheel":
+            parser.add_argument("wheel", nargs="?", default=default, help=text)
+        elif isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            several = isinstance(default, tuple)
+            kind = type((*default, "")[0] if several else default)
+            shown = " ".join(map(str, default)) if several else default
+            parser.add_argument(
+                flag,
+                type=kind,
+                default=default,
+                nargs="+" if several else None,
+                choices=choices.get(option.name),
+                metavar=option.name.upper(),
+                help=f"{text} (default: {shown})" if shown else text,
+            )
 
 
 if __name__ == "__main__":

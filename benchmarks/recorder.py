@@ -1,4 +1,4 @@
-"""How a course tells what it measures: one JSON object in a line of standard output each."""
+"""How a course reports what it measures: one JSON object in a line of standard output each."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
 from typing import TypeVar
 
-from benchmarks.measurements import Measurement
-from benchmarks.plan import Plan
+from benchmarks.plan import in_turn
+from benchmarks.results import Measurement
 
 _T = TypeVar("_T")
 
 STEP_LIMIT = 3600.0
-"""Seconds that a step may take: eight boots in emulation fit in."""
+"""Seconds that a step may take: enough for eight boots in emulation."""
 
 
 class TimeUp(BaseException):
-    """A step took longer than it may; no `except Exception` on the way holds it up."""
+    """A step took longer than it may; no `except Exception` on the way stops it."""
 
 
 class StepFailedError(Exception):
@@ -49,30 +49,41 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 class Recorder:
-    """Measures steps and tells what came of them.
+    """Measures steps and reports the outcome.
 
     Args:
-        wanted: Keys of the scenarios that are to be measured.
+        wanted: Keys of the scenarios to measure.
+        row: Row of the tables that the figures belong to.
+
+    Attributes:
+        row: The same, which a course may change.
     """
 
-    def __init__(self, wanted: Sequence[str]) -> None:
+    def __init__(self, wanted: Sequence[str], row: str = "") -> None:
         self._wanted = frozenset(wanted)
-        # What is measured has the real standard output for itself; what is printed by packages,
-        # or by a QEMU, goes to standard error.
+        self.row = row
+        # The real standard output is for measurements alone; what packages or a QEMU print goes
+        # to standard error.
         self._out = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def steps(self) -> Iterator[str]:
+        """Return the steps that the driver asks for, one at a time; report the end of each."""
+        for line in sys.stdin:
+            yield line.strip()
+            os.write(self._out, b"\n")
 
     def wants(self, *scenarios: str) -> bool:
         """Whether one of some scenarios is to be measured."""
         return not self._wanted.isdisjoint(scenarios)
 
-    def tell(self, scenario: str, *values: float, note: str = "") -> None:
-        """Tell what was measured."""
-        self._write(Measurement(scenario, values, note=note))
+    def record(self, scenario: str, *values: float, note: str = "") -> None:
+        """Report what was measured."""
+        self._write(Measurement(scenario, values, note=note, row=self.row))
 
     def fail(self, scenario: str, problem: str) -> None:
-        """Tell what happened instead."""
-        self._write(Measurement(scenario, problem=problem))
+        """Report what happened instead."""
+        self._write(Measurement(scenario, problem=problem, row=self.row))
 
     def time(
         self,
@@ -83,17 +94,17 @@ class Recorder:
         since: float | None = None,
         undo: Callable[[_T], object] | None = None,
     ) -> _T:
-        """Measure how long a step takes, in seconds; tell it, or why it did not work.
+        """Measure the seconds that a step takes; report them, or why it did not work.
 
         Args:
             scenario: Key of the scenario.
             step: What to do.
             times: How often.
             since: When that began which the step ends (`time.perf_counter()`); by default, with it.
-            undo: What is done with what each time gave; not measured.
+            undo: What to do with each result; not measured.
 
         Returns:
-            What the last time gave.
+            The last result.
 
         Raises:
             StepFailedError: It raised an error or took too long.
@@ -114,8 +125,26 @@ class Recorder:
             traceback.print_exc()
             self.fail(scenario, describe(error))
             raise StepFailedError(scenario) from error
-        self.tell(scenario, *values)
+        self.record(scenario, *values)
         return result
+
+    def take_turns(
+        self,
+        ways: Mapping[str, Callable[[], _T]],
+        rounds: int,
+        undo: Callable[[_T], object] | None = None,
+    ) -> None:
+        """Measure several ways in turn, A B B A.
+
+        Args:
+            ways: The scenario of each way, and what to do.
+            rounds: How often each.
+            undo: What to do with the result of each; not measured.
+        """
+        wanted = [scenario for scenario in ways if self.wants(scenario)]
+        for number in range(1, rounds + 1):
+            for scenario in in_turn(wanted, number):
+                self.time(scenario, ways[scenario], undo=undo)
 
     def _write(self, measurement: Measurement) -> None:
         if self.wants(measurement.scenario):
@@ -123,17 +152,6 @@ class Recorder:
 
 
 def describe(error: BaseException) -> str:
-    """Say what an error is, in one line."""
+    """Describe an error in one line."""
     first = str(error).strip().partition("\n")[0][:160]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def run_course(course: Callable[[Plan, Recorder], None]) -> None:
-    """Run a course with the plan on the command line; its exit status is 0 if all was measured."""
-    plan = Plan.from_argument(sys.argv[1])
-    # Ctrl-C comes to the driver, which passes it on as this; SystemExit cleans up on its way.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-    try:
-        course(plan, Recorder(plan.wanted))
-    except StepFailedError as error:
-        sys.exit(f"stopped at: {error}")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from benchmarks.measurements import Results, Run
+from benchmarks.results import Results, Run
 from benchmarks.scenarios import (
+    BEFORE,
     BY_KEY,
     MANY,
     NAMES,
+    NOW,
     ORIGINAL,
     OURS,
     OWN_COURSES,
+    ROWS,
     SCENARIOS,
     Scenario,
 )
@@ -21,10 +25,10 @@ from benchmarks.scenarios import (
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What a scenario came to over all rounds.
+    """The figures of a scenario over all rounds.
 
     Attributes:
-        values: The figure of each round, in the scenario's unit.
+        values: The figure of each round, or all of a single one, in the scenario's unit.
         problems: What happened instead, each once.
     """
 
@@ -33,25 +37,33 @@ class Figure:
 
     @property
     def median(self) -> float | None:
-        """The median over the rounds; None if there is no value."""
+        """Their median; None if there is no value."""
         return statistics.median(self.values) if self.values else None
 
 
-def gather(runs: Iterable[Run], side: str, scenario: str) -> Figure:
-    """Collect what all rounds of a package gave for a scenario."""
+_NONE = Figure((), ())
+_Rows: TypeAlias = list[tuple[str, ...]]
+# The row of a table ("" where its rows are scenarios), a scenario, a side.
+_Cell: TypeAlias = tuple[str, str, str]
+
+
+def gather(runs: Iterable[Run], side: str, scenario: str, row: str = "") -> Figure:
+    """Collect the figures of all rounds, or all values of a single one."""
     found = [
         measurement
         for run in runs
         if run.side == side
         for measurement in run.measurements
-        if measurement.scenario == scenario
+        if (measurement.scenario, measurement.row) == (scenario, row)
     ]
     values = tuple(item.figure for item in found if item.figure is not None)
+    if len(found) == 1:
+        values = found[0].values
     return Figure(values, tuple(dict.fromkeys(item.problem for item in found if item.problem)))
 
 
 def ratio(base: Figure, figure: Figure) -> float | None:
-    """Say how many times less a figure is than its base; None where one is missing."""
+    """Return how many times less a figure is than its base; None where one is missing."""
     if base.median is None or not figure.median:
         return None
     return base.median / figure.median
@@ -92,21 +104,25 @@ def write_number(value: float) -> str:
 
 def write_report(results: Results) -> str:
     """Write all of it, in Markdown."""
-    both, alone = _rows(results.runs)
-    lines = ["# Measured side by side", ""]
+    runs = results.runs
+    cells = dict.fromkeys(
+        (item.row, item.scenario, run.side) for run in runs for item in run.measurements
+    )
+    figures = {cell: gather(runs, cell[2], cell[1], cell[0]) for cell in cells}
+    both, alone = _list_scenarios(figures)
+    lines = ["# What was measured", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
-    lines += [
-        "",
-        "Medians of the rounds, with the least and the most; a ratio of 2 means half as much.",
-    ]
+    lines += ["", "Medians, with the least and the most; a ratio of 2 means half as much."]
     if both:
-        head = ("scenario", *NAMES.values(), "ratio", "rounds")
+        head = ("scenario", NAMES[ORIGINAL], NAMES[OURS], "ratio", "times")
         lines += ["", *_table(head, both)]
     if alone:
-        lines += ["", "What only this package does, against its own cold boot:", ""]
-        lines += _table(("what", "took", "ratio", "rounds"), alone)
-    lines += _notes(results.runs)
-    leftovers = sum(run.leftovers for run in results.runs if run.side == ORIGINAL)
+        lines += ["", "What only this package does, against its own base:", ""] if both else [""]
+        lines += _table(("what", "took", "ratio", "times"), alone)
+    for course, title in ROWS.items():
+        lines += _list_rows(figures, course, title)
+    lines += _notes(runs)
+    leftovers = sum(run.leftovers for run in runs if run.side == ORIGINAL)
     if leftovers:
         lines += ["", f"QEMU processes that the original left running: {leftovers}."]
     text = "\n".join(lines) + "\n"
@@ -114,45 +130,71 @@ def write_report(results: Results) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Write what else was told, each once."""
-    told = [
+    """Write what else there is to say, each once."""
+    notes = [
         f"- {BY_KEY[measurement.scenario].title}, {NAMES[run.side]}: {measurement.note}"
         for run in runs
         for measurement in run.measurements
         if measurement.note
     ]
-    return ["", "What was said:", "", *dict.fromkeys(told)] if told else []
+    return ["", "Notes:", "", *dict.fromkeys(notes)] if notes else []
 
 
-def _rows(runs: Sequence[Run]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Make the rows of both tables, of the scenarios that were measured."""
-    both: list[tuple[str, ...]] = []
-    alone: list[tuple[str, ...]] = []
-    told = {measurement.scenario for run in runs for measurement in run.measurements}
+def _list_scenarios(figures: Mapping[_Cell, Figure]) -> tuple[_Rows, _Rows]:
+    """Make the rows of the tables whose rows are scenarios: of both packages, of this one alone."""
+    both: _Rows = []
+    alone: _Rows = []
+    measured = {key for row, key, _ in figures if not row}
+    compared = any(side == ORIGINAL for _, _, side in figures)
     for scenario in SCENARIOS:
-        if scenario.key not in told:
+        if scenario.key not in measured:
             continue
-        base = BY_KEY.get(scenario.base, scenario)
-        ours = gather(runs, OURS, scenario.key)
-        if base.course in OWN_COURSES:
-            own_base = gather(runs, OURS, scenario.base)
-            compared = write_ratio(ratio(own_base, ours))
-            alone.append(
-                (scenario.title, write_figure(scenario, ours), compared, str(len(ours.values)))
-            )
+        # The first base that was measured, or the last: then the original's is missing.
+        bases = [key for key in scenario.base if key in measured] or scenario.base[-1:]
+        base = BY_KEY[bases[0]] if bases else scenario
+        ours = figures.get(("", scenario.key, OURS), _NONE)
+        if base.course in OWN_COURSES or not compared:
+            own = _NONE if base is scenario else figures.get(("", base.key, OURS), _NONE)
+            shown = (write_figure(scenario, ours), write_ratio(ratio(own, ours)))
+            alone.append((scenario.title, *shown, str(len(ours.values))))
             continue
-        original = gather(runs, ORIGINAL, base.key)
+        original = figures.get(("", base.key, ORIGINAL), _NONE)
         counts = sorted({len(original.values), len(ours.values)})
-        both.append(
-            (
-                scenario.title,
-                write_figure(scenario, original),
-                write_figure(scenario, ours),
-                write_ratio(ratio(original, ours)),
-                "-".join(map(str, counts)),
-            )
-        )
+        shown = (write_figure(scenario, original), write_figure(scenario, ours))
+        compare = write_ratio(ratio(original, ours))
+        both.append((scenario.title, *shown, compare, "-".join(map(str, counts))))
     return both, alone
+
+
+def _list_rows(figures: Mapping[_Cell, Figure], course: str, title: str) -> list[str]:
+    """Write the table of a course whose rows are sizes or the like, and its columns scenarios."""
+    cells = [cell for cell in figures if cell[0] and BY_KEY[cell[1]].course == course]
+    columns = [
+        (scenario, side)
+        for scenario in SCENARIOS
+        for side in (OURS, BEFORE, NOW)
+        if any(cell[1:] == (scenario.key, side) for cell in cells)
+    ]
+    if not columns:
+        return []
+    names = [scenario.title for scenario, _ in columns]
+    keys = [(scenario.key, side) for scenario, side in columns]
+    if len({side for _, side in columns}) > 1:
+        # The first scenario is compared with the other version, otherwise with its base.
+        names = [f"{scenario.title}: {NAMES[side]}" for scenario, side in columns]
+        pairs = [(keys[0], (keys[0][0], NOW))]
+    else:
+        pairs = [((base, side), (it.key, side)) for it, side in columns for base in it.base]
+    pairs = [pair for pair in pairs if set(pair) <= set(keys)][:1]
+    rows: _Rows = []
+    for row in dict.fromkeys(row for row, _, _ in cells):
+        shown = {(it.key, side): figures.get((row, it.key, side), _NONE) for it, side in columns}
+        texts = [
+            "" if it is _NONE else write_figure(BY_KEY[key[0]], it) for key, it in shown.items()
+        ]
+        ratios = [write_ratio(ratio(shown[base], shown[key])) for base, key in pairs]
+        rows.append((row, *texts, *ratios))
+    return ["", *_table((title, *names, "ratio")[: len(rows[0])], rows)]
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Programs that measure; each runs in the environment of one of the packages."""
+"""What is measured, a course a module: its `run` measures with a `Bench`."""

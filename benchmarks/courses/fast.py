@@ -1,29 +1,38 @@
-"""A first boot that begins at cloud-init: an option, to set beside the original's cold boot."""
+"""A first boot that begins at cloud-init, in turn with an ordinary one."""
 
 from __future__ import annotations
 
-from benchmarks.plan import Plan
-from benchmarks.recorder import Recorder, run_course
-from pycloudlib import Qemu
-from pycloudlib.qemu.instance import QemuInstance
+import itertools
+from typing import TYPE_CHECKING
+
+from benchmarks.worker import Bench
+
+if TYPE_CHECKING:
+    from pycloudlib.qemu.instance import QemuInstance
+
+MARK = "/var/tmp/number"  # noqa: S108 - in the guest
 
 
-def course(plan: Plan, recorder: Recorder) -> None:
-    """Make what such launches start from, as the first of them does; then launch one."""
-    with Qemu(tag="bench", config_file=plan.config_file) as cloud:
+def run(bench: Bench) -> None:
+    """Make what such launches start from, as the first of them does; then launch in turn."""
+    recorder = bench.recorder
+    numbers, number = itertools.count(), 0
 
-        def prepare() -> None:
-            held = cloud.launch(plan.image, plan.instance_type, fast_boot=True, launch_args=["-S"])
-            held.delete()
+    def boot(*, fast: bool) -> QemuInstance:
+        nonlocal number
+        # User-data of its own each time: nothing of it can have been kept.
+        number = next(numbers)
+        user_data = f"#!/bin/sh\necho {number} >{MARK}\n"
+        return bench.boot(user_data=user_data, fast_boot=fast)
 
-        def boot() -> QemuInstance:
-            machine = cloud.launch(plan.image, plan.instance_type, fast_boot=True)
-            machine.wait()
-            return machine
+    def check(machine: QemuInstance) -> None:
+        if machine.execute(["cat", MARK]) != str(number):
+            raise RuntimeError("the user-data did not take effect")
+        machine.delete()
 
-        recorder.time("fast-prepare", prepare)
-        recorder.time("fast", boot).delete()
-
-
-if __name__ == "__main__":
-    run_course(course)
+    recorder.time("fast-prepare", lambda: bench.hold(fast_boot=True).delete())
+    if recorder.wants("fast-disk"):
+        (start,) = bench.cloud.warm_images()
+        recorder.record("fast-disk", start.size / 2**20)
+    ways = {"ordinary": lambda: boot(fast=False), "fast": lambda: boot(fast=True)}
+    recorder.take_turns(ways, bench.plan.rounds, check)

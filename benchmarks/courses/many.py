@@ -7,49 +7,35 @@ threads ("This event loop is already running").
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu, own_resident_mib, proportional_mib
-from benchmarks.recorder import Recorder, describe, run_course
-from pycloudlib import Qemu
-from pycloudlib.qemu.instance import QemuInstance
+from benchmarks.recorder import describe
+from benchmarks.worker import Bench
+
+if TYPE_CHECKING:
+    from pycloudlib.qemu.instance import QemuInstance
 
 
-def course(plan: Plan, recorder: Recorder) -> None:
+def run(bench: Bench) -> None:
     """Start them all."""
-    with Qemu(tag="bench", config_file=plan.config_file) as cloud:
-        before = own_resident_mib()
-
-        def launch_all() -> list[QemuInstance]:
-            return [
-                cloud.launch(plan.image, instance_type=plan.instance_type)
-                for _ in range(plan.machines)
-            ]
-
-        def wait_for_all() -> None:
-            problems = [found for found in map(wait_for, machines) if found]
-            if problems:
-                raise RuntimeError(
-                    f"{len(problems)} of {len(machines)} were not ready: {problems[0]}"
-                )
-
-        started = time.perf_counter()
-        machines = recorder.time("many-launch", launch_all)
-        recorder.time("many-boot", wait_for_all, since=started)
-        disks = [machine.id.partition("::")[0] for machine in machines]
-        pids = [pid for disk in disks for pid in find_qemu(disk)]
-        recorder.tell("many-qemu-memory", sum(map(proportional_mib, pids)) / plan.machines)
-        recorder.tell("many-python-memory", (own_resident_mib() - before) / plan.machines)
+    count, recorder = bench.plan.machines, bench.recorder
+    before, started = own_resident_mib(), time.perf_counter()
+    machines = recorder.time("many-launch", lambda: [bench.launch() for _ in range(count)])
+    recorder.time("many-boot", lambda: wait_for_all(machines), since=started)
+    disks = [machine.id.partition("::")[0] for machine in machines]
+    pids = [pid for disk in disks for pid in find_qemu(disk)]
+    recorder.record("many-qemu-memory", sum(map(proportional_mib, pids)) / count)
+    recorder.record("many-python-memory", (own_resident_mib() - before) / count)
 
 
-def wait_for(machine: QemuInstance) -> str:
-    """Wait until a machine is ready; say what went wrong."""
-    try:
-        machine.wait()
-    except Exception as error:  # noqa: BLE001 - told, with how many others it happened to
-        return describe(error)
-    return ""
-
-
-if __name__ == "__main__":
-    run_course(course)
+def wait_for_all(machines: list[QemuInstance]) -> None:
+    """Wait until all are ready; raise an error that says for how many that failed."""
+    problems = []
+    for machine in machines:
+        try:
+            machine.wait()
+        except Exception as error:  # noqa: BLE001 - reported with how many others it happened to
+            problems.append(describe(error))
+    if problems:
+        raise RuntimeError(f"{len(problems)} of {len(machines)} were not ready: {problems[0]}")

@@ -6,47 +6,45 @@ import filecmp
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu, own_resident_mib, resident_mib
-from benchmarks.recorder import Recorder, run_course
-from pycloudlib import Qemu
-from pycloudlib.qemu.instance import QemuInstance
+from benchmarks.recorder import Recorder
+from benchmarks.worker import Bench, do_nothing
+
+if TYPE_CHECKING:
+    from pycloudlib.qemu.instance import QemuInstance
 
 COMMANDS = 50
 OUTPUT_BYTES = 10_000_000
 FILE_BYTES = 64 << 20
 
 
-def course(plan: Plan, recorder: Recorder) -> None:
+def run(bench: Bench) -> None:
     """Follow a machine from its launch to its end."""
-    with Qemu(tag="bench", config_file=plan.config_file) as cloud:
-        started = time.perf_counter()
-        machine = recorder.time(
-            "launch", lambda: cloud.launch(plan.image, instance_type=plan.instance_type)
-        )
-        recorder.time("boot", machine.wait, since=started)
-        measure_commands(machine, recorder)
-        if recorder.wants("push", "pull"):
-            measure_files(machine, Path(plan.scratch), recorder)
-        disk = machine.id.partition("::")[0]
-        recorder.tell("qemu-memory", sum(resident_mib(pid) for pid in find_qemu(disk)))
-        recorder.tell("python-memory", own_resident_mib())
-        if recorder.wants("restart"):
-            recorder.time("restart", machine.restart)
-        if recorder.wants("power-cycle"):
-            recorder.time("power-cycle", lambda: power_cycle(machine))
-        if recorder.wants("snapshot", "snapshot-boot"):
-            machine = measure_snapshot(cloud, machine, plan, recorder)
-        recorder.time("delete", machine.delete)
+    recorder = bench.recorder
+    started = time.perf_counter()
+    machine = recorder.time("launch", bench.launch)
+    recorder.time("boot", machine.wait, since=started)
+    measure_commands(machine, recorder)
+    if recorder.wants("push", "pull"):
+        measure_files(machine, Path(bench.plan.scratch), recorder)
+    disk = machine.id.partition("::")[0]
+    recorder.record("qemu-memory", sum(resident_mib(pid) for pid in find_qemu(disk)))
+    recorder.record("python-memory", own_resident_mib())
+    if recorder.wants("restart"):
+        recorder.time("restart", machine.restart)
+    if recorder.wants("power-cycle"):
+        recorder.time("power-cycle", lambda: power_cycle(machine))
+    if recorder.wants("snapshot", "snapshot-boot"):
+        original, cloud = machine, bench.cloud
+        image = recorder.time("snapshot", lambda: cloud.snapshot(original, clean=False))
+        machine = recorder.time("snapshot-boot", lambda: bench.boot(image))
+    recorder.time("delete", machine.delete)
 
 
 def measure_commands(machine: QemuInstance, recorder: Recorder) -> None:
     """Run commands that do nothing, then one that prints much."""
-
-    def do_nothing() -> None:
-        if machine.execute("true").return_code != 0:
-            raise RuntimeError("`true` failed")
 
     def print_much() -> None:
         output = machine.execute(f"head -c {OUTPUT_BYTES} /dev/zero | tr '\\0' x")
@@ -54,8 +52,8 @@ def measure_commands(machine: QemuInstance, recorder: Recorder) -> None:
             raise RuntimeError(f"{len(output)} bytes of output came, not {OUTPUT_BYTES}")
 
     if recorder.wants("execute-first", "execute"):
-        recorder.time("execute-first", do_nothing)
-        recorder.time("execute", do_nothing, times=COMMANDS)
+        recorder.time("execute-first", lambda: do_nothing(machine))
+        recorder.time("execute", lambda: do_nothing(machine), times=COMMANDS)
     if recorder.wants("output"):
         recorder.time("output", print_much)
 
@@ -76,21 +74,3 @@ def power_cycle(machine: QemuInstance) -> None:
     """Switch off and on, and wait until it is ready."""
     machine.shutdown()
     machine.start()
-
-
-def measure_snapshot(
-    cloud: Qemu, machine: QemuInstance, plan: Plan, recorder: Recorder
-) -> QemuInstance:
-    """Make an image of the disk of a running machine, and boot a machine from it; give that."""
-    image = recorder.time("snapshot", lambda: cloud.snapshot(machine, clean=False))
-
-    def launch_and_wait() -> QemuInstance:
-        copy = cloud.launch(image, instance_type=plan.instance_type)
-        copy.wait()
-        return copy
-
-    return recorder.time("snapshot-boot", launch_and_wait)
-
-
-if __name__ == "__main__":
-    run_course(course)

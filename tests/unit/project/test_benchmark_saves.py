@@ -13,33 +13,40 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.courses.saves import Save, add_pauses, collect_pauses, measure_disk
+from benchmarks.courses.saves import add_pauses, collect_pauses, measure_disk
+from benchmarks.driver import CourseFailedError, do_step, running
 from benchmarks.plan import Plan
-from benchmarks.saves import BEFORE, NOW, Taken, Worker, keep, read, turns, write_report
-from benchmarks.subjects import TICKER, Tick, Ticks, find_gaps
+from benchmarks.report import write_report
+from benchmarks.results import Measurement, Results, Run
+from benchmarks.scenarios import BEFORE, NOW, save_turns
+from benchmarks.ticks import TICKER, Tick, Ticks, find_gaps
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.qemu.vm.qmp import Event
 from tests import ROOT
 
-SIDES = (BEFORE, NOW)
+ROW = "a later one, of an idle machine, 1024 MiB"
 
 
-def save(took: float, *, paused: float = 0.01) -> Save:
-    return Save(took, paused, 0.02, 0.03, 300, 200, 50)
+def run(side: str, took: float, *, ticks: bool = True) -> Run:
+    values = {"save-took": took, "save-paused": 0.01, "save-disk": 300, "save-qemu": 200}
+    if ticks:
+        values |= {"save-inside": 0.02, "save-outside": 0.03}
+    measured = tuple(Measurement(key, (value,), row=ROW) for key, value in values.items())
+    return Run(side, "saves", 1, "2026-01-01", 1.0, 0.5, measured)
 
 
-def taken(side: str, took: float, *, memory: int = 1024, step: str = "second") -> Taken:
-    return Taken(side, memory, step, save(took))
+def results(*runs: Run) -> Results:
+    return Results({}, runs)
 
 
 def test_versions_take_turns_and_a_first_save_comes_once() -> None:
-    assert list(turns(("first", "second"), SIDES, 2)) == [
-        ("first", BEFORE),
-        ("first", NOW),
-        ("second", BEFORE),
-        ("second", NOW),
-        ("second", NOW),
-        ("second", BEFORE),
+    assert [turn[1:] for turn in save_turns(("first", "second"), (BEFORE, NOW), 2)] == [
+        (BEFORE, "first"),
+        (NOW, "first"),
+        (BEFORE, "second"),
+        (NOW, "second"),
+        (NOW, "second"),
+        (BEFORE, "second"),
     ]
 
 
@@ -137,45 +144,44 @@ def test_disk_of_a_save_is_what_is_allocated(tmp_path: Path) -> None:
 
 
 def test_report_sets_versions_side_by_side() -> None:
-    report = write_report([taken(BEFORE, 3.0), taken(BEFORE, 5.0), taken(NOW, 0.2)])
+    report = write_report(results(run(BEFORE, 3.0), run(BEFORE, 5.0), run(NOW, 0.2)))
 
-    (row,) = (line for line in report.splitlines() if line.startswith("| 1024 MiB |"))
+    (row,) = (line for line in report.splitlines() if line.startswith(f"| {ROW} |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:5] == ["4.00 (3.00-5.00)", "0.20", "10.0 (10.0-10.0)", "10.0"]
+    assert cells[1:5] == ["4.00 s (3.00-5.00)", "0.20 s", "10.0 ms (10.0-10.0)", "10.0 ms"]
     assert cells[-1] == "20.0"
 
 
 def test_report_of_one_version_has_no_ratio() -> None:
-    report = write_report([taken(NOW, 0.2)])
+    report = write_report(results(run(NOW, 0.2)))
 
     assert "before" not in report
-    assert "faster" not in report
+    assert "| ratio" not in report
 
 
 def test_report_leaves_out_what_was_not_measured() -> None:
-    report = write_report([Taken(NOW, 1024, "second", Save(0.2, 0.01, 0, 0, 300, 200, 50))])
+    report = write_report(results(run(NOW, 0.2, ticks=False)))
 
     assert "ticks" not in report
     assert "disk" in report
 
 
-def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
-    measured = [taken(BEFORE, 3.0), taken(NOW, 0.2, memory=512, step="copy")]
+def test_saves_that_were_measured_are_read_again(tmp_path: Path) -> None:
+    measured = results(run(BEFORE, 3.0), run(NOW, 0.2))
+    (tmp_path / "saves.json").write_text(measured.to_json())
 
-    keep(measured, tmp_path)
-
-    assert read(tmp_path / "saves.json") == measured
-    assert (tmp_path / "saves.md").read_text() == write_report(measured)
+    assert Results.read(tmp_path / "saves.json") == measured
 
 
 def test_a_step_that_fails_says_where_its_error_is(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
-    plan = Plan("image", "c1m512", str(tmp_path / "none.toml"), "", 1, (), 0)
-    worker = Worker(ROOT / "src", plan, log)
-    try:
-        with pytest.raises(RuntimeError, match=r"worker\.log"):
-            worker.do("boot")
-    finally:
-        worker.close()
+    plan = Plan("saves", config_file=str(tmp_path / "none.toml"))
+    argv = [sys.executable, "-m", "benchmarks.worker", plan.to_argument()]
+    with (
+        log.open("w") as output,
+        running(argv, output, ROOT / "src", steps=True) as process,
+        pytest.raises(CourseFailedError, match=r"worker\.log"),
+    ):
+        do_step(process, "boot", log, [])
 
     assert "none.toml" in log.read_text()

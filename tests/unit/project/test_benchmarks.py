@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,16 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import make_parser
 from benchmarks.driver import end_qemus, running
-from benchmarks.measurements import Measurement, Results, Run
 from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu
 from benchmarks.recorder import TimeUp, limit
 from benchmarks.report import Figure, gather, ratio, write_number, write_report
-from benchmarks.scenarios import BY_KEY, OURS, OWN_COURSES, SCENARIOS, choose, turns
+from benchmarks.results import Measurement, Results, Run
+from benchmarks.scenarios import BY_KEY, OURS, OWN_COURSES, PROGRAMS, SCENARIOS
 from benchmarks.wrapper import write_wrapper
+from scripts.doc_blocks import DOCUMENTS
 from tests import ROOT
 
+COMPARE = PROGRAMS["compare"]
 TCG = "tcg,thread=multi,tb-size=256"
 
 
@@ -41,7 +46,7 @@ def row(report: str, title: str) -> list[str]:
 
 
 def test_packages_take_turns_a_b_b_a() -> None:
-    order = turns(3, ("boot",))
+    order = COMPARE.turns(3, ("boot",))
 
     assert order == [
         (1, "original", "one"),
@@ -54,7 +59,7 @@ def test_packages_take_turns_a_b_b_a() -> None:
 
 
 def test_long_courses_are_run_once_in_three_rounds_and_take_turns_too() -> None:
-    assert turns(6, ("many-boot",)) == [
+    assert COMPARE.turns(6, ("many-boot",)) == [
         (1, "original", "many"),
         (1, "ours", "many"),
         (4, "ours", "many"),
@@ -63,13 +68,13 @@ def test_long_courses_are_run_once_in_three_rounds_and_take_turns_too() -> None:
 
 
 def test_what_only_this_package_does_is_measured_on_it_alone() -> None:
-    assert {side for _, side, _ in turns(4, ("copy",))} == {OURS}
+    assert {side for _, side, _ in COMPARE.turns(4, ("copy",))} == {OURS}
 
 
 def test_what_is_compared_has_a_base_of_its_own_course_or_of_the_originals() -> None:
     for scenario in SCENARIOS:
-        if scenario.base:
-            course = BY_KEY[scenario.base].course
+        for base in scenario.base:
+            course = BY_KEY[base].course
             assert course == scenario.course or course not in OWN_COURSES
         assert "|" not in scenario.title
 
@@ -89,9 +94,9 @@ def test_report_sets_a_fast_boot_beside_the_originals_cold_boot() -> None:
 
 
 def test_scenarios_are_chosen_by_their_names_and_their_courses() -> None:
-    assert choose(("package", "boot"), ("size",)) == ("import", "boot")
-    assert choose((), ("one", "fast", "many", "ours", "dead")) == ("import", "size")
-    assert len(choose((), ())) == len(SCENARIOS)
+    assert COMPARE.choose(("package", "boot"), ("size",)) == ("import", "boot")
+    assert COMPARE.choose((), ("one", "fast", "many", "ours", "dead")) == ("import", "size")
+    assert COMPARE.choose((), ()) == COMPARE.scenarios
 
 
 def test_round_counts_with_the_median_of_its_values() -> None:
@@ -141,7 +146,7 @@ def test_report_tells_what_is_short_in_milliseconds() -> None:
 def test_report_tells_the_rate_of_what_is_transferred() -> None:
     report = write_report(results(run("ours", "push", 8)))
 
-    assert "8.00 s, 8.39 MB/s" in row(report, BY_KEY["push"].title)[2]
+    assert "8.00 s, 8.39 MB/s" in row(report, BY_KEY["push"].title)[1]
 
 
 def test_report_tells_what_happened_instead() -> None:
@@ -172,8 +177,67 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert Results.read(tmp_path / "results.json") == written
 
 
+def test_ways_of_a_course_take_turns_a_b_b_a() -> None:
+    code = (
+        "from benchmarks.recorder import Recorder\n"
+        "recorder = Recorder(['curl', 'fetch'], '600 MiB')\n"
+        "done = []\n"
+        "ways = {name: lambda name=name: name for name in ('curl', 'other', 'fetch')}\n"
+        "recorder.take_turns(ways, 2, done.append)\n"
+        "assert done == ['curl', 'fetch', 'fetch', 'curl'], done\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+
+    told = [Measurement.from_json(json.loads(line)) for line in done.stdout.splitlines()]
+    assert [item.scenario for item in told] == ["curl", "fetch", "fetch", "curl"]
+    assert {item.row for item in told} == {"600 MiB"}
+
+
+def test_sizes_are_the_rows_of_a_table_of_their_own() -> None:
+    runs = [
+        Run(OURS, "data", 1, "2026-01-01", 1, 0, (Measurement(key, values, row=f"{mib} MiB"),))
+        for mib, key, values in (
+            (0, "disk-snapshot", (0.02,)),
+            (0, "convert", (1.5,)),
+            (256, "disk-snapshot", (0.02, 0.03, 0.04)),
+        )
+    ]
+
+    report = write_report(results(*runs))
+
+    assert "| data added to the image | `snapshot()` | `qemu-img convert` | ratio |" in report
+    assert row(report, "0 MiB")[1:] == ["20.0 ms", "1.50 s", "75.0"]
+    assert row(report, "256 MiB")[1:] == ["30.0 ms (20.0-40.0)", "", ""]
+
+
+def test_each_scenario_is_measured_by_a_program() -> None:
+    measured = {key for program in PROGRAMS.values() for key in program.scenarios}
+
+    assert measured == set(BY_KEY)
+
+
+COMMANDS = [
+    (document.name, command)
+    for document in DOCUMENTS
+    for command in re.findall(r"python -m benchmarks ([^`#\n]*)", document.read_text())
+]
+
+
+@pytest.mark.parametrize(("document", "command"), COMMANDS)
+def test_commands_that_documents_name_are_understood(document: str, command: str) -> None:
+    given = make_parser().parse_args(shlex.split(command))
+
+    assert given.list or given.name in PROGRAMS
+
+
+def test_documents_name_each_program() -> None:
+    assert {command.split()[0] for _, command in COMMANDS} >= set(PROGRAMS) - {"package"}
+
+
 def test_plan_is_read_as_it_was_written() -> None:
-    plan = Plan("image", "c1m512", "config", "scratch", 8, ("boot", "copy"), 60)
+    plan = Plan("one", image="image", wanted=("boot", "copy"), memory=(512,), dead_limit=60)
 
     assert Plan.from_argument(plan.to_argument()) == plan
 
@@ -195,8 +259,8 @@ def test_course_tells_what_it_measures_apart_from_what_it_prints() -> None:
         "from benchmarks.recorder import Recorder\n"
         "recorder = Recorder(['boot', 'launch'])\n"
         "print('noise')\n"
-        "recorder.tell('boot', 1.5)\n"
-        "recorder.tell('restart', 2.5)\n"
+        "recorder.record('boot', 1.5)\n"
+        "recorder.record('restart', 2.5)\n"
         "try: recorder.time('launch', lambda: 1 / 0)\n"
         "except Exception as error: print(type(error).__name__)\n"
     )

@@ -1,4 +1,4 @@
-"""What is measured, as values and as JSON; used by the programs that measure, too."""
+"""What was measured, as values and as JSON; used by the courses, too."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One scenario, measured once: in one course of one package.
+    """One scenario, measured once.
 
     Attributes:
         scenario: Key of the scenario.
         values: What was measured, in the scenario's unit; several where it is quick to repeat.
         problem: What happened instead, if it could not be measured.
-        note: What else is to be told: the error that was waited for.
+        note: What else there is to say, such as the error that was expected.
+        row: Row of the scenario's table, if it has several.
     """
 
     scenario: str
     values: tuple[float, ...] = ()
     problem: str = ""
     note: str = ""
+    row: str = ""
 
     @property
     def figure(self) -> float | None:
@@ -33,23 +35,23 @@ class Measurement:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Measurement:
-        """Read one as `asdict` gives it."""
+        """Read one as `asdict` returns it."""
         return cls(**{**data, "values": tuple(data["values"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One course, run once in the environment of one package.
+    """One course, or one of its steps, run once on one side.
 
     Attributes:
-        side: Which package: "original" or "ours".
+        side: Which package or version.
         course: Which course.
         round: In which round, from 1 on.
         began: When, as ISO 8601.
         seconds: How long all of it took.
         load: The host's load average over one minute before it began.
         measurements: What was measured.
-        leftovers: How many QEMU processes had to be ended after it.
+        leftovers: How many QEMU processes the driver had to end after it.
     """
 
     side: str
@@ -63,7 +65,7 @@ class Run:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Run:
-        """Read one as `asdict` gives it."""
+        """Read one as `asdict` returns it."""
         measurements = tuple(Measurement.from_json(item) for item in data["measurements"])
         return cls(**{**data, "measurements": measurements})
 
@@ -73,8 +75,8 @@ class Results:
     """Everything that was measured, and where.
 
     Attributes:
-        facts: What is to be known of the host, the image and the packages.
-        runs: The courses, in the order they were run.
+        facts: What one has to know of the host, the image and the packages.
+        runs: The runs, in their order.
     """
 
     facts: Mapping[str, str]
