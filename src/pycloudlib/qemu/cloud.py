@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pycloudlib._base.tools import find_tool
-from pycloudlib.cloud import BaseCloud, ImageType
+from pycloudlib.cloud import BaseCloud
 from pycloudlib.config import ConfigFile
 from pycloudlib.errors import InstanceExistsError
 from pycloudlib.guest.access.hostkeys import HostKeyPool
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store, uses
-from pycloudlib.images.store import StoredImage
 from pycloudlib.key import KeyPair
-from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.explaining import explaining_launch
 from pycloudlib.qemu.host.accelerator import choose_accelerator
@@ -40,6 +39,25 @@ from pycloudlib.qemu.state.settings import QemuSettings, parse_orphans
 from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, check_name
 from pycloudlib.qemu.vm import recovery
 from pycloudlib.qemu.vm.machine import Machine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_shelf(
+    method: Callable[Concatenate[ImageShelf, P], R],
+) -> Callable[Concatenate[Qemu, P], R]:
+    """Make a method of the cloud of one of its image shelf: same arguments, same documentation.
+
+    Each would be three lines of signature, and all of its documentation, for one line that hands
+    on.
+    """
+
+    @functools.wraps(method)
+    def hand_on(cloud: Qemu, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(cloud._shelf, *args, **kwargs)
+
+    return hand_on
 
 
 class Qemu(BaseCloud):
@@ -124,8 +142,8 @@ class Qemu(BaseCloud):
     ) -> QemuInstance:
         """Start a machine from an image, without waiting for its boot.
 
-        From the image of a saved machine (`snapshot(..., memory=True)`) a copy of that machine is
-        started, which runs at once: nothing boots.
+        From the image of a saved machine (`snapshot(..., memory=True)`), start a copy of that
+        machine, which runs at once: nothing boots.
 
         Args:
             image_id: The image: an absolute path, or one below `image_dir`.
@@ -142,27 +160,23 @@ class Qemu(BaseCloud):
             username: The login user; by default the image's own.
             launch_args: Further arguments for QEMU.
             warm: Whether to start a copy of a machine that was launched with just these arguments
-                before, and was saved when it was ready. The first such launch boots, waits and
-                saves; see `warm_images`.
-            fast_boot: Whether the machine's first boot begins where its cloud-init opens the seed:
-                all that comes before is done once for an image and kept. By default as
-                `fast_boot` in `[qemu]` says, which is no if it says nothing.
+                before; the first such launch boots, waits and saves; see `warm_images`.
+            fast_boot: Whether the first boot begins where cloud-init opens the seed: all before it
+                is done once for an image and kept. By default as `fast_boot` in `[qemu]` says.
             fresh_identity: Whether a copy gets a host name, machine-id, instance-id and SSH host
                 key of its own. By default, a warm one does, and others do not.
-            name: What it is called, which is its guest's host name, too: 1 to 63 characters of
-                a-z, 0-9 and '-'. By default one is made from the tag.
-            disk_size_gib: GiB that its disk has, not less than the image. By default 10, or what
-                the image has.
+            name: Its name and its guest's host name: 1 to 63 characters of a-z, 0-9 and '-'. By
+                default one is made from the tag.
+            disk_size_gib: GiB of its disk, not less than the image. By default 10, or the image's.
             **kwargs: Accepted for older programs, and logged.
 
         Raises:
             ImageNotFoundError: There is no such image.
             InstanceExistsError: This cloud has an instance of that name.
-            ValueError: One of the arguments is malformed, or the image is damaged or unsafe.
+            ValueError, TypeError: An argument is malformed, or the image is damaged or unsafe.
             InvalidKeyError: A file of the cloud's SSH key is missing, or is no key.
-            MissingKernelError: There is no kernel for `kernel_cmdline`.
-            TypeError: One of the arguments is of a wrong type.
-            FileNotFoundError: There is no file at `kernel_path`.
+            MissingKernelError, FileNotFoundError: There is no kernel for `kernel_cmdline`, or none
+                at `kernel_path`.
             CloudSetupError: KVM is asked for in the configuration and does not work.
             CloudError: No free port, or QEMU refused (`LaunchError`, with its own words).
         """
@@ -229,9 +243,8 @@ class Qemu(BaseCloud):
         Args:
             instance: The instance.
             clean: Whether to `instance.clean()` first, so that machines of the image find nothing
-                of its boots. A machine that is off cannot be cleaned, which is logged: machines
-                of the image have its machine-id and logs, and do a first boot all the same.
-                Without meaning with `memory`, since nothing boots.
+                of its boots. A machine that is off cannot be cleaned, which is logged. Without
+                meaning with `memory`.
             memory: Whether to save the running machine, memory and all.
             path: Where a saved machine is kept beyond this cloud's end; a new file, beside which
                 a directory `<path>.live` is made.
@@ -244,8 +257,7 @@ class Qemu(BaseCloud):
             InstanceNotFoundError: The instance is deleted.
             MachineEndedError: It is to be saved and does not run.
             CloudError: It could not be saved, and runs on; says why.
-            FileExistsError: There is something at `path` already; it stays as it is.
-            FileNotFoundError: The directory of `path` does not exist.
+            FileExistsError, FileNotFoundError: `path` exists, or its directory does not.
         """
         if kwargs:
             self._log.info("Ignored by snapshot(): %s", ", ".join(sorted(kwargs)))
@@ -263,7 +275,7 @@ class Qemu(BaseCloud):
             try:
                 self.export_image(image, target, compress=False)
             finally:
-                self._shelf.delete_soon(image, self.created_images)
+                self._shelf.delete_soon(image)
             return str(target)
 
     def fork(
@@ -279,7 +291,7 @@ class Qemu(BaseCloud):
         try:
             copies = self._launcher.fork(saved, count, chosen, fresh_identity=fresh_identity)
         except BaseException:
-            self._shelf.delete_soon(str(saved.image), self.created_images)
+            self._shelf.delete_soon(str(saved.image))
             raise
         # The copies have its memory open; the disk that they are built on goes with the cloud.
         try:
@@ -288,194 +300,19 @@ class Qemu(BaseCloud):
             self._log.warning("%s stays until clean(): %s", saved.directory, error)
         return copies
 
-    def find_saved(self, image_id: str) -> SavedMachine:
-        """Find the saved machine that an image id stands for.
-
-        Raises:
-            ImageNotFoundError: There is no such image.
-            CloudError: It is an image of a disk alone, or where first boots begin.
-        """
-        return self._shelf.find_saved(image_id)
-
-    def export_image(
-        self,
-        image_id: str,
-        path: str | Path,
-        compress: bool = True,
-        *,
-        on_progress: ProgressCallback | None = None,
-    ) -> None:
-        """Write an image, and all that it is built on, as one qcow2 file that needs no other.
-
-        Args:
-            image_id: The image.
-            path: The new file.
-            compress: Whether its content is compressed: smaller, and slower to write.
-            on_progress: Told how much is done, in percent; by default shown.
-
-        Raises:
-            ImageNotFoundError: There is no such image.
-            FileExistsError: There is a file at `path` already; it stays as it is.
-            FileNotFoundError: The directory of `path` does not exist.
-        """
-        self._shelf.export(image_id, path, compress, on_progress)
-
-    def build_image(
-        self,
-        release: str = "bookworm",
-        packages: Sequence[str] = (),
-        *,
-        on_progress: ProgressCallback | None = None,
-        refresh: bool = False,
-        **options: Any,
-    ) -> str:
-        """Build a cloud image from a distribution's signed packages; no image server is needed.
-
-        An image that was built of the same parts before is used again, and two processes that
-        ask for the same one build it once.
-
-        Args:
-            release: `bookworm` or `trixie`, of Debian.
-            packages: Packages to install besides those that a cloud image has.
-            on_progress: Told of each step; by default shown.
-            refresh: Whether to build anew, with the distribution's latest packages.
-            **options: More about the image; see `pycloudlib.images.build.BuildRecipe`.
-
-        Returns:
-            The image's id, its path.
-
-        Raises:
-            ValueError: There is no such release, or an option is malformed.
-            MissingPrerequisiteError: A tool for building is not installed; names the package.
-            ImageBuildError: A step failed; names it, with the tool's own last lines.
-        """
-        return self._shelf.build(release, packages, options, on_progress, refresh=refresh)
-
-    def released_image(
-        self,
-        release: str,
-        *,
-        image_type: ImageType = ImageType.GENERIC,
-        refresh: bool = False,
-        on_progress: ProgressCallback | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Return the latest released image of an Ubuntu release; downloaded if there is none yet.
-
-        Args:
-            release: A series (`noble`) or a version (`24.04`).
-            image_type: `GENERIC` or `MINIMAL`.
-            refresh: Whether to ask the server for a newer one than there is.
-            on_progress: Told how much of a download is done, in bytes. By default a terminal has
-                a bar, and the log a line now and then.
-            **kwargs: Accepted for older programs.
-
-        Returns:
-            The image's id, its path.
-
-        Raises:
-            ValueError: There is no such release, or no image of that type.
-            ImageNotFoundError: There is none here, and `offline` is configured.
-            ImageBuildError: The download failed.
-            ImageVerificationError: What the server sent is not what its publisher signed.
-        """
-        return self._shelf.find_released(release, image_type, on_progress, refresh=refresh)
-
-    def daily_image(
-        self,
-        release: str,
-        *,
-        image_type: ImageType = ImageType.GENERIC,
-        on_progress: ProgressCallback | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """Return the latest daily image of an Ubuntu release; downloaded unless it is there.
-
-        When the server cannot be reached, the newest one that is here is used, and the log says so.
-
-        Arguments, result and errors are those of `released_image`.
-        """
-        return self._shelf.find_daily(release, image_type, on_progress)
-
-    def lock_image(
-        self,
-        release: str,
-        *,
-        daily: bool = False,
-        image_type: ImageType = ImageType.GENERIC,
-    ) -> str:
-        """Pin a release to its newest build, which is had from then on and no other.
-
-        The lock is `image_lock` of the configuration, or `pycloudlib.lock` in the directory that
-        the program runs in; it is for a project's version control.
-
-        Args:
-            release: A series or a version.
-            daily: Whether its daily image is meant, not the released one.
-            image_type: `GENERIC` or `MINIMAL`.
-
-        Returns:
-            The serial of the build.
-
-        Raises:
-            ValueError: There is no such release, or the lock is damaged.
-            ImageBuildError: The server could not be asked.
-            ImageVerificationError: What it says is not what its publisher signed.
-        """
-        return self._shelf.lock(release, image_type, daily=daily)
-
-    def update_image_lock(self) -> list[str]:
-        """Pin all that is pinned to the newest builds; return their serials.
-
-        Errors are those of `lock_image`; the lock stays as it was then.
-        """
-        return self._shelf.update_lock()
-
-    def images(self) -> list[StoredImage]:
-        """List the images in `image_dir`, downloaded or built, of each the newest build first."""
-        return self._shelf.list_all()
-
-    def prune_images(self, keep: int = 1) -> list[str]:
-        """Delete old builds in `image_dir` that no instance and no snapshot is built on.
-
-        Args:
-            keep: How many builds of each image stay: the newest ones.
-
-        Returns:
-            The ids of what was deleted.
-
-        Raises:
-            ValueError: `keep` is negative.
-        """
-        return self._shelf.prune(keep, self.created_images)
-
-    def get_image_id_from_name(self, name: str) -> str:
-        """Return the id of the image that has a name.
-
-        Args:
-            name: The file name of a snapshot that this cloud made, or of an image in `image_dir`,
-                of which the newest build is meant; without its suffix, too.
-
-        Raises:
-            ImageNotFoundError: There is none.
-        """
-        return self._shelf.find_by_name(name, self.created_images)
-
-    def image_serial(self, image_id: str) -> str:
-        """Return the build serial of an image.
-
-        Raises:
-            ImageNotFoundError: There is no such image, or nothing tells its serial.
-        """
-        return self._shelf.find_serial(image_id)
-
-    def delete_image(self, image_id: str, **kwargs: Any) -> None:
-        """Delete an image and what belongs to it; one that is not there is no error.
-
-        Raises:
-            ImageInUseError: Instances or snapshots are built on it; names them.
-        """
-        self._shelf.delete(image_id, self.created_images)
+    # What it does with images is the shelf's, documentation and all.
+    export_image = _by_shelf(ImageShelf.export_image)
+    build_image = _by_shelf(ImageShelf.build_image)
+    released_image = _by_shelf(ImageShelf.released_image)
+    daily_image = _by_shelf(ImageShelf.daily_image)
+    lock_image = _by_shelf(ImageShelf.lock_image)
+    update_image_lock = _by_shelf(ImageShelf.update_image_lock)
+    images = _by_shelf(ImageShelf.images)
+    prune_images = _by_shelf(ImageShelf.prune_images)
+    get_image_id_from_name = _by_shelf(ImageShelf.get_image_id_from_name)
+    image_serial = _by_shelf(ImageShelf.image_serial)
+    delete_image = _by_shelf(ImageShelf.delete_image)
+    find_saved = _by_shelf(ImageShelf.find_saved)
 
     def warm_images(self) -> list[WarmImage]:
         """List what is kept ready for launches with `warm=True` or `fast_boot=True`."""
@@ -495,15 +332,13 @@ class Qemu(BaseCloud):
         return self._warm_cache.prune(keep_mib << 20)
 
     def prune(self, *, stopped: bool = False) -> list[str]:
-        """Remove what programs have left behind that were killed or crashed, of all clouds.
+        """Remove what programs that were killed or crashed have left behind, of all clouds.
 
-        Directories of machines, with their QEMU if that runs still, snapshots, keys, and what was
-        being made. What belongs to a program that is alive stays, and so does what a program left
-        when it ended normally; and whatever was not made by this package.
+        That is directories of machines, with their QEMU if it still runs, snapshots, keys, and what
+        was being made. What belongs to a living program stays, and what one left by a normal end.
 
         Args:
-            stopped: Whether to remove machines, too, that were left by a normal end and do not
-                run.
+            stopped: Whether to remove also machines that a normal end has left and that do not run.
 
         Returns:
             The paths of what was removed.
@@ -549,7 +384,7 @@ class Qemu(BaseCloud):
 
     @property
     def _shelf(self) -> ImageShelf:
-        return ImageShelf(self.settings, self._warm_cache)
+        return ImageShelf(self.settings, self._warm_cache, self.created_images)
 
     @cached_property
     def _own_keys(self) -> OwnKeys:

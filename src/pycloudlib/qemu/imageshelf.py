@@ -36,22 +36,37 @@ if TYPE_CHECKING:
 class ImageShelf:
     """The images below `image_dir`, and those that a cloud's snapshots have made.
 
-    What its methods are asked for, return and raise is what those of `Qemu` say.
-
     Attributes:
         settings: Section `[qemu]` of the configuration.
         cache: The machines that are kept ready.
+        created: The images that the cloud made, and deletes at its end.
     """
 
     settings: QemuSettings
     cache: WarmCache
+    created: list[str]
 
-    def export(
-        self, image_id: str, path: str | Path, compress: bool, on_progress: ProgressCallback | None
+    def export_image(
+        self,
+        image_id: str,
+        path: str | Path,
+        compress: bool = True,
+        *,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
         """Write an image, and all that it is built on, as one qcow2 file that needs no other.
 
         What is kept of a saved machine goes with it, into the directory `<path>.live`.
+
+        Args:
+            image_id: The image.
+            path: The new file.
+            compress: Whether its content is compressed: smaller, and slower to write.
+            on_progress: Called with how much is done, in percent; by default shown.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            FileExistsError, FileNotFoundError: `path` exists, or its directory does not.
         """
         image = store.resolve(image_id, self.settings.image_dir)
         saved = savedmachine.find(image)
@@ -65,16 +80,35 @@ class ImageShelf:
                 target.unlink()
                 raise
 
-    def build(
+    def build_image(
         self,
-        release: str,
-        packages: Sequence[str],
-        options: dict[str, Any],
-        on_progress: ProgressCallback | None,
+        /,
+        release: str = "bookworm",
+        packages: Sequence[str] = (),
         *,
-        refresh: bool,
+        on_progress: ProgressCallback | None = None,
+        refresh: bool = False,
+        **options: Any,
     ) -> str:
-        """Build a cloud image from a distribution's signed packages; no image server is needed."""
+        """Build a cloud image from a distribution's signed packages; no image server is needed.
+
+        An image that was built of the same parts before is used again; two processes build it once.
+
+        Args:
+            release: `bookworm` or `trixie`, of Debian.
+            packages: Packages to install besides those that a cloud image has.
+            on_progress: Called at each step; by default shown.
+            refresh: Whether to build anew, with the distribution's latest packages.
+            **options: More about the image; see `pycloudlib.images.build.BuildRecipe`.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or an option is malformed.
+            MissingPrerequisiteError: A tool for building is not installed; names the package.
+            ImageBuildError: A step failed; names it, with the tool's own last lines.
+        """
         from pycloudlib.images.build import BuildRecipe, build_image  # noqa: PLC0415 - seldom
 
         recipe = BuildRecipe(release=release, packages=tuple(packages), **options)
@@ -83,15 +117,34 @@ class ImageShelf:
                 build_image(recipe, self.settings.image_dir, refresh=refresh, on_progress=tell)
             )
 
-    def find_released(
+    def released_image(
         self,
+        /,
         release: str,
-        image_type: ImageType,
-        on_progress: ProgressCallback | None,
         *,
-        refresh: bool,
+        image_type: ImageType = ImageType.GENERIC,
+        refresh: bool = False,
+        on_progress: ProgressCallback | None = None,
+        **kwargs: Any,
     ) -> str:
-        """Give the latest released image of an Ubuntu release; downloaded if there is none yet."""
+        """Return the latest released image of an Ubuntu release; downloaded if there is none yet.
+
+        Args:
+            release: A series (`noble`) or a version (`24.04`).
+            image_type: `GENERIC` or `MINIMAL`.
+            refresh: Whether to ask the server for a newer one than there is.
+            on_progress: Called with the bytes of a download; by default shown.
+            **kwargs: Accepted for older programs.
+
+        Returns:
+            The image's id, its path.
+
+        Raises:
+            ValueError: There is no such release, or no image of that type.
+            ImageNotFoundError: There is none here, and `offline` is configured.
+            ImageBuildError: The download failed.
+            ImageVerificationError: What the server sent is not what its publisher signed.
+        """
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._look_up(Stream.RELEASED, release, image_type)
@@ -100,10 +153,19 @@ class ImageShelf:
                 return wanted.newest(tell)
             return wanted.stored_or_fetched(tell)
 
-    def find_daily(
-        self, release: str, image_type: ImageType, on_progress: ProgressCallback | None
+    def daily_image(
+        self,
+        /,
+        release: str,
+        *,
+        image_type: ImageType = ImageType.GENERIC,
+        on_progress: ProgressCallback | None = None,
+        **kwargs: Any,
     ) -> str:
-        """Give the latest daily image of an Ubuntu release; downloaded unless it is there."""
+        """Return the latest daily image of an Ubuntu release; see `released_image`.
+
+        When the server cannot be reached, it is the newest one that is here, which is logged.
+        """
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         wanted = self._look_up(Stream.DAILY, release, image_type)
@@ -112,37 +174,70 @@ class ImageShelf:
                 return wanted.stored_or_fetched(tell)
             return wanted.newest_or_stored(tell)
 
-    def lock(self, release: str, image_type: ImageType, *, daily: bool) -> str:
-        """Pin a release to its newest build, which is had from then on and no other."""
+    def lock_image(
+        self,
+        release: str,
+        *,
+        daily: bool = False,
+        image_type: ImageType = ImageType.GENERIC,
+    ) -> str:
+        """Pin a release to its newest build; no other is used from then on.
+
+        The lock is `image_lock` of the configuration, or `pycloudlib.lock` in the directory that
+        the program runs in; it is for a project's version control.
+
+        Args:
+            release: A series or a version.
+            daily: Whether its daily image is meant, not the released one.
+            image_type: `GENERIC` or `MINIMAL`.
+
+        Returns:
+            The serial of the build.
+
+        Raises:
+            ValueError: There is no such release, or the lock is damaged.
+            ImageBuildError: The server could not be asked.
+            ImageVerificationError: What it says is not what its publisher signed.
+        """
         from pycloudlib.images.source import Stream  # noqa: PLC0415 - seldom
 
         stream = Stream.DAILY if daily else Stream.RELEASED
         return self._update_lock([(stream, release, _is_minimal(image_type))])[0]
 
-    def update_lock(self) -> list[str]:
-        """Pin all that is pinned to the newest builds; give their serials."""
+    def update_image_lock(self) -> list[str]:
+        """Pin all that is pinned to the newest builds; return their serials.
+
+        Errors are those of `lock_image`; the lock stays as it was then.
+        """
         lock = self.pins
         pinned = [(pin.stream, pin.release, pin.minimal) for pin in lock.pins]
         return self._update_lock(pinned, lock.list_aliases())
 
-    def list_all(self) -> list[StoredImage]:
+    def images(self) -> list[StoredImage]:
         """List the images in `image_dir`, downloaded or built, of each the newest build first."""
         return store.list_images(self.settings.image_dir)
 
-    def prune(self, keep: int, created: list[str]) -> list[str]:
-        """Delete old builds in `image_dir` that no instance and no snapshot is built on."""
+    def prune_images(self, keep: int = 1) -> list[str]:
+        """Delete old builds in `image_dir` that no instance and no snapshot is built on.
+
+        Args:
+            keep: How many builds of each image stay, the newest ones; 0 or more.
+
+        Returns:
+            The ids of what was deleted.
+        """
         if keep < 0:
             raise ValueError(f"keep is {keep}, expected 0 or more")
         seen: Counter[tuple[str, str]] = Counter()
         deleted = []
-        for stored in self.list_all():
+        for stored in self.images():
             image = Path(stored.image_id)
             kind = (image.parent.parent.name, image.name)
             seen[kind] += 1
             if seen[kind] <= keep:
                 continue
             try:
-                self.delete(stored.image_id, created)
+                self.delete_image(stored.image_id)
                 deleted.append(stored.image_id)
             except ImageInUseError as error:
                 _log.info("%s is kept: %s", image, error)
@@ -152,10 +247,18 @@ class ImageShelf:
         store.remove_stale_downloads(self.settings.image_dir)
         return deleted
 
-    def find_by_name(self, name: str, created: Sequence[str]) -> str:
-        """Give the id of the image that has a name."""
-        stored = [image.image_id for image in self.list_all()]
-        for image_id in (*reversed(created), *stored):
+    def get_image_id_from_name(self, name: str) -> str:
+        """Return the id of the image that has a name.
+
+        Args:
+            name: The file name, with or without suffix, of a snapshot that this cloud made, or of
+                an image in `image_dir`, whose newest build is meant.
+
+        Raises:
+            ImageNotFoundError: There is none.
+        """
+        stored = [image.image_id for image in self.images()]
+        for image_id in (*reversed(self.created), *stored):
             if name in (Path(image_id).name, Path(image_id).stem):
                 return image_id
         raise ImageNotFoundError(
@@ -164,16 +267,19 @@ class ImageShelf:
             f"{self.settings.image_dir}",
         )
 
-    def find_serial(self, image_id: str) -> str:
-        """Give the build serial of an image."""
+    def image_serial(self, image_id: str) -> str:
+        """Return the build serial of an image.
+
+        Raises:
+            ImageNotFoundError: There is no such image, or nothing tells its serial.
+        """
         return store.find_serial(store.resolve(image_id, self.settings.image_dir))
 
-    def delete(self, image_id: str, created: list[str]) -> None:
+    def delete_image(self, /, image_id: str, **kwargs: Any) -> None:
         """Delete an image and what belongs to it; one that is not there is no error.
 
-        Args:
-            image_id: The image.
-            created: The images that the cloud made and deletes at its end; it is taken off.
+        Raises:
+            ImageInUseError: Instances or snapshots are built on it; names them.
         """
         settings = self.settings
         image = store.locate(image_id, settings.image_dir)
@@ -187,22 +293,27 @@ class ImageShelf:
         if layers.is_snapshot(image):
             # Last, so that whatever is cut off before is found by it.
             disown(image)
-        if image_id in created:
-            created.remove(image_id)
+        if image_id in self.created:
+            self.created.remove(image_id)
         self.cache.forget(image)
 
-    def delete_soon(self, image_id: str, created: list[str]) -> None:
+    def delete_soon(self, image_id: str) -> None:
         """Delete an image that has done its work; what fails is left to `clean()`.
 
         What was made of it is whole, and the caller's.
         """
         try:
-            self.delete(image_id, created)
+            self.delete_image(image_id)
         except (OSError, CloudError) as error:
             _log.warning("%s stays until clean(): %s", image_id, error)
 
     def find_saved(self, image_id: str) -> SavedMachine:
-        """Find the saved machine that an image id stands for."""
+        """Find the saved machine that an image id stands for.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            CloudError: It is an image of a disk alone, or where first boots begin.
+        """
         saved = savedmachine.find(store.resolve(image_id, self.settings.image_dir))
         if saved is None:
             raise CloudError(
