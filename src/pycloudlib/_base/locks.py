@@ -25,14 +25,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.documents import escape_line, from_bytes, to_bytes
 from pycloudlib._base.files import is_shared_with_group, moved, opener
 from pycloudlib.errors import CloudSetupError
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -396,49 +394,3 @@ def _leave_locks_to_parent() -> None:
 
 os.register_at_fork(after_in_child=_renew_locks)
 os.register_at_fork(after_in_child=_leave_locks_to_parent)
-
-
-def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None) -> _T:
-    """Run a function where no KeyboardInterrupt can come: in a thread of its own.
-
-    Ctrl-C reaches the main thread alone. When it comes, the work is let end, and undone if `undo`
-    is given: so there is no moment at which a process exists that nobody knows of.
-    """
-    results: list[_T] = []
-    errors: list[BaseException] = []
-    # Not Thread.join(): once interrupted, it takes the thread for ended. And starting it can be
-    # interrupted, too: so it begins when there is somebody to wait for it.
-    begin, ended = threading.Event(), threading.Event()
-
-    def run() -> None:
-        begin.wait()
-        if ended.is_set():
-            return
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            errors.append(error)
-        finally:
-            ended.set()
-
-    try:
-        threading.Thread(target=run, name="qemu-start", daemon=True).start()
-    except BaseException:
-        # It may have been started, and nobody is there to wait for the work.
-        ended.set()
-        begin.set()
-        raise
-    interrupt: BaseException | None = None
-    while not ended.is_set():
-        try:
-            begin.set()
-            ended.wait()
-        except BaseException as error:  # noqa: BLE001 - raised again when the work has ended
-            interrupt = error
-    if interrupt is not None:
-        if undo is not None:
-            undo()
-        raise interrupt
-    if errors:
-        raise errors[0]
-    return results[0]

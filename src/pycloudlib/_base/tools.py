@@ -8,10 +8,14 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pycloudlib.errors import MissingPrerequisiteError, ToolError
+
+_T = TypeVar("_T")
 
 PACKAGES = {
     "gpgv": "gpgv",
@@ -283,3 +287,49 @@ def check_confinement() -> None:
     except ToolError as error:
         hint = _ROOT_HINT if is_root() else _USER_HINT
         raise MissingPrerequisiteError(f"Cannot install packages here: {hint}. {error}") from error
+
+
+def uninterrupted(work: Callable[[], _T], undo: Callable[[], None] | None = None) -> _T:
+    """Run a function in a new thread, where no KeyboardInterrupt can come.
+
+    Ctrl-C reaches the main thread only. When it comes, the work is completed, and undone if `undo`
+    is given: so there is no moment at which an unknown process exists.
+    """
+    results: list[_T] = []
+    errors: list[BaseException] = []
+    # Not Thread.join(): once interrupted, it takes the thread for ended. Starting the thread can be
+    # interrupted, too: so the work begins when its end is waited for.
+    begin, ended = threading.Event(), threading.Event()
+
+    def run() -> None:
+        begin.wait()
+        if ended.is_set():
+            return
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            errors.append(error)
+        finally:
+            ended.set()
+
+    try:
+        threading.Thread(target=run, name="qemu-start", daemon=True).start()
+    except BaseException:
+        # The thread may have been started.
+        ended.set()
+        begin.set()
+        raise
+    interrupt: BaseException | None = None
+    while not ended.is_set():
+        try:
+            begin.set()
+            ended.wait()
+        except BaseException as error:  # noqa: BLE001 - raised again when the work has ended
+            interrupt = error
+    if interrupt is not None:
+        if undo is not None:
+            undo()
+        raise interrupt
+    if errors:
+        raise errors[0]
+    return results[0]

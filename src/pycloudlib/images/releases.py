@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pycloudlib._base.files import create_directories, is_shared_with_group
 from pycloudlib._base.locks import exclusive_lock
@@ -22,7 +19,6 @@ from pycloudlib.images.download import (
     Client,
     Digest,
     download_file,
-    fetch_bytes,
     open_client,
     shown_url,
 )
@@ -30,27 +26,20 @@ from pycloudlib.images.source import (
     UNVERIFIED,
     ImageSource,
     Stream,
-    load_trusted_keys,
-    verify_detached,
+    fetch_sums,
 )
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
-if TYPE_CHECKING:
-    pass
-
 # Bytes that are left free: a kernel and an initrd, whose sizes are not published, and some more.
-_SPARE_ROOM = 256 << 20
-
-# As sha256sum(1) writes it; "*" marks that the file was read as binary.
-_SUM_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>[^/\s]+)")
+_SPARE_SPACE = 256 << 20
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to download and where it goes."""
+    """A file to download and its target."""
 
     url: str
     target: Path
@@ -58,7 +47,7 @@ class _File:
 
     @property
     def partial(self) -> Path:
-        """Where it is as long as it is not whole: by its content, so that builds do not mix."""
+        """The file until it is complete, named by its content so that builds do not mix."""
         return self.target.with_name(f".{self.target.name}.{self.expected.sha256[:16]}.part")
 
 
@@ -82,15 +71,15 @@ def find_stored(
 ) -> Path | None:
     """Find the newest image of a release that is on disk, without any network.
 
-    It is one for which those vouch who would have to now, if it were downloaded.
+    The publisher that `source` trusts has to vouch for it, as for a download.
 
     Args:
-        source: Whose word counts.
+        source: Whom to trust.
         image_dir: Where images are kept.
         stream: Released or daily builds.
         release: Series, version, or another name that the catalog had for it ("lts").
         minimal: Whether the minimal variant is wanted.
-        pinned: Whether those count, too, which are here only since a lock has chosen them.
+        pinned: Whether to include images that are here only because a lock has chosen them.
 
     Raises:
         ValueError: `release` cannot be the name of a release.
@@ -111,10 +100,10 @@ def find_stored(
 def find_unverified(
     source: ImageSource, image_dir: Path, stream: Stream, release: str, minimal: bool = False
 ) -> list[Path]:
-    """Find images of a release that are in their places but are not believed, the newest first.
+    """Find images of a release that are in their places but not trusted, the newest first.
 
     The original pycloudlib leaves such images, without records: same places, same names. Others
-    came while another's word counted, or nobody's.
+    were downloaded while another publisher was trusted, or without verification.
 
     Arguments and errors are those of `find_stored`.
     """
@@ -142,18 +131,17 @@ def fetch_image(
 ) -> Path:
     """Download an image to `image_dir`, with its kernel, its initrd and its record.
 
-    What is there and whole is used as it is; without any network when that is all of it. On
-    failure nothing new is left but what has come of a file, which the next call goes on with
-    (`.NAME.DIGEST.part`). A file that has the image's name but another content is kept
-    under a name of its own beside it.
+    Complete files are used as they are; without any network if all are complete. After a failure
+    only the part of a file is left that was downloaded (`.NAME.DIGEST.part`), which the next call
+    resumes. A file that has the image's name but another content is renamed (`NAME.replaced`).
 
     Args:
         entry: The build, from `find_entry`.
         source: The keys that signed the catalog, and have to have signed the kernel's checksums.
         image_dir: Where images are kept; made if missing.
-        on_progress: Told of each piece of each file, in bytes.
+        on_progress: Called with each piece of each file, in bytes.
         pinned: Whether a lock has chosen the build. Where nothing is verified, it may be in no
-            catalog: then nobody vouches for it, and it is never found as a release.
+            catalog: then it has no vouchers, and is never found as a release.
 
     Returns:
         The path of the image.
@@ -173,7 +161,7 @@ def fetch_image(
     def report_wait(holder: str) -> None:
         on_progress(Progress(f"waiting for another process that downloads this image: {holder}"))
 
-    # One for each image, outside its directory, which may not be there yet.
+    # One for each image, outside its directory, which may not exist yet.
     lock = image_dir / f".{entry.local_directory}-{entry.serial}-{entry.name}.lock"
     with _new_directory(image_dir), exclusive_lock(lock, report_wait, remove=True):
         if not is_complete(entry, source, image_dir):
@@ -193,7 +181,7 @@ def _fetch(
     with _new_directory(image.parent) as made, open_client(source.login, source.limits) as client:
         for directory in reversed(made):
             if is_shared_with_group(directory.parent):
-                # Its members add builds, whatever the umask of the first one is.
+                # All members of the group add builds, whatever the first one's umask is.
                 directory.chmod(0o2775)
         _check_protected(image)
         _check_place(image, entry)
@@ -203,19 +191,19 @@ def _fetch(
         ]
         missing = [file for file in files if not file.expected.matches(file.target)]
         if missing:
-            _check_room(missing)
+            _check_space(missing)
             for file in missing:
                 download_file(
                     client, file.url, file.partial, file.expected, on_progress=on_progress
                 )
-            # What machines are built on is not taken from under them, though it be damaged.
+            # A file that machines are built on is not replaced, even if it is damaged.
             with uses.removing(*(file.target for file in reversed(missing))):
                 if not source.verified:
-                    # First: what has no record is taken for an image that the original left.
+                    # First: an image without a record counts as one that the original left.
                     store.write_record(image, _make_record(entry, vouchers, pinned=pinned))
                 _put_in_place(missing)
         elif (known := _find_whole(image)) is not None:
-            # All of it is what both say that it is.
+            # All of it is what both vouchers say.
             pinned = pinned and (known.pinned or not known.vouchers)
             vouchers = tuple(dict.fromkeys((*known.vouchers, *vouchers)))
         # Last: an image that has its record is complete.
@@ -257,7 +245,7 @@ def _check_place(image: Path, entry: CatalogEntry) -> None:
 
 
 def is_complete(entry: CatalogEntry, source: ImageSource, image_dir: Path) -> bool:
-    """Whether an image is there, with its kernel and its record, and may be believed."""
+    """Whether an image is there, with its kernel and its record, and trusted."""
     image = image_path(entry, image_dir)
     # By digest, not by the whole record: another mirror's file is the same image.
     record = _find_whole(image)
@@ -290,11 +278,10 @@ def is_stored_as_pinned(pin: CatalogEntry, name: str, source: ImageSource, image
 
 
 def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
-    """Whether those vouch for an image who would have to now, if it were downloaded.
+    """Whether the publisher vouches for an image that would have to vouch for a download now.
 
-    Older versions recorded nobody, and not only what they had found in a signed catalog: they
-    believed locks, too. What they fetched from its place on the mirror is the mirror's all the
-    same.
+    Older versions recorded no vouchers, and trusted locks as well as signed catalogs. An image that
+    they fetched from its place on the mirror is the mirror's all the same.
     """
     if record.vouchers or record.names:
         return source.believes(record.vouchers)
@@ -308,7 +295,7 @@ def _update_record(image: Path, entry: CatalogEntry, source: ImageSource, *, pin
     record = store.find_record(image)
     if record is None or not record.vouchers:
         return
-    # What nobody signed gives no names to what somebody did, and a lock gives none at all.
+    # An unsigned catalog does not name a signed image, and a lock names none.
     if not source.verified and (pinned or _is_signed(record)):
         return
     now = dataclasses.replace(record, names=entry.names, pinned=record.pinned and pinned)
@@ -323,9 +310,10 @@ def _is_signed(record: store.ImageRecord) -> bool:
 
 
 def _find_whole(image: Path) -> store.ImageRecord | None:
-    """Read the record of an image that is as it was when that was written, and that is its own.
+    """Read the record of an image that has not changed since; None if it has, or has no record.
 
-    Its length has to be the same, its serial that of its directory, and nobody else's to change.
+    Its length has to be the recorded one, the recorded serial that of its directory, and no other
+    user may be able to change it.
     """
     record = store.find_record(image)
     if record is None or not image.is_file() or image.stat().st_size != record.size:
@@ -364,7 +352,7 @@ def _find_boot_files(
     An image may do without an initrd, but none is without a kernel.
     """
     directory = f"{entry.url.rpartition('/')[0]}/unpacked/"
-    sums = _fetch_sums(client, f"{directory}SHA256SUMS", entry, source)
+    sums = fetch_sums(client, f"{directory}SHA256SUMS", entry.serial, source)
     targets = (store.kernel_path(image), store.initrd_path(image))
     if targets[0].name not in sums:
         raise ImageNotFoundError(
@@ -379,78 +367,39 @@ def _find_boot_files(
     ]
 
 
-def _fetch_sums(
-    client: Client, url: str, entry: CatalogEntry, source: ImageSource
-) -> dict[str, str]:
-    """Fetch a list of checksums with its detached signature; return them by file name.
-
-    Nothing in it says which build it is of. An older build's has an older signature, though: it was
-    made before the day that the build is named for.
-    """
-    content = fetch_bytes(client, url)
-    if source.verified:
-        keys = load_trusted_keys(source.keyring)
-        signature = fetch_bytes(client, f"{url}.gpg")
-        signed = verify_detached(content, signature, keys, shown_url(url))
-        # Ubuntu names builds by the day in UTC; where others sign, it may be 14 hours ahead.
-        day = signed if source.keyring is None else signed + datetime.timedelta(hours=14)
-        if f"{day:%Y%m%d}" < entry.serial[:8]:
-            raise ImageVerificationError(
-                f"{shown_url(url)} was signed on {signed:%Y-%m-%d}, before the build "
-                f"{entry.serial} beside it was made: its kernel is an older build's"
-            )
-    else:
-        source.warn_if_unverified()
-    return parse_sums(content)
-
-
-def parse_sums(content: bytes) -> dict[str, str]:
-    """Return the checksums of a list by file name; other lines are ignored."""
-    lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
-    return {line["name"]: line["sha256"] for line in lines if line}
-
-
-def _check_room(files: Sequence[_File]) -> None:
+def _check_space(files: Sequence[_File]) -> None:
     """Check that there is space for the files, as far as their sizes are known.
 
     Raises:
-        ImageBuildError: They have not.
+        ImageBuildError: There is not enough.
     """
-    needed = sum(file.expected.size or 0 for file in files) + _SPARE_ROOM
-    there = sum(file.partial.stat().st_size for file in files if file.partial.exists())
+    needed = sum(file.expected.size or 0 for file in files) + _SPARE_SPACE
+    present = sum(file.partial.stat().st_size for file in files if file.partial.exists())
     directory = files[0].target.parent
     free = shutil.disk_usage(directory).free
-    if free < needed - there:
+    if free < needed - present:
         raise ImageBuildError(
-            f"No room for {files[-1].target.name} in {directory}: {(needed - there) >> 20} MiB are "
-            f"needed, {free >> 20} MiB are free"
+            f"No room for {files[-1].target.name} in {directory}: {(needed - present) >> 20} MiB "
+            f"are needed, {free >> 20} MiB are free"
         )
 
 
 def _put_in_place(files: Sequence[_File]) -> None:
     """Rename files to their final names, once all of them are complete."""
     for file in files:
-        _set_aside(file.target)
+        if file.target.exists():  # it may be a changed image that is still wanted
+            kept = file.target.with_name(f"{file.target.name}.replaced")
+            file.target.replace(kept)
+            _log.warning("%s is not what its publisher signed; kept as %s", file.target, kept)
         file.partial.replace(file.target)
-
-
-def _set_aside(path: Path) -> None:
-    """Rename a file whose place is needed: it may be a changed image that is still wanted."""
-    if path.exists():
-        kept = path.with_name(f"{path.name}.replaced")
-        path.replace(kept)
-        _log.warning("%s is not what its publisher signed; kept as %s", path, kept)
 
 
 @contextlib.contextmanager
 def _new_directory(directory: Path) -> Iterator[list[Path]]:
-    """Make a directory; on failure, remove again what was made and is empty.
-
-    The block gets what was made, the innermost first.
-    """
+    """Make a directory and yield what was made, innermost first; on failure, remove it if empty."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        # Others may use the images of a directory that is shared.
+        # Other users may read the images of a shared directory.
         create_directories(directory, 0o755)
         yield made
     except BaseException:

@@ -1,4 +1,4 @@
-"""Where images come from, and whom to believe: keyrings, and signatures checked by gpgv."""
+"""Where images come from, and whom to trust: keyrings, and signatures checked by gpgv."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import itertools
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,19 @@ from urllib.parse import urlsplit
 
 from pycloudlib._base.tools import run_tool
 from pycloudlib.errors import ImageVerificationError, ToolError
-from pycloudlib.images.download import LIMITS, Limits, Login, shown_url, split_login
+from pycloudlib.images.download import (
+    LIMITS,
+    Limits,
+    Login,
+    fetch_bytes,
+    shown_url,
+    split_login,
+)
 
 _log = logging.getLogger(__name__)
 
 UNVERIFIED = "nobody"
-"""Who vouches for what a server said while signatures were not looked at."""
+"""Who vouches for what a server sent while signatures were not checked."""
 
 DEFAULT_MIRROR = "https://cloud-images.ubuntu.com"
 
@@ -57,13 +65,13 @@ class Stream(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """Where images come from and whom to believe.
+    """Where images come from and whom to trust.
 
     Attributes:
-        mirror: Base URL of a server laid out like cloud-images.ubuntu.com. A name and a password
-            that it is given with are taken out of it: no URL that is made of it carries them.
+        mirror: Base URL of a server laid out like cloud-images.ubuntu.com. Name and password are
+            removed from it: no URL that is made of it contains them.
         keyring: File of the public keys to trust, armored or binary; None for Ubuntu's own.
-        verified: Whether what the server says counts only when it is signed.
+        verified: Whether the server's data counts only if it is signed.
         cache_dir: Where catalogs are kept, to be fetched when they have changed; None to keep none.
         login: The name and the password that the mirror asks for.
         limits: What is expected of the server.
@@ -135,13 +143,12 @@ class ImageSource:
 _UBUNTU_KEYS = ("ubuntu-cloud-image-builder.asc", "uec-image-automatic-signing-key.asc")
 
 # RFC 9580, section 6.2: header lines, an empty line, base64, and a checksum line that begins
-# with "=". The checksum may be left out and tells nothing that a signature does not.
+# with "=". The checksum is optional, and superfluous beside a signature.
 _BEGIN = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
 _END = b"-----END PGP PUBLIC KEY BLOCK-----"
 
-# gpgv(1) does not look whether a key has expired or was revoked, and would end with success for
-# one that has. Its status tells them apart: GOODSIG is written only when neither is the case
-# (EXPKEYSIG and REVKEYSIG are written instead).
+# gpgv(1) succeeds also for a key that has expired or was revoked. Its status tells them apart:
+# GOODSIG is written only when neither is the case (EXPKEYSIG and REVKEYSIG are written instead).
 _GOOD_SIGNATURE = b"[GNUPG:] GOODSIG "
 # Follows it, and those of keys that have expired, too; its third word is the time of the signature
 # in seconds since the epoch (doc/DETAILS in GnuPG).
@@ -150,10 +157,13 @@ _UBUNTU = "Ubuntu's cloud image keys"
 
 _KEYRING = "keyring"
 
+# As sha256sum(1) writes it; "*" marks that the file was read as binary.
+_SUM_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64}) [ *](?P<name>[^/\s]+)")
+
 
 @dataclass(frozen=True, slots=True)
 class TrustedKeys:
-    """The public keys whose signatures are believed; no other is.
+    """The public keys whose signatures are trusted.
 
     Attributes:
         origin: Where they come from, for messages.
@@ -222,50 +232,6 @@ def _find_blocks(armored: bytes) -> Iterator[list[bytes]]:
             block.append(line.lstrip())
 
 
-def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
-    """Check a clear-signed message and return the text that was signed.
-
-    The text is what `gpgv` itself extracted: whatever stands around it in the message, which
-    nobody signed, is never seen.
-
-    Args:
-        message: The whole message, signature included.
-        keys: The keys to trust.
-        origin: Where the message comes from, for the error.
-
-    Raises:
-        ImageVerificationError: It is not signed by a trusted key, or was changed.
-        MissingPrerequisiteError: `gpgv` is not installed.
-    """
-    with _open_gpgv_directory(keys, origin) as directory:
-        signed, text = directory / "message", directory / "text"
-        signed.write_bytes(message)
-        _run_gpgv(directory, "--output", text, signed)
-        return text.read_bytes()
-
-
-def verify_detached(
-    content: bytes, signature: bytes, keys: TrustedKeys, origin: str
-) -> datetime.datetime:
-    """Check content against its detached signature, and return when that was made.
-
-    Args:
-        content: What was signed.
-        signature: The signature, armored or binary.
-        keys: The keys to trust.
-        origin: Where the content comes from, for the error.
-
-    Raises:
-        ImageVerificationError: It is not signed by a trusted key, or was changed.
-        MissingPrerequisiteError: `gpgv` is not installed.
-    """
-    with _open_gpgv_directory(keys, origin) as directory:
-        signed, detached = directory / "content", directory / "signature"
-        signed.write_bytes(content)
-        detached.write_bytes(signature)
-        return _find_signing_time(_run_gpgv(directory, detached, signed))
-
-
 def _read_keys(content: bytes, origin: str) -> bytes:
     try:
         armored = dearmor_keys(content)
@@ -285,12 +251,45 @@ def _decode_block(block: list[bytes]) -> bytes:
     return base64.b64decode(data, validate=True)
 
 
+def verify_clearsigned(message: bytes, keys: TrustedKeys, origin: str) -> bytes:
+    """Check a clear-signed message and return the text that was signed.
+
+    The text is what `gpgv` itself extracts: anything around it in the message, which is not signed,
+    is never read.
+
+    Args:
+        message: The whole message, signature included.
+        keys: The keys to trust.
+        origin: Where the message comes from, for the error.
+
+    Raises:
+        ImageVerificationError: It is not signed by a trusted key, or was changed.
+        MissingPrerequisiteError: `gpgv` is not installed.
+    """
+    with _open_gpgv_directory(keys, origin, message=message) as directory:
+        _run_gpgv(directory, "--output", directory / "text", directory / "message")
+        return (directory / "text").read_bytes()
+
+
+def verify_detached(
+    content: bytes, signature: bytes, keys: TrustedKeys, origin: str
+) -> datetime.datetime:
+    """Check content against its detached signature, and return when that was made.
+
+    Arguments and errors are those of `verify_clearsigned`; the signature is armored or binary.
+    """
+    with _open_gpgv_directory(keys, origin, content=content, signature=signature) as directory:
+        status = _run_gpgv(directory, directory / "signature", directory / "content")
+        return _find_signing_time(status)
+
+
 @contextlib.contextmanager
-def _open_gpgv_directory(keys: TrustedKeys, origin: str) -> Iterator[Path]:
-    """Make a directory for one check, with the keys in it; name the origin in its failure."""
+def _open_gpgv_directory(keys: TrustedKeys, origin: str, **files: bytes) -> Iterator[Path]:
+    """Make a directory with keys and files for one check; name the origin in its failure."""
     with tempfile.TemporaryDirectory(prefix="pycloudlib-gpgv-") as name:
         directory = Path(name)
-        (directory / _KEYRING).write_bytes(keys.packets)
+        for file, data in {**files, _KEYRING: keys.packets}.items():
+            (directory / file).write_bytes(data)
         try:
             yield directory
         except ToolError as error:
@@ -319,7 +318,7 @@ def _run_gpgv(directory: Path, *arguments: str | Path) -> list[bytes]:
 
 def _find_signing_time(status: Sequence[bytes]) -> datetime.datetime:
     """Find when the newest good signature was made."""
-    # One of a key that has expired is valid, too: what stands before its VALIDSIG decides.
+    # A signature by an expired key is valid, too: the line before its VALIDSIG decides.
     verdicts = [line for line in status if line.partition(b" ")[2].split(b" ")[0].endswith(b"SIG")]
     times = [
         int(valid.split()[4])
@@ -327,3 +326,31 @@ def _find_signing_time(status: Sequence[bytes]) -> datetime.datetime:
         if verdict.startswith(_GOOD_SIGNATURE) and valid.startswith(_VALID_SIGNATURE)
     ]
     return datetime.datetime.fromtimestamp(max(times), datetime.timezone.utc)
+
+
+def fetch_sums(client: Client, url: str, serial: str, source: ImageSource) -> dict[str, str]:
+    """Fetch a list of checksums with its detached signature; return them by file name.
+
+    It does not name its build. But an older build's signature was made before the day of `serial`.
+    """
+    content = fetch_bytes(client, url)
+    if source.verified:
+        keys = load_trusted_keys(source.keyring)
+        signature = fetch_bytes(client, f"{url}.gpg")
+        signed = verify_detached(content, signature, keys, shown_url(url))
+        # Ubuntu names builds by the day in UTC; other publishers' day may be 14 hours ahead.
+        day = signed if source.keyring is None else signed + datetime.timedelta(hours=14)
+        if f"{day:%Y%m%d}" < serial[:8]:
+            raise ImageVerificationError(
+                f"{shown_url(url)} was signed on {signed:%Y-%m-%d}, before the build "
+                f"{serial} beside it was made: its kernel is an older build's"
+            )
+    else:
+        source.warn_if_unverified()
+    return parse_sums(content)
+
+
+def parse_sums(content: bytes) -> dict[str, str]:
+    """Return the checksums of a list by file name; other lines are ignored."""
+    lines = map(_SUM_LINE.fullmatch, content.decode(errors="replace").splitlines())
+    return {line["name"]: line["sha256"] for line in lines if line}

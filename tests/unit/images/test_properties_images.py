@@ -26,8 +26,14 @@ from pycloudlib.images.catalog import (
 )
 from pycloudlib.images.download import Version, shown_url
 from pycloudlib.images.lookup import ImageLock
-from pycloudlib.images.releases import find_stored, find_unverified, parse_sums
-from pycloudlib.images.source import ImageSource, Stream, dearmor_keys, load_trusted_keys
+from pycloudlib.images.releases import find_stored, find_unverified
+from pycloudlib.images.source import (
+    ImageSource,
+    Stream,
+    dearmor_keys,
+    load_trusted_keys,
+    parse_sums,
+)
 from pycloudlib.images.store import ImageRecord
 from pycloudlib.qemu.disk import diskimage
 from tests.unit.hostile import PLAIN, STRANGE, TOO_DEEP, damaged, damaged_json, put

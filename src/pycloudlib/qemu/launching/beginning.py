@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pycloudlib._base.locks import uninterrupted
+from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import InstanceExistsError
 from pycloudlib.guest.access import hostkeys
 from pycloudlib.guest.access.hostkeys import HostKeyPool

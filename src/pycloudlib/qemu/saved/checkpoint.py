@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private
-from pycloudlib._base.locks import uninterrupted
+from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.images import uses
 from pycloudlib.key import bring_along

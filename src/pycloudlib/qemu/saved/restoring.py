@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private, make_socket_pair, moved, write_private
-from pycloudlib._base.locks import uninterrupted
+from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import CloudError
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.images import uses

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline, positive
-from pycloudlib._base.locks import renew_in_children, uninterrupted
+from pycloudlib._base.locks import renew_in_children
+from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import (
     CloudError,
     InstanceNotFoundError,

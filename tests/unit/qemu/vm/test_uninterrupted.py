@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pycloudlib._base.locks import uninterrupted
+from pycloudlib._base.tools import uninterrupted
 
 
 def interrupt() -> None:
