@@ -21,6 +21,7 @@ from pycloudlib._base.tools import run_tool
 from pycloudlib.errors import ImageVerificationError, ToolError
 from pycloudlib.images.download import (
     LIMITS,
+    Client,
     Limits,
     Login,
     fetch_bytes,
