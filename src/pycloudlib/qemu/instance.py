@@ -139,11 +139,9 @@ class QemuInstance(BaseInstance):
             **kwargs: Accepted for older programs.
 
         Raises:
-            MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
-            BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
-            HostDiskFullError: The host has no room for the machine's disk.
-            MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
-            PycloudlibTimeoutError: The machine could not be reached in time.
+            PycloudlibTimeoutError: It was not ready in time; as `MachineEndedError`: QEMU is gone,
+                `BootFailedError`: the boot failed, `MachinePausedError`: it is paused for long.
+            HostDiskFullError: The host has no space for the machine's disk.
         """
         # What is wrong with it is told before anything is done.
         deadline = ready_limit(ready_timeout, self.ready_timeout)
@@ -153,15 +151,13 @@ class QemuInstance(BaseInstance):
             self.guest.run_user_data(self._follow_cloudinit)
 
     def wait_for_restart(self, old_boot_id: str) -> None:
-        """Wait until the machine has booted anew and cloud-init has finished.
+        """Wait until the machine has booted again and cloud-init has finished.
 
         Args:
-            old_boot_id: What `get_boot_id` said before.
+            old_boot_id: What `get_boot_id` returned before.
 
         Raises:
-            MachineEndedError: QEMU is gone (a `PycloudlibTimeoutError`); says how it ended.
-            BootFailedError: The boot goes no further (a `PycloudlibTimeoutError`); says why.
-            PycloudlibTimeoutError: It could not be reached in time, or did not reboot.
+            PycloudlibTimeoutError: It was not ready in time, or did not reboot; see `wait`.
         """
         with self._following_boot(None, self._tell_limit(None)):
             super().wait_for_restart(old_boot_id)
@@ -203,7 +199,7 @@ class QemuInstance(BaseInstance):
         return self._explainer.explaining(waiting_for, limit, ask=ask)
 
     def login_command(self) -> str:
-        """Give the command line by which people log in by `ssh`, for a shell."""
+        """Return the command line by which people log in by `ssh`, for a shell."""
         return ssh.login_command(self._endpoint(), self.name)
 
     def check_exists(self) -> None:
@@ -220,7 +216,7 @@ class QemuInstance(BaseInstance):
         self.guest.check_alive()
 
     def get_status(self) -> str:
-        """Say in one word what the machine does: `off`, `starting`, `paused` or `running`.
+        """Return in one word what the machine does: `off`, `starting`, `paused` or `running`.
 
         Raises:
             InstanceNotFoundError: It is deleted.
@@ -229,12 +225,11 @@ class QemuInstance(BaseInstance):
         return self.machine.state.value
 
     def console_log(self) -> str:
-        """Give what the machine wrote to its serial console over all its boots."""
+        """Return what the machine wrote to its serial console over all its boots."""
         try:
-            content = self.machine.rundir.console_log.read_bytes()
+            return self.machine.rundir.console_log.read_bytes().decode("utf-8", "replace")
         except FileNotFoundError:
             return ""
-        return content.decode("utf-8", errors="replace")
 
     def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
         """Power the machine off: cleanly if the guest answers to its power button, else by force.
@@ -267,12 +262,12 @@ class QemuInstance(BaseInstance):
     def fork(
         self, count: int = 1, *, fresh_identity: bool = False, names: Sequence[str] = ()
     ) -> list[QemuInstance]:
-        """Start running copies of this running machine; it goes on itself.
+        """Start running copies of this running machine, which itself runs on.
 
         Args:
             count: How many.
-            fresh_identity: Whether each is somebody of its own; see `Qemu.launch`.
-            names: What they are called, as many as there are; by default made from the tag.
+            fresh_identity: Whether each gets an identity of its own; see `Qemu.launch`.
+            names: Their names, as many as there are; by default made from the tag.
 
         Raises:
             MachineEndedError: The machine is off.
@@ -288,17 +283,17 @@ class QemuInstance(BaseInstance):
         return self._cloud.fork(self, count, fresh_identity, names)
 
     def rollback(self, image_id: str) -> None:
-        """Go back to the moment at which this machine was saved; as often as wanted.
+        """Return to the moment at which this machine was saved; as often as wanted.
 
-        What happened since is forgotten. Ports, name and console log stay.
+        What happened since is lost. Ports, name and console log stay.
 
         Args:
-            image_id: What `snapshot(..., memory=True)` of this machine gave, or what it was
+            image_id: What `snapshot(..., memory=True)` of this machine returned, or what it was
                 launched from, if that is a saved machine.
 
         Raises:
             ImageNotFoundError: There is no such image.
-            CloudError: It is not a saved machine, or another one's, or cannot go on here; then
+            CloudError: It is no saved machine, or another one's, or cannot be restored here; then
                 nothing has changed.
         """
         self.check_exists()
@@ -327,11 +322,10 @@ class QemuInstance(BaseInstance):
         self.machine.wait_until_off(Deadline.after(SHUTDOWN_LIMIT))
 
     def add_network_interface(self, **kwargs: Any) -> str:
-        """Plug a network interface into the running machine.
+        """Plug a network interface into the running machine, in a user-mode network of its own.
 
-        It is in a user-mode network of its own and gets its address by DHCP; the default route
-        stays with the first interface. It lasts until it is removed or the machine is switched
-        off; a reboot keeps it.
+        It gets its address by DHCP; the default route stays with the first interface. It lasts
+        until it is removed or the machine is switched off; a reboot keeps it.
 
         Args:
             **kwargs: Accepted for programs written for other clouds.
@@ -346,10 +340,10 @@ class QemuInstance(BaseInstance):
         return hotplug.add_interface(self.machine, self.execute)
 
     def remove_network_interface(self, ip_address: str) -> None:
-        """Pull out an interface that `add_network_interface` has plugged in.
+        """Unplug an interface.
 
         Args:
-            ip_address: The address that it returned.
+            ip_address: The address that `add_network_interface` returned.
 
         Raises:
             CloudError: No plugged-in interface has that address.
@@ -357,7 +351,7 @@ class QemuInstance(BaseInstance):
         hotplug.remove_interface(self.machine, ip_address, self.execute)
 
     def wait_for_delete(self, **kwargs: Any) -> None:
-        """Wait until the machine is gone; `delete` has seen to that when it returns.
+        """Check that the machine is gone: `delete` has waited for that.
 
         Raises:
             PycloudlibTimeoutError: It was not deleted.
@@ -366,10 +360,10 @@ class QemuInstance(BaseInstance):
             raise PycloudlibTimeoutError(f"{self.name} was not deleted: {self.instance_dir} exists")
 
     def delete(self, wait: bool = True) -> list[Exception]:
-        """End the machine and remove its directory; a deleted one is deleted again for free.
+        """End the machine and remove its directory; one that is deleted already is no error.
 
         Args:
-            wait: Accepted for older programs; it is always waited for, as it takes a moment.
+            wait: Accepted for older programs; it always waits, which takes a moment.
 
         Returns:
             The errors met on the way; empty when nothing is left.
@@ -380,9 +374,10 @@ class QemuInstance(BaseInstance):
             except Exception as error:  # noqa: BLE001 - told, and its ports stay its own
                 return [error]
             errors: list[Exception] = []
+            lease = PortLease(self.machine.spec.ssh_port, self.machine.spec.telnet_port)
             for step in (
                 self._forget_client,
-                self._release_ports,
+                lambda: self._registry.release(lease, self.instance_dir),
                 LayerStore(self.instance_dir.parent).collect,
             ):
                 try:
@@ -410,12 +405,7 @@ class QemuInstance(BaseInstance):
             super().restart(wait, **kwargs)
 
     def _do_restart(self, **kwargs: Any) -> None:
-        """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
         self.guest.reboot()
-
-    def _release_ports(self) -> None:
-        spec = self.machine.spec
-        self._registry.release(PortLease(spec.ssh_port, spec.telnet_port), self.instance_dir)
 
     @contextlib.contextmanager
     def _following_boot(self, on_progress: ProgressCallback | None, limit: str) -> Iterator[None]:
