@@ -273,7 +273,7 @@ def _find_leftovers(working_dir: Path) -> tuple[str, ...]:
     except OSError:  # the check of the directory reports it
         return ()
     owners = ((machine, Ownership.find(machine.rundir.path)) for machine in found)
-    return tuple(machine.full_name for machine, owner in owners if owner and owner.is_over)
+    return tuple(machine.full_name for machine, owner in owners if owner and owner.is_orphaned)
 
 
 def _is_anothers(directory: Path) -> bool:

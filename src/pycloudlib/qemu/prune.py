@@ -11,7 +11,7 @@ from pathlib import Path
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.host.ownership import OWNER_SUFFIX, Ownership, disown, is_cut_off
+from pycloudlib.qemu.host.ownership import OWNER_SUFFIX, Ownership, disown, is_abandoned
 from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
@@ -97,20 +97,20 @@ class Pruning:
         return layers.find_users(image, self.working_dir)
 
     def _is_over(self, directory: Path) -> bool:
-        if is_cut_off(directory):
+        if is_abandoned(directory):
             return True
         rundir = RunDirectory(directory)
         owner = Ownership.find(directory)
         if owner is None or recovery.find_elsewhere(rundir) is not None:
             return False
-        return owner.is_over or (
+        return owner.is_orphaned or (
             self.stopped and not owner.process.alive and recovery.find_process(rundir) is None
         )
 
 
 def _is_over(owned: Path) -> bool:
     owner = Ownership.find(owned)
-    return owner is not None and owner.is_over
+    return owner is not None and owner.is_orphaned
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def test_owned_directory_is_new(tmp_path: Path) -> None:
     found = Ownership.find(made)
     assert found is not None
     assert found.process.pid == os.getpid()
-    assert not found.is_over
+    assert not found.is_orphaned
     with pytest.raises(FileExistsError):
         create_owned_directory(made, Orphans.KEEP)
     assert [file.name for file in made.parent.iterdir()] == ["vm"]

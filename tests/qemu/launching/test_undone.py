@@ -159,7 +159,7 @@ def test_program_that_ends_leaves_what_another_has_taken_over(
     taking: list[threading.Thread] = []
 
     def take_over() -> None:
-        with ownership._changing_note(tmp_path):
+        with ownership._changing_record(tmp_path):
             Ownership(process_one, Orphans.REAP).write(tmp_path)
 
     def find_late(owned: Path) -> Ownership | None:

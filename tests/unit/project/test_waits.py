@@ -374,7 +374,7 @@ WAITS = (
         "its end",
         (
             "qemu.host.accelerator:try_accelerator",
-            "qemu.host.accelerator:_talk",
+            "qemu.host.accelerator:_query",
             "cli.hostfacts:_ask_version",
         ),
         ("qemu/host/test_accelerator.py::test_a_qemu_that_hangs_is_refused_this_time",),

@@ -1,1 +1,1 @@
-"""What this computer gives machines: an accelerator, ports, processes, and who owns what."""
+"""What this host has for machines: accelerator, ports, memory; processes, and who owns what."""

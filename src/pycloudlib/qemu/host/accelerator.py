@@ -1,4 +1,4 @@
-"""Which accelerator works here, and what this QEMU build can do: both found by trying."""
+"""Which accelerator works on this host, and which features a QEMU has: both found by trying."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 class KvmUnavailableError(CloudSetupError):
-    """KVM is asked for in the configuration, and does not work on this host."""
+    """KVM is configured, and does not work on this host."""
 
 
 @enum.unique
 class Accelerator(enum.Enum):
-    """How guest instructions are executed, by QEMU's names."""
+    """How QEMU executes the guest's instructions; the values are QEMU's names."""
 
     KVM = "kvm"
     TCG = "tcg"
 
     @property
     def cpu_model(self) -> str:
-        """The CPU model a machine gets: all that the accelerator has to offer."""
+        """The CPU model of machines: all features that the accelerator has."""
         return "host" if self is Accelerator.KVM else "max"
 
 
@@ -51,12 +51,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How a trial of an accelerator went.
+    """The result of a trial of an accelerator.
 
     Attributes:
-        problem: What went wrong; None when it works.
-        conclusive: Whether the same would come of another trial. A time-out by the clock on the
-            wall may only mean that the host is busy.
+        problem: What went wrong; None if it works.
+        conclusive: Whether another trial would have the same result. A time-out by the wall clock
+            may only mean that the host is busy.
     """
 
     problem: str | None
@@ -65,19 +65,19 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """The outcome of a trial as it is remembered."""
+    """The outcome of a trial, as it is cached."""
 
     problem: str | None
 
 
 AUTO = "auto"
 SETTINGS = (AUTO, *(accelerator.value for accelerator in Accelerator))
-"""What `accelerator` in the configuration may be."""
+"""The values of `accelerator` in the configuration."""
 
 KVM_DEVICE = Path("/dev/kvm")
 
-# A working KVM needs a tenth of a second of processor time for the payload, a KVM that only seems
-# to work three seconds and more. The wall-clock limit is for a QEMU that hangs without computing.
+# The payload takes a working KVM a tenth of a second of processor time, and one that only seems to
+# work three seconds or more. The wall-clock limit is for a QEMU that hangs without computing.
 _CPU_LIMIT_SECONDS = 1
 _WALL_LIMIT_SECONDS = 2.5
 
@@ -99,25 +99,36 @@ _PAYLOAD = bytes.fromhex(
 BOOT_SECTOR = _PAYLOAD.ljust(510, b"\0") + b"\x55\xaa"
 
 
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""QEMU's option `-sandbox` for machines."""
+
+_LIMIT_SECONDS = 30
+_LONGEST_SHOWN = 500
+_QUERIES = (
+    b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
+    b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
+)
+
+
 def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choice:
-    """Find the accelerator to use, and log which and why.
+    """Return the accelerator to use, and log which and why.
 
     Args:
         setting: `auto`, `kvm` or `tcg`, from the configuration.
         qemu_binary: The QEMU that will run the machines.
-        cache_dir: Where the outcome of a trial is remembered.
+        cache_dir: Where the outcome of a trial is cached.
 
     Raises:
-        KvmUnavailableError: `kvm` is asked for and does not work; says why.
+        KvmUnavailableError: `kvm` is configured and does not work; says why.
     """
     if setting == Accelerator.TCG.value:
         choice = Choice(Accelerator.TCG, "configured")
     else:
-        asked_for = setting == Accelerator.KVM.value
-        problem = kvm_problem(qemu_binary, cache_dir, anew=asked_for)
+        is_required = setting == Accelerator.KVM.value
+        problem = kvm_problem(qemu_binary, cache_dir, anew=is_required)
         if problem is None:
             choice = Choice(Accelerator.KVM, "KVM was tried and works")
-        elif asked_for:
+        elif is_required:
             raise KvmUnavailableError(
                 f"accelerator is 'kvm' in [qemu], but KVM does not work here: {problem}. "
                 "Set it to 'auto' or 'tcg' for software emulation"
@@ -129,33 +140,33 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
 
 
 def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> str | None:
-    """Say what is wrong with KVM, or None when it works.
+    """Return what is wrong with KVM; None if it works.
 
-    The outcome of a trial holds for this boot of the host, this QEMU and this CPU model.
+    The outcome of a trial is valid for this boot of the host, this QEMU and this CPU model.
 
     Args:
         qemu_binary: The QEMU that will run the machines.
-        cache_dir: Where the outcome is remembered.
-        anew: Whether a failure that is remembered is looked into again.
+        cache_dir: Where the outcome is cached.
+        anew: Whether to try again after a cached failure.
     """
     if not KVM_DEVICE.exists():
         return f"{KVM_DEVICE} does not exist (no virtualization, or the kvm module is not loaded)"
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return f"no permission for {KVM_DEVICE} (is this user in the group 'kvm'?)"
-    remembered = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
-    # One that cannot be read is as good as none: KVM is tried again.
+    cached = cache_dir / f"kvm-{_fingerprint(qemu_binary)}.json"
+    # If it cannot be read, KVM is tried again.
     with contextlib.suppress(OSError, ValueError):
-        outcome = decode(_Outcome, parse_json(remembered.read_bytes())).problem
+        outcome = decode(_Outcome, parse_json(cached.read_bytes())).problem
         if outcome is None or not anew:
             return outcome
     trial = try_accelerator(qemu_binary, Accelerator.KVM)
     if trial.conclusive:
-        _remember(remembered, trial.problem)
+        _cache(cached, trial.problem)
     return trial.problem
 
 
 def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
-    """Run the payload, with the CPU model that machines will get."""
+    """Run the payload, with the CPU model of machines."""
     with tempfile.TemporaryDirectory(prefix="pycloudlib-probe-") as directory:
         disk = Path(directory) / "boot-sector.img"
         disk.write_bytes(BOOT_SECTOR)
@@ -167,7 +178,7 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
             env=environment(),
         )
         try:
-            # Over the soft limit the kernel ends it with SIGXCPU; no core file is worth keeping.
+            # At the soft limit the kernel ends it with SIGXCPU, which would write a core file.
             with contextlib.suppress(ProcessLookupError):
                 limits = (_CPU_LIMIT_SECONDS, _CPU_LIMIT_SECONDS + 1)
                 resource.prlimit(process.pid, resource.RLIMIT_CPU, limits)
@@ -181,7 +192,7 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
                 process.kill()
                 process.communicate()
     status = process.returncode
-    # A plain error, such as a device that is busy, may be gone the next time; a crash will not.
+    # A plain error, such as a busy device, may not occur again; a crash will.
     conclusive = status == _PASSED or status < 0
     return Trial(_judge(status, stderr.decode(errors="replace").strip()), conclusive)
 
@@ -194,8 +205,8 @@ def _judge(exit_status: int, stderr: str) -> str | None:
             f"a boot sector used up {_CPU_LIMIT_SECONDS} s of processor time, ten times what a "
             "working KVM needs (guest instructions are probably interpreted in the host's kernel)"
         )
-    said = stderr.splitlines()[-1] if stderr else "nothing on stderr"
-    return f"QEMU ended with {describe_exit(exit_status)}: {said}"
+    message = stderr.splitlines()[-1] if stderr else "nothing on stderr"
+    return f"QEMU ended with {describe_exit(exit_status)}: {message}"
 
 
 def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> list[str]:
@@ -214,7 +225,7 @@ def _probe_command(qemu_binary: Path, accelerator: Accelerator, disk: Path) -> l
 
 
 def _fingerprint(qemu_binary: Path) -> str:
-    """Tell apart boots of the host, builds of QEMU, CPU models, and what the trial is."""
+    """Return a key for this boot of the host, this QEMU, the CPU model and the trial."""
     build = qemu_binary.stat()
     boot_id = read_kernel_file("/proc/sys/kernel/random/boot_id")[:8]
     facts = [str(qemu_binary), build.st_size, build.st_mtime_ns, build.st_ino]
@@ -222,8 +233,8 @@ def _fingerprint(qemu_binary: Path) -> str:
     return f"{boot_id}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
-def _remember(path: Path, problem: str | None) -> None:
-    # Without a writable cache the trial is only made again.
+def _cache(path: Path, problem: str | None) -> None:
+    # Without a writable cache the next process tries again.
     with contextlib.suppress(OSError):
         create_directories(path.parent)
         this_boot = path.name.rpartition("-")[0]
@@ -234,24 +245,13 @@ def _remember(path: Path, problem: str | None) -> None:
             write_private(temporary, json.dumps({"problem": problem}) + "\n")
 
 
-_LIMIT_SECONDS = 30
-_LONGEST_SAID = 500
-_TALK = (
-    b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
-    b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
-)
-
-
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-
-
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a QEMU build can do, as it says itself.
+    """The features of a QEMU build.
 
     Attributes:
-        sandbox: Whether it confines itself.
-        read_only_memory: Whether it maps memory of a file that it cannot write to (from 8.2 on).
+        sandbox: Whether it has a sandbox (seccomp).
+        read_only_memory: Whether it can map memory from a file that it cannot write to (since 8.2).
     """
 
     sandbox: bool = True
@@ -260,28 +260,28 @@ class Features:
 
 @functools.cache
 def find_features(binary: Path) -> Features:
-    """Ask a QEMU binary what it can do; remembered for the life of this process.
+    """Query the features of a QEMU binary, once in this process.
 
     Raises:
         CloudSetupError: It is not QEMU, or cannot run here.
     """
-    said, problem = _talk(binary)
+    answers, problem = _query(binary)
     if problem:
         raise CloudSetupError(
             f"qemu_binary {str(binary)!r} does not answer as QEMU does: {problem}; expected "
             "qemu-system-x86_64 or a path to one"
         )
-    sandbox = not _talk(binary, "-sandbox", SANDBOX)[1]
+    sandbox = not _query(binary, "-sandbox", SANDBOX)[1]
     if not sandbox:
         _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
-    return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in said)
+    return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in answers)
 
 
-def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
-    """Start the binary without a machine and talk to it.
+def _query(binary: Path, *options: str) -> tuple[bytes, str]:
+    """Start the binary without a machine, and send it queries.
 
     Returns:
-        What it answers, and what is wrong with that: empty if it answers as QEMU does.
+        Its answers, and what is wrong with them: empty if it answers as QEMU does.
     """
     # fmt: off
     argv = [
@@ -292,10 +292,10 @@ def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
     ]
     # fmt: on
     try:
-        with _written(_TALK) as talk:
+        with _pipe_with(_QUERIES) as queries:
             answer = subprocess.run(
                 argv,
-                stdin=talk,
+                stdin=queries,
                 capture_output=True,
                 timeout=_LIMIT_SECONDS,
                 check=False,
@@ -304,24 +304,24 @@ def _talk(binary: Path, *options: str) -> tuple[bytes, str]:
     except subprocess.TimeoutExpired:
         raise CloudSetupError(
             f"qemu_binary {str(binary)!r} did not answer within {_LIMIT_SECONDS} s; is this host "
-            "out of breath?"
+            "overloaded?"
         ) from None
     except OSError as error:
         return b"", str(error)
     if answer.returncode == 0 and b'"QMP"' in answer.stdout:
         return answer.stdout, ""
-    words = (answer.stderr + answer.stdout).decode(errors="replace").strip()[-_LONGEST_SAID:]
-    how = f"it ended with {describe_exit(answer.returncode)}"
-    return b"", f"{how}, and said: {words}" if words else how
+    output = (answer.stderr + answer.stdout).decode(errors="replace").strip()[-_LONGEST_SHOWN:]
+    end = f"it ended with {describe_exit(answer.returncode)}"
+    return b"", f"{end}, and said: {output}" if output else end
 
 
 @contextlib.contextmanager
-def _written(words: bytes) -> Iterator[int]:
-    """Yield a pipe that has all of the words: so who reads it ends, whatever becomes of us."""
+def _pipe_with(content: bytes) -> Iterator[int]:
+    """Yield a pipe that holds all of the content, so that its reader never waits for us."""
     reading, writing = (moved(end) for end in os.pipe())
     try:
         try:
-            os.write(writing, words)  # a pipe takes at least 4096 bytes at once
+            os.write(writing, content)  # a pipe takes at least 4096 bytes at once
         finally:
             os.close(writing)
         yield reading

@@ -1,8 +1,8 @@
-"""Ends the machines of a program that dies; see `guardian.py`.
+"""Ends the machines of a program that dies; see `Guardian` in `ownership.py`.
 
-Not imported: its text is run by a Python of its own, which has nothing but the standard library.
-Arguments: the program's pid, for people, and the mark of its machines. Descriptor 3 is a pidfd of
-the program: no pid is compared, as /proc may show another PID namespace than its own.
+It is not imported: another Python runs its text, with nothing but the standard library. Its
+arguments are the program's pid, for people, and the mark of its machines. Descriptor 3 is a pidfd
+of the program; no pid is compared, since /proc may show another PID namespace than the program's.
 """
 
 import os
@@ -13,8 +13,8 @@ import time
 
 MARK = b"PYCLOUDLIB_OWNER="
 PROGRAM = 3
-# A QEMU that was being born when the program died may come to be seen a moment later.
-LOOKS = 8
+# A QEMU that was being started when the program died may appear a moment later.
+SCANS = 8
 PAUSE = 0.05
 
 
@@ -41,13 +41,13 @@ def ended_normally() -> bool:
 
 
 def end_machines(marks: "list[bytes]") -> bool:
-    """End all processes that have one of these marks; say whether there were any."""
+    """Kill all processes that have one of these marks; return whether there were any."""
     found = False
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
-            # The directory stays that very process's, and signals can be sent through it.
+            # The open directory stays this process's, and signals can be sent through it.
             process = os.open(f"/proc/{name}", os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             continue
@@ -65,15 +65,15 @@ def end_machines(marks: "list[bytes]") -> bool:
 
 def main() -> None:
     _pid, token = sys.argv[1:]
-    # Nobody is to wait for what the program had open, nor for the directory that it was in.
+    # Neither files that the program had open nor its directory must stay in use.
     os.closerange(PROGRAM + 1, 4096)
     os.chdir("/")
     wait_for_end(PROGRAM)
     reaped = ["reap"] if ended_normally() else ["reap", "reap-after-crash"]
     marks = [MARK + f"{token} {orphans}".encode() for orphans in reaped]
-    looks = 0
-    while looks < LOOKS:
-        looks = 0 if end_machines(marks) else looks + 1
+    scans = 0
+    while scans < SCANS:
+        scans = 0 if end_machines(marks) else scans + 1
         time.sleep(PAUSE)
 
 

@@ -1,8 +1,8 @@
-"""Which program a machine belongs to, and what becomes of it when that program is no more.
+"""Which program owns a machine or a file, and what happens to it when that program has ended.
 
-Whatever a program makes that outlives a function has a file beside it that names the program: its
-process identity. A program that ends normally notes there that it has left the thing behind on
-purpose. So what a dead program did not leave on purpose can be told from all else, at any time.
+Everything that a program makes, and that outlives a function, has a file beside it with the
+identity of its owner. A program that ends normally records there that it has left the thing on
+purpose. So what a dead program did not leave on purpose can be recognized at any time.
 """
 
 from __future__ import annotations
@@ -34,16 +34,22 @@ from pycloudlib._base.files import (
     write_private,
 )
 from pycloudlib._base.locks import directory_lock
-from pycloudlib.qemu.host.processes import NotedProcess, ProcessIdentity, World
+from pycloudlib.qemu.host.processes import ProcessIdentity, ProcessRecord, World
+
+_log = logging.getLogger(__name__)
 
 OWNER_SUFFIX = ".owner"
-"""How the file that tells whom something belongs to is called, or ends."""
+"""The name of the file that records the owner of a directory; its suffix for that of a file."""
+NORMAL_END = b"normal end"
+"""What the guardian receives when the program ends by itself."""
+
+_MARK = "PYCLOUDLIB_OWNER"
 _STAGED = re.compile(rf"\..+\.(?P<pid>[0-9]+)-(?P<start>[0-9]+)(-(?P<world>{World.PATTERN}))?\.new")
 
 
 @enum.unique
 class Orphans(enum.Enum):
-    """What becomes of a program's machines when it ends without deleting them."""
+    """What happens to a program's machines when it ends without deleting them."""
 
     REAP_AFTER_CRASH = "reap-after-crash"
     """They live on when it ends normally, and end with it when it is killed or crashes."""
@@ -54,8 +60,8 @@ class Orphans(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
-    """An `Ownership` as it is written down; its first lines are a `NotedProcess`."""
+class _Record:
+    """An `Ownership` as it is stored; its process is stored as a `ProcessRecord`."""
 
     pid: int
     start: int
@@ -67,12 +73,12 @@ class _Note:
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Which program something belongs to.
+    """Which program owns something.
 
     Attributes:
-        process: The program that made it or, of a machine, that started it last.
-        orphans: What becomes of it when the program ends.
-        left: Whether the program has ended normally and left it behind.
+        process: The program that made it; of a machine, the one that started it last.
+        orphans: What happens to it when the program ends.
+        left: Whether the program has ended normally, and left it on purpose.
     """
 
     process: ProcessIdentity
@@ -80,24 +86,24 @@ class Ownership:
     left: bool = False
 
     @property
-    def is_over(self) -> bool:
-        """Whether nobody is to have it any more."""
+    def is_orphaned(self) -> bool:
+        """Whether its owner is dead and has not left it on purpose."""
         if self.orphans is Orphans.KEEP or self.process.alive:
             return False
         return self.orphans is Orphans.REAP or not self.left
 
     @classmethod
     def find(cls, owned: Path) -> Ownership | None:
-        """Read whom something belongs to; None of what is not known to belong to anybody."""
+        """Read who owns something; None if no owner is known."""
         try:
-            noted = decode(_Note, parse_json(owner_file(owned).read_bytes()))
-            process = NotedProcess(noted.pid, noted.start, noted.world, noted.host).identity()
+            record = decode(_Record, parse_json(owner_file(owned).read_bytes()))
+            process = ProcessRecord(record.pid, record.start, record.world, record.host).identity()
         except (OSError, ValueError):
             return None
-        return cls(process, noted.orphans, noted.left)
+        return cls(process, record.orphans, record.left)
 
     def write(self, owned: Path) -> None:
-        """Note whom something belongs to."""
+        """Record who owns something."""
         facts = {
             **self.process.to_plain(),
             "orphans": self.orphans.value,
@@ -108,45 +114,45 @@ class Ownership:
 
 
 def owner_file(owned: Path) -> Path:
-    """Name the file that tells whom something belongs to: in a directory, or beside a file."""
+    """Return the path of the file that records the owner: in a directory, or beside a file."""
     return (
         owned / OWNER_SUFFIX if owned.is_dir() else owned.with_name(f"{owned.name}{OWNER_SUFFIX}")
     )
 
 
 def claim(owned: Path, orphans: Orphans) -> None:
-    """Note that something belongs to this program."""
-    with _changing_note(owned):
+    """Record that this program owns something."""
+    with _changing_record(owned):
         Ownership(ProcessIdentity.own(), orphans).write(owned)
     _register(owned)
 
 
 def disown(image: Path) -> None:
-    """Remove the note of whose an image is, which is deleted; that there is none is no error.
+    """Remove the record of an image's owner, if there is one, since the image is deleted.
 
-    The program that made it may end just now, and change the note.
+    Its owner may end just now, and change the record.
     """
-    with contextlib.suppress(FileNotFoundError), _changing_note(image):
+    with contextlib.suppress(FileNotFoundError), _changing_record(image):
         owner_file(image).unlink(missing_ok=True)
 
 
-def _changing_note(owned: Path) -> contextlib.AbstractContextManager[int]:
-    """Keep other programs from changing whose something is, for a moment."""
+def _changing_record(owned: Path) -> contextlib.AbstractContextManager[int]:
+    """Keep other programs from changing the record of an owner inside the block."""
     return directory_lock(owner_file(owned).parent)
 
 
 def create_owned_directory(path: Path, orphans: Orphans) -> Path:
-    """Make a new private directory, and its parent, that belongs to this program at any moment.
+    """Make a private directory, and its parent; it has this program as its owner from the start.
 
     Raises:
-        FileExistsError: There is something of that name.
+        FileExistsError: The path exists already.
         CloudSetupError: The parent is not this user's own.
     """
     me = ProcessIdentity.own()
     staged = path.with_name(f".{path.name}.{me.pid}-{me.start_time}-{me.world}.new")
     while True:
         create_private_directory(path.parent)
-        # Another process may remove the parent, which it finds empty, just now.
+        # Another process may remove the empty parent just now.
         with contextlib.suppress(FileNotFoundError):
             staged.mkdir(mode=0o700)
             break
@@ -162,8 +168,8 @@ def create_owned_directory(path: Path, orphans: Orphans) -> Path:
     return path
 
 
-def is_cut_off(path: Path) -> bool:
-    """Say whether a directory was being made by a program that is no more."""
+def is_abandoned(path: Path) -> bool:
+    """Whether a program began to make this directory, and died before it was done."""
     found = _STAGED.fullmatch(path.name)
     if found is None:
         return False
@@ -172,9 +178,9 @@ def is_cut_off(path: Path) -> bool:
 
 
 def at_normal_end(work: Callable[[], None]) -> None:
-    """Have something done when this program ends by itself, with an error even.
+    """Call a function when this program ends by itself, even with an error, but is not killed.
 
-    Not when it is killed. A worker of `multiprocessing` ends without what `atexit` does.
+    A worker of `multiprocessing` does not run the functions of `atexit`.
     """
     atexit.register(work)
     util = sys.modules.get("multiprocessing.util")
@@ -187,46 +193,39 @@ _registered_by: int | None = None
 
 
 def _register(owned: Path) -> None:
-    global _registered_by  # noqa: PLW0603 - it is the process's own
+    global _registered_by  # noqa: PLW0603 - one for each process
     if _registered_by != os.getpid():
         _registered_by = os.getpid()
-        _owned.clear()  # a forked child has no part in what its parent owns
+        _owned.clear()  # a forked child does not own what its parent does
         at_normal_end(_leave)
     _owned.add(owned)
 
 
 def _leave() -> None:
-    """Note, at a normal end, that what is left is left on purpose."""
+    """Record, at a normal end, that all that is left is left on purpose."""
     if _registered_by != os.getpid():
         return
     me = ProcessIdentity.own()
     while _owned:
         owned = _owned.pop()
         if not owner_file(owned).exists():
-            continue  # it is removed by now
-        with contextlib.suppress(OSError), _changing_note(owned):  # it may be being removed
+            continue  # it has been removed
+        with contextlib.suppress(OSError), _changing_record(owned):  # another process may remove it
             found = Ownership.find(owned)
-            # Another program may have it by now.
+            # Another program may own it by now.
             if found is not None and found.process == me and not found.left:
                 Ownership(me, found.orphans, left=True).write(owned)
 
 
-_log = logging.getLogger(__name__)
-
-_MARK = "PYCLOUDLIB_OWNER"
-NORMAL_END = b"normal end"
-"""What the guardian reads when the program ends by itself."""
-
-
 @dataclass(frozen=True, slots=True)
 class Guardian:
-    """The process that watches this one.
+    """The process that watches this one, and ends its machines if it dies.
 
     Attributes:
         owner: The pid of this process.
-        pid: Its own.
+        pid: The pid of the guardian.
         lifeline: Our end of the pipe.
-        token: By which it knows our machines.
+        token: The mark of our machines.
     """
 
     owner: int
@@ -236,14 +235,14 @@ class Guardian:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs still."""
+        """Whether it still runs."""
         try:
             return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
-        except ChildProcessError:  # somebody has waited for all children of this process
+        except ChildProcessError:  # another function waited for all children
             return ProcessIdentity.find(self.pid) is not None
 
     def dismiss(self) -> None:
-        """Tell it of a normal end."""
+        """Report a normal end to it."""
         with contextlib.suppress(OSError):
             os.write(self.lifeline, NORMAL_END)
 
@@ -256,7 +255,7 @@ def environment(orphans: Orphans) -> dict[str, str]:
     """Return the environment of a QEMU that belongs to this program.
 
     Args:
-        orphans: What becomes of it when the program ends.
+        orphans: What happens to it when the program ends.
     """
     if orphans is Orphans.KEEP:
         return tools.environment()
@@ -282,10 +281,10 @@ def _start(token: str) -> Guardian:
         theirs, ours = make_pipe()
         closing.callback(os.close, theirs)
         undo.callback(os.close, ours)
-        # It means this process whatever PID namespace it is looked at in.
+        # It identifies this process in any PID namespace.
         me = moved(os.pidfd_open(os.getpid()))
         closing.callback(os.close, me)
-        # No Popen: that would complain at the end of a program that does not wait for it.
+        # Popen would warn at the end of a program that has not waited for it.
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-IS", "-c", program, str(os.getpid()), token],
@@ -299,7 +298,7 @@ def _start(token: str) -> Guardian:
             setsid=True,
         )
         undo.pop_all()
-    _log.debug("Process %d sees to it that machines end with this program", pid)
+    _log.debug("Process %d ends the machines of this program with it", pid)
     return Guardian(os.getpid(), pid, ours, token)
 
 
@@ -308,12 +307,12 @@ def _dismiss() -> None:
         _guardian.dismiss()
 
 
-def _begin_anew() -> None:
-    """Forget, in a forked child, the guardian of its parent."""
+def _forget_guardian() -> None:
+    """Drop the guardian of the parent in a forked child."""
     global _guardian, _lock
     if _guardian is not None:
         os.close(_guardian.lifeline)
     _guardian, _lock = None, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_forget_guardian)

@@ -1,4 +1,4 @@
-"""Which process is meant, in whatever PID namespace; in which one a connection ends."""
+"""The identity of processes in any PID namespace, and which process has a connection's end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from typing import Any
 from pycloudlib._base.documents import escape_line, read_kernel_file, to_bytes
 from pycloudlib._base.files import moved
 
-# The inode of the PID namespace that the kernel begins with (PROC_PID_INIT_INO): it shows all.
+_log = logging.getLogger(__name__)
+
+# The inode of the kernel's first PID namespace (PROC_PID_INIT_INO), which shows all processes.
 _FIRST_NAMESPACE = 0xEFFFFFFC
 _LAST_PID = 2**31 - 1  # pid_t
 _HOST_ID_FILES = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid")
+# proc_net_tcp(5): the connections in the network namespace of this thread.
+_CONNECTIONS = "/proc/thread-self/net/tcp"
+_SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 
 
 @enum.unique
 class Presence(enum.Enum):
-    """What can be seen of a process from here."""
+    """Whether a process runs, as far as this process can see."""
 
     HERE = "it runs"
     ENDED = "it has ended"
@@ -35,21 +40,21 @@ class Presence(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where a pid and a start time mean one process.
+    """The scope in which a pid and a start time identify a process.
 
     Attributes:
-        boot: The boot of the kernel, as the kernel names it.
-        pids: The PID namespace, by its inode.
-        clock: The time namespace, by its inode: start times are told by its clock. 0 if the kernel
-            has none.
-        host: A digest of what stays the same when the host boots again: its machine-id and name.
+        boot: The kernel's boot id.
+        pids: The inode of the PID namespace.
+        clock: The inode of the time namespace, whose clock start times have; 0 if the kernel has
+            none.
+        host: A digest of the host's machine-id and name, which stays the same in its next boot.
         name: The host's name, for people.
     """
 
     boot: str
     pids: int
     clock: int
-    # A host may be renamed while its programs run.
+    # A host may get another name while its programs run.
     host: str = field(compare=False)
     name: str = field(compare=False, default="")
 
@@ -58,7 +63,7 @@ class World:
     @classmethod
     @functools.cache
     def own(cls) -> World:
-        """Describe the world of this process, in which it stays."""
+        """Return the world of this process, which never changes."""
         name = _read("/proc/sys/kernel/hostname")
         host_id = next(filter(None, map(_read, _HOST_ID_FILES)), "")
         return cls(
@@ -74,10 +79,10 @@ class World:
 
     @classmethod
     def parse(cls, text: str, name: str = "") -> World:
-        """Read a world from its text.
+        """Parse the text of a world.
 
         Raises:
-            ValueError: It is none.
+            ValueError: It is malformed.
         """
         if not re.fullmatch(cls.PATTERN, text):
             raise ValueError(f"{text!r} names no boot, PID namespace, time namespace and host")
@@ -86,7 +91,7 @@ class World:
 
     @property
     def shows_all(self) -> bool:
-        """Whether every process of the kernel can be seen in this world, which is our own."""
+        """Whether this world, which is our own, shows every process of the kernel."""
         # With `hidepid`, the first process is hidden from all users but root, too.
         return self.pids == _FIRST_NAMESPACE and _is_proc_own() and _read("/proc/1/stat") != ""
 
@@ -97,13 +102,12 @@ os.register_at_fork(after_in_child=World.own.cache_clear)
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process, told apart from every other one.
+    """The identity of a process, different from that of any other process.
 
     Attributes:
         pid: Its process id in its own world.
         start_time: When it started, in the kernel's clock ticks since boot (proc(5), field 22).
-        world: Where these two mean something; None if it was written down by a version that noted
-            none: then it is taken for our own.
+        world: The scope of these two; None, for our own, in a record of an older version.
     """
 
     pid: int
@@ -112,7 +116,7 @@ class ProcessIdentity:
 
     @classmethod
     def find(cls, pid: int) -> ProcessIdentity | None:
-        """Identify a process that runs now; None when there is none, or only its remains."""
+        """Identify a process that runs; None if there is none, or a zombie."""
         try:
             start_time = _read_start(find_proc_directory(pid))
         except (FileNotFoundError, ProcessLookupError):
@@ -128,12 +132,12 @@ class ProcessIdentity:
 
     @property
     def presence(self) -> Presence:
-        """What can be seen of it from here."""
-        return self._look()[0]
+        """Whether it runs, as far as this process can see."""
+        return self._locate()[0]
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, as far as is known: what cannot be seen from here counts as alive."""
+        """Whether it runs or may run: one that cannot be seen from here counts as alive."""
         return self.presence is not Presence.ENDED
 
     @property
@@ -153,32 +157,32 @@ class ProcessIdentity:
         return f"process {self.pid} in another PID namespace ({name})"
 
     def find_pid(self) -> int | None:
-        """Find its pid in our own PID namespace; None if it cannot be seen there."""
-        return self._look()[1]
+        """Return its pid in our own PID namespace; None if it cannot be seen there."""
+        return self._locate()[1]
 
     def to_plain(self) -> dict[str, Any]:
-        """Give it as it is written down."""
+        """Return it as JSON values, for a file."""
         plain: dict[str, Any] = {"pid": self.pid, "start": self.start_time}
         if self.world is not None:
             plain |= {"world": str(self.world), "host": self.world.name}
         return plain
 
-    def _look(self) -> tuple[Presence, int | None]:
+    def _locate(self) -> tuple[Presence, int | None]:
         own = World.own()
         world = self.world or own
         if world.boot != own.boot:
-            ended = world.host == own.host  # which has booted again since
+            ended = world.host == own.host  # the host has booted again since
             return (Presence.ENDED if ended else Presence.ELSEWHERE), None
         if world.pids == own.pids:
-            presence = self._look_at(self.pid, same_clock=world.clock == own.clock)
+            presence = self._check(self.pid, same_clock=world.clock == own.clock)
             return presence, (self.pid if presence is Presence.HERE else None)
         inner = self._find_inner(world) if _is_proc_own() else None
         if inner is not None:
             return Presence.HERE, inner
         return (Presence.ENDED if own.shows_all else Presence.ELSEWHERE), None
 
-    def _look_at(self, pid: int, *, same_clock: bool) -> Presence:
-        """Look whether it is the process that has a pid of our own namespace."""
+    def _check(self, pid: int, *, same_clock: bool) -> Presence:
+        """Return whether it is the process that has a pid in our own namespace."""
         try:
             start_time = _read_start(find_proc_directory(pid))
         except OSError:
@@ -191,9 +195,9 @@ class ProcessIdentity:
         return Presence.HERE if start_time == self.start_time else Presence.ENDED
 
     def _find_inner(self, world: World) -> int | None:
-        """Find it in a namespace inside our own, where it has another pid than it has here."""
+        """Find its pid here, if it is in a namespace inside our own, where it has another pid."""
         for directory in Path("/proc").glob("[0-9]*"):
-            # Each may end while it is looked at.
+            # Each may end meanwhile.
             with contextlib.suppress(OSError, ValueError):
                 pids = _read_pids(directory)
                 if len(pids) < 2 or pids[-1] != self.pid:
@@ -204,8 +208,8 @@ class ProcessIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class NotedProcess:
-    """A `ProcessIdentity` as it is written down."""
+class ProcessRecord:
+    """A `ProcessIdentity` as it is stored in a file."""
 
     pid: int
     start: int
@@ -213,10 +217,10 @@ class NotedProcess:
     host: str = ""
 
     def identity(self) -> ProcessIdentity:
-        """Give the process.
+        """Return the identity.
 
         Raises:
-            ValueError: It is none.
+            ValueError: The record is malformed.
         """
         if not 0 < self.pid <= _LAST_PID:
             raise ValueError(f"pid is {self.pid}, expected 1 to {_LAST_PID}")
@@ -225,10 +229,10 @@ class NotedProcess:
 
 
 def find_proc_directory(pid: int) -> Path:
-    """Find the directory of /proc of a process of our own PID namespace.
+    """Return the directory in /proc of a process of our own PID namespace.
 
-    Where /proc shows another namespace than our own (`unshare --pid` without `--mount-proc`), its
-    name is another number.
+    If /proc shows another namespace than our own (`unshare --pid` without `--mount-proc`), the name
+    of the directory is another number.
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -237,10 +241,10 @@ def find_proc_directory(pid: int) -> Path:
         return Path(f"/proc/{pid}")
     descriptor = moved(os.pidfd_open(pid))
     try:
-        told = read_kernel_file(f"/proc/self/fdinfo/{descriptor}")
+        facts = read_kernel_file(f"/proc/self/fdinfo/{descriptor}")
     finally:
         os.close(descriptor)
-    found = re.search(r"^Pid:\s+([1-9][0-9]*)$", told, re.MULTILINE)
+    found = re.search(r"^Pid:\s+([1-9][0-9]*)$", facts, re.MULTILINE)
     if found is None:
         raise ProcessLookupError(f"/proc does not show process {pid}")
     return Path("/proc") / found[1]
@@ -255,18 +259,18 @@ def _is_proc_own() -> bool:
 
 
 def _read_start(directory: Path) -> int | None:
-    """Read when a process started; None of one that has ended.
+    """Read the start time of a process; None if it has ended.
 
     Raises:
-        OSError: It is gone, or hidden.
+        OSError: It does not exist any more, or is hidden.
     """
-    # The second field, the name in parentheses, may hold anything; the rest has no ')'.
+    # The second field, the name in parentheses, may contain anything; the rest has no ')'.
     fields = read_kernel_file(directory / "stat").rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _read_pids(directory: Path) -> list[int]:
-    """Read a process's pids: in the namespace that /proc shows, and in each inside that."""
+    """Read the pids of a process: in the namespace that /proc shows, and in those inside it."""
     for line in read_kernel_file(directory / "status").splitlines():
         if line.startswith("NSpid:"):
             return [int(pid) for pid in line.split()[1:]]
@@ -274,7 +278,7 @@ def _read_pids(directory: Path) -> list[int]:
 
 
 def _may_be_in(directory: Path, world: World) -> bool:
-    """Whether a process is in a PID namespace; True if the kernel does not let us look."""
+    """Whether a process is in a PID namespace; True if the kernel denies the answer."""
     try:
         return (directory / "ns/pid").stat().st_ino == world.pids
     except PermissionError:
@@ -299,29 +303,22 @@ def _find_namespace(kind: str) -> int:
 
 
 def _read(path: str) -> str:
-    """Read a fact of the kernel or the host; empty where there is none."""
+    """Read a file of the kernel or the host; empty if there is none."""
     try:
         return read_kernel_file(path).strip()
     except OSError:
         return ""
 
 
-_log = logging.getLogger(__name__)
-
-# proc_net_tcp(5): the thread's own network namespace is the one its sockets are in.
-_CONNECTIONS = "/proc/thread-self/net/tcp"
-_SOCKET = re.compile(r"socket:\[([0-9]+)\]")
-
-
 def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
     """Whether the other end of a connection over loopback is a socket of a process.
 
-    Nobody but that process, who runs it, and root can answer there, whatever listens on the port
-    later or elsewhere.
+    Only that process, its user and root can answer there, whatever listens on the port later or
+    elsewhere.
 
     Args:
         connection: A connected TCP socket (IPv4).
-        process: The process; it has to run as this user, or be root's to look at.
+        process: The process; it has to run as this user, unless this user is root.
     """
     try:
         inode = find_inode(connection.getpeername(), connection.getsockname())
@@ -331,30 +328,30 @@ def ends_in(connection: socket.socket, process: ProcessIdentity) -> bool:
         open_files = find_proc_directory(pid) / "fd"
         found = any(inode_of(file) == inode for file in open_files.iterdir())
     except OSError as error:
-        _log.debug("Process %d cannot be asked for its connections: %s", process.pid, error)
+        _log.debug("The connections of process %d cannot be read: %s", process.pid, error)
         return False
-    # A pid may be used again, so that what was read is another's unless it is there still.
+    # Its pid may have been reused meanwhile.
     return found and process.find_pid() == pid
 
 
 def find_inode(local: tuple[str, int], remote: tuple[str, int]) -> int | None:
-    """Find the socket that has these addresses in the kernel's table of connections."""
+    """Find the inode of the socket with these addresses in the kernel's table of connections."""
     wanted = f"{_hex(local)} {_hex(remote)}".split()
     for line in read_kernel_file(_CONNECTIONS).splitlines()[1:]:
         fields = line.split()
         if fields[1:3] == wanted:
-            return int(fields[9]) or None  # 0: nobody has accepted it yet
+            return int(fields[9]) or None  # 0: not accepted yet
     return None
 
 
 def _hex(address: tuple[str, int]) -> str:
-    """Write an address as the table does: the four bytes as one number of this machine's order."""
+    """Return an address as the table has it: its four bytes as a number in native byte order."""
     number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
     return f"{number:08X}:{address[1]:04X}"
 
 
 def inode_of(file: Path) -> int | None:
-    """Read which socket an open file of a process (`/proc/PID/fd/N`) is; None if it is none."""
+    """Read the inode of a socket that a process has open (`/proc/PID/fd/N`); None if it is none."""
     try:
         match = _SOCKET.fullmatch(str(file.readlink()))
     except FileNotFoundError:  # closed meanwhile

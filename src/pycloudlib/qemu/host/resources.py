@@ -1,4 +1,4 @@
-"""What machines use of this host: ports, leased for their whole life; processors and memory."""
+"""The host's resources for machines: ports, leased as long as a machine exists; memory, CPUs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000
 LAST_PORT = 18100
 
+_ROOT = Path("/")
+_MEMORY, _CPU = "memory", "cpu"
+_ALL_CONTROLLERS = ""
+# In version 1 a number near the largest means that there is no limit.
+_NO_LIMIT = 1 << 60
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+
 
 @dataclass(frozen=True, slots=True)
 class PortLease:
     """Two ports of one instance.
 
     Attributes:
-        ssh: Leads to the guest's SSH server.
-        telnet: Leads to the serial console.
+        ssh: The port of the guest's SSH server.
+        telnet: The port of the serial console.
     """
 
     ssh: int
@@ -45,7 +52,7 @@ class PortRegistry:
     """The leases of one user of this host.
 
     Attributes:
-        directory: Where the lease files are.
+        directory: The directory of the lease files.
     """
 
     directory: Path
@@ -79,14 +86,14 @@ class PortRegistry:
             return PortLease(*free)
 
     def release(self, lease: PortLease, owner: Path) -> None:
-        """Give an instance's ports back; what is another's by now stays."""
+        """Release the ports of an instance, except those that another instance leases by now."""
         with self._lock():
             for port in (lease.ssh, lease.telnet):
                 if self._owner(port) == owner:
                     self._file(port).unlink(missing_ok=True)
 
     def forget_ended(self) -> None:
-        """Remove the files of leases that have ended; they are in nobody's way."""
+        """Remove the files of leases that have ended."""
         with self._lock():
             for port in range(FIRST_PORT, LAST_PORT + 1):
                 if not self.leased(port):
@@ -102,7 +109,7 @@ class PortRegistry:
         return self.directory / str(port)
 
     def _owner(self, port: int) -> Path | None:
-        """Read whose a port is; None when it is nobody's, or the lease is damaged."""
+        """Read the owner of a port; None if it has none, or the lease is damaged."""
         try:
             owner = self._file(port).read_bytes().removesuffix(b"\n")
         except (FileNotFoundError, IsADirectoryError):
@@ -110,21 +117,21 @@ class PortRegistry:
         return Path(os.fsdecode(owner)) if owner and b"\0" not in owner else None
 
     def leased(self, port: int) -> bool:
-        """Say whether a port is some instance's."""
+        """Whether an instance leases a port."""
         if self._file(port).is_dir():
-            return True  # whatever it is, it is not ours to replace
+            return True  # not a lease, so not replaced
         owner = self._owner(port)
         if owner is None or not owner.is_absolute():
             return False
         try:
             return owner.is_dir()
         except OSError as error:
-            # It may be one that cannot be looked at, as root's: rather another port then.
+            # Another user's directory may be hidden: rather use another port.
             return not is_not_found(error)
 
 
 def can_listen(port: int) -> bool:
-    """Whether nobody listens on a local port."""
+    """Whether no program listens on a local port."""
     try:
         _bind(port).close()
     except OSError as error:
@@ -138,10 +145,10 @@ def listen(port: int) -> socket.socket:
     """Listen on a local port.
 
     Args:
-        port: The port; 0 for any that is free.
+        port: The port; 0 for any free one.
 
     Raises:
-        OSError: Another program has it.
+        OSError: Another program listens on it.
     """
     listener = _bind(port)
     try:
@@ -155,12 +162,12 @@ def listen(port: int) -> socket.socket:
 def _bind(port: int) -> socket.socket:
     """Bind a socket to a local port.
 
-    That alone shows whether another program listens there, and hinders nobody who is about to
-    listen: with SO_REUSEADDR on both sides, only a socket that listens is in the way of others.
+    That alone shows whether another program listens there, and does not disturb one that is about
+    to listen: with SO_REUSEADDR on both sides, only a listening socket conflicts with others.
     """
     bound = make_socket(socket.AF_INET)
     try:
-        # As QEMU does: connections of an earlier machine that linger are no obstacle.
+        # As QEMU does: lingering connections of an earlier machine do not conflict.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((LOOPBACK, port))
     except BaseException:
@@ -169,22 +176,14 @@ def _bind(port: int) -> socket.socket:
     return bound
 
 
-_ROOT = Path("/")
-_MEMORY, _CPU = "memory", "cpu"
-_ALL_CONTROLLERS = ""
-# Version 1 says by a number near the largest that there is no limit.
-_NO_LIMIT = 1 << 60
-_ESCAPED = re.compile(r"\\([0-7]{3})")
-
-
 @dataclass(frozen=True, slots=True)
 class HostLimits:
-    """What this program may use.
+    """The processors and memory that this program may use.
 
     Attributes:
         processors: How many it may keep busy, at least 1.
         memory: Bytes of memory in all.
-        available: Bytes of memory that are not in use, or can be had at once; 0 if nothing tells.
+        available: Bytes of memory that are free, or can be freed at once; 0 if unknown.
     """
 
     processors: int
@@ -196,7 +195,7 @@ class HostLimits:
         """Read them from the kernel's files.
 
         Args:
-            root: Where /proc and /sys are; by default where they always are.
+            root: The directory that has /proc and /sys; by default the root directory.
         """
         root = root or _ROOT
         meminfo = _read(root / "proc/meminfo")
@@ -218,17 +217,18 @@ class HostLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """Where control groups are seen.
+    """A mount of control groups.
 
     Attributes:
-        controllers: Those of version 1 that it shows; of version 2, the empty name for all.
-        top: The group that is seen there.
-        place: The directory.
+        controllers: The controllers that it shows, in version 1; the empty name for all, in
+            version 2.
+        top: The group at its top.
+        directory: Where it is mounted.
     """
 
     controllers: Sequence[str]
     top: str
-    place: str
+    directory: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +256,14 @@ class _Groups:
             if name in self.paths:
                 path = PurePosixPath(self.paths[name])
                 mounts = [mount for mount in self.mounts if name in mount.controllers]
-                # Others may show groups of others: of a container, on its host.
+                # Others may show other groups, such as a container's on its host.
                 own = [mount for mount in mounts if path.is_relative_to(mount.top)]
                 for mount in own or mounts:
                     yield from self._upwards(mount, path)
 
     def _upwards(self, mount: _Mount, path: PurePosixPath) -> Iterator[Path]:
-        top = self.root / mount.place.lstrip("/")
-        # Named as another control group namespace has it, its own top is what is seen.
+        top = self.root / mount.directory.lstrip("/")
+        # A path of another control group namespace: its own top is mounted here.
         below = PurePosixPath()
         if path.is_relative_to(mount.top) and ".." not in path.parts:
             below = path.relative_to(mount.top)
@@ -272,7 +272,7 @@ class _Groups:
 
 
 def _parse_mount(line: str) -> _Mount | None:
-    """Read a line of /proc/self/mountinfo (proc(5)); None for what shows no control groups."""
+    """Parse a line of /proc/self/mountinfo (proc(5)); None for one without control groups."""
     before, _dash, after = line.partition(" - ")
     fields, kind = before.split(" "), after.split(" ")
     if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
@@ -290,13 +290,13 @@ def _memory_limits(group: Path) -> list[int]:
         _read_number(group / name)
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
     ]
-    # Of version 1: with that of groups above, which may be invisible.
+    # In version 1: includes the limits of groups above, which may be invisible.
     limits.append(_find_in_stat(group, "hierarchical_memory_limit"))
     return [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
 
 
 def _memory_in_use(group: Path) -> int:
-    """Tell how much memory a group uses, without files' content that the kernel drops first."""
+    """Return the memory that a group uses, without the file cache that the kernel drops first."""
     for used, dropped in (
         ("memory.current", "inactive_file"),
         ("memory.usage_in_bytes", "total_inactive_file"),
@@ -308,7 +308,7 @@ def _memory_in_use(group: Path) -> int:
 
 
 def _quota(group: Path) -> float | None:
-    """Tell how many processors' time a group may have; None for as much as there is."""
+    """Return how many processors' time a group may use; None if it has no limit."""
     both = _read(group / "cpu.max").split()
     if len(both) != 2:
         both = [_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
@@ -325,7 +325,7 @@ def _find_in_stat(group: Path, key: str) -> int | None:
 
 
 def _read_number(file: Path) -> int | None:
-    """Read a file that holds a number; None where it holds `max`, or cannot be read."""
+    """Read a file with a number; None if it contains `max`, or cannot be read."""
     text = _read(file).strip()
     return int(text) if re.fullmatch("[0-9]+", text) else None
 

@@ -22,7 +22,7 @@ from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.host.ownership import owner_file
-from pycloudlib.qemu.host.processes import NotedProcess, ProcessIdentity, find_proc_directory
+from pycloudlib.qemu.host.processes import ProcessIdentity, ProcessRecord, find_proc_directory
 from pycloudlib.qemu.parts.standard import (
     ATTACH_SOCKET,
     CONSOLE_LOG,
@@ -438,7 +438,7 @@ def _identity_text(identity: ProcessIdentity) -> str:
 def _find_identity(file: Path) -> ProcessIdentity | None:
     """Read which process a file tells of; None when it tells of none, which is logged."""
     try:
-        return decode(NotedProcess, parse_json(file.read_bytes())).identity()
+        return decode(ProcessRecord, parse_json(file.read_bytes())).identity()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

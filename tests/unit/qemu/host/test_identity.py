@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.qemu.host import processes
-from pycloudlib.qemu.host.ownership import Orphans, Ownership, create_owned_directory, is_cut_off
+from pycloudlib.qemu.host.ownership import Orphans, Ownership, create_owned_directory, is_abandoned
 from pycloudlib.qemu.host.processes import Presence, ProcessIdentity, World
 from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.worlds import WITHOUT_PROC, run_inside, unsharing
@@ -104,11 +104,11 @@ def test_old_notes_are_read_as_of_our_own_world(sleeper: ProcessIdentity, tmp_pa
     (tmp_path / ".owner").write_text(json.dumps(note))
     owner = Ownership.find(tmp_path)
     assert owner is not None
-    assert not owner.is_over
+    assert not owner.is_orphaned
     (tmp_path / ".owner").write_text(json.dumps({**note, "start": sleeper.start_time - 1}))
     owner = Ownership.find(tmp_path)
     assert owner is not None
-    assert owner.is_over
+    assert owner.is_orphaned
 
 
 @pytest.mark.parametrize("name", ["plain", "два", "\udcd1\udcff", 'a "b" \\ c', ""])
@@ -147,15 +147,15 @@ def test_unfinished_directory_of_another_host_is_not_cut_off(
     with pytest.raises(InterruptedError):
         create_owned_directory(tmp_path / "vm", Orphans.REAP)
     (path,) = made
-    assert not is_cut_off(path), "its program runs"
+    assert not is_abandoned(path), "its program runs"
     own = World.own()
     here, gone = str(own), ProcessIdentity(2**22 + 1, 1)
     elsewhere = str(dataclasses.replace(own, boot=OTHER_BOOT, host=OTHER_HOST))
     earlier = str(dataclasses.replace(own, boot=OTHER_BOOT))
     pattern = f".vm.{gone.pid}-{gone.start_time}-{{}}.new"
-    assert is_cut_off(path.with_name(pattern.format(here)))
-    assert is_cut_off(path.with_name(pattern.format(earlier)))
-    assert not is_cut_off(path.with_name(pattern.format(elsewhere)))
+    assert is_abandoned(path.with_name(pattern.format(here)))
+    assert is_abandoned(path.with_name(pattern.format(earlier)))
+    assert not is_abandoned(path.with_name(pattern.format(elsewhere)))
 
 
 INSIDE = """
@@ -186,7 +186,7 @@ def test_processes_inside_are_seen_under_other_pids(proc: bool) -> None:
         assert process.stdin is not None
         *noted, seen = json.loads(process.stdout.readline())
         assert seen == ["HERE", "HERE", True]
-        me, child = (processes.NotedProcess(**plain).identity() for plain in noted)
+        me, child = (processes.ProcessRecord(**plain).identity() for plain in noted)
         assert (me.pid, child.pid) != (me.find_pid(), child.find_pid())
         assert me.presence is child.presence is Presence.HERE
         pid = child.find_pid()
@@ -203,7 +203,7 @@ def test_processes_outside_are_taken_to_be_alive() -> None:
     me = ProcessIdentity.own()
     program = (
         "import json, sys\n"
-        "from pycloudlib.qemu.host.processes import NotedProcess\n"
-        "print(NotedProcess(**json.loads(sys.argv[1])).identity().presence.name)"
+        "from pycloudlib.qemu.host.processes import ProcessRecord\n"
+        "print(ProcessRecord(**json.loads(sys.argv[1])).identity().presence.name)"
     )
     assert run_inside(program, json.dumps(me.to_plain())) == "ELSEWHERE\n"
