@@ -29,7 +29,7 @@ _TOO_DEEP = "it is nested too deeply"
 
 # Values that a YAML text may have, those by aliases included. Aliases let a few lines stand for
 # billions, which exist only when something walks through them, merges or writes them.
-_MOST_VALUES = 1_000_000
+MOST_VALUES = 1_000_000
 # A longer text counts as several values: it is repeated whenever the values are written out.
 _CHARACTERS = 16
 # As many digits as Python reads (sys.int_info). YAML's base 60 is read in quadratic time.
@@ -60,8 +60,12 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         raise ValueError(_TOO_DEEP) from None
 
 
-def parse_yaml(text: str | bytes) -> Any:
+def parse_yaml(text: str | bytes, most_values: int = MOST_VALUES) -> Any:
     """Parse a YAML text of plain values.
+
+    Args:
+        text: The text.
+        most_values: As many values as it may have, those by aliases included.
 
     Raises:
         ValueError: It is none; says where. Or its aliases (`*name`) make it too large, or endless.
@@ -71,15 +75,15 @@ def parse_yaml(text: str | bytes) -> Any:
     try:
         kind = _define_loader()
         # A value takes a character at least, and far more memory than that.
-        if len(text) > _MOST_VALUES:
-            _check_length(yaml.parse(text, kind))
+        if len(text) > most_values:
+            _check_length(yaml.parse(text, kind), most_values)
         loader = kind(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
             if _has_aliases(text):
-                _check_size(node)
+                _check_size(node, most_values)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -113,21 +117,21 @@ def _define_loader() -> type[yaml.SafeLoader]:
     return Loader
 
 
-def _check_length(events: Iterable[yaml.Event]) -> None:
+def _check_length(events: Iterable[yaml.Event], most: int) -> None:
     """Check that a YAML text does not write out too many values.
 
     Raises:
         ValueError: It does.
     """
-    if sum(1 for _ in itertools.islice(events, _MOST_VALUES)) == _MOST_VALUES:
-        raise ValueError(f"it has more than {_MOST_VALUES} values, which are the most expected")
+    if sum(1 for _ in itertools.islice(events, most)) == most:
+        raise ValueError(f"it has more than {most} values, which are the most expected")
 
 
 def _has_aliases(text: str | bytes) -> bool:
     return "*" in text if isinstance(text, str) else b"*" in text
 
 
-def _check_size(root: yaml.Node) -> None:
+def _check_size(root: yaml.Node, most: int) -> None:
     """Check that a YAML text does not stand for too many values.
 
     Raises:
@@ -142,10 +146,10 @@ def _check_size(root: yaml.Node) -> None:
         if id(node) in above:  # all of its parts are known now
             above.remove(id(node))
             sizes[id(node)] = _own_size(node) + sum(sizes[id(part)] for part in parts)
-            if sizes[id(node)] > _MOST_VALUES:
+            if sizes[id(node)] > most:
                 raise ValueError(
-                    f"with its aliases it stands for more than {_MOST_VALUES} values, which are "
-                    "the most expected"
+                    f"with its aliases it stands for more than {most} values, which are the most "
+                    "expected"
                 )
             left.pop()
         elif id(node) in sizes:

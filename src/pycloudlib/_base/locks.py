@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 # Seconds: a wait that takes longer says who holds the lock.
-_REPORT_AFTER = 5.0
+REPORT_AFTER = 5.0
 # flock(2) has no limit of time.
 _LOOK_SECONDS = 0.05
 _NOTE_LIMIT = 200  # bytes
@@ -75,8 +75,10 @@ class _Lock:
         on_wait: Callable[[str], None] | None = None,
         deadline: Deadline | None = None,
         remove: bool = False,
+        report_after: float = REPORT_AFTER,
     ) -> None:
         self._path = path
+        self._report_after = report_after
         self._on_wait = on_wait
         self._deadline = deadline
         self._remove = remove
@@ -160,7 +162,7 @@ class _Lock:
             self._on_wait(self._holder())
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             return True
-        report = threading.Timer(_REPORT_AFTER, self._report)
+        report = threading.Timer(self._report_after, self._report)
         report.daemon = True
         try:
             report.start()
@@ -268,23 +270,28 @@ class _DirectoryLock(_Lock):
 
 
 def exclusive_lock(
-    path: Path, on_wait: Callable[[str], None] | None = None, *, remove: bool = False
+    path: Path,
+    on_wait: Callable[[str], None] | None = None,
+    *,
+    remove: bool = False,
+    report_after: float = REPORT_AFTER,
 ) -> contextlib.AbstractContextManager[None]:
     """Hold a lock that other threads and processes wait for, inside a block.
 
-    The holder may remove the file. Without `on_wait`, a wait of some seconds is logged.
+    The holder may remove the file. Without `on_wait`, a long wait is logged.
 
     Args:
         path: The lock's file; made when missing.
         on_wait: Called when the lock is not free, with who holds it ("process 4711 (pytest)").
         remove: Whether the file is removed with the lock.
+        report_after: Seconds after which a wait is logged.
 
     Raises:
         FileNotFoundError: The file's directory does not exist.
         CloudSetupError: The file system has no locks.
         RuntimeError: The same thread holds this lock already.
     """
-    return _ExclusiveLock(path, on_wait=on_wait, remove=remove)
+    return _ExclusiveLock(path, on_wait=on_wait, remove=remove, report_after=report_after)
 
 
 def try_lock(

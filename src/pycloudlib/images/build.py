@@ -106,7 +106,7 @@ def _remove_workshop(directory: Path) -> None:
 __all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
 
 _SOURCE = "built:"  # what the source in a record begins with; the recipe's key follows
-_LOCK_NAME = ".build.lock"
+LOCK_NAME = ".build.lock"
 _DISK = "disk.raw"
 
 _TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
@@ -124,6 +124,7 @@ def build_image(
     *,
     refresh: bool = False,
     on_progress: ProgressCallback = ignore_progress,
+    make: MakeImage | None = None,
 ) -> Path:
     """Return the image of a recipe: one that is already there, or a new one.
 
@@ -137,6 +138,7 @@ def build_image(
         image_dir: The directory of images; made when missing.
         refresh: Build from today's packages even if there is an image; older ones are kept.
         on_progress: Called with each step and what happens in it.
+        make: What makes the files of the image; by default it is built from packages.
 
     Returns:
         `<image_dir>/<release>/<serial>/<release>-server-cloudimg-amd64.img`, with its kernel,
@@ -146,9 +148,27 @@ def build_image(
         ImageBuildError: A step failed; names it, with the last lines of what its program said.
         MissingPrerequisiteError: The host lacks a program, a keyring or a permission.
     """
-    return _provide_image(
-        recipe, image_dir, refresh=refresh, on_progress=on_progress, make=_make_image
-    )
+    image_dir = image_dir.absolute()
+    before = find_built_image(recipe, image_dir)
+    if before is not None and not refresh:
+        return before
+    create_directories(image_dir)
+
+    def report_wait(holder: str) -> None:
+        on_progress(Progress(f"waiting for another process that builds an image: {holder}"))
+
+    with exclusive_lock(image_dir / LOCK_NAME, report_wait):
+        # Another process may have built it while this one waited.
+        now = find_built_image(recipe, image_dir)
+        if now is not None and now != before:
+            return now
+        remove_stale_workshops(image_dir)
+        # Chosen before the build, which writes it into the image; the lock keeps it free.
+        today = datetime.datetime.now(datetime.timezone.utc).date()
+        serial = _choose_serial(image_dir / recipe.release, today)
+        with open_workshop(image_dir) as workshop:
+            (make or _make_image)(recipe, serial, workshop, Steps(recipe, on_progress))
+            return _put_in_place(recipe, serial, workshop, image_dir)
 
 
 def find_built_image(recipe: BuildRecipe, image_dir: Path) -> Path | None:
@@ -178,37 +198,6 @@ def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
 MakeImage = Callable[[BuildRecipe, str, Workshop, "Steps"], None]
 """Makes the image of a recipe and a serial, its kernel and its initrd in the workshop's `product`.
 """
-
-
-def _provide_image(
-    recipe: BuildRecipe,
-    image_dir: Path,
-    *,
-    refresh: bool,
-    on_progress: ProgressCallback,
-    make: MakeImage,
-) -> Path:
-    image_dir = image_dir.absolute()
-    before = find_built_image(recipe, image_dir)
-    if before is not None and not refresh:
-        return before
-    create_directories(image_dir)
-
-    def report_wait(holder: str) -> None:
-        on_progress(Progress(f"waiting for another process that builds an image: {holder}"))
-
-    with exclusive_lock(image_dir / _LOCK_NAME, report_wait):
-        # Another process may have built it while this one waited.
-        now = find_built_image(recipe, image_dir)
-        if now is not None and now != before:
-            return now
-        remove_stale_workshops(image_dir)
-        # Chosen before the build, which writes it into the image; the lock keeps it free.
-        today = datetime.datetime.now(datetime.timezone.utc).date()
-        serial = _choose_serial(image_dir / recipe.release, today)
-        with open_workshop(image_dir) as workshop:
-            make(recipe, serial, workshop, Steps(recipe, on_progress))
-            return _put_in_place(recipe, serial, workshop, image_dir)
 
 
 def _put_in_place(recipe: BuildRecipe, serial: str, workshop: Workshop, image_dir: Path) -> Path:
@@ -324,7 +313,6 @@ def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Ste
 
 def _check_host(directory: Path) -> None:
     """Check that the host has everything that a build needs."""
-    _check_prerequisites()
     places = {directory} if tools.is_root() else {directory, find_scratch_base()}
     for place in places:
         free = shutil.disk_usage(place).free
@@ -333,6 +321,7 @@ def _check_host(directory: Path) -> None:
                 f"Building an image needs {_NEEDED_SPACE / _GIB:.0f} GiB of disk space, and the "
                 f"file system of {place} has {free / _GIB:.1f} GiB left"
             )
+    _check_prerequisites()
     tools.check_confinement()
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pycloudlib.images.download import shown_url
@@ -184,13 +185,18 @@ class BuildRecipe:
 
 @functools.cache
 def _key(recipe: BuildRecipe) -> str:
+    # Of no build in particular: a newer build of the same recipe has the same key.
+    return compute_key(recipe, list_guest_files(recipe, serial=""))
+
+
+def compute_key(recipe: BuildRecipe, files: Iterable[GuestFile]) -> str:
+    """Return the key of a recipe whose images get these files."""
     ingredients = (
         RECIPE_VERSION,
         dataclasses.astuple(recipe),
         list_packages(recipe),
         list_apt_sources(recipe),
-        # Of no build in particular: a newer build of the same recipe has the same key.
-        [dataclasses.astuple(file) for file in list_guest_files(recipe, serial="")],
+        [dataclasses.astuple(file) for file in files],
         _UNWANTED_FILES,
         CONFIGURE_SCRIPT,
     )

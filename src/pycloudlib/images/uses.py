@@ -57,7 +57,7 @@ _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EML
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Seconds to wait for another process that removes a file, and between two looks.
-_REMOVAL_LIMIT = 10.0
+REMOVAL_LIMIT = 10.0
 _LOOK_SECONDS = 0.01
 
 LAUNCHING = "a machine that is being launched"
@@ -127,7 +127,10 @@ def holding_image(image_id: str, image_dir: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def removing(
-    *files: Path, by_name: bool = False, find_more: Callable[[], Sequence[str]] = list
+    *files: Path,
+    by_name: bool = False,
+    find_more: Callable[[], Sequence[str]] = list,
+    limit: float = REMOVAL_LIMIT,
 ) -> Iterator[None]:
     """Lock files to delete or replace them in the block; nothing begins to use them meanwhile.
 
@@ -137,6 +140,7 @@ def removing(
         *files: An image and what belongs to it; missing ones are ignored.
         by_name: Whether the files may have other names, with users of their own.
         find_more: Finds users that no record names.
+        limit: Seconds that each file is waited for.
 
     Raises:
         ImageInUseError: Some are in use; names the users.
@@ -144,7 +148,7 @@ def removing(
     with contextlib.ExitStack() as stack:
         # All processes lock in one order, so that no two wait for each other.
         places = sorted({Path(os.path.realpath(file)) for file in files})
-        locks = [stack.enter_context(_excluding(place, by_name=by_name)) for place in places]
+        locks = [stack.enter_context(_excluding(place, by_name, limit)) for place in places]
         users = {user for file in files for user in find_users(file)} | set(find_more())
         # A running machine that has a record is named once.
         users = users or {user for user in locks if user is not None}
@@ -349,11 +353,11 @@ def _holding(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
+def _excluding(file: Path, by_name: bool, limit: float) -> Iterator[str | None]:
     """Lock a file that is removed in the block; yield who uses it, as far as locks show."""
     while (descriptor := _open(file)) is not None:
         with _closing(descriptor):
-            user = _exclude(descriptor, file, by_name=by_name)
+            user = _exclude(descriptor, file, by_name, limit)
             # It may have been deleted or replaced before the lock was free.
             if user is not None or _is_at(descriptor, file):
                 yield user
@@ -361,13 +365,13 @@ def _excluding(file: Path, *, by_name: bool) -> Iterator[str | None]:
     yield None
 
 
-def _exclude(descriptor: int, file: Path, *, by_name: bool) -> str | None:
+def _exclude(descriptor: int, file: Path, by_name: bool, limit: float) -> str | None:
     """Lock a file that is to be removed; return who uses it, as far as locks show."""
     try:
         start, length = (_byte_of(file), 1) if by_name else (_FIRST_BYTE, _TO_THE_END)
     except FileNotFoundError:
         return None  # removed by now, with its directory
-    deadline = Deadline.after(_REMOVAL_LIMIT)
+    deadline = Deadline.after(limit)
     while True:
         locked = lock_bytes(descriptor, fcntl.F_WRLCK, start, length)
         others = find_byte_lock(descriptor, start, length)

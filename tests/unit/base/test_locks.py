@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -364,7 +365,10 @@ def hold_shortly(path: Path, on_wait: Callable[[str], None] | None = None) -> No
 
 
 def test_long_wait_is_logged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_REPORT_AFTER", 0.0)
+    def wait_and_report() -> None:
+        with exclusive_lock(path, report_after=0.0):
+            pass
+
     messages: queue.Queue[str] = queue.Queue()
 
     class Handler(logging.Handler):
@@ -374,7 +378,7 @@ def test_long_wait_is_logged(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(logging.getLogger("pycloudlib._base.locks"), "handlers", [Handler()])
     with ThreadPoolExecutor(1) as other:
         with exclusive_lock(path):
-            waits = other.submit(hold_shortly, path)
+            waits = other.submit(wait_and_report)
             message = messages.get(timeout=60)
         waits.result(60)
     assert message == f"Still waiting for another thread of this process, which holds {path}"
@@ -464,10 +468,14 @@ def test_child_forked_while_another_thread_holds_a_python_lock_can_take_it() -> 
 
 
 def test_what_is_gone_is_not_kept_for_children() -> None:
-    before = len(locks._renewed)
-    for _ in range(10):
-        Counter()
-    assert len(locks._renewed) <= before + 1
+    def make() -> threading.Lock:
+        return threading.Lock()
+
+    kept, counter = weakref.ref(make), Counter()
+    locks.renew_in_children(counter, lock=make)
+    del make, counter
+    Counter()
+    assert kept() is None
 
 
 @pytest.mark.parametrize(("directory", "file"), [(0o2775, 0o660), (0o755, 0o600), (0o2777, 0o600)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,7 @@ def test_program_that_is_passed_over_is_named(
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr("pycloudlib._base.tools._SBIN", ())
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 
     with pytest.raises(MissingPrerequisiteError, match="'qemu-utils'"):
         run_tool_streaming("x", ["qemu-img"], on_line=ignore)

@@ -57,13 +57,11 @@ def provide(
     refresh: bool = False,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Path:
-    return build._provide_image(
-        recipe, image_dir, refresh=refresh, on_progress=on_progress, make=make
-    )
+    return build.build_image(recipe, image_dir, refresh=refresh, on_progress=on_progress, make=make)
 
 
 def list_leftovers(image_dir: Path) -> list[str]:
-    return sorted(path.name for path in image_dir.iterdir() if path.name != build._LOCK_NAME)
+    return sorted(path.name for path in image_dir.iterdir() if path.name != build.LOCK_NAME)
 
 
 class TestCache:
@@ -100,10 +98,10 @@ class TestCache:
     ) -> None:
         image = provide(image_dir, FakeMaker())
         monkeypatch.setenv("PATH", "/nonexistent")
-        (image_dir / build._LOCK_NAME).unlink()
+        (image_dir / build.LOCK_NAME).unlink()
 
         assert build.build_image(RECIPE, image_dir) == image
-        assert not (image_dir / build._LOCK_NAME).exists()
+        assert not (image_dir / build.LOCK_NAME).exists()
 
     def test_another_recipe_of_the_day_gets_a_serial_of_its_own(self, image_dir: Path) -> None:
         make = FakeMaker()
@@ -265,7 +263,6 @@ class TestFailure:
         def nearly_full(_path: Path) -> SimpleNamespace:
             return SimpleNamespace(free=2**30)
 
-        monkeypatch.setattr(build, "_check_prerequisites", lambda: None)
         monkeypatch.setattr(shutil, "disk_usage", nearly_full)
 
         with pytest.raises(ImageBuildError, match=r"needs 3 GiB.* has 1\.0 GiB left"):

@@ -67,15 +67,18 @@ class TestKey:
     def test_equal_recipes_have_equal_keys(self) -> None:
         assert BuildRecipe(packages=("b2", "a2")).key == BuildRecipe(packages=("a2", "b2")).key
 
-    def test_the_guests_files_change_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        before = BuildRecipe().key
-        recipes._key.cache_clear()
-        monkeypatch.setattr(recipes, "_GRUB_CFG", "set timeout=5\n")
+    def test_the_guests_files_change_it(self) -> None:
+        recipe = BuildRecipe()
+        files = recipes.list_guest_files(recipe, serial="")
+        changed = [
+            dataclasses.replace(file, content="set timeout=5\n")
+            if file.path == "/boot/grub/grub.cfg"
+            else file
+            for file in files
+        ]
 
-        after = BuildRecipe().key
-
-        recipes._key.cache_clear()
-        assert after != before
+        assert recipes.compute_key(recipe, files) == recipe.key
+        assert recipes.compute_key(recipe, changed) != recipe.key
 
 
 class TestGuestFiles:

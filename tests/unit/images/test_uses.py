@@ -31,10 +31,12 @@ def disk(tmp_path: Path) -> Path:
     return disk
 
 
-def try_removing(*files: Path, by_name: bool = False) -> list[str]:
+def try_removing(
+    *files: Path, by_name: bool = False, limit: float = uses.REMOVAL_LIMIT
+) -> list[str]:
     """Give who keeps files from being removed."""
     try:
-        with uses.removing(*files, by_name=by_name):
+        with uses.removing(*files, by_name=by_name, limit=limit):
             return []
     except ImageInUseError as error:
         return error.users
@@ -277,12 +279,9 @@ def test_file_that_is_replaced_by_another_is_removed_only_if_it_is_not_used_then
     assert met == [[uses.LAUNCHING]]
 
 
-def test_removal_that_does_not_end_is_not_waited_for_without_end(
-    image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uses, "_REMOVAL_LIMIT", 0)
+def test_removal_that_does_not_end_is_not_waited_for_without_end(image: Path) -> None:
     with uses.removing(image):
-        assert try_removing(image) == [uses.REMOVING]
+        assert try_removing(image, limit=0) == [uses.REMOVING]
 
 
 def test_missing_files_are_in_nobodys_use(tmp_path: Path) -> None:

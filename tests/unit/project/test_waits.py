@@ -417,7 +417,7 @@ WAITS = (
         "the other's end, a kill too",
         (
             "_base.locks:_Lock._lock",
-            "images.build:_provide_image",
+            "images.build:build_image",
             "images.releases:fetch_image",
             "qemu.launching.warmcache:WarmCache.making",
             "qemu.state.rundir:RunDirectory.lock",
@@ -438,7 +438,7 @@ WAITS = (
             "unit/images/test_uses.py::test_who_removes_a_file_that_another_removes_waits",
             "unit/images/test_uses.py::test_removal_that_does_not_end_is_not_waited_for_without_end",
         ),
-        (("images.uses:_REMOVAL_LIMIT", 10.0),),
+        (("images.uses:REMOVAL_LIMIT", 10.0),),
     ),
     Wait(
         "the plugin's budget of machines",

@@ -128,7 +128,7 @@ def are_decided_by(document: bytes, name: str) -> bool:
 
 
 # As many machines can be launched at once without waiting for a key.
-_KEPT = 16
+KEPT = 16
 _NICENESS = 10
 
 _MAKERS = {"ed25519": generate_ed25519, "ecdsa": generate_ecdsa, "rsa": generate_rsa}
@@ -142,10 +142,12 @@ class HostKeyPool:
 
     Args:
         directory: Where they are; made when missing, and this user's alone.
+        kept: How many are kept.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kept: int = KEPT) -> None:
         self._directory = directory
+        self._kept = kept
         self._filling: threading.Thread | None = None
 
     def take(self, comment: str) -> tuple[HostKey, ...]:
@@ -166,7 +168,7 @@ class HostKeyPool:
         """
         if self._filling is not None and self._filling.is_alive():
             return
-        if len(self._list()) < _KEPT:
+        if len(self._list()) < self._kept:
             self._filling = threading.Thread(target=self._fill, name="host-keys")
             self._filling.start()
 
@@ -196,7 +198,7 @@ class HostKeyPool:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             create_private_directory(self._directory)
-            while len(self._list()) < _KEPT and threading.main_thread().is_alive():
+            while len(self._list()) < self._kept and threading.main_thread().is_alive():
                 text = json.dumps(dataclasses.asdict(_make("rsa", "")))
                 file = self._directory / f"rsa-{secrets.token_hex(8)}.json"
                 with replace_atomically(file, synced=False) as temporary:

@@ -223,7 +223,7 @@ def _make_client(endpoint: Endpoint, host_keys: HostKeys | None) -> paramiko.SSH
     client.set_log_channel(_TRANSPORT_LOG)
     name = endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
     for line in host_keys.pinned() if host_keys else ():
-        key = _read_host_key(name, line)
+        key = read_pinned_key(name, line)
         if key is not None:
             client.get_host_keys().add(name, key.get_name(), key)
     return client
@@ -289,7 +289,7 @@ def _shut_at(deadline: Deadline, connection: socket.socket) -> Iterator[None]:
         timer.cancel()
 
 
-def _read_host_key(name: str, line: str) -> paramiko.PKey | None:
+def read_pinned_key(name: str, line: str) -> paramiko.PKey | None:
     """Read a pinned host key; None for a line that is damaged, such as one that was cut off."""
     import paramiko  # noqa: PLC0415 - heavy
 

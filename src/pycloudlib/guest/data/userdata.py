@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pycloudlib._base.documents import gunzip, parse_yaml, safe_repr
+from pycloudlib._base.documents import MOST_VALUES, gunzip, parse_yaml, safe_repr
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE = b"#cloud-config-archive"
@@ -50,10 +50,6 @@ _COMPRESSED = tuple(
 )
 _KIND_OF_ARCHIVES = "text/cloud-config-archive"
 
-# Bytes that may come out of user-data, all of its parts together: cloud-init holds all of it in the
-# guest's memory, several times over. A few kilobytes of gzip can stand for gigabytes.
-_MOST_BYTES = 16 * 1024**2
-_MOST_PARTS = 10_000
 # Of MIME documents: how long a header may be, which the library reads again for each ";" in it; and
 # how often a line may be looked at, which it is for each boundary that is open.
 _LONGEST_HEADER = 4096
@@ -61,6 +57,25 @@ _HEADER = re.compile(
     rb"^content-[^:\s]*[ \t]*:[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*", re.IGNORECASE | re.MULTILINE
 )
 _MOST_LOOKS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may come out of a piece of user-data: a few kilobytes can stand for gigabytes.
+
+    Attributes:
+        size: Bytes, of all of its parts together: cloud-init holds all of it in the guest's memory,
+            several times over.
+        parts: Documents.
+        values: Values of one archive of documents.
+    """
+
+    size: int = 16 * 1024**2
+    parts: int = 10_000
+    values: int = MOST_VALUES
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +100,14 @@ class _Bounds:
 
     Args:
         name: What it is called in an error.
+        limits: How much may come out of all of it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.limits = limits
         self._name = name
-        self._bytes = _MOST_BYTES
-        self._parts = _MOST_PARTS
+        self._bytes = limits.size
+        self._parts = limits.parts
 
     def decompress(self, document: bytes) -> bytes:
         """Undo a compression by gzip; what is not compressed stays as it is.
@@ -120,10 +137,10 @@ class _Bounds:
         self._parts -= 1
         self._bytes -= len(content)
         if self._parts < 0:
-            raise ValueError(f"{self._name} has more than {_MOST_PARTS} parts")
+            raise ValueError(f"{self._name} has more than {self.limits.parts} parts")
         if self._bytes < 0:
             raise ValueError(
-                f"{self._name} has archives whose parts have more than {_MOST_BYTES} bytes"
+                f"{self._name} has archives whose parts have more than {self.limits.size} bytes"
             )
 
 
@@ -137,7 +154,7 @@ def decompress(document: bytes, name: str) -> bytes:
     Raises:
         ValueError: It is damaged, or too large.
     """
-    return _Bounds(name).decompress(document)
+    return _Bounds(name, LIMITS).decompress(document)
 
 
 def is_mime(document: bytes) -> bool:
@@ -145,17 +162,18 @@ def is_mime(document: bytes) -> bool:
     return b"mime-version:" in document[:4096].lower()
 
 
-def parts(document: bytes, name: str) -> list[Part]:
+def parts(document: bytes, name: str, limits: Limits = LIMITS) -> list[Part]:
     """Split user-data into its parts as cloud-init does (cloudinit/user_data.py).
 
     Args:
         document: The user-data.
         name: What it is called in an error.
+        limits: How much may come out of it.
 
     Raises:
         ValueError: It is damaged, so that cloud-init would make nothing of it; or too large.
     """
-    bounds = _Bounds(name)
+    bounds = _Bounds(name, limits)
     document = bounds.decompress(document)
     found: list[Part] = []
     if not is_mime(document):
@@ -221,7 +239,7 @@ def _add(found: list[Part], part: Part, name: str, bounds: _Bounds) -> None:
     if kind in _LOOKED_INTO:
         kind = _find_kind(content) or kind
     if kind == _KIND_OF_ARCHIVES:
-        for entry in _entries(content, name):
+        for entry in _entries(content, name, bounds.limits):
             bounds.count_part(entry.content)
             found.append(_named(entry, found))
     else:
@@ -239,8 +257,8 @@ def _find_kind(content: bytes) -> str | None:
     return _BEGINNINGS[max(fitting, key=len)] if fitting else None
 
 
-def _entries(archive: bytes, name: str) -> Iterator[Part]:
-    entries = load_yaml(archive, name)
+def _entries(archive: bytes, name: str, limits: Limits) -> Iterator[Part]:
+    entries = load_yaml(archive, name, limits.values)
     if not isinstance(entries, list):
         raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
     for entry in entries:
@@ -263,13 +281,13 @@ def _entries(archive: bytes, name: str) -> Iterator[Part]:
         yield Part(kind.lower(), str(fields.get("filename") or ""), data, str(merging))
 
 
-def split(document: bytes, name: str) -> Iterator[bytes]:
+def split(document: bytes, name: str, limits: Limits = LIMITS) -> Iterator[bytes]:
     """Yield the documents that user-data consists of, decompressed.
 
     Raises:
         ValueError: One of them is damaged, or they are too large.
     """
-    bounds = _Bounds(name)
+    bounds = _Bounds(name, limits)
     document = bounds.decompress(document)
     if is_mime(document):
         for content in _parts(document, name):
@@ -284,7 +302,7 @@ def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[byte
     if not document.lstrip().startswith(_ARCHIVE):
         yield document
         return
-    entries = load_yaml(document, name)
+    entries = load_yaml(document, name, bounds.limits.values)
     if not isinstance(entries, list):
         raise ValueError(f"{name} is an archive of {type(entries).__name__}, expected a list")
     for entry in entries:
@@ -294,14 +312,19 @@ def _split_archive(document: bytes, name: str, bounds: _Bounds) -> Iterator[byte
         yield part
 
 
-def load_yaml(document: bytes, name: str) -> object:
+def load_yaml(document: bytes, name: str, most_values: int = MOST_VALUES) -> object:
     """Parse a YAML or JSON document.
+
+    Args:
+        document: The document.
+        name: What it is called in an error.
+        most_values: As many values as it may have.
 
     Raises:
         ValueError: It is neither.
     """
     try:
-        return parse_yaml(document)
+        return parse_yaml(document, most_values)
     except ValueError as error:
         raise ValueError(f"{name} is not valid YAML: {error}") from error
 

@@ -7,7 +7,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from pycloudlib.guest.access import hostkeys
 from pycloudlib.guest.access.hostkeys import HostKey, HostKeyPool
 
 
@@ -17,9 +16,8 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pool(directory: Path, monkeypatch: pytest.MonkeyPatch) -> HostKeyPool:
-    monkeypatch.setattr(hostkeys, "_KEPT", 2)
-    return HostKeyPool(directory)
+def pool(directory: Path) -> HostKeyPool:
+    return HostKeyPool(directory, kept=2)
 
 
 def fill(pool: HostKeyPool) -> None:

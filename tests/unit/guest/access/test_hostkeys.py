@@ -163,9 +163,9 @@ def test_line_that_is_cut_off_is_passed_over_wherever_it_is_cut(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for line in (_ecdsa_line(), _line(paramiko.RSAKey.generate(1024)), ED25519):
-        assert ssh._read_host_key("vm", line) is not None
+        assert ssh.read_pinned_key("vm", line) is not None
         for cut in range(len(line)):
-            assert ssh._read_host_key("vm", line[:cut]) is None, line[:cut]
+            assert ssh.read_pinned_key("vm", line[:cut]) is None, line[:cut]
     assert "A pinned host key of vm is damaged and is not used: ssh-rsa AAAA" in caplog.text
 
 

@@ -9,8 +9,8 @@ from email.mime.text import MIMEText
 
 import pytest
 
-from pycloudlib._base import documents
 from pycloudlib.guest.data import userdata
+from pycloudlib.guest.data.userdata import LIMITS, Limits
 
 SCRIPT = b"#!/bin/sh\necho hello\n"
 CONFIG = b"#cloud-config\na: 1\n"
@@ -28,8 +28,8 @@ def text(content: bytes, kind: str = "cloud-config") -> MIMEText:
     return MIMEText(content.decode(), kind)
 
 
-def split(document: bytes) -> list[bytes]:
-    return list(userdata.split(document, "user_data"))
+def split(document: bytes, limits: Limits = LIMITS) -> list[bytes]:
+    return list(userdata.split(document, "user_data", limits))
 
 
 @pytest.mark.parametrize("document", [SCRIPT, CONFIG, b"", bytes(range(256))])
@@ -139,13 +139,13 @@ def test_what_compressed_data_stands_for_is_bounded(document: bytes) -> None:
             take_apart(document)
 
 
-def test_parts_are_bounded_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(userdata, "_MOST_BYTES", 2500)
+def test_parts_are_bounded_all_together() -> None:
+    limits = Limits(size=2500)
     one = MIMEApplication(gzip.compress(b"#" * 1000, mtime=0), "gzip")
-    assert len(split(mime(one, one))) == 2
-    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+    assert len(split(mime(one, one), limits)) == 2
+    for take_apart in (split, lambda data, most: userdata.parts(data, "user_data", most)):
         with pytest.raises(ValueError, match="stands for more than"):
-            take_apart(mime(one, one, one))
+            take_apart(mime(one, one, one), limits)
 
 
 @pytest.mark.parametrize(
@@ -255,13 +255,10 @@ def test_what_is_written_out_is_bounded(document: bytes, reason: str, pack: type
 
 
 @pytest.mark.parametrize("entries", [b"[" + b"x," * 6000 + b"]", b"-\n" * 6000, b"- {x}\n" * 3000])
-def test_values_that_are_written_out_are_bounded(
-    entries: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "_MOST_VALUES", 5000)
-    for take_apart in (split, lambda data: userdata.parts(data, "user_data")):
+def test_values_that_are_written_out_are_bounded(entries: bytes) -> None:
+    for take_apart in (split, lambda data, most: userdata.parts(data, "user_data", most)):
         with pytest.raises(ValueError, match="it has more than 5000 values"):
-            take_apart(b"#cloud-config-archive\n" + entries)
+            take_apart(b"#cloud-config-archive\n" + entries, Limits(values=5000))
 
 
 def test_large_ordinary_document_is_read() -> None:
