@@ -19,6 +19,10 @@ BENCH_ARGS ?=
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
+# A worker for each processor, up to four: each test that boots no guest has all that it changes to
+# itself, but the ports that machines lease on this host are a hundred. Who is done takes tests of
+# another one.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 CODE := src tests examples scripts benchmarks docs
 
 .PHONY: help setup demo test checks lint format docs unit qemu guest boots copies thorough wheel measure bench clean
@@ -37,8 +41,9 @@ demo: setup  ## Launch a machine, run a few commands in it, delete it (RELEASE=n
 test: setup  ## Everything that has to pass: lint, docs, unit, wheel, qemu, guest
 	@$(MAKE) -j3 --output-sync=line boots copies checks
 
-checks: setup  ## Everything that boots no guest: lint, docs, unit, wheel, qemu
-	@$(MAKE) -j1 lint docs unit wheel qemu
+checks: setup  ## Everything that boots no guest: lint, docs, wheel, unit and qemu side by side
+	@$(MAKE) -j1 lint docs wheel
+	$(PYTEST) $(SIDE_BY_SIDE) tests/unit tests/qemu $(PYTEST_ARGS)
 
 lint: setup  ## Check style and types: ruff and mypy
 	$(PYTHON_IN_VENV) -m ruff check $(CODE)
@@ -53,13 +58,13 @@ docs: setup  ## Build the documentation into build/docs, and check the code in i
 	$(PYTHON_IN_VENV) -m scripts.doc_blocks
 	$(PYTHON_IN_VENV) -m sphinx -q -W --keep-going -b html docs build/docs
 
-unit: setup  ## Run the tests without QEMU and network (seconds)
-	$(PYTEST) -n 2 tests/unit $(PYTEST_ARGS)
+unit: setup  ## Run the tests without QEMU and network (a few minutes)
+	$(PYTEST) $(SIDE_BY_SIDE) tests/unit $(PYTEST_ARGS)
 
-qemu: setup  ## Run the tests with the real QEMU, without a guest (seconds)
-	$(PYTEST) tests/qemu $(PYTEST_ARGS)
+qemu: setup  ## Run the tests with the real QEMU, without a guest (some minutes)
+	$(PYTEST) $(SIDE_BY_SIDE) tests/qemu $(PYTEST_ARGS)
 
-guest: setup  ## Run the tests that boot real guests (minutes in emulation)
+guest: setup  ## Run the tests that boot real guests (half an hour in emulation)
 	$(PYTEST) tests/guest $(PYTEST_ARGS)
 
 boots: setup  ## Those of them that are about machines that boot
