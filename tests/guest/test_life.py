@@ -23,7 +23,7 @@ from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError, InstanceNotFoundError
 from pycloudlib.images.source import Stream
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import MachineEndedError, State
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.guest.conftest import Guest
 from tests.guest.seeds import SHOW_RECORD, Kind
 from tests.qemu.machines import becomes

@@ -19,7 +19,7 @@ from pycloudlib._base.files import write_private
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 from tests.guest.identity import KEYS, WHO, clock_error, who_is
 from tests.guest.seeds import SHOW_RECORD
 from tests.unit.userdataforms import EVERYTHING, IN_ORDER, RECORD

@@ -18,8 +18,8 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import State
-from pycloudlib.qemu.vm.memory import ANONYMOUS
+from pycloudlib.qemu.parts.part import ANONYMOUS
+from pycloudlib.qemu.vm.running import State
 from tests.guest.identity import KEYS, clock_error, who_is
 from tests.qemu.machines import pauses
 

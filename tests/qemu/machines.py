@@ -16,7 +16,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import make_name
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 
 SMALL = "c1m64"
 """A size whose memory is copied in no time."""

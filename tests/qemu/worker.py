@@ -24,7 +24,8 @@ from types import TracebackType
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import PowerOff, State
+from pycloudlib.qemu.vm.machine import PowerOff
+from pycloudlib.qemu.vm.running import State
 from tests.qemu.machines import SMALL, becomes, hurry, runs
 
 # Loads the next two sectors, since the end of this one has a partition table, an empty one.

@@ -10,8 +10,9 @@ import pytest
 from pycloudlib.cli.app import main
 from pycloudlib.qemu.disk.diskimage import BaseImage, create_overlay
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
-from pycloudlib.qemu.state.spec import InstanceType, MachineSpec
+from pycloudlib.qemu.state.spec import MachineSpec
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ from pycloudlib.errors import ImageInUseError, InstanceExistsError, InstanceNotF
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine
-from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, InstanceType
+from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE
 from pycloudlib.util import raise_cleanup_errors
 
 _STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")

@@ -19,7 +19,7 @@ from pycloudlib._base.files import create_private_directory
 from pycloudlib._base.locks import exclusive_lock, try_lock
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.qemu.host.resources import HostLimits
-from pycloudlib.qemu.state.spec import InstanceType
+from pycloudlib.qemu.parts.standard import InstanceType
 
 # The rest is for the host, and for the tests themselves.
 _MEMORY_SHARE = 0.75

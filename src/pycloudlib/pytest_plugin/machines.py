@@ -18,9 +18,10 @@ from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.state.spec import InstanceType, make_name
+from pycloudlib.qemu.state.spec import make_name
 from pycloudlib.util import raise_cleanup_errors
 
 _log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from pycloudlib.qemu.host.resources import LOOPBACK, PortLease, PortRegistry
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.vm import hotplug
 from pycloudlib.qemu.vm.guest import SHUTDOWN_LIMIT, Guest
-from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.running import State
 from pycloudlib.result import Result
 
 if TYPE_CHECKING:

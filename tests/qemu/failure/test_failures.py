@@ -25,9 +25,8 @@ from pycloudlib.qemu.failure import artifacts
 from pycloudlib.qemu.failure.examination import Facts
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm import running
-from pycloudlib.qemu.vm.machine import MachineEndedError, State
 from pycloudlib.qemu.vm.process import LaunchError
-from pycloudlib.qemu.vm.running import HostDiskFullError
+from pycloudlib.qemu.vm.running import HostDiskFullError, MachineEndedError, State
 from pycloudlib.result import Result
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import SMALL, becomes, hurry, mode

@@ -20,7 +20,7 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host.ownership import Ownership
 from pycloudlib.qemu.host.processes import World
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import MachineElsewhereError
+from pycloudlib.qemu.vm.running import MachineElsewhereError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import SMALL, alive, becomes, qemus
 from tests.worlds import WITHOUT_PROC, run_inside, unsharing

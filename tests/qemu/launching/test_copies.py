@@ -30,7 +30,7 @@ from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.vm.machine import MachineEndedError
+from pycloudlib.qemu.vm.running import MachineEndedError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import (
     becomes,

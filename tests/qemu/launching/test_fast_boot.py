@@ -11,7 +11,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.launching import startingpoint
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import qemus, runs
 from tests.qemu.reader import begins_there, launch, machines_in, prints, starts

@@ -31,8 +31,8 @@ from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu.host import accelerator, ownership, resources
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import short_path
-from pycloudlib.qemu.vm.machine import State
 from pycloudlib.qemu.vm.process import LaunchError
+from pycloudlib.qemu.vm.running import State
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.machines import becomes, mode, run, runs, save
 

@@ -21,14 +21,14 @@ from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.parts.part import SHARED, Memory
 from pycloudlib.qemu.saved import capture, checkpoint, devicestate, guestmemory
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.vm import livedisk, memory
-from pycloudlib.qemu.vm.machine import MachineEndedError, State
-from pycloudlib.qemu.vm.memory import Memory
+from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.qmp import QmpError, QmpSession
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import (
     SMALL,
@@ -860,4 +860,4 @@ def test_ports_are_free_when_a_saved_machine_is_deleted(running: QemuInstance) -
 
 def test_size_is_the_one_asked_for(running: QemuInstance) -> None:
     assert str(save(running).spec.instance_type) == SMALL
-    assert memory.SHARED.shared
+    assert SHARED.shared

@@ -16,10 +16,11 @@ from pycloudlib import Qemu
 from pycloudlib.qemu.host.accelerator import find_features
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.parts.standard import BACKEND
 from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.vm.memory import BACKEND, KeptMemoryError, check_command, check_machine
+from pycloudlib.qemu.vm.memory import KeptMemoryError, check_command, check_machine
 from tests.qemu.machines import SMALL, becomes, run, runs, save
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]

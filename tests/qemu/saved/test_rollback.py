@@ -22,9 +22,8 @@ from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.saved import devicestate, restoring
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.vm.machine import State
 from pycloudlib.qemu.vm.process import QemuProcess
-from pycloudlib.qemu.vm.running import RunningQemu
+from pycloudlib.qemu.vm.running import RunningQemu, State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import (
     alive,

@@ -20,7 +20,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state import savedmachine
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import becomes, hurry, qemus, runs
 from tests.qemu.worker import (

@@ -23,7 +23,7 @@ from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.memory import ANONYMOUS
+from pycloudlib.qemu.parts.part import ANONYMOUS
 from pycloudlib.qemu.vm.qmp import QmpError
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import hurry, pauses

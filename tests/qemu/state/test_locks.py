@@ -23,8 +23,9 @@ from pycloudlib.qemu.saved import capture, restoring
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.vm import hotplug
-from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.process import QemuProcess
+from pycloudlib.qemu.vm.running import State
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import SMALL, becomes, hurry, qemus, runs, save
 

@@ -18,7 +18,7 @@ from pycloudlib.errors import CleanupError, InstanceNotFoundError, PycloudlibTim
 from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import MachineEndedError, State
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]

@@ -31,9 +31,10 @@ from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory, short_path
 from pycloudlib.qemu.vm import helperlink, sockets
-from pycloudlib.qemu.vm.machine import MachineEndedError, PowerOff, State
+from pycloudlib.qemu.vm.machine import PowerOff
 from pycloudlib.qemu.vm.process import LaunchError, PortTakenError, QemuProcess
 from pycloudlib.qemu.vm.qmp import QmpError
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.machines import SMALL
 

@@ -15,8 +15,7 @@ from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm.machine import State
-from pycloudlib.qemu.vm.running import MachinePausedError
+from pycloudlib.qemu.vm.running import MachinePausedError, State
 from tests.qemu.conftest import CloudMaker
 
 pytestmark = pytest.mark.qemu

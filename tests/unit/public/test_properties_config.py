@@ -29,8 +29,8 @@ from pycloudlib.images.download import shown_url
 from pycloudlib.images.source import ImageSource
 from pycloudlib.key import generate_key_pair
 from pycloudlib.qemu.launching.request import find_kernel_boot, parse_launch_args
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state.settings import QemuSettings
-from pycloudlib.qemu.state.spec import InstanceType
 from tests.unit.hostile import NAMES, PLAIN, STRANGE, TOO_DEEP, damaged, put
 
 KEYS = (

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from pycloudlib._base.documents import escape_bytes, to_bytes
 from pycloudlib._base.files import copy_private, create_directories, moved, write_private
 from pycloudlib.qemu.state.rundir import short_path
-from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.qmp import QmpError
-from pycloudlib.qemu.vm.running import MachineEndedError
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 
 _SCREEN_LIMIT = 10.0
 

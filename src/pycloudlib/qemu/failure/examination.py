@@ -15,10 +15,10 @@ from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot.bootlines import Phase, find_kernel_failure, find_sign
 from pycloudlib.guest.boot.cloudinit import merge_warnings
 from pycloudlib.qemu.host.accelerator import KvmUnavailableError
-from pycloudlib.qemu.vm.machine import Machine, State
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.process import LaunchError, ProcessEnd
 from pycloudlib.qemu.vm.qmp import Event, QmpError
-from pycloudlib.qemu.vm.running import MachineEndedError
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 
 _CONSOLE_LINES = 12
 _LONGEST_SHOWN = 300

@@ -17,7 +17,7 @@ from pycloudlib.qemu.failure import examination
 from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.failure.examination import Facts
 from pycloudlib.qemu.vm.guest import Guest
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 
 _log = logging.getLogger(__name__)
 

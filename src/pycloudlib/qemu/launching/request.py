@@ -17,10 +17,9 @@ from pycloudlib.images import store
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.parts.part import Part
+from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state.spec import (
     DEFAULT_INSTANCE_TYPE,
-    InstanceType,
-    KernelBoot,
     MachineSpec,
     complete_cmdline,
     make_name,

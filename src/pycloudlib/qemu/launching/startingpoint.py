@@ -51,8 +51,9 @@ from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.qmp import Event
+from pycloudlib.qemu.vm.running import MachineEndedError
 
 # Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
 _LIMITS = {Accelerator.KVM: 180.0, Accelerator.TCG: 600.0}

@@ -34,10 +34,10 @@ from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.vm import livedisk, recovery
 from pycloudlib.qemu.vm.hotplug import list_added, list_plugged
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.memory import check_machine
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
-from pycloudlib.qemu.vm.running import ROOM, RunningQemu
+from pycloudlib.qemu.vm.running import ROOM, MachineEndedError, RunningQemu, State
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import moved
 from pycloudlib.errors import CloudError
-from pycloudlib.qemu.vm.memory import BACKEND, Memory, check_machine
+from pycloudlib.qemu.parts.part import Memory
+from pycloudlib.qemu.parts.standard import BACKEND
+from pycloudlib.qemu.vm.memory import check_machine
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.vm.running import RunningQemu
 

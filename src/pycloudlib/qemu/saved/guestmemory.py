@@ -26,6 +26,7 @@ from pycloudlib._base.documents import read_kernel_file
 from pycloudlib._base.files import moved
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host.processes import find_proc_directory
+from pycloudlib.qemu.parts.standard import BACKEND
 from pycloudlib.qemu.saved.memoryfile import (
     Content,
     Reader,
@@ -34,7 +35,6 @@ from pycloudlib.qemu.saved.memoryfile import (
     list_data,
     map_to_read,
 )
-from pycloudlib.qemu.vm.memory import BACKEND
 from pycloudlib.qemu.vm.qmp import QmpSession
 from pycloudlib.qemu.vm.running import RunningQemu
 

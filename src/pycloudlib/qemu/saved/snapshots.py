@@ -12,7 +12,8 @@ from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import make_name
 from pycloudlib.qemu.vm.guest import Guest
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError, State
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 
 _log = logging.getLogger(__name__)
 

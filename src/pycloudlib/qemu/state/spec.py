@@ -25,20 +25,6 @@ from pycloudlib.qemu.parts.standard import (
     Seed,
 )
 
-__all__ = [
-    "DEFAULT_INSTANCE_TYPE",
-    "LAYERS",
-    "SNAPSHOTS",
-    "InstanceType",
-    "KernelBoot",
-    "MachineSpec",
-    "check_name",
-    "complete_cmdline",
-    "make_mac",
-    "make_name",
-    "may_be_machine",
-]
-
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
 # What stands beside the directories of instances; see layers.py.

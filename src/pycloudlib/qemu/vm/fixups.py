@@ -13,7 +13,7 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import helper
 from pycloudlib.guest.helper import FixUp, HelperError
 from pycloudlib.qemu.vm.helperlink import HelperLink
-from pycloudlib.qemu.vm.machine import State
+from pycloudlib.qemu.vm.running import State
 from pycloudlib.result import Result
 
 _log = logging.getLogger(__name__)

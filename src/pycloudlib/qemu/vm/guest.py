@@ -26,7 +26,8 @@ from pycloudlib.qemu.host import processes
 from pycloudlib.qemu.host.resources import LOOPBACK
 from pycloudlib.qemu.vm.fixups import FixUps, cap_by_wait
 from pycloudlib.qemu.vm.helperlink import HelperLink
-from pycloudlib.qemu.vm.machine import Machine, MachineEndedError
+from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.running import MachineEndedError
 from pycloudlib.result import Result
 
 _log = logging.getLogger(__name__)

@@ -39,14 +39,6 @@ from pycloudlib.qemu.vm.running import (
 )
 from pycloudlib.qemu.vm.vitality import DeadEndCheck
 
-__all__ = [
-    "Machine",
-    "MachineElsewhereError",
-    "MachineEndedError",
-    "PowerOff",
-    "State",
-]
-
 _log = logging.getLogger(__name__)
 
 # A guest that is still booting misses the power button: it is pressed again this often.

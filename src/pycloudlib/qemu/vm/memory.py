@@ -22,18 +22,6 @@ from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import ANONYMOUS, SHARED, Memory
 from pycloudlib.qemu.parts.standard import BACKEND
 
-__all__ = [
-    "ANONYMOUS",
-    "BACKEND",
-    "SHARED",
-    "KeptMemoryError",
-    "Memory",
-    "check_command",
-    "check_machine",
-    "choose_memory",
-    "create_shared_memory",
-]
-
 _HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _NAME = "pycloudlib-guest-memory"
 

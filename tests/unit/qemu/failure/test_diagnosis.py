@@ -23,9 +23,9 @@ from pycloudlib.guest.access import ssh
 from pycloudlib.qemu.failure.examination import Facts, diagnose, diagnose_launch, with_guest_words
 from pycloudlib.qemu.failure.explaining import _is_failure, explain, explaining_launch
 from pycloudlib.qemu.host.accelerator import KvmUnavailableError
-from pycloudlib.qemu.vm.machine import State
 from pycloudlib.qemu.vm.process import LaunchError, ProcessEnd
 from pycloudlib.qemu.vm.qmp import Event
+from pycloudlib.qemu.vm.running import State
 
 PANICS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-panic"}, 0.0)
 GUESTS_END = Event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, 1.0)

@@ -20,9 +20,9 @@ from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest
 from pycloudlib.qemu.launching.startingpoint import find_obstacle
 from pycloudlib.qemu.launching.warmcache import build_start_key
+from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.settings import QemuSettings
-from pycloudlib.qemu.state.spec import InstanceType, KernelBoot
 
 OTHERS_WORD = "#cloud-config\nvendor_data: {enabled: false}\n"
 

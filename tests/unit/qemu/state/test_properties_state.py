@@ -22,10 +22,11 @@ from pycloudlib.qemu.host.accelerator import Accelerator, Trial, kvm_problem
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.host.resources import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
 from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.state.spec import InstanceType, KernelBoot, MachineSpec
+from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm.process import QemuProcess
 from tests.unit.hostile import NAMES, STRANGE, damaged, damaged_json, put
 

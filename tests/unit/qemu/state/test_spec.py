@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state.spec import (
     LAYERS,
     SNAPSHOTS,
-    InstanceType,
-    KernelBoot,
     MachineSpec,
     check_name,
     complete_cmdline,

@@ -9,7 +9,8 @@ import pytest
 
 from pycloudlib.qemu.host.accelerator import Accelerator, Features
 from pycloudlib.qemu.parts.part import Channels, Memory, Origin
-from pycloudlib.qemu.state.spec import InstanceType, KernelBoot, MachineSpec
+from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
+from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm.command import build_command
 
 CHANNELS = Channels(

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.part import ANONYMOUS, SHARED
 from pycloudlib.qemu.vm import memory
-from pycloudlib.qemu.vm.memory import ANONYMOUS, SHARED, choose_memory
+from pycloudlib.qemu.vm.memory import choose_memory
 
 
 def test_emulation_has_memory_that_can_be_saved_at_once() -> None:
