@@ -50,6 +50,28 @@ class Host:
     host_keys: HostKeyPool
 
 
+class Launched(Protocol):
+    """What a launcher asks of an instance that was registered."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def ip(self) -> str:
+        """The address of its ports."""
+
+    @property
+    def telnet_port(self) -> str:
+        """The port of its serial console."""
+
+    def login_command(self) -> str:
+        """Return the command line by which people log in."""
+
+    def delete(self) -> list[Exception]:
+        """Delete it; return the errors met on the way."""
+
+
 class Beginning(Protocol):
     """The steps of launching a machine that differ by how it begins."""
 

@@ -19,6 +19,7 @@ from pycloudlib.qemu.host.resources import HostLimits
 from pycloudlib.qemu.launching.beginning import (
     Beginning,
     Host,
+    Launched,
     PowerOn,
     create_run_directory,
     start_machine,
@@ -27,7 +28,6 @@ from pycloudlib.qemu.launching.copies import Copy
 from pycloudlib.qemu.launching.login import Keys, Login
 from pycloudlib.qemu.launching.request import LaunchOptions, LaunchRequest, check_request
 from pycloudlib.qemu.saved import restoring
-from pycloudlib.qemu.saved.snapshots import Instance
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -36,7 +36,7 @@ from pycloudlib.qemu.vm.machine import Machine
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T", bound=Instance)
+T = TypeVar("T", bound=Launched)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Generic, TypeVar
 
 from pycloudlib._base.files import is_file
 from pycloudlib.errors import (
@@ -22,7 +22,7 @@ from pycloudlib.images import uses
 from pycloudlib.qemu.launching import startingpoint
 from pycloudlib.qemu.launching.beginning import PowerOn
 from pycloudlib.qemu.launching.copies import Copy
-from pycloudlib.qemu.launching.launcher import Launcher, T
+from pycloudlib.qemu.launching.launcher import Launcher
 from pycloudlib.qemu.launching.request import LaunchOptions, LaunchRequest
 from pycloudlib.qemu.launching.startingpoint import FirstBoot, UnfitImageError
 from pycloudlib.qemu.launching.warmcache import (
@@ -32,6 +32,7 @@ from pycloudlib.qemu.launching.warmcache import (
     build_key,
     build_start_key,
 )
+from pycloudlib.qemu.saved.snapshots import Instance
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import make_name
@@ -45,6 +46,8 @@ _TRY_AGAIN = 24 * 3600.0
 # How often something is looked for that others drop, or damage, just when it is to be used.
 _TRIES = 3
 
+
+T = TypeVar("T", bound=Instance)
 
 Launch = Callable[[Path, LaunchOptions], T]
 

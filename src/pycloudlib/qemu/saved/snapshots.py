@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Instance(Protocol):
-    """What is asked of an instance here and by launches: what programs may do with it, too."""
+    """What is asked of an instance here, and by launches that keep one ready."""
 
     machine: Machine
     guest: Guest
