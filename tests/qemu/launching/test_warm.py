@@ -18,6 +18,7 @@ from pycloudlib.errors import CloudError
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmCache
+from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
@@ -343,7 +344,7 @@ def test_interrupted_adding_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(savedmachine, "copy", interrupt)
+        patch.setattr(restoring, "copy_beside", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.add("key", saved)
     assert not (cache.directory / "key").exists()
