@@ -1,4 +1,4 @@
-"""Carries out a recipe: packages become a file system, and that a bootable disk."""
+"""The steps of a build: packages become a file system, and that a bootable disk."""
 
 from __future__ import annotations
 
@@ -37,20 +37,50 @@ KEYRING = Path(__file__).parent / "keys" / "debian-archive.gpg"
 Shipped, because other distributions' copies of that package end with older releases.
 """
 
-# Chosen, not left to the host's mke2fs.conf: boot loaders and kernels older than the host's
-# e2fsprogs have to read it.
+# Not those of the host's mke2fs.conf: boot loaders and kernels older than the host's e2fsprogs have
+# to read the file system.
 _EXT4_FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,"
     "large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 )
 
-# Named by the recipe's script too.
+# The recipe's script names them, too.
 _GUEST_FILES, _KERNEL, _INITRD = "guest-files.tar", "kernel", "initrd"
+
+_DETAIL = re.compile(
+    r"I: (?P<mmdebstrap>.+?)\.*"
+    r"|Get:\d+ \S+ (?:\S+ ){2}(?P<downloaded>\S+) \S+ \S+ \[.*"
+    r"|(?P<handled>(?:Unpacking|Setting up) \S+) .*"
+    r"|(?P<initrd>update-initramfs: Generating) .*"
+)
+
+SECTOR = 512
+GRUB_DIRECTORY = Path("/usr/lib/grub/i386-pc")
+"""GRUB for the BIOS, from the package grub-pc-bin."""
+
+_GIB = 1024**3
+_ALIGNMENT = 2048  # sectors; 1 MiB, as every partitioning tool aligns
+
+# As Ubuntu's cloud images have them. The root partition comes last, so that it can grow.
+_BIOS_START, _BIOS_SECTORS = 2048, 8192
+_EFI_START, _EFI_SECTORS = 10240, 217088
+_ROOT_START = 227328
+_BIOS_BOOT_TYPE = "21686148-6449-6E6F-744E-656564454649"
+_EFI_SYSTEM_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+_LINUX_TYPE = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+
+# All that GRUB needs is in its core image, so that nothing of it has to be on the root disk.
+_GRUB_MODULES = (
+    *("biosdisk", "part_gpt", "part_msdos", "ext2"),
+    *("normal", "configfile", "linux", "serial", "terminal", "echo", "test"),
+    *("search", "search_label", "search_fs_uuid", "search_fs_file"),
+    *("boot", "cat", "halt", "ls", "minicmd", "reboot", "sleep"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """The directory where programs inside and outside of the confinement give files to each other.
+    """The directory in which programs inside and outside of the confinement exchange files.
 
     Attributes:
         path: The directory.
@@ -79,12 +109,12 @@ class Handover:
         """Make an empty file that programs inside may write to."""
         path = self.path / name
         path.touch()
-        path.chmod(0o666)  # the directory above lets in its owner only
+        path.chmod(0o666)  # only the owner can enter the directory above
         return path
 
 
 def install_packages(
-    step: str, recipe: BuildRecipe, rootfs: Path, handover: Handover, tell: Callable[[str], None]
+    step: str, recipe: BuildRecipe, rootfs: Path, handover: Handover, report: Callable[[str], None]
 ) -> None:
     """Install a recipe's packages into a new directory; apt checks their signatures.
 
@@ -92,8 +122,8 @@ def install_packages(
         step: What this is called in an error.
         recipe: Whose packages.
         rootfs: The directory; its parent takes temporary files.
-        handover: Held open by the programs until the last of them ends.
-        tell: Called with what happens just now.
+        handover: Kept open by the programs until the last of them ends.
+        report: Called with what happens just now.
     """
     # Beside the system, where programs in a user namespace can read it, too.
     keyring = rootfs.parent / KEYRING.name
@@ -103,7 +133,7 @@ def install_packages(
     def on_line(line: str) -> None:
         detail = find_detail(line)
         if detail is not None:
-            tell(detail)
+            report(detail)
 
     run_confined(
         step,
@@ -132,14 +162,6 @@ def build_mmdebstrap_command(
         rootfs,
         *list_apt_sources(recipe),
     ]
-
-
-_DETAIL = re.compile(
-    r"I: (?P<mmdebstrap>.+?)\.*"
-    r"|Get:\d+ \S+ (?:\S+ ){2}(?P<downloaded>\S+) \S+ \S+ \[.*"
-    r"|(?P<handled>(?:Unpacking|Setting up) \S+) .*"
-    r"|(?P<initrd>update-initramfs: Generating) .*"
-)
 
 
 def find_detail(line: str) -> str | None:
@@ -217,30 +239,6 @@ def make_file_system(
 def remove_tree(step: str, directory: Path) -> None:
     """Remove a directory whose files belong to subordinate ids of this user."""
     run_confined(step, ("rm", "-rf", "--", directory))
-
-
-SECTOR = 512
-GRUB_DIRECTORY = Path("/usr/lib/grub/i386-pc")
-"""GRUB for the BIOS, from the package grub-pc-bin."""
-
-_GIB = 1024**3
-_ALIGNMENT = 2048  # sectors; 1 MiB, as every partitioning tool aligns
-
-# As Ubuntu's cloud images have them. The root partition comes last, so that it can grow.
-_BIOS_START, _BIOS_SECTORS = 2048, 8192
-_EFI_START, _EFI_SECTORS = 10240, 217088
-_ROOT_START = 227328
-_BIOS_BOOT_TYPE = "21686148-6449-6E6F-744E-656564454649"
-_EFI_SYSTEM_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
-_LINUX_TYPE = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
-
-# All that GRUB needs is in its core image, so that nothing of it has to be on the root disk.
-_GRUB_MODULES = (
-    *("biosdisk", "part_gpt", "part_msdos", "ext2"),
-    *("normal", "configfile", "linux", "serial", "terminal", "echo", "test"),
-    *("search", "search_label", "search_fs_uuid", "search_fs_file"),
-    *("boot", "cat", "halt", "ls", "minicmd", "reboot", "sleep"),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """A bootable cloud image built on this machine from Debian's signed packages.
 
 An image is built once for each recipe: it is found again by the recipe's digest in its record. A
-build happens in a workshop, a temporary directory beside the images, and its result is put in place
-by one rename. One process builds at a time; the others wait and use what it has built.
+build happens in a workshop, a temporary directory beside the images; one rename makes its result
+final. One process builds at a time; the others wait and use its image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ from pycloudlib.images.assembly import Handover, remove_tree
 from pycloudlib.images.recipe import RELEASES, BuildRecipe
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 
+__all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
+
+_SOURCE = "built:"  # of a record; the recipe's key follows
+LOCK_NAME = ".build.lock"
+_DISK = "disk.raw"
+
+_TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
+_PREREQUISITE_FILES = ((assembly.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),)
+
+_GIB = 1024**3
+# Measured: 0.6 GiB of system, the same again as a disk image, 0.2 GiB compressed; further packages
+# may double it.
+_NEEDED_SPACE = 3 * _GIB
 _WORKSHOP_PREFIX = ".build-"
 _SCRATCH_PREFIX = "pycloudlib-build-"
 _SCRATCH_NOTE = "scratch-path"
@@ -35,7 +48,7 @@ _SCRATCH_NOTE = "scratch-path"
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """Where one build happens, and what is gone after it.
+    """The temporary directories of one build.
 
     Attributes:
         directory: The temporary directory, on the file system of the images.
@@ -56,7 +69,7 @@ def open_workshop(image_dir: Path) -> Iterator[Workshop]:
         product, shared = directory / "image", directory / "handover"
         product.mkdir(mode=0o700)
         shared.mkdir()
-        shared.chmod(0o755)  # for whoever is given its descriptor; the directory above is private
+        shared.chmod(0o755)  # for programs with its descriptor; the directory above is private
         with directory_lock(shared) as descriptor:
             yield Workshop(directory, product, Handover(shared, descriptor))
     finally:
@@ -72,9 +85,9 @@ def find_scratch_base() -> Path:
 def make_scratch(directory: Path) -> Path:
     """Make the directory that the system is installed in, for the workshop in `directory`.
 
-    For an ordinary user it belongs to a subordinate id, which may be shut out of the user's home;
-    it is then one of the host's temporary directories, and its name is noted in the workshop before
-    it exists, so that it is found again after a crash.
+    For an ordinary user it belongs to a subordinate id, which may have no access to the user's
+    home: then it is in the host's directory of temporary files, and its name is noted in the
+    workshop before it exists, so that it is found again after a crash.
     """
     if tools.is_root():
         scratch = directory / "scratch"
@@ -87,9 +100,9 @@ def make_scratch(directory: Path) -> Path:
 
 
 def remove_stale_workshops(image_dir: Path) -> None:
-    """Remove what killed builds left; under the build lock nobody else owns a workshop."""
+    """Remove what killed builds left; under the build lock, no other process has a workshop."""
     for directory in image_dir.glob(f"{_WORKSHOP_PREFIX}*/"):
-        # The programs of a killed build hold its handover's lock for the instant they outlive it.
+        # The programs of a killed build hold this lock until they end, a moment later.
         with contextlib.suppress(FileNotFoundError), directory_lock(directory / "handover"):
             pass
         _remove_workshop(directory)
@@ -101,21 +114,6 @@ def _remove_workshop(directory: Path) -> None:
         if scratch.name.startswith(_SCRATCH_PREFIX) and scratch.exists():
             remove_tree("removing temporary files (rm)", scratch)
     shutil.rmtree(directory)
-
-
-__all__ = ["RELEASES", "BuildRecipe", "build_image", "find_built_image"]
-
-_SOURCE = "built:"  # what the source in a record begins with; the recipe's key follows
-LOCK_NAME = ".build.lock"
-_DISK = "disk.raw"
-
-_TOOLS = ("mmdebstrap", "mke2fs", "sfdisk", "mkfs.vfat", "grub-mkimage", "qemu-img", "setpriv")
-_PREREQUISITE_FILES = ((assembly.GRUB_DIRECTORY / "boot.img", "grub-pc-bin"),)
-
-_GIB = 1024**3
-# Measured: 0.6 GiB of system, the same again as a disk image, 0.2 GiB compressed; further packages
-# may double it.
-_NEEDED_SPACE = 3 * _GIB
 
 
 def build_image(
@@ -145,7 +143,7 @@ def build_image(
         initrd and record beside it. The serial is the date of the build (UTC).
 
     Raises:
-        ImageBuildError: A step failed; names it, with the last lines of what its program said.
+        ImageBuildError: A step failed; names it, with the last lines of its program's output.
         MissingPrerequisiteError: The host lacks a program, a keyring or a permission.
     """
     image_dir = image_dir.absolute()
@@ -190,9 +188,6 @@ def _is_built_from(recipe: BuildRecipe, image: Path) -> bool:
         and store.kernel_path(image).is_file()
         and store.initrd_path(image).is_file()
     )
-
-
-# -- the story ------------------------------------------------------------------------------------
 
 
 MakeImage = Callable[[BuildRecipe, str, Workshop, "Steps"], None]
@@ -242,15 +237,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# -- the steps ------------------------------------------------------------------------------------
-
-
 class Steps:
     """Counts, announces and names the steps of a build.
 
     Args:
         recipe: What is built.
-        on_progress: Hears of each step and of what happens in it.
+        on_progress: Called with each step and its details.
     """
 
     TOTAL = 8
@@ -275,7 +267,7 @@ class Steps:
             raise ImageBuildError(f"{what}: {name} failed: {error}") from error
         self._done += 1
 
-    def tell(self, detail: str) -> None:
+    def report(self, detail: str) -> None:
         """Report a detail of the current step."""
         self._on_progress(dataclasses.replace(self._current, detail=detail))
 
@@ -290,7 +282,7 @@ def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Ste
         disk = handover.offer(_DISK)
         system = make_scratch(workshop.directory) / "rootfs"
     with steps.step("installing packages (mmdebstrap)") as name:
-        assembly.install_packages(name, recipe, system, handover, steps.tell)
+        assembly.install_packages(name, recipe, system, handover, steps.report)
     with steps.step("configuring the guest (sh)") as name:
         assembly.configure_guest(name, recipe, serial, system, handover)
         handover.kernel.rename(store.kernel_path(image))
@@ -307,7 +299,7 @@ def _make_image(recipe: BuildRecipe, serial: str, workshop: Workshop, steps: Ste
         assembly.write_boot_loader(name, disk, layout)
     with steps.step("compressing (qemu-img convert)") as name:
         assembly.compress(
-            name, disk, image, on_line=steps.tell, held_descriptor=handover.descriptor
+            name, disk, image, on_line=steps.report, held_descriptor=handover.descriptor
         )
 
 

@@ -28,9 +28,12 @@ from pycloudlib.images.source import ImageSource, Stream, load_trusted_keys, ver
 
 _log = logging.getLogger(__name__)
 
+Check = Callable[[bytes, str], bytes]
+"""Verifies a message from an origin, and returns its text."""
+
 ARCHITECTURE = "amd64"
 
-# The forms that Ubuntu's names have; names of files and directories are made of them.
+# The forms of Ubuntu's names; names of files and directories are made of them.
 _SERIES = re.compile(r"[a-z]{2,32}")
 _VERSION = re.compile(r"[0-9]{1,2}\.[0-9]{2}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -139,7 +142,7 @@ class Catalog:
 
     Attributes:
         url: Where it comes from.
-        kind: Of which images it tells, in words.
+        kind: Which images it lists, for messages.
         entries: The builds.
     """
 
@@ -175,12 +178,10 @@ class Catalog:
         )
 
     def find_signed(self, pin: CatalogEntry) -> CatalogEntry | None:
-        """Find the very build that is pinned: all that is said of it but where it is."""
-        return next((entry for entry in self.entries if _is_same_build(entry, pin)), None)
-
-
-def _is_same_build(entry: CatalogEntry, pin: CatalogEntry) -> bool:
-    return replace(entry, url="", aliases=()) == replace(pin, url="", aliases=())
+        """Find the very build that is pinned; its URL may have changed."""
+        build = replace(pin, url="", aliases=())
+        same = (entry for entry in self.entries if replace(entry, url="", aliases=()) == build)
+        return next(same, None)
 
 
 def parse_catalog(
@@ -212,7 +213,7 @@ def parse_catalog(
 
 def fetch_catalog(source: ImageSource, stream: Stream, *, minimal: bool) -> Catalog:
     """Fetch the server's catalog of a stream; errors are those of `find_entry`."""
-    # The keys come first: a wrong keyring should not cost a download.
+    # The keys first: a wrong keyring should not cost a download.
     check = _make_check(source)
     url = source.catalog_url(stream, minimal=minimal)
     known, version = _read_kept(check, source, url)
@@ -244,10 +245,6 @@ def _make_catalog(text: bytes, source: ImageSource, stream: Stream, *, minimal: 
         kind=f"{stream.value} minimal" if minimal else stream.value,
         entries=parse_catalog(text, source, stream, minimal=minimal),
     )
-
-
-Check = Callable[[bytes, str], bytes]
-"""Gives the text of a message from an origin, if it is to be believed."""
 
 
 def _make_check(source: ImageSource) -> Check:
@@ -288,7 +285,7 @@ def _parse_build(
     minimal: bool,
 ) -> CatalogEntry | None:
     """Parse one build; None when it is of no use here."""
-    # Daily builds are labelled otherwise; among the released, alphas and betas are.
+    # Daily builds have other labels; among the released ones, so have alphas and betas.
     if stream is Stream.RELEASED and build.get("label") != "release":
         return None
     disk = next(_find_disks(build["items"].values()), None)
@@ -318,8 +315,8 @@ def _find_disks(items: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any
 def is_usable(entry: CatalogEntry) -> bool:
     """Whether names and numbers have their forms and the file is the stream's own.
 
-    The same keys sign every catalog: the file's name is what tells that this one is not another
-    stream's or variant's, put in its place.
+    The same keys sign every catalog: only the file's name shows that this is not the catalog of
+    another stream or variant in its place.
     """
     # Until 16.04, images were called "…-disk1.img".
     names = (f"{entry.name}.img", f"{entry.name}-disk1.img")
@@ -349,7 +346,7 @@ class CachedCatalog:
 
     Attributes:
         message: The signed message.
-        version: By which the server tells whether it has changed.
+        version: By which the server knows whether it has changed.
     """
 
     message: bytes
@@ -362,8 +359,8 @@ class _Head:
 
     Attributes:
         version: The catalog's.
-        sha256: The message's digest. Where signatures are not looked at, nothing else would tell
-            that it is damaged, and the server would say for ever that it has not changed.
+        sha256: The message's digest. Where signatures are not checked, nothing else shows damage,
+            and the server would answer for ever that the catalog has not changed.
     """
 
     version: Version

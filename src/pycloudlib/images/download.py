@@ -1,4 +1,4 @@
-"""Bytes from an image server: streamed, limited, gone on with after an end, verified.
+"""Downloads from an image server: streamed, limited, resumed, verified.
 
 This is the only module that speaks HTTP, and the one place where the HTTP library's exceptions
 become this package's.
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _OK = 200
 _PARTIAL_CONTENT = 206
 _NOT_MODIFIED = 304
-_PASSING = (408, 416, 429)  # time-out, range that cannot be had, too many requests
+_TEMPORARY = (408, 416, 429)  # time-out, range not satisfiable, too many requests
 _SERVER_ERRORS = 500
 _SENDABLE = re.compile(r"[!-~]+( [!-~]+)*")  # of a header's value (RFC 9110, 5.5)
 _UNUSABLE_SETTINGS = (
@@ -46,15 +46,13 @@ _WAITING = Progress("waiting before the download is tried again")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a server is waited for, and how much of what it sends is taken.
+    """Limits of downloads, so that no server fills the memory or the disk.
 
-    A server that never stops sending must fill neither the memory nor the disk. The largest catalog
-    is several MB; no kernel or initrd comes near the other limit.
+    The largest catalog has several MB; kernels and initrds are far smaller than the other limit.
 
     Attributes:
-        timeout: Seconds that each wait for the server may take, not the whole transfer: an image
-            may take as long as its line needs.
-        pauses: Seconds before each further try, where what failed may pass by itself.
+        timeout: Seconds for each wait for the server, not for the whole transfer.
+        pauses: Seconds before each further try after a temporary failure.
         text_bytes: The largest small file: a catalog, a list of checksums, a signature.
         file_bytes: The largest file whose size no catalog names.
     """
@@ -70,11 +68,11 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a file has to be.
+    """The expected content of a file.
 
     Attributes:
         sha256: Its SHA-256 in lower-case hexadecimal.
-        size: Its length in bytes; None when the publisher tells only the checksum.
+        size: Its length in bytes; None if the publisher has only the checksum.
     """
 
     sha256: str
@@ -89,15 +87,15 @@ class Digest:
 
 
 def shown_url(url: str) -> str:
-    """Return a URL as it may be shown and stored: without the password it may carry."""
-    # A password may hold any character, "/" and "@" too: it ends with the last "@" of all.
+    """Return a URL without name and password, to be shown and stored."""
+    # A password may contain any character, "/" and "@" too: it ends at the last "@".
     start, at, rest = url.rpartition("@")
     return start.partition("//")[0] + "//" + rest if at and "//" in start else rest
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A name and a password for a server; they are sent to that server alone.
+    """A name and a password for a server; they are sent to that server only.
 
     Attributes:
         url: The server.
@@ -110,7 +108,7 @@ class Login:
     password: str = field(repr=False)
 
     def authorize(self, request: httpx.Request) -> httpx.Request:
-        """Add what lets a request in, if it goes to the server."""
+        """Add name and password to a request, if it goes to the server."""
         import httpx  # noqa: PLC0415 - heavy
 
         server, asked = httpx.URL(self.url), request.url
@@ -171,7 +169,7 @@ def open_client(login: Login | None = None, limits: Limits = LIMITS) -> Iterator
     except (ImportError, OSError) as error:
         raise ImageBuildError(f"{_UNUSABLE_SETTINGS}: {error}") from error
     except (ValueError, httpx.InvalidURL):
-        # What the library says of a proxy's URL may hold a part of its password.
+        # The library's text about a proxy's URL may contain a part of its password.
         proxies = (f"{name}={shown_url(value)}" for name, value in getproxies().items())
         raise ImageBuildError(
             f"{_UNUSABLE_SETTINGS}: one of the proxies has no URL that can be used "
@@ -183,7 +181,9 @@ def open_client(login: Login | None = None, limits: Limits = LIMITS) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """By what a server tells whether a file has changed (RFC 9110, 8.8); empty when it does not.
+    """A version of a file, by which a server knows whether it has changed (RFC 9110, 8.8).
+
+    Both are empty if the server names none.
 
     Attributes:
         etag: Its name for the content.
@@ -206,7 +206,7 @@ def fetch_bytes(client: Client, url: str) -> bytes:
 
 
 def fetch_changed(client: Client, url: str, known: Version) -> tuple[bytes | None, Version]:
-    """Download a small file unless it is the one that is known.
+    """Download a small file unless it is still the known version.
 
     Returns:
         Its content, None when it has not changed; and its version.
@@ -215,18 +215,17 @@ def fetch_changed(client: Client, url: str, known: Version) -> tuple[bytes | Non
         ImageBuildError: It could not be downloaded whole.
     """
     headers = {"If-None-Match": known.etag, "If-Modified-Since": known.last_modified}
-    # A server may name its versions by what cannot be sent back.
+    # A server may name its versions by something that cannot be sent back.
     asked = {name: value for name, value in headers.items() if _SENDABLE.fullmatch(value)}
-    can_be_known = bool(asked)
-    # None of the others that the library knows can be undone within bounds.
+    conditional = bool(asked)
+    # Other encodings cannot be decoded within a limit.
     asked["Accept-Encoding"] = "gzip"
-
     most = client.limits.text_bytes
 
     def fetch() -> tuple[bytes | None, Version]:
         content = bytearray()
         with _open_response(client, url, asked) as response:
-            if can_be_known and response.status_code == _NOT_MODIFIED:
+            if conditional and response.status_code == _NOT_MODIFIED:
                 return None, known
             _check_status(response, url)
             for chunk in response.iter_raw():
@@ -235,14 +234,14 @@ def fetch_changed(client: Client, url: str, known: Version) -> tuple[bytes | Non
                     raise ImageBuildError(
                         f"{shown_url(url)} is longer than the {most} bytes expected at most"
                     )
-            told = response.headers
-        text = _undo_encoding(bytes(content), told.get("Content-Encoding", "identity"), url, most)
-        return text, Version(told.get("ETag", ""), told.get("Last-Modified", ""))
+            sent = response.headers
+        text = _decode(bytes(content), sent.get("Content-Encoding", "identity"), url, most)
+        return text, Version(sent.get("ETag", ""), sent.get("Last-Modified", ""))
 
     return _try_again(fetch, client.limits.pauses)
 
 
-def _undo_encoding(content: bytes, encoding: str, url: str, most: int) -> bytes:
+def _decode(content: bytes, encoding: str, url: str, most: int) -> bytes:
     try:
         if encoding == "identity":
             return content
@@ -263,31 +262,31 @@ def download_file(
 ) -> None:
     """Download a file, or the rest of it, and verify it.
 
-    What has come stays when the download ends early, interruptions included, and is gone on with
-    by the next call. Wrong content does not stay.
+    The part that was received stays when the download ends early, interruptions included, and the
+    next call resumes it. Wrong content is deleted.
 
     Args:
         client: From `open_client`.
-        url: What to download.
-        partial: Where it is written; for a file of this very content alone.
-        expected: What its content has to be.
-        on_progress: Told of each piece, in bytes.
+        url: The URL.
+        partial: The file to write; only for this very content.
+        expected: Its content.
+        on_progress: Called with each piece, in bytes.
 
     Raises:
-        ImageBuildError: It could not be downloaded whole, or not be written.
-        ImageVerificationError: What came is not what was expected.
+        ImageBuildError: It could not be downloaded completely, or not be written.
+        ImageVerificationError: The content is not the expected one.
     """
     with _open_partial(partial) as file:
         transfer = _Transfer(file, client, url, expected, on_progress)
         try:
-            _try_again(transfer.go_on, client.limits.pauses, lambda: on_progress(_WAITING))
+            _try_again(transfer.resume, client.limits.pauses, lambda: on_progress(_WAITING))
             transfer.check()
         except ImageVerificationError:
             if not transfer.resumed:
                 partial.unlink()
                 raise
-            # What was there already may be what is wrong with it.
-            _log.info("%s: what had come of it before does not fit; beginning anew", partial)
+            # The part from before may be the wrong one.
+            _log.info("%s: the part received before does not fit; starting again", partial)
             partial.unlink()
             download_file(client, url, partial, expected, on_progress=on_progress)
             return
@@ -298,16 +297,16 @@ def _open_partial(partial: Path) -> IO[bytes]:
     try:
         return open(partial, "ab+", opener=owner_opener)
     except PermissionError:
-        # Another member's of the group that shares the directory.
+        # It belongs to another member of the group that shares the directory.
         partial.unlink()
         return open(partial, "ab+", opener=owner_opener)
 
 
 class _Transfer:
-    """A file on its way: what has come of it, and its digest.
+    """A file that is being downloaded: the part that was received, and its digest.
 
     Attributes:
-        resumed: Whether some of it came in an earlier download.
+        resumed: Whether a part was received before.
     """
 
     def __init__(
@@ -328,26 +327,29 @@ class _Transfer:
         self._digest = hash_file(file)
         self._size = file.tell()
         if self._size > self._limit:
-            self._begin_anew()
+            self._restart()
         self.resumed = self._size > 0
 
-    def go_on(self) -> None:
-        """Get what is missing.
+    def resume(self) -> None:
+        """Download what is missing.
 
         Raises:
-            ImageBuildError: It did not come to its end.
-            ImageVerificationError: More came than is expected.
+            ImageBuildError: The download ended early.
+            ImageVerificationError: The file is longer than expected.
         """
         if self._digest.hexdigest() == self._expected.sha256:
             return
-        # Compressed on the way, neither the length nor a part of the file could be told.
+        # With compression, neither the length nor a part of the file would be known.
         headers = {"Accept-Encoding": "identity"}
         if self._size:
             headers["Range"] = f"bytes={self._size}-"
         with _open_response(self._client, self._url, headers) as response:
-            if response.status_code != _PARTIAL_CONTENT or not self._fits(response):
+            sent = response.headers.get("Content-Range", "")
+            if response.status_code != _PARTIAL_CONTENT or not sent.startswith(
+                f"bytes {self._size}-"
+            ):
                 if self._size:
-                    self._begin_anew()
+                    self._restart()
                 _check_status(response, self._url)
             self._take(response)
         if self._expected.size is not None and self._size < self._expected.size:
@@ -374,12 +376,7 @@ class _Transfer:
         told = f"at most {self._limit}" if size is None else str(size)
         return f"{told} bytes with SHA-256 {sha256}"
 
-    def _fits(self, response: httpx.Response) -> bool:
-        """Whether the server sends the part of the file that is missing."""
-        sent = response.headers.get("Content-Range", "")
-        return bool(sent.startswith(f"bytes {self._size}-"))
-
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self.resumed = False
         self._file.truncate(0)
         self._digest, self._size = hashlib.sha256(), 0
@@ -389,7 +386,7 @@ class _Transfer:
         announced = response.headers.get("Content-Length", "")
         rest = int(announced) if announced.isdecimal() else None
         total = self._expected.size or (None if rest is None else self._size + rest)
-        # As it comes: what is compressed on the way all the same is not the file expected.
+        # Raw: content that is compressed all the same is not the expected file.
         for chunk in response.iter_raw():
             if self._size + len(chunk) > self._limit:
                 raise ImageVerificationError(
@@ -401,7 +398,7 @@ class _Transfer:
     def _write(self, chunk: bytes) -> None:
         try:
             self._file.write(chunk)
-            # What is written counts as come, also for a process that is killed.
+            # So that it is kept also when this process is killed.
             self._file.flush()
         except OSError as error:
             raise ImageBuildError(
@@ -413,7 +410,7 @@ class _Transfer:
 
 
 class _EndedEarlyError(ImageBuildError):
-    """A download that may go better when it is tried again."""
+    """A download that failed, and may succeed when it is tried again."""
 
 
 def _try_again(
@@ -449,7 +446,7 @@ def _open_response(
 
 
 def _check_redirect(response: httpx.Response) -> None:
-    """Refuse a way on that is less safe: whoever is on the line to it would see and choose all."""
+    """Refuse a redirect from https to http, where others could read and change everything."""
     location = response.headers.get("Location", "")
     if response.has_redirect_location and response.request.url.scheme == "https":
         target = response.request.url.join(location)
@@ -464,7 +461,7 @@ def _check_status(response: httpx.Response, url: str) -> None:
     status = response.status_code
     if status == _OK:
         return
-    kind = _EndedEarlyError if status in _PASSING or status >= _SERVER_ERRORS else ImageBuildError
+    kind = _EndedEarlyError if status in _TEMPORARY or status >= _SERVER_ERRORS else ImageBuildError
     raise kind(
         f"Downloading {shown_url(url)} failed: the server answered {status} "
         f"{response.reason_phrase}, expected 200 OK"

@@ -1,4 +1,4 @@
-"""Where an image of a release is obtained from: what is here, the server, a pinned build."""
+"""Images of a release: stored ones, the server's, and builds that a lock file pins."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from pycloudlib.images.catalog import (
 from pycloudlib.images.download import shown_url
 from pycloudlib.images.source import ImageSource, Stream, is_http_url
 from pycloudlib.progress import ProgressCallback
+
+_log = logging.getLogger(__name__)
 
 FILE = "pycloudlib.lock"
 _FORMAT = 1
@@ -87,13 +89,13 @@ class ImageLock:
         return next((pin for pin in (*called, *of_kind) if release in pin.names), None)
 
     def list_aliases(self) -> list[tuple[Stream, str, bool]]:
-        """List what else pinned releases were called; others may be called so by now."""
+        """List the other names of pinned releases, which may mean other releases by now."""
         return [(pin.stream, name, pin.minimal) for pin in self.pins for name in _other_names(pin)]
 
     def write_with(self, entries: Sequence[CatalogEntry]) -> None:
         """Write the lock with builds in place of those of the same images.
 
-        What one of them is called now, no other is.
+        A name that one of them has now is removed from all others.
         """
         images = {_image(pin): _without_names(pin, entries) for pin in self.pins}
         images |= {_image(entry): entry for entry in entries}
@@ -120,7 +122,7 @@ def _without_names(pin: CatalogEntry, entries: Sequence[CatalogEntry]) -> Catalo
 
 
 def _other_names(pin: CatalogEntry) -> list[str]:
-    """List the aliases that can be asked for, without those that say nothing more."""
+    """Return the aliases that can be asked for, without those that are its release or version."""
     return [name for name in pin.aliases if is_release_name(name) and name not in pin.names[:2]]
 
 
@@ -146,12 +148,9 @@ def _check(pin: CatalogEntry) -> None:
         raise ValueError(f"{_plain(pin)} is not a build of an image")
 
 
-_log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, slots=True)
 class ImageLookup:
-    """An image that is wanted, and where it may come from.
+    """An image that is wanted, and where it may be obtained from.
 
     Attributes:
         stream: Released or daily builds.
@@ -182,12 +181,12 @@ class ImageLookup:
     def stored_or_fetched(self, on_progress: ProgressCallback) -> str:
         """Return the newest stored image, without any network; else download the server's newest.
 
-        What is here only since a lock has chosen it, which is not in force now, comes last.
+        An image that is stored only because a lock had chosen it comes last.
 
         Raises:
-            ImageNotFoundError: There is none here, and the server may not be asked.
+            ImageNotFoundError: None is stored, and the server may not be asked.
             ImageBuildError: It could not be downloaded.
-            ImageVerificationError: What came is not what its publisher signed.
+            ImageVerificationError: The download is not what its publisher signed.
         """
         if self.pin is not None:
             return self._pinned(self.pin, on_progress)
@@ -198,9 +197,9 @@ class ImageLookup:
             self.source, self.image_dir, self.stream, self.release, self.minimal
         )
         for image in unverified:
-            adopted = self._adopt(image, on_progress)
-            if adopted is not None:
-                return adopted
+            reused = self._reuse_unrecorded(image, on_progress)
+            if reused is not None:
+                return reused
         if not self.offline:
             return self.newest_or_stored(on_progress)
         chosen_by_lock = self._find_stored(pinned=True)
@@ -231,12 +230,9 @@ class ImageLookup:
         )
 
     def _pinned(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
-        """Return the build that it has to be, and no other.
-
-        The lock chooses among what the signed catalog offers, and adds nothing to it.
-        """
+        """Return the pinned build: the lock chooses one that is in the signed catalog."""
         if not self.source.verified:
-            return self._believed(pin, on_progress)
+            return self._fetch_unverified(pin, on_progress)
         pinned = f"{self.lock} pins {self.release!r} to the build {pin.serial} of {pin.release!r}"
         _log.info("%s", pinned)
         if store.is_future_serial(pin.serial):
@@ -251,8 +247,8 @@ class ImageLookup:
         )
         return str(image)
 
-    def _believed(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
-        """Return the build as the lock has it: nothing is verified, and the log says so."""
+    def _fetch_unverified(self, pin: CatalogEntry, on_progress: ProgressCallback) -> str:
+        """Return the build as the lock describes it: nothing is verified, and that is logged."""
         if self.offline and not releases.is_complete(pin, self.source, self.image_dir):
             raise self._offline_pin_error(pin)
         _log.warning(
@@ -313,11 +309,11 @@ class ImageLookup:
             f"in [qemu]). There are: {self._list_others()}",
         )
 
-    def _adopt(self, image: Path, on_progress: ProgressCallback) -> str | None:
+    def _reuse_unrecorded(self, image: Path, on_progress: ProgressCallback) -> str | None:
         """Return an image that another program left, verified as if it were downloaded.
 
-        One that cannot be verified because no server can be asked is used where nothing is known
-        of it, as the original pycloudlib would. Return None for others.
+        Where it cannot be verified because the server cannot be asked, it is used if it has no
+        record, as by the original pycloudlib. Return None for others.
         """
         if not self.offline:
             try:

@@ -1,8 +1,7 @@
 """What a locally built image consists of: the recipe, its packages, its files, its digest.
 
-Nothing here touches the disk. Whatever decides what is in an image is a function of the recipe, so
-that its digest (`BuildRecipe.key`) tells whether an image that is already there is the one asked
-for.
+Nothing here touches the disk. The content of an image is a function of its recipe, so that the
+digest (`BuildRecipe.key`) shows whether a stored image is the one asked for.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ BASE_PACKAGES = (
 )
 """Installed into every image, beside the kernel."""
 
-# Cost boot time or hold apt's lock in a machine that lives for minutes, and nobody misses them
-# there. Disabled, not masked: `systemctl enable` works as ever.
+# They cost boot time or hold apt's lock in a machine that lives for minutes. Disabled, not masked:
+# `systemctl enable` still works.
 _DISABLED_UNITS = (
     "multi-user.target.wants/e2scrub_reap.service",  # only does something on LVM
     "timers.target.wants/apt-daily.timer",

@@ -1,4 +1,4 @@
-"""What is on disk in `image_dir`: images, the files beside them, and what is known of each.
+"""What is in `image_dir`: images, the files beside them, and what is known of each.
 
 Beside an image `NAME.img` stand its kernel (`NAME-vmlinuz-generic`), its initrd
 (`NAME-initrd-generic`) and its record (`NAME.img.json`).
@@ -34,12 +34,11 @@ from pycloudlib.errors import ImageNotFoundError
 _log = logging.getLogger(__name__)
 
 DEFAULT_USER = "ubuntu"
-"""The login user of an image that no record tells of: Ubuntu's own."""
-
+"""The login user of an image without a record: Ubuntu's own."""
 
 # A day, and a number when there was more than one build on it: "20240821", "20260930.1".
 _SERIAL = re.compile(r"([0-9]{8})(?:\.([0-9]{1,4}))?")
-# Seconds after which nobody works on a file that is not whole.
+# Seconds after which an incomplete file is abandoned.
 _CUT_OFF_AGE = 86400
 _LONGEST_RECORD = 1 << 20
 
@@ -70,15 +69,15 @@ class ImageRecord:
         serial: The build serial ("20240821", "20260930.1").
         sha256: Digest of the image file, lower-case hexadecimal.
         size: Length of the image file in bytes.
-        source: Where it came from: its URL, or "built" and the builder's recipe key.
+        source: Where it comes from: its URL, or "built" and the builder's recipe key.
         default_user: The login user that cloud-init creates in it.
         vouchers: Who vouches for a downloaded one (`ImageSource.voucher`): it was found in a
-            catalog that they signed, and what stands beside it in a list that they signed. Nobody
-            for one of which that is not known.
-        names: What its release is called, as its catalog had it ("noble", "24.04", "lts"). Older
-            versions recorded neither these nor vouchers.
-        pinned: Whether nobody but a lock has chosen this build: whoever has no such lock gets it
-            only where the newest cannot be had.
+            catalog that they signed, and the files beside it in a list that they signed. Empty if
+            that is unknown.
+        names: The names of its release in its catalog ("noble", "24.04", "lts"). Older versions
+            recorded neither these nor vouchers.
+        pinned: Whether only a lock has chosen this build: without that lock it is used only where
+            the newest is not available.
     """
 
     release: str
@@ -98,13 +97,13 @@ class StoredImage:
 
     Attributes:
         image_id: Its id, which is its path.
-        release: Series or suite ("noble", "bookworm"); of one that nothing is known of, the name
-            of its directory.
+        release: Series or suite ("noble", "bookworm"); without a record, the name of its
+            directory.
         serial: The build serial.
         size: Length of its file in bytes.
-        sha256: Digest of its file, by which it was verified; empty when it never was.
-        source: Where it came from.
-        last_used: When a machine was last launched from it, or it came here, in seconds since the
+        sha256: The digest that its file was verified by; empty if it never was.
+        source: Where it comes from.
+        last_used: When a machine was last launched from it, or it was stored, in seconds since the
             epoch.
     """
 
@@ -145,7 +144,7 @@ def _describe(image: Path) -> StoredImage:
 
 def record_use(image: Path) -> None:
     """Record that a machine was launched from an image, by the time of its record."""
-    # One that has no record, or is others' file, is not ours to touch.
+    # It may have no record, or belong to another user.
     with contextlib.suppress(OSError):
         os.utime(record_path(image))
 
@@ -166,7 +165,7 @@ def record_path(image: Path) -> Path:
 
 
 def write_record(image: Path, record: ImageRecord) -> None:
-    """Write the record beside an image, whole or not at all; who may read one may read both."""
+    """Write the record beside an image, complete or not at all; with the image's permissions."""
     with replace_atomically(record_path(image)) as temporary:
         write_private(temporary, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
         if image.exists():
@@ -194,11 +193,7 @@ def inherit(image: Path, base: Path, source: str) -> None:
 
 
 def find_record(image: Path) -> ImageRecord | None:
-    """Read the record beside an image; None when there is none that can be read.
-
-    One that is there and is damaged is told of in the log: its image is one of which nothing is
-    known then.
-    """
+    """Read the record beside an image; None if there is none, or a damaged one, which is logged."""
     record = record_path(image)
     try:
         return decode(ImageRecord, parse_json(read_bounded(record, _LONGEST_RECORD)))
@@ -210,15 +205,15 @@ def find_record(image: Path) -> ImageRecord | None:
 
 
 def find_unprotected(image: Path) -> Path | None:
-    """Find what of an image in its place others could change: a file of it or its directory.
+    """Return a file of a stored image, or its directory, that other users could change, if any.
 
-    Those who may are this user, root, the owner of `image_dir`, and the members of the group that
-    it is shared with.
+    This user, root, the owner of `image_dir` and the members of the group that it is shared with
+    may change it.
     """
     beside = (image, kernel_path(image), initrd_path(image), record_path(image))
     image_dir = image.parents[2].stat()
     owners = {0, os.geteuid(), image_dir.st_uid}
-    # Only a member can have made what is of the group there.
+    # Only a member can have made files of that group there.
     is_shared = all(map(is_shared_with_group, image.parents[1:3]))
     for path in (image.parent, *beside):
         with contextlib.suppress(FileNotFoundError):
@@ -257,7 +252,7 @@ def find_serial(image: Path) -> str:
     """Return the build serial of an image, from its record or the name of its directory.
 
     Raises:
-        ImageNotFoundError: Neither tells it.
+        ImageNotFoundError: Neither has it.
     """
     record = find_record(image)
     if record is not None and record.serial:
@@ -272,7 +267,7 @@ def find_serial(image: Path) -> str:
 
 
 def remove_stale_downloads(image_dir: Path) -> None:
-    """Remove what has come of downloads that nobody goes on with."""
+    """Remove the incomplete files of abandoned downloads."""
     for partial in image_dir.glob("*/*/.*.part"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _CUT_OFF_AGE:

@@ -234,7 +234,7 @@ class TestFailure:
         steps = build.Steps(RECIPE, heard.append)
 
         with steps.step("one"):
-            steps.tell("a")
+            steps.report("a")
         with steps.step("two"):
             pass
 
