@@ -1,1 +1,1 @@
-"""Disks: images that are checked before they are trusted, overlays, and layers."""
+"""Disks: images, checked before they are trusted, overlays on them, and layers of overlays."""

@@ -1,4 +1,4 @@
-"""Disk images: looked at before they are trusted, and overlays on them."""
+"""Disk images, checked before they are trusted; overlays on them, and exports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib._base.files import temporary_name
 from pycloudlib._base.tools import run_tool, run_tool_streaming
-from pycloudlib.errors import ToolError
+from pycloudlib.errors import ToolError, describe_exit
 from pycloudlib.progress import Progress, ProgressCallback
 
 _T = TypeVar("_T")
@@ -23,7 +23,7 @@ _SECTOR = 512
 QCOW_MAGIC = b"QFI\xfb"
 _QCOW2_VERSIONS = (2, 3)
 _QCOW2_SIZE_AT = 24  # docs/interop/qcow2.txt: the virtual size, 8 bytes, big-endian
-# `check` ends with 3 for clusters that nobody uses: wasted space, no damage (qemu-img(1)).
+# `check` exits with 3 for leaked clusters: wasted space, no damage (qemu-img(1)).
 _ACCEPTED = (0, 3)
 _LUKS_MAGIC = b"LUKS\xba\xbe"
 _PACKED = {
@@ -37,19 +37,19 @@ _GPT_SIGNATURE = b"EFI PART"
 _GIB = 1 << 30
 _LARGEST_GIB = 64 * 1024
 MINIMUM_DISK_SIZE = 10 * _GIB
-"""Bytes that a machine's disk has at least where nothing else is asked for."""
+"""The default minimum size of a machine's disk, in bytes."""
 LONGEST_BACKING_NAME = 1023
-"""Bytes that the path of an image may have that disks are built on (docs/interop/qcow2.txt)."""
+"""The maximum length, in bytes, of the path of a backing file (docs/interop/qcow2.txt)."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseImage:
-    """An image that a machine's disk can be laid over.
+    """An image on which a machine's disk can be built.
 
     Attributes:
         path: The file.
         format: `qcow2` or `raw`.
-        virtual_size: Length of the disk that the guest sees, in bytes.
+        virtual_size: Size of the guest's disk, in bytes.
     """
 
     path: Path
@@ -58,15 +58,15 @@ class BaseImage:
 
 
 def inspect_image(path: Path, trusted_dir: Path | None = None) -> BaseImage:
-    """Make sure that a file is a whole disk image, and refers to no other file.
+    """Check that a file is a complete disk image, and refers to no other file.
 
     Args:
         path: The file.
-        trusted_dir: Images below it are our own snapshots, which may be built on others.
+        trusted_dir: A directory of our own snapshots, which may have backing files.
 
     Raises:
-        ValueError: It is in another format, encrypted, truncated or damaged, or names other files;
-            says which and what to do.
+        ValueError: It has another format, is encrypted, truncated or damaged, or refers to other
+            files; says which, and what to do.
         MissingPrerequisiteError: qemu-img is not installed.
     """
     if trusted_dir is not None and path.resolve().is_relative_to(trusted_dir.resolve()):
@@ -80,7 +80,7 @@ def inspect_image(path: Path, trusted_dir: Path | None = None) -> BaseImage:
 
 
 def read_layer(path: Path) -> BaseImage:
-    """Describe a qcow2 file that this package made.
+    """Read the header of a qcow2 file that this package made.
 
     Raises:
         ValueError: It is not one.
@@ -93,10 +93,10 @@ def read_layer(path: Path) -> BaseImage:
 
 
 def parse_size(disk_size_gib: int | None, image: BaseImage) -> int | None:
-    """Read how large a disk is to be; give it in bytes, and None for the usual size.
+    """Return the size of a disk in bytes; None for the default size.
 
     Raises:
-        TypeError: It is not a whole number.
+        TypeError: The size is not a whole number.
         ValueError: It is smaller than the image, or larger than a disk can be.
     """
     if disk_size_gib is None:
@@ -115,19 +115,19 @@ def parse_size(disk_size_gib: int | None, image: BaseImage) -> int | None:
 def create_overlay(
     base: BaseImage, path: Path, *, unopened: bool = False, size: int | None = None
 ) -> None:
-    """Make a disk on top of an image; the image is never written to.
+    """Make an overlay on an image, which is never written to.
 
-    It is at least 10 GiB, and never smaller than the image: with a smaller size, qemu-img would
-    cut the guest's disk without a word.
+    The disk is at least 10 GiB, and never smaller than the image: qemu-img would truncate it
+    without a warning.
 
     Args:
         base: The image.
         path: The new disk.
-        unopened: Whether the image is not looked at, as a running QEMU may still write to it.
-        size: Its length in bytes, not less than the image's; None for the usual one.
+        unopened: Whether qemu-img must not open the image, since a running QEMU may write to it.
+        size: Its size in bytes, not less than the image's; None for the default.
 
     Raises:
-        ValueError: The image's path is too long for a disk that is built on it.
+        ValueError: The path of the image is too long for a backing file.
     """
     _check_backing_name(base.path)
     size = max(base.virtual_size, MINIMUM_DISK_SIZE if size is None else size)
@@ -150,7 +150,7 @@ def create_overlay(
 
 
 def create_empty(path: Path) -> None:
-    """Make a disk of the usual size that nothing is on."""
+    """Make an empty disk of the default size."""
     _create_private(path)
     run_tool(
         "making an empty disk",
@@ -168,9 +168,9 @@ def _inspect_qcow2(path: Path) -> BaseImage:
             "because it could read any file of this host. Make it self-contained with "
             "'qemu-img convert -O qcow2'"
         )
-    # `check` looks at the tables alone; data missing at the file's end shows by its length.
+    # `check` reads only the tables; the file's length shows whether data at its end is missing.
     end = _qemu_img("check", path, parse_end)
-    # The end is told in whole clusters, but a compressed image ends anywhere in its last one.
+    # The end is in whole clusters, but a compressed image may end within its last one.
     if path.stat().st_size <= end - info.cluster_size:
         raise _truncated(path, end)
     return BaseImage(path, "qcow2", info.virtual_size)
@@ -178,13 +178,13 @@ def _inspect_qcow2(path: Path) -> BaseImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What qemu-img tells of an image.
+    """The facts about an image, by qemu-img.
 
     Attributes:
-        virtual_size: Length of the disk that the guest sees, in bytes.
+        virtual_size: Size of the guest's disk, in bytes.
         cluster_size: Bytes of a cluster.
-        outside: The file that it needs besides itself; empty when it is whole.
-        encrypted: Whether it can be read only with a key.
+        outside: Another file to which it refers; empty if it is self-contained.
+        encrypted: Whether reading it needs a key.
     """
 
     virtual_size: int
@@ -194,29 +194,29 @@ class ImageInfo:
 
 
 def parse_info(answer: bytes) -> ImageInfo:
-    """Read what `qemu-img info` answers.
+    """Parse the output of `qemu-img info`.
 
     Raises:
-        ValueError: It is something else; says in what.
+        ValueError: It is malformed; says where.
     """
-    told = parse_json(answer)
-    specific = _inside(_inside(told, "format-specific"), "data")
+    facts = _inside(parse_json(answer))
+    specific = _inside(_inside(facts, "format-specific"), "data")
     return decode(
         ImageInfo,
         {
-            "virtual_size": _inside(told).get("virtual-size"),
-            "cluster_size": _inside(told).get("cluster-size"),
-            "encrypted": told.get("encrypted", False),
-            "outside": told.get("backing-filename") or specific.get("data-file") or "",
+            "virtual_size": facts.get("virtual-size"),
+            "cluster_size": facts.get("cluster-size"),
+            "encrypted": facts.get("encrypted", False),
+            "outside": facts.get("backing-filename") or specific.get("data-file") or "",
         },
     )
 
 
 def parse_end(answer: bytes) -> int:
-    """Read where an image ends, in bytes, from what `qemu-img check` answers; 0 if it is not told.
+    """Parse the end of an image, in bytes, in the output of `qemu-img check`; 0 if unknown.
 
     Raises:
-        ValueError: It is something else; says in what.
+        ValueError: It is malformed; says where.
     """
     end = _inside(parse_json(answer)).get("image-end-offset", 0)
     if type(end) is not int:
@@ -225,7 +225,7 @@ def parse_end(answer: bytes) -> int:
 
 
 def _inside(answer: object, key: str | None = None) -> dict[str, Any]:
-    """Give the keys and values of an answer, or of what it has at a key; none if it has nothing."""
+    """Return a JSON object, or the one at a key of it; an empty one if it does not have the key."""
     if not isinstance(answer, dict):
         raise ValueError(f"{safe_repr(answer)} is not keys and values")
     return answer if key is None else _inside(answer.get(key, {}))
@@ -234,19 +234,20 @@ def _inside(answer: object, key: str | None = None) -> dict[str, Any]:
 def _qemu_img(command: str, path: Path, parse: Callable[[bytes], _T]) -> _T:
     argv: list[str | Path] = ["qemu-img", command, "-f", "qcow2", "--output=json", path]
     try:
-        # A few bytes of an image can ask for tables of any size.
+        # A few bytes of an image can claim tables of any size.
         answer = run_tool(f"qemu-img {command}", argv, accepted=_ACCEPTED, bounded=True)
     except ToolError as error:
         if "Failed to get" in error.output and "lock" in error.output:
             raise ValueError(
                 f"The image {path} is in use by another program that may write to it"
             ) from error
-        said = error.output.strip().splitlines()
+        messages = error.output.strip().splitlines()
         if "nsupported" in error.output:
-            raise ValueError(f"The image {path} is not for this qemu-img: {said[0]}") from error
+            raise ValueError(f"The image {path} is not for this qemu-img: {messages[0]}") from error
+        why = messages[0] if messages else describe_exit(error.exit_status)
         raise ValueError(
-            f"The image {path} is truncated or damaged (qemu-img {command}: "
-            f"{said[0] if said else f'exit status {error.exit_status}'}). Fetch or build it again"
+            f"The image {path} is truncated or damaged (qemu-img {command}: {why}). Fetch or build "
+            "it again"
         ) from error
     try:
         return parse(answer.stdout)
@@ -257,12 +258,12 @@ def _qemu_img(command: str, path: Path, parse: Callable[[bytes], _T]) -> _T:
 
 
 def _check_is_raw(path: Path, start: bytes) -> None:
-    """Accept a raw disk: a partition table, and all of it there."""
+    """Check that a file is a raw disk with a partition table, and complete."""
     if start.startswith(_LUKS_MAGIC):
         raise _encrypted(path, "luks")
     for magic, program in _PACKED.items():
         if start.startswith(magic):
-            raise ValueError(f"{path} is packed by {program}; unpack it, and give what was in it")
+            raise ValueError(f"{path} is packed by {program}; unpack it, and use the file in it")
     if len(start) < _SECTOR or start[510:512] != b"\x55\xaa":
         raise ValueError(
             f"{path} is not a disk image in qcow2 or raw format (no qcow2 header and no partition "
@@ -273,7 +274,7 @@ def _check_is_raw(path: Path, start: bytes) -> None:
 
 
 def _expected_raw_size(start: bytes) -> int:
-    """Tell from a disk's partition table how long the disk is at least, in bytes."""
+    """Return the minimum size of a disk by its partition table, in bytes."""
     if start[_SECTOR : _SECTOR + 8] == _GPT_SIGNATURE:
         if len(start) < 2 * _SECTOR:
             return 2 * _SECTOR
@@ -302,7 +303,7 @@ def _truncated(path: Path, expected: int) -> ValueError:
 
 
 def rebase(overlay: Path, base: Path) -> None:
-    """Build a disk directly on the lowest file of its chain, taking in what lies between."""
+    """Build a disk directly on the lowest file of its chain; merge the layers between into it."""
     _check_backing_name(base)
     base_format = "qcow2" if _is_qcow2(base) else "raw"
     # fmt: off
@@ -318,11 +319,11 @@ def rebase(overlay: Path, base: Path) -> None:
 
 
 def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressCallback) -> None:
-    """Write an image and all that it is built on as one qcow2 file.
+    """Write an image, with its backing files, as one qcow2 file.
 
     Raises:
-        FileExistsError: There is a file already; it stays as it is.
-        ToolError: qemu-img failed, for want of space for example.
+        FileExistsError: The target exists; it is not changed.
+        ToolError: qemu-img failed, for lack of space for example.
     """
     if target.exists():
         raise FileExistsError(errno.EEXIST, "export does not overwrite a file", str(target))
@@ -341,7 +342,7 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         run_tool_streaming(
             "exporting the image", [*argv, temporary], on_line=_percent_reader(on_progress)
         )
-        # Unlike a rename, a link never replaces what appeared there meanwhile.
+        # Unlike a rename, a link never replaces a file that has appeared meanwhile.
         os.link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -351,19 +352,19 @@ def _check_backing_name(path: Path) -> None:
     length = len(os.fsencode(path))
     if length > LONGEST_BACKING_NAME:
         raise ValueError(
-            f"No disk can be built on {path}: its path has {length} bytes, and a qcow2 disk names "
-            f"what it is built on by at most {LONGEST_BACKING_NAME}. Let image_dir and working_dir "
-            "in [qemu] name shorter ones"
+            f"No disk can be built on {path}: its path has {length} bytes, and a qcow2 disk's "
+            f"backing file at most {LONGEST_BACKING_NAME}. Set image_dir and working_dir in [qemu] "
+            "to shorter paths"
         )
 
 
 def _create_private(path: Path) -> None:
-    """Make a file for qemu-img to write, which would make one that everybody can read."""
+    """Make a private file for qemu-img, which would make one that all users can read."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _percent_reader(on_progress: ProgressCallback) -> Callable[[str], None]:
-    """Read what `qemu-img -p` prints, such as `(12.34/100%)`."""
+    """Return a function that reports the progress that `qemu-img -p` prints: `(12.34/100%)`."""
 
     def read(line: str) -> None:
         match = re.search(r"\(([0-9.]+)/100%\)", line)

@@ -1,9 +1,9 @@
 """Disk snapshots in constant time: a machine's overlay becomes a layer, and the layer an image.
 
-Nothing is copied. The overlay of a powered-off machine gets two more names (hard links): one among
-the cloud's layers, on which the machine goes on in a new overlay, and one that is the image. So an
-image can be deleted while its source machine lives on the layer, and the machine while the image
-lives; the layer itself goes when nothing is built on it any more.
+Nothing is copied. The overlay gets two more names (hard links): one as a layer of the cloud, on
+which the machine gets a new overlay, and one as the image. So the image can be deleted while its
+source machine uses the layer, and the machine while the image exists; the layer itself is deleted
+when nothing is built on it any more.
 
     instance/disk.qcow2 ──▶ layers/1f3a.qcow2 ──▶ bookworm-….img
                             snapshots/NAME.img (the same file as layers/1f3a.qcow2)
@@ -34,12 +34,12 @@ from pycloudlib.qemu.state.spec import LAYERS, SNAPSHOTS, MachineSpec
 _log = logging.getLogger(__name__)
 
 MAXIMUM_DEPTH = 16
-"""Layers that a disk is built on before they are merged into one; see `performance.md`."""
+"""The number of layers from which on they are merged into the disk; see `performance.md`."""
 
 _QCOW2_HEADER = struct.Struct(">4sIQI")
-_LAST_OFFSET = 1 << 60  # beyond the end of any file, and still one that can be asked for
+_LAST_OFFSET = 1 << 60  # beyond the end of any file, and still valid for pread(2)
 _CLOUD_PREFIX = "pycl-qemu-"
-# What earlier versions locked.
+# The lock file of earlier versions.
 _OLD_LOCK = ".lock"
 
 
@@ -55,54 +55,54 @@ class LayerStore:
 
     @property
     def snapshots(self) -> Path:
-        """Where the images made by snapshots are."""
+        """The directory of the images made by snapshots."""
         return self.parent_dir / SNAPSHOTS
 
     @property
     def layers(self) -> Path:
-        """Where the layers are."""
+        """The directory of the layers."""
         return self.parent_dir / LAYERS
 
     def reserve(self, image_name: str, undo: contextlib.ExitStack) -> Path:
-        """Name an image that is to be made; it goes with this program until it is `complete`.
+        """Reserve the path of a new image, which is deleted with this program until `complete`.
 
         Args:
             image_name: The name of its file, without its directory.
-            undo: Undoes that.
+            undo: Gets what undoes the reservation.
         """
         image = self.snapshots / image_name
         with self.keeping_all():
             create_private_directory(self.snapshots, parents=False)
             undo.callback(disown, image)
-            # Nobody has a use for it yet.
+            # Until it is complete, it is of no use to others.
             claim(image, Orphans.REAP)
         return image
 
     @contextlib.contextmanager
     def freezing(self, overlay: Path, image: Path, *, in_use: bool = False) -> Iterator[FrozenDisk]:
-        """Make an image of a machine's overlay; the machine goes on in a new one.
+        """Make an image of a machine's overlay; the machine continues in a new one.
 
-        That begins with `FrozenDisk.exchange`; whatever goes wrong before, nothing is changed. The
-        caller keeps others from changing the machine.
+        It does so from `FrozenDisk.exchange` on; an error before that changes nothing. The caller
+        keeps others from changing the machine.
 
         Args:
             overlay: The machine's disk.
             image: The image, which is reserved.
-            in_use: Whether a QEMU writes to the disk: it has to go on in the new overlay before
-                that is exchanged, and then the machine stays on it whatever goes wrong.
+            in_use: Whether a QEMU writes to the disk: it has to switch to the new overlay before
+                that is exchanged, and then the machine stays on it even after an error.
 
         Yields:
-            What is made. The image is whole at the end of the block.
+            The disk. The image is complete at the end of the block.
 
         Raises:
-            CloudError: The file system knows no hard links.
+            CloudError: The file system has no hard links.
         """
         layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
         frozen = FrozenDisk(overlay, layer, image, overlay.with_name(f".{layer.name}"))
         with self.keeping_all(), contextlib.ExitStack() as undo:
             if not in_use:
                 _limit_depth(overlay)
-            # After the image's own end: another program may record it as long as it is there.
+            # After the image is removed: another program may record it as long as it exists.
             undo.callback(uses.forget, image)
             _link(overlay, layer)
             undo.callback(frozen.undo, in_use=in_use)
@@ -113,7 +113,7 @@ class LayerStore:
             yield frozen
             record_uses(image)
             undo.pop_all()
-            # Of a disk whose layers were merged, some are used no more.
+            # A disk does not use layers any more that were merged into it.
             record_uses(overlay)
 
     def freeze(self, overlay: Path, image_name: str) -> Path:
@@ -127,19 +127,19 @@ class LayerStore:
         return image
 
     def complete(self, image: Path, machine: Path) -> None:
-        """Note that an image is complete: what becomes of it, becomes of its machine.
+        """Record that an image is complete; it gets the policy for orphans of its machine.
 
         Args:
             image: The image.
-            machine: The directory of the machine that it was made of.
+            machine: The directory of the machine of which it was made.
         """
         found = Ownership.find(machine)
         claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
 
     def collect(self) -> None:
-        """Remove the layers on which nothing is built any more; makes nothing anew."""
+        """Remove the layers on which nothing is built any more; create no directory."""
         with contextlib.suppress(FileNotFoundError), self._lock():
-            # By identity: a disk may name its layers by another way to the same directory.
+            # By identity: a disk may refer to its layers by another path to the same directory.
             needed = {
                 _find_name(file)
                 for tip in _tips(self.parent_dir.parent, fresh=True)
@@ -151,15 +151,15 @@ class LayerStore:
             uses.forget_gone(self.snapshots)
 
     def remove_if_empty(self) -> None:
-        """Remove the directories of layers and snapshots that have nothing in them."""
+        """Remove the directories of layers and snapshots if they are empty."""
         with contextlib.suppress(FileNotFoundError), self._lock():
             (self.layers / _OLD_LOCK).unlink(missing_ok=True)
             for directory in (self.snapshots, self.layers):
-                with contextlib.suppress(OSError):  # something is in it, or it is gone already
+                with contextlib.suppress(OSError):  # not empty, or removed already
                     directory.rmdir()
 
     def remove_cloud_directory(self) -> None:
-        """Remove the cloud's directory, unless others have something in it.
+        """Remove the cloud's directory, unless other programs have files in it.
 
         Raises:
             OSError: It could not be removed.
@@ -172,17 +172,17 @@ class LayerStore:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:
                 raise
-            # Another cloud of the same tag works here, too.
-            with contextlib.suppress(FileNotFoundError):  # they were about to remove it
+            # Another cloud of the same tag uses it, too.
+            with contextlib.suppress(FileNotFoundError):  # another program has removed it
                 others = ", ".join(sorted(file.name for file in self.parent_dir.iterdir()))
                 _log.info("%s is kept: others have %s in it", self.parent_dir, others)
 
     @contextlib.contextmanager
     def keeping_all(self) -> Iterator[None]:
-        """Keep others from collecting layers, and from removing the directories, in the block.
+        """Keep others from collecting layers and from removing the directories inside the block.
 
         Raises:
-            FileNotFoundError: The cloud has no directory; one of which a machine is has one.
+            FileNotFoundError: The cloud has no directory, and so no machine.
         """
         with self._lock():
             create_private_directory(self.layers, parents=False)
@@ -191,21 +191,21 @@ class LayerStore:
     def _lock(self) -> contextlib.AbstractContextManager[int]:
         """Keep others from collecting a layer before the machine is built on it.
 
-        The lock is the directory's own: a lock's file in it would be made anew by one program while
-        another, which has removed all in it, is about to remove the directory.
+        The directory itself is locked: one program would create a lock file in it again while
+        another, which has removed everything in it, is about to remove the directory.
         """
         return directory_lock(self.parent_dir)
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenDisk:
-    """A disk that becomes a layer, and the overlay that takes its place.
+    """A disk that becomes a layer, and the overlay that replaces it.
 
     Attributes:
-        overlay: The machine's disk.
-        layer: The name among the layers that it has, too.
-        image: The name that it has as an image.
-        fresh: The overlay on the layer, which has another name before it is exchanged.
+        overlay: The path of the machine's disk.
+        layer: Its path as a layer.
+        image: Its path as an image.
+        fresh: The path of the new overlay until it is exchanged.
     """
 
     overlay: Path
@@ -214,20 +214,20 @@ class FrozenDisk:
     fresh: Path
 
     def exchange(self) -> None:
-        """Give the fresh overlay the name of the machine's disk."""
-        # One rename: at any moment the machine has a whole disk under the same name.
+        """Rename the new overlay to the machine's disk."""
+        # One rename: at any moment the machine has a complete disk at the same path.
         self.fresh.replace(self.overlay)
 
     def discard_fresh(self) -> None:
-        """Remove the fresh overlay, unless a machine may be on it, which is to be settled."""
+        """Remove the new overlay, unless the machine may use it, which recovery decides."""
         if not RunDirectory(self.overlay.parent).is_being_saved:
             self.fresh.unlink(missing_ok=True)
 
     def undo(self, *, in_use: bool) -> None:
-        """Take the layer back, unless a machine that runs is built on it by now, or may be."""
+        """Remove the layer, unless a running machine is built on it by now, or may be."""
         if in_use and (self.fresh.exists() or not _is_same(self.layer, self.overlay)):
             return
-        # Of two names of one file, rename(2) would leave both.
+        # rename(2) does nothing if both are names of one file.
         if _is_same(self.layer, self.overlay):
             self.layer.unlink()
         else:
@@ -235,15 +235,15 @@ class FrozenDisk:
 
 
 def too_deep(overlay: Path) -> Path | None:
-    """Give the lowest file of a disk whose layers have become many; None for any other."""
+    """Return the lowest file of a disk that has too many layers; None for any other."""
     files = chain(overlay)
     return files[-1] if len(files) - 1 > MAXIMUM_DEPTH else None
 
 
 def record_uses(tip: Path) -> None:
-    """Record, beside each image that a machine or a snapshot is built on, that it is used.
+    """Record a disk as a user, beside each image on which it is built.
 
-    Its layers are left out: nobody deletes them but `LayerStore.collect`.
+    Layers are left out: only `LayerStore.collect` deletes them.
 
     Args:
         tip: The machine's disk, or the snapshot's.
@@ -252,8 +252,8 @@ def record_uses(tip: Path) -> None:
 
 
 def record_missing_uses(working_dir: Path) -> None:
-    """Record the uses of machines and snapshots that were made by a version which did not."""
-    # The directory may be one that cannot be read, and a machine may just be deleted.
+    """Record the uses of machines and snapshots that an older version made, without records."""
+    # The directory may not be readable, and a machine may be deleted meanwhile.
     with contextlib.suppress(OSError):
         for tip in _tips(working_dir):
             if not uses.is_recorded(tip):
@@ -262,14 +262,14 @@ def record_missing_uses(working_dir: Path) -> None:
 
 @contextlib.contextmanager
 def deleting(image: Path, working_dir: Path) -> Iterator[None]:
-    """Delete an image in the block, which nothing is built on, nor begins to be meanwhile.
+    """Keep an image unused inside the block, which deletes it.
 
     Args:
         image: The image.
-        working_dir: Where directories of clouds are; others' are known by their records alone.
+        working_dir: The directory of clouds; users elsewhere are known only by their records.
 
     Raises:
-        ImageInUseError: It is in use; names by what.
+        ImageInUseError: Machines or snapshots use it; names them.
     """
     files = _list_deleted(image)
     with uses.removing(
@@ -281,11 +281,11 @@ def deleting(image: Path, working_dir: Path) -> Iterator[None]:
 
 
 def check_unused(image: Path, working_dir: Path) -> None:
-    """Make sure that no instance or snapshot is built on an image.
+    """Check that no instance or snapshot is built on an image.
 
     Args:
         image: The image.
-        working_dir: Where the directories of clouds are, this one's and others'.
+        working_dir: The directory of clouds.
 
     Raises:
         ImageInUseError: Some are; names them.
@@ -295,9 +295,9 @@ def check_unused(image: Path, working_dir: Path) -> None:
 
 
 def find_users(image: Path, working_dir: Path) -> list[str]:
-    """Name the instances and snapshots of a directory that are built on an image.
+    """Return the names of the instances and snapshots that are built on an image.
 
-    Those that use its kernel are among them.
+    Those that use its kernel are included.
     """
     identify = _find_name if shares_file(image) else _find_file
     own = _find_name(image)
@@ -311,28 +311,28 @@ def find_users(image: Path, working_dir: Path) -> list[str]:
 
 
 def is_built_on(tip: Path, image: Path) -> bool:
-    """Whether a disk is built on an image, by whichever path to it."""
+    """Whether a disk is built on an image, by any path to it."""
     name = _find_name(image)
     return name in {_find_name(file) for file in chain(tip)[1:]}
 
 
 def shares_file(image: Path) -> bool:
-    """Whether an image is one of several names of a file, each of which can be deleted by itself.
+    """Whether an image is one of several hard links, each of which can be deleted by itself.
 
-    Snapshots are, and machines that are kept ready.
+    Snapshots and warm machines are.
     """
     return is_snapshot(image) or image.parent.parent.name == "warm"
 
 
 def _list_deleted(image: Path) -> list[Path]:
-    """List an image and what is deleted with it and may be used without it."""
+    """List an image, and the files deleted with it that may be used without it."""
     beside = (store.kernel_path(image), store.initrd_path(image))
-    # A snapshot has links to those of its base.
+    # Those of a snapshot are links to its base's.
     return [image, *(file for file in beside if is_file(file) and not file.is_symlink())]
 
 
 def _list_needed(tip: Path) -> Iterable[Path]:
-    """List the files that a machine, or a machine from a snapshot, cannot do without."""
+    """List the files that a machine, or a machine launched from a snapshot, needs."""
     yield from chain(tip)[1:]
     spec = _find_spec(tip)
     if spec is not None:
@@ -350,17 +350,17 @@ def _find_spec(tip: Path) -> MachineSpec | None:
 
 
 def _find_name(file: Path) -> tuple[int, int, str]:
-    """Identify a name of a file, by whichever path it is given."""
-    place = Path(os.path.realpath(file))
+    """Return the identity of a file's name, the same for any path to it."""
+    path = Path(os.path.realpath(file))
     try:
-        facts = place.parent.stat()
-    except OSError:  # its directory is gone
-        return 0, 0, str(place)
-    return facts.st_dev, facts.st_ino, place.name
+        facts = path.parent.stat()
+    except OSError:  # its directory does not exist
+        return 0, 0, str(path)
+    return facts.st_dev, facts.st_ino, path.name
 
 
 def _find_file(file: Path) -> tuple[int, int] | None:
-    """Identify a file, by whichever of its names it is given; None when it is not there."""
+    """Return the identity of a file, the same for any of its names; None if it does not exist."""
     try:
         facts = file.stat()
     except OSError:
@@ -369,33 +369,33 @@ def _find_file(file: Path) -> tuple[int, int] | None:
 
 
 def is_snapshot(image: Path) -> bool:
-    """Say whether an image has its place among the snapshots of a cloud."""
+    """Whether an image is in the directory of a cloud's snapshots."""
     return image.parent.name == SNAPSHOTS and image.parent.parent.match(f"{_CLOUD_PREFIX}*")
 
 
 def chain(tip: Path) -> list[Path]:
-    """List the files that a disk consists of: itself, then what it is built on, to the bottom.
+    """List a disk and its backing files, down to the lowest.
 
-    A file that is missing is the last one listed: a broken disk somewhere is no reason not to
-    clean up elsewhere, and QEMU names what it misses.
+    A missing file is the last one listed, without an error: a broken disk must not keep others from
+    being cleaned up, and QEMU reports what is missing.
     """
     files = [tip]
-    # A damaged disk may be built on itself, by any of its names.
+    # A damaged disk may have itself as its backing file, by any of its names.
     seen = {os.path.realpath(tip)}
     while (below := read_backing_file(files[-1])) is not None:
-        place = os.path.realpath(below)
-        if place in seen:
+        path = os.path.realpath(below)
+        if path in seen:
             break
-        seen.add(place)
+        seen.add(path)
         files.append(below)
     return files
 
 
 def read_backing_file(image: Path) -> Path | None:
-    """Read what a qcow2 file is built on; None for any other file, and for what cannot be one.
+    """Read the backing file of a qcow2 file; None if it has no valid one, or is another file.
 
     The header is read directly (docs/interop/qcow2.txt): a chain has many files, and a qemu-img
-    process for each would be felt.
+    process for each would be slow.
     """
     try:
         with image.open("rb") as file:
@@ -405,7 +405,7 @@ def read_backing_file(image: Path) -> Path | None:
             _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
             if offset == 0 or not 0 < length <= diskimage.LONGEST_BACKING_NAME:
                 return None
-            # Not by seek(): a damaged header's offset may be none that there can be.
+            # Not seek(), which fails with the impossible offset of a damaged header.
             name = os.pread(file.fileno(), length, min(offset, _LAST_OFFSET))
     except IsADirectoryError:
         return None
@@ -417,18 +417,18 @@ def read_backing_file(image: Path) -> Path | None:
 
 
 def cloud_directory(working_dir: Path, tag: str) -> Path:
-    """Give the directory of everything that clouds of a tag make."""
+    """Return the directory of all files of clouds with a tag."""
     return working_dir / f"{_CLOUD_PREFIX}{tag}"
 
 
 def cloud_tag(directory: Path) -> str:
-    """Give the tag of the clouds whose directory this is."""
+    """Return the tag of the clouds of a directory."""
     return directory.name.removeprefix(_CLOUD_PREFIX)
 
 
 def cloud_directories(working_dir: Path) -> Iterator[Path]:
     """List the directories of clouds."""
-    # Not by glob(), which takes one that cannot be read for one that has nothing in it.
+    # Not glob(), for which an unreadable directory is an empty one.
     with contextlib.suppress(FileNotFoundError):
         for path in working_dir.iterdir():
             if path.name.startswith(_CLOUD_PREFIX):
@@ -439,8 +439,8 @@ def _tips(working_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
     """List the disks of all clouds' instances, and the images of their snapshots.
 
     Args:
-        working_dir: Where directories of clouds are.
-        fresh: Whether also the overlays that disks of machines go on in which are being saved.
+        working_dir: The directory of clouds.
+        fresh: Whether to include the new overlays of machines that are being saved.
     """
     for parent_dir in cloud_directories(working_dir):
         yield from parent_dir.glob(f"{SNAPSHOTS}/*.img")
@@ -451,7 +451,7 @@ def _tips(working_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
 
 
 def _limit_depth(overlay: Path) -> None:
-    """Merge the layers below a disk into it when they have become many."""
+    """Merge the layers below a disk into it if they are too many."""
     lowest = too_deep(overlay)
     if lowest is not None:
         diskimage.rebase(overlay, lowest)

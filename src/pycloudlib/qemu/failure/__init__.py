@@ -1,1 +1,1 @@
-"""What is found out and kept when a machine fails."""
+"""Why a machine failed: its examination, the explanation in errors, and saved artifacts."""

@@ -1,4 +1,4 @@
-"""What is kept of a machine when something fails: logs, the diagnosis, a picture of its screen."""
+"""The files saved when a machine fails: logs, the diagnosis, a picture of its screen."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def keep_artifacts(
     error: BaseException,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write what is known of a failure into a new directory; nothing in it is secret.
+    """Write the facts about a failure into a new directory, without secrets.
 
     `error.txt` has the error with its diagnosis, `machine.json` the machine, `events.json` the QMP
-    events, `console.log` and `qemu.log` what guest and QEMU said, and `screen.png` what was on the
-    screen of a machine that has one (`launch_args=["-vga", "std"]`).
+    events, `console.log` and `qemu.log` the output of guest and QEMU, and `screen.png` the screen
+    of a machine that has one (`launch_args=["-vga", "std"]`).
 
     Args:
-        directory: Where the new directory goes; made if it is missing. Others may write there.
+        directory: The parent of the new directory; made if it is missing. Others may write there.
         machine: The machine.
-        error: What failed.
+        error: The error.
         more: Further texts, by the names of their files.
 
     Returns:
@@ -68,7 +68,7 @@ def keep_artifacts(
 
 
 def _writable(text: str) -> str:
-    """Return a text that has bytes: bytes that are no text stay as they are, all else is shown."""
+    """Return a text that can be encoded: escapes of raw bytes stay, others are written out."""
     try:
         to_bytes(text)
     except UnicodeEncodeError:
@@ -88,30 +88,30 @@ def _make_directory(directory: Path, stem: str) -> Path:
 
 @contextlib.contextmanager
 def _holding(directory: Path) -> Iterator[Path]:
-    """Yield another name for a new directory, which stays its own whatever others do to its path.
+    """Yield another path of a new directory, which leads to it even if others replace its own.
 
     Raises:
-        PermissionError: It is not the one that was made.
+        PermissionError: Another user has replaced it already.
     """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = moved(os.open(directory, flags))
     try:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise PermissionError(errno.EPERM, "another user has put theirs in place", directory)
+            raise PermissionError(errno.EPERM, "another user has replaced it", directory)
         yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
     finally:
         os.close(descriptor)
 
 
 def _take_picture(machine: Machine, target: Path) -> None:
-    """Keep what is on the machine's screen; most have none."""
+    """Save a picture of the machine's screen; most machines have none."""
     if machine.state is State.OFF:
         return
     target.touch(mode=0o600)
     try:
         with short_path(target) as name:
-            # PNG is known from QEMU 7.1 on.
+            # QEMU 7.1 and later write PNG.
             arguments = {"filename": name, "format": "png"}
             machine.execute("screendump", arguments, timeout=_SCREEN_LIMIT)
     except (QmpError, MachineEndedError):

@@ -1,4 +1,4 @@
-"""Finding out why a machine does not do what it is waited for to do."""
+"""The examination of a machine: from its state, events and console to the cause of a failure."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _CONSOLE_LINES = 12
 _LONGEST_SHOWN = 300
 _EVENTS = 8
 _QMP_LIMIT = 2.0
-# QEMU's words (RunState, qapi/run-state.json) for a machine whose processors do not run, beyond
-# those of which the cause is known.
+# QEMU's states (RunState, qapi/run-state.json) of a machine whose processors do not run, except
+# those with a cause of their own.
 STANDS_STILL = frozenset(
     ("paused", "prelaunch", "suspended", "postmigrate", "finish-migrate", "inmigrate",
      "save-vm", "restore-vm", "internal-error", "watchdog", "shutdown", "debug", "colo")
 )  # fmt: skip
-# A machine that is waited for boots twice if user-data has it boot again.
+# A machine boots twice if user-data reboots it.
 _MANY_BOOTS = 4
 
-# QEMU's and the system's own words, in what a program of QEMU's said; the first that is found
-# counts. Whole phrases: names that others chose, of a binary, a machine or a file, stand beside
-# them. What the system says (strerror) ends the line.
-_QEMU_WORDS = (
+# Messages of QEMU and the system in the output of a program of QEMU's; the first match counts. They
+# are whole phrases, since names that others chose, of a binary, a machine or a file, stand beside
+# them. The system's message (strerror) ends the line.
+_QEMU_MESSAGES = (
     (
         Cause.KVM_UNAVAILABLE,
         # accel/kvm/kvm-all.c, accel/accel-system.c, system/vl.c, target/i386/kvm/kvm.c
@@ -52,16 +52,16 @@ _QEMU_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What can be seen of a machine from outside.
+    """The facts about a machine, from outside of the guest.
 
     Attributes:
-        state: What it is doing.
-        status: QEMU's own word for that; empty when it could not be asked.
+        state: Its state.
+        status: Its state by QEMU, or why QEMU does not answer; empty if it is off.
         end: How QEMU ended.
         events: The latest QMP events.
-        console: Lines of the present boot on the console: the latest, and those that tell.
+        console: Lines of the current boot on the console: the latest, and signs of failures.
         phase: How far the boot got.
-        copied: Whether it is a copy, of a machine that had booted.
+        copied: Whether it is a copy of a machine that had booted.
         boots: How often the guest has booted in this power cycle.
         warnings: What cloud-init warned of on the console.
     """
@@ -78,7 +78,7 @@ class Facts:
 
     @classmethod
     def collect(cls, machine: Machine) -> Facts:
-        """Look at a machine; takes milliseconds."""
+        """Collect the facts about a machine, which takes milliseconds."""
         state = machine.state
         status = ""
         if state is not State.OFF:
@@ -101,11 +101,11 @@ class Facts:
 
 
 def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
-    """Find the cause in what can be seen, and put all of it together.
+    """Return the diagnosis of a machine: the facts, and the cause that they show.
 
     Args:
-        facts: What can be seen.
-        error: What failed.
+        facts: The facts.
+        error: The error, if something has failed.
     """
     cause, evidence = _find_cause(facts, error)
     end = error.end if isinstance(error, LaunchError) else facts.end
@@ -120,7 +120,7 @@ def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
         state=state,
         exit_status=None if end is None else end.exit_status,
         stderr="" if end is None else end.stderr,
-        events=tuple(_tell_event(event) for event in facts.events[-_EVENTS:]),
+        events=tuple(_describe_event(event) for event in facts.events[-_EVENTS:]),
         phase=facts.phase,
         boots=facts.boots,
         warnings=facts.warnings,
@@ -129,7 +129,7 @@ def diagnose(facts: Facts, error: BaseException | None = None) -> Diagnosis:
 
 
 def _shorten(console: Sequence[str], *, panic: bool) -> tuple[str, ...]:
-    """Keep of the console what tells: its end, and how a panic began, far above its end."""
+    """Return the relevant lines of the console: its end, and the start of a panic far above it."""
     lines = [_shorten_line(line) for line in console if line]
     last = lines[-_CONSOLE_LINES:]
     begun = find_kernel_failure(lines) if panic else None
@@ -144,7 +144,7 @@ def _shorten_line(line: str) -> str:
 
 
 def diagnose_launch(error: BaseException) -> Diagnosis | None:
-    """Find the cause of a launch that failed; None where the error says all there is to say."""
+    """Return the diagnosis of a failed launch; None if the error says everything already."""
     found = _find_in_error(None, error)
     if found is None:
         return None
@@ -162,14 +162,14 @@ def with_guest_words(
     failed_units: Sequence[str],
     warnings: Sequence[str] = (),
 ) -> Diagnosis:
-    """Add what the guest itself says, and let it be the cause where nothing else is known."""
+    """Add the guest's own report; it is the cause if no other is known."""
     cause, evidence = diagnosis.cause, diagnosis.evidence
     warnings = merge_warnings(warnings, diagnosis.warnings)
     if cause in (Cause.UNKNOWN, Cause.STILL_BOOTING, Cause.CLOUD_INIT_WARNING):
-        for mark, told in ((" is full", Cause.GUEST_DISK), (" failed: ", Cause.CLOUD_INIT)):
+        for mark, meaning in ((" is full", Cause.GUEST_DISK), (" failed: ", Cause.CLOUD_INIT)):
             lines = [line for line in words if mark in line]
             if lines:
-                cause, evidence = told, lines[0]
+                cause, evidence = meaning, lines[0]
                 break
         else:
             if cause is not Cause.STILL_BOOTING and warnings:
@@ -207,9 +207,9 @@ def _find_in_error(_facts: Facts | None, error: BaseException | None) -> tuple[C
     for link in _chain(error):
         found = None
         if isinstance(link, LaunchError):
-            found = _find_in_words(link.end.stderr) or (Cause.QEMU_FAILED, link.end.how)
+            found = _find_in_output(link.end.stderr) or (Cause.QEMU_FAILED, link.end.how)
         elif isinstance(link, ToolError):
-            found = _find_in_words(link.output)
+            found = _find_in_output(link.output)
         elif isinstance(link, KvmUnavailableError):
             found = Cause.KVM_UNAVAILABLE, ""
         elif isinstance(link, OSError):
@@ -227,9 +227,9 @@ _BY_NUMBER = {
 }
 
 
-def _find_in_words(said: str) -> tuple[Cause, str] | None:
-    for cause, pattern in _QEMU_WORDS:
-        for line in map(str.rstrip, said.splitlines()):
+def _find_in_output(output: str) -> tuple[Cause, str] | None:
+    for cause, pattern in _QEMU_MESSAGES:
+        for line in map(str.rstrip, output.splitlines()):
             if re.search(pattern, line, re.IGNORECASE):
                 return cause, line
     return None
@@ -248,11 +248,11 @@ def _find_in_end(facts: Facts, _error: BaseException | None) -> tuple[Cause, str
     if end.exit_status == 0:
         return Cause.SWITCHED_OFF, end.how
     cause = Cause.QEMU_KILLED if end.exit_status < 0 else Cause.QEMU_FAILED
-    return _find_in_words(end.stderr) or (cause, end.how)
+    return _find_in_output(end.stderr) or (cause, end.how)
 
 
 def _is_panic(event: Event) -> bool:
-    """Whether QEMU has ended since its device for it (pvpanic) has told of a panic."""
+    """Whether QEMU has ended because its device pvpanic reported a panic."""
     return event.name == "SHUTDOWN" and event.data.get("reason") == "guest-panic"
 
 
@@ -276,9 +276,9 @@ def _find_on_console(facts: Facts, _error: BaseException | None) -> tuple[Cause,
 
 
 def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Cause, str] | None:
-    """Tell by how SSH failed: user-mode networking takes connections itself, before the guest.
+    """Find the cause of an SSH error: user-mode networking accepts connections before the guest.
 
-    By the kinds of the errors, not by their words: those may be of anybody's choice, as a command.
+    The types of the errors count, not their messages, which a guest may choose.
     """
     import paramiko  # noqa: PLC0415 - heavy
 
@@ -290,7 +290,7 @@ def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Caus
     )
     links = _chain(error)
     if any(isinstance(link, InvalidKeyError) for link in links):
-        return None  # it never left this host, and says why itself
+        return None  # it was raised on this host, and explains itself
     for cause, wanted in kinds:
         for link in links:
             if isinstance(link, wanted):
@@ -302,7 +302,7 @@ def _find_in_connection(facts: Facts, error: BaseException | None) -> tuple[Caus
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """Return an error and what it was caused by, one after the other."""
+    """Return an error, its cause, the cause of that, and so on."""
     links: list[BaseException] = []
     while error is not None and error not in links:
         links.append(error)
@@ -310,7 +310,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return links
 
 
-def _tell_event(event: Event) -> str:
+def _describe_event(event: Event) -> str:
     data: dict[str, Any] = dict(event.data)
     facts = " ".join(f"{name}={value}" for name, value in data.items())
     return f"{event.name} {facts}".strip()

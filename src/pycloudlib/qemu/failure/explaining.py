@@ -1,4 +1,4 @@
-"""Errors that say what was going on with the machine."""
+"""Errors that explain themselves: with the diagnosis of the machine that failed."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Explainer:
 
     Attributes:
         guest: Its guest.
-        artifacts_dir: Where logs go when something fails; None for nowhere.
+        artifacts_dir: The directory for artifacts of failures; None for none.
     """
 
     guest: Guest
     artifacts_dir: Path | None = None
 
     def diagnose(self) -> Diagnosis:
-        """Find out what is going on with the machine: the facts, and a cause if any.
+        """Return the diagnosis of the machine: the facts, and a cause if there is any.
 
-        The guest is asked, too, when it can be reached at once.
+        It includes the guest's own report if the guest is connected.
         """
         machine = self.guest.machine
         machine.look()
@@ -56,14 +56,14 @@ class Explainer:
 
     @contextlib.contextmanager
     def explaining(self, waiting_for: str, limit: str = "", *, ask: bool = False) -> Iterator[None]:
-        """Have an error that leaves the block say what was going on with the machine.
+        """Add the diagnosis of the machine to an error that leaves the block, and to its text.
 
-        It gets an attribute `diagnosis`, and its text. Only the outermost of several blocks does.
+        It is the error's attribute `diagnosis`. Of nested blocks only the outermost does that.
 
         Args:
-            waiting_for: What is waited for.
-            limit: How long it may take, and who says so.
-            ask: Whether the guest may be asked, which may take some seconds.
+            waiting_for: What the block waits for.
+            limit: The limit of the wait, and where it comes from.
+            ask: Whether to ask the guest for a report, which may take some seconds.
         """
         if _inside.get():
             yield
@@ -82,7 +82,7 @@ class Explainer:
     def _explain(
         self, error: Exception, waiting_for: str, waited: float, limit: str, *, ask: bool
     ) -> None:
-        """Add a diagnosis to an error, and keep artifacts; what goes wrong here is only logged."""
+        """Add a diagnosis to an error, and save artifacts; errors here are only logged."""
         machine, name = self.guest.machine, self.guest.name
         try:
             facts = Facts.collect(machine)
@@ -98,20 +98,20 @@ class Explainer:
                 kept = keep_artifacts(self.artifacts_dir, machine, error)
                 _log.warning("What is known of the failure of %s is in %s", name, kept)
         except Exception as problem:  # noqa: BLE001 - it is the first error that is raised
-            told = f"{type(problem).__name__}: {problem}"
-            _log.warning("The failure of %s is not wholly recorded: %s", name, told)
+            text = f"{type(problem).__name__}: {problem}"
+            _log.warning("The failure of %s is not wholly recorded: %s", name, text)
 
     def _ask_guest(self, diagnosis: Diagnosis) -> Diagnosis:
-        """Add what the guest says of itself, if it can be reached."""
+        """Add the guest's own report, if the guest is connected."""
         guest = self.guest
         if guest.machine.state is not State.RUNNING or not guest.is_reachable:
             return diagnosis
         try:
-            told = guest.execute(_ASK, timeout=_ASK_LIMIT, no_log=True)
+            answer = guest.execute(_ASK, timeout=_ASK_LIMIT, no_log=True)
         except Exception as error:  # noqa: BLE001 - it is another error that is explained
             _log.debug("%s cannot be asked: %s", guest.name, error)
             return diagnosis
-        units, _, rest = told.stdout.partition("--\n")
+        units, _, rest = answer.stdout.partition("--\n")
         words, _, report = rest.partition("--\n")
         try:
             status = cloudinit.parse_status(report)
@@ -128,7 +128,7 @@ class Explainer:
 
 @contextlib.contextmanager
 def explaining_launch() -> Iterator[None]:
-    """Let an error of a launch say why, of a machine that is gone by then."""
+    """Add a diagnosis to an error of a launch, whose machine does not exist any more."""
     try:
         yield
     except (CloudError, CloudSetupError) as error:
@@ -139,14 +139,13 @@ def explaining_launch() -> Iterator[None]:
 
 
 def explain(error: Exception, diagnosis: Diagnosis) -> None:
-    """Add a diagnosis to an error and to its text, in words for those who write programs.
+    """Add a diagnosis to an error and to its text, for programmers.
 
-    What it said before stays in an attribute, for readers who are told the diagnosis otherwise.
+    Its text without the diagnosis stays in an attribute, for other audiences.
     """
-    said = str(error)
-    setattr(error, UNDIAGNOSED, said)
+    setattr(error, UNDIAGNOSED, str(error))
     error.diagnosis = diagnosis  # type: ignore[attr-defined]
-    # Of several arguments the text is one; the others are numbers, keys, errors of their own.
+    # One of several arguments is the text; the others are numbers, keys, other errors.
     texts = [place for place, value in enumerate(error.args) if isinstance(value, str)]
     if not error.args:
         error.args = (f"\n{diagnosis}",)
@@ -158,7 +157,7 @@ def explain(error: Exception, diagnosis: Diagnosis) -> None:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Say whether the machine failed: not the caller's arguments, nor what the guest explains."""
+    """Whether the machine failed: not the caller's arguments, and not a command in the guest."""
     if isinstance(error, GuestRefusedError):
         return False
     # paramiko is heavy to load; whoever raises its errors has done so.
