@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
+import pytest
 from paramiko.common import AUTH_SUCCESSFUL, OPEN_FAILED_CONNECT_FAILED, OPEN_SUCCEEDED
 from paramiko.sftp import SFTP_OK
 
@@ -26,7 +27,23 @@ _HOST_KEY = paramiko.ECDSAKey.generate()
 _SHELL = ("sh", "-c")
 
 
-class _Files(paramiko.SFTPServerInterface):
+def replace_program(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str | None
+) -> None:
+    """Let the guest have a shell script for a program; or none, and no other program but `sh`."""
+    programs = directory / "programs"
+    programs.mkdir()
+    path = f"{programs}:{os.environ['PATH']}"
+    if script is None:
+        (programs / "sh").symlink_to("/bin/sh")
+        path = str(programs)
+    else:
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", path)
+
+
+class ServedFiles(paramiko.SFTPServerInterface):
     """Files of this host; a relative path begins at the directory."""
 
     def __init__(self, server: paramiko.ServerInterface, directory: Path) -> None:
@@ -269,7 +286,7 @@ class LocalInstance(BaseInstance):
         ours, theirs = socket.socketpair()
         transport = paramiko.Transport(theirs)
         transport.add_server_key(_HOST_KEY)
-        transport.set_subsystem_handler("sftp", FileServer, _Files, self.directory)
+        transport.set_subsystem_handler("sftp", FileServer, ServedFiles, self.directory)
         server = _Server(self.directory, self._most_sessions, self.sizes)
         transport.start_server(event=threading.Event(), server=server)
         self.transports.append(transport)

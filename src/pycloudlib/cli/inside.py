@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _CONSOLE_ESCAPE = b"\x1d"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 # Seconds: a console that was just left is free in a moment.
-_CONSOLE_LIMIT = 3.0
+CONSOLE_LIMIT = 3.0
 _CONSOLE_INTERVAL = 0.1
 
 
@@ -137,13 +137,17 @@ def console(session: Session, name: str) -> None:
     session.note("" if left else f"\r\n{name} has ended, or another program took its console")
 
 
-def wait_for_console(instance: QemuInstance) -> None:
+def wait_for_console(instance: QemuInstance, limit: float = CONSOLE_LIMIT) -> None:
     """Wait until no other program has the console open.
+
+    Args:
+        instance: The machine.
+        limit: Seconds to wait.
 
     Raises:
         CloudError: One has, for longer than the limit; says which.
     """
-    deadline = Deadline.after(_CONSOLE_LIMIT)
+    deadline = Deadline.after(limit)
     while True:
         chardevs = instance.machine.execute("query-chardev")
         console = next(dev for dev in chardevs if dev["label"] == "console")

@@ -273,12 +273,12 @@ def logs(session: Session, name: str, follow: bool, lines: int | None, qemu: boo
     """Print the output of a machine's serial console, of all its boots."""
     entry = find_machine(session.cloud.working_dir, name)
     file = entry.rundir.qemu_log if qemu else entry.rundir.console_log
-    for chunk in _read(file, lines, entry if follow else None):
+    for chunk in read_log(file, lines, entry if follow else None):
         click.echo(chunk, nl=False)
         sys.stdout.flush()
 
 
-def _read(file: Path, lines: int | None, followed: MachineEntry | None) -> Iterator[bytes]:
+def read_log(file: Path, lines: int | None, followed: MachineEntry | None) -> Iterator[bytes]:
     """Yield the content of a log, and what is added while the followed machine runs."""
     position = 0
     identity: tuple[int, int] | None = None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _REMOTE = re.compile(r"(?P<name>[a-z0-9-]+(?:/[a-z0-9-]+)?):(?P<path>.*)", re.DOTALL)
 # Seconds that a failed command may take to say why.
-_LAST_WORDS_LIMIT = 10.0
+LAST_WORDS_LIMIT = 10.0
 _NO_SUCH_COMMAND = 127  # a shell's exit status
 
 
@@ -118,6 +118,8 @@ def pull(
     source: str,
     target: str,
     on_progress: ProgressCallback = ignore_progress,
+    *,
+    last_words_limit: float = LAST_WORDS_LIMIT,
 ) -> None:
     """Copy a file or directory from a machine, as its login user, like `cp -rH`.
 
@@ -128,6 +130,7 @@ def pull(
         source: The path in the machine, unchanged: a slash or a dot at its end has a meaning.
         target: The path on the host.
         on_progress: Called with the bytes received.
+        last_words_limit: Seconds that the guest's program may take to say why it has failed.
 
     Raises:
         FileNotFoundError: The source, or the directory of the target, does not exist.
@@ -140,7 +143,9 @@ def pull(
     count = _Count(on_progress, Path(source).name or source, None)
     theirs: list[Problem] = []
     with contextlib.ExitStack() as stack:
-        running = stack.enter_context(_Command(instance, "read", path))
+        running = stack.enter_context(
+            _Command(instance, "read", path, last_words_limit=last_words_limit)
+        )
         running.channel.shutdown_write()
         writer = copy_in_guest.Writer(os.fsencode(target), name, trusting=False)
         stack.callback(writer.close)
@@ -177,11 +182,18 @@ class _Command:
 
     Args:
         instance: The machine.
-        arguments: Those of the program, see `copy_in_guest`.
+        *arguments: Those of the program, see `copy_in_guest`.
+        last_words_limit: Seconds that it may take to say why it has failed.
     """
 
-    def __init__(self, instance: QemuInstance, *arguments: str | bytes) -> None:
+    def __init__(
+        self,
+        instance: QemuInstance,
+        *arguments: str | bytes,
+        last_words_limit: float = LAST_WORDS_LIMIT,
+    ) -> None:
         self._name = instance.name
+        self._last_words_limit = last_words_limit
         self._client = instance._ssh_connect()
         # A guest whose kernel is no more closes no connection.
         self._lookout = commands.interrupt_when(instance.check_answers, self._client.close)
@@ -240,7 +252,7 @@ class _Command:
         Raises:
             GuestRefusedError: It failed; with its own message.
         """
-        self.channel.settimeout(_LAST_WORDS_LIMIT)
+        self.channel.settimeout(self._last_words_limit)
         with contextlib.suppress(TimeoutError):
             self.finish()
 

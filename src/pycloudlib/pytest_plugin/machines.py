@@ -162,7 +162,7 @@ class Machines:
         """
         saved = self._find_saved(wanted)
         in_use.ending.enter_context(self._reserving(wanted, saved))
-        options = {"name": _name_after(in_use.test), **options}
+        options = {"name": name_machine(in_use.test), **options}
         machine = self._launch(wanted, saved, in_use, options)
         in_use.ending.callback(self._dispose, machine, in_use)
         machine.wait()
@@ -244,7 +244,7 @@ class Machines:
         return machine
 
     def _make_shared(self, wanted: Wanted, saved: SavedMachine | None, in_use: InUse) -> _Shared:
-        machine = self._launch(wanted, saved, in_use, {"name": _name_after("shared")})
+        machine = self._launch(wanted, saved, in_use, {"name": name_machine("shared")})
         with contextlib.ExitStack() as undo:
             undo.callback(in_use.ending.callback, self._dispose, machine, in_use)
             machine.wait()
@@ -269,7 +269,7 @@ class Machines:
         return shared
 
 
-def _name_after(words: str) -> str:
+def name_machine(words: str) -> str:
     """Return a unique name for a machine that begins with words such as a test's name."""
     return make_name(re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "vm")
 

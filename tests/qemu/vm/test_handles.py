@@ -458,15 +458,12 @@ def test_more_clients_than_qemu_lets_wait_can_connect(unstarted: QemuInstance) -
             clients.enter_context(socket.create_connection(console, 10))
 
 
-def test_a_console_that_is_open_elsewhere_says_where(
-    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inside, "_CONSOLE_LIMIT", 0.3)
+def test_a_console_that_is_open_elsewhere_says_where(unstarted: QemuInstance) -> None:
     inside.wait_for_console(unstarted)
     with socket.create_connection(("127.0.0.1", int(unstarted.telnet_port))) as terminal:
         assert terminal.recv(1), "QEMU greets whom it serves"
         with pytest.raises(CloudError, match=rf"open elsewhere.*process {os.getpid()} "):
-            inside.wait_for_console(unstarted)
+            inside.wait_for_console(unstarted, 0.3)
     inside.wait_for_console(unstarted)
 
 

@@ -226,8 +226,8 @@ def test_wrong_configuration_is_a_fact_not_an_error(
     file.write_text('[qemu]\nqemu_binary = "/no/such/qemu"\norphans = "x"\n')
     monkeypatch.setenv("PYCLOUDLIB_CONFIG", str(file))
 
-    settings, source, problem = hostfacts._read_settings()
+    facts = hostfacts.collect(ask_server=False)
 
-    assert "orphans in [qemu]" in problem
-    assert source == str(file)
-    assert settings.qemu_binary == "qemu-system-x86_64"
+    assert "orphans in [qemu]" in facts.configuration_problem
+    assert facts.configuration == str(file)
+    assert facts.qemu_name == "qemu-system-x86_64"

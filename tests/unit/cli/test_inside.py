@@ -10,14 +10,14 @@ import paramiko
 import pytest
 from paramiko.sftp import SFTP_FAILURE
 
-from pycloudlib.cli import inside, transfer
+from pycloudlib.cli import inside
 from pycloudlib.cli.common import ExitCode, Session
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import KernelPanicError
 from tests.unit import sshserver
 from tests.unit.clirun import Outcome
 from tests.unit.clirun import run as run_cli
-from tests.unit.sshserver import LocalInstance
+from tests.unit.sshserver import LocalInstance, replace_program
 
 HANGS = 100.0
 Capture = pytest.CaptureFixture[str]
@@ -155,7 +155,7 @@ def test_copy_ends_with_the_guests_kernel(
 ) -> None:
     """Its program in the guest stops before it reads or writes anything."""
     panics_once(guest / "panicked", web, monkeypatch)
-    monkeypatch.setattr(transfer, "_program", lambda: "sh -c 'touch panicked; exec sleep 300' x")
+    replace_program(tmp_path, monkeypatch, "python3", "touch panicked; exec sleep 300")
     (tmp_path / "file").write_text("content")
     where = {"push": (str(tmp_path / "file"), "web:"), "pull": ("web:file", str(tmp_path / "new"))}
     done = run(capfd, "copy", *where[direction])
@@ -179,9 +179,9 @@ def test_file_of_a_guest_whose_kernel_panics_is_not_waited_for(
             raise PANIC
 
     (tmp_path / "file").write_text("content")
-    monkeypatch.setattr(sshserver._Files, "open", stall)
-    monkeypatch.setattr(sshserver._Files, "lstat", stall)
-    monkeypatch.setattr(sshserver._Files, "stat", stall)
+    monkeypatch.setattr(sshserver.ServedFiles, "open", stall)
+    monkeypatch.setattr(sshserver.ServedFiles, "lstat", stall)
+    monkeypatch.setattr(sshserver.ServedFiles, "stat", stall)
     monkeypatch.setattr(web, "_check_alive", check)
     copies = {
         "push": lambda: web.push_file(tmp_path / "file", "there"),

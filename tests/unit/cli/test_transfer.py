@@ -31,7 +31,7 @@ from pycloudlib.guest.programs.copy_in_guest import (
 )
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
-from tests.unit.sshserver import LocalInstance
+from tests.unit.sshserver import LocalInstance, replace_program
 
 
 @pytest.fixture
@@ -236,9 +236,13 @@ def test_what_cannot_be_copied_is_named_and_the_rest_is_copied(
 
 
 def test_guest_without_python_is_told_of(
-    instance: QemuInstance, tree: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    instance: QemuInstance,
+    tree: Path,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transfer, "_program", lambda: "no-such-python3 -c ''")
+    replace_program(tmp_path, monkeypatch, "python3", None)
 
     with pytest.raises(PycloudlibError, match="web has no python3"):
         transfer.push(instance, str(tree), "x")
@@ -247,9 +251,9 @@ def test_guest_without_python_is_told_of(
 
 
 def test_words_of_a_guest_s_login_are_not_taken_for_files(
-    instance: QemuInstance, here: Path, monkeypatch: pytest.MonkeyPatch
+    instance: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_program", lambda: "echo Welcome to this machine;:")
+    replace_program(tmp_path, monkeypatch, "python3", "echo Welcome to this machine")
 
     with pytest.raises(PycloudlibError, match="What web sends is refused"):
         transfer.pull(instance, "x", str(here / "x"))
@@ -267,27 +271,33 @@ def test_stream_that_is_damaged_ends_a_copy_while_more_comes(
         raise StreamError("a record that is none")
 
     monkeypatch.setattr(Writer, "take", fail)
-    monkeypatch.setattr(transfer, "_LAST_WORDS_LIMIT", 0.3)
 
     with pytest.raises(PycloudlibError, match="is refused: a record that is none"):
-        transfer.pull(instance, "large", str(here / "copy"))
+        transfer.pull(instance, "large", str(here / "copy"), last_words_limit=0.3)
 
 
 def test_guest_that_hangs_up_is_told_in_its_own_words(
-    instance: QemuInstance, here: Path, monkeypatch: pytest.MonkeyPatch
+    instance: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "large").write_bytes(bytes(16 << 20))
-    monkeypatch.setattr(transfer, "_program", lambda: "sh -c 'echo out of order >&2; exit 3'")
+    replace_program(tmp_path, monkeypatch, "python3", "echo out of order >&2; exit 3")
 
     with pytest.raises(PycloudlibError, match="web: out of order"):
         transfer.push(instance, str(here / "large"), "copy")
 
 
-def test_programs_need_what_guests_have(guest: Path) -> None:
+def test_programs_need_what_guests_have(
+    instance: QemuInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its text is ASCII, whatever the guest's encoding is, and fits one argument."""
-    text = transfer._program()
+    said = tmp_path / "said"
+    replace_program(tmp_path, monkeypatch, "python3", f"printf '%s' \"$*\" > {said}; exit 3")
+    with pytest.raises(PycloudlibError):
+        transfer.pull(instance, "x", str(tmp_path / "x"))
+    text = said.read_bytes()
 
-    text.encode("ascii")
+    assert text.startswith(b"-IS -c ")
+    text.decode("ascii")
     assert len(text) < 128 << 10  # MAX_ARG_STRLEN of execve(2)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pycloudlib.pytest_plugin.machines import _name_after, directory_name
+from pycloudlib.pytest_plugin.machines import directory_name, name_machine
 from pycloudlib.qemu.state.spec import check_name
 
 
@@ -133,8 +133,8 @@ def test_directory_of_artifacts_is_named_after_the_test(nodeid: str, name: str) 
     ],
 )
 def test_machine_is_called_after_its_test(test: str, stem: str) -> None:
-    name = _name_after(test)
+    name = name_machine(test)
 
     assert check_name(name) == name
     assert name.rpartition("-")[0] == stem
-    assert _name_after(test) != name
+    assert name_machine(test) != name

@@ -164,7 +164,7 @@ WAITS = (
         _GONE,
         ("cli.transfer:_Command.finish", "cli.transfer:_Reader.readinto"),
         ("unit/cli/test_inside.py::test_copy_ends_with_the_guests_kernel",),
-        (("cli.transfer:_LAST_WORDS_LIMIT", 10.0),),
+        (("cli.transfer:LAST_WORDS_LIMIT", 10.0),),
     ),
     Wait(
         "`pycloudlib console`",
@@ -179,13 +179,13 @@ WAITS = (
             "qemu/cli/test_commandline.py::test_console_is_left_by_its_key",
             "qemu/vm/test_handles.py::test_a_console_that_is_open_elsewhere_says_where",
         ),
-        (("cli.inside:_CONSOLE_LIMIT", 3.0), ("cli.terminal:_CONNECT_LIMIT", 10.0)),
+        (("cli.inside:CONSOLE_LIMIT", 3.0), ("cli.terminal:_CONNECT_LIMIT", 10.0)),
     ),
     Wait(
         "`pycloudlib logs --follow`",
         "none",
         f"Ctrl-C, {_END}",
-        ("cli.reports:_read",),
+        ("cli.reports:read_log",),
         (
             "qemu/cli/test_commandline.py::test_log_is_followed_until_the_machine_is_off",
             "qemu/cli/test_commandline.py::test_ctrl_c_ends_a_followed_log",

@@ -330,7 +330,7 @@ class Followed:
 @pytest.mark.parametrize("replaced", [False, True])
 def test_log_that_is_followed_is_read_anew_when_it_is_truncated(log: Path, replaced: bool) -> None:
     log.write_bytes(b"one\ntwo\f\vtwo\nthree\n")
-    followed = reports._read(log, 2, Followed())  # type: ignore[arg-type]
+    followed = reports.read_log(log, 2, Followed())  # type: ignore[arg-type]
     assert next(followed) == b"two\f\vtwo\nthree\n"
     if replaced:
         new = log.with_name("new")
