@@ -157,7 +157,7 @@ def wait_for_console(instance: QemuInstance, limit: float = CONSOLE_LIMIT) -> No
             server = (instance.ip, int(instance.telnet_port))
             raise CloudError(
                 f"The serial console of {instance.name} is open elsewhere, where only one can have "
-                f"it{sockets.tell_tcp_client(console, server)}"
+                f"it{sockets.describe_tcp_client(console, server)}"
             )
         time.sleep(_CONSOLE_INTERVAL)
 

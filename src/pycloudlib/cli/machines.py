@@ -119,7 +119,7 @@ def _directories(parent: Path) -> Iterator[Path]:
 def _describe(tag: str, path: Path) -> MachineEntry:
     rundir = RunDirectory(path)
     try:
-        recovery.settle_abandoned(rundir)
+        recovery.recover_abandoned(rundir)
         return MachineEntry(tag, rundir, rundir.read_spec())
     except InstanceNotFoundError as error:
         owner = Ownership.find(path)
@@ -180,7 +180,7 @@ def open_running(session: Session, name: str) -> QemuInstance:
     Errors are those of `open_machine`.
     """
     instance = open_machine(session.cloud, name)
-    instance.machine.look()
+    instance.machine.refresh()
     instance.guest.fixes.fix_up_soon()
     return instance
 

@@ -260,7 +260,7 @@ def _query_state(session: Session, entry: MachineEntry) -> str:
     if entry.state != "running":
         return ""
     machine = open_machine(session.cloud, entry.full_name).machine
-    machine.look()
+    machine.refresh()
     return machine.state.value
 
 

@@ -220,7 +220,7 @@ class Qemu(BaseCloud):
         """
         rundir, spec = RunDirectory.find(instance_id)
         login = rundir.read_login()
-        recovery.settle_abandoned(rundir)
+        recovery.recover_abandoned(rundir)
         machine = Machine(rundir, spec, Path(self.qemu_binary))
         key_pair = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         return self._make_instance(machine, Login(username or login.username, key_pair))

@@ -471,7 +471,7 @@ class QemuInstance(BaseInstance):
         return self.guest.explain_refusal(self.username)
 
     def _lookout(self) -> Callable[[], None]:
-        return self.guest.lookout()
+        return self.guest.watchdog()
 
     def _host_keys(self) -> ssh.HostKeys:
         return self.guest.host_keys()

@@ -65,7 +65,7 @@ class Pruning:
                 continue
             rundir = RunDirectory(directory)
             with _reporting(directory):
-                recovery.settle_abandoned(rundir)
+                recovery.recover_abandoned(rundir)
                 if not self._is_over(directory):
                     continue
                 with rundir.lock():

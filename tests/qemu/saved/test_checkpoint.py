@@ -274,7 +274,7 @@ class Before:
 # machine's directory says that it is being saved; from the fourth on its disk is another one.
 BEFORE_THE_DISK = (
     (capture._InPlace, "prepare"),
-    (checkpoint, "_check_room"),
+    (checkpoint, "_check_space"),
     (livedisk, "prepared"),
     (checkpoint, "_pause"),
     (capture._Reading, "read_memory"),
@@ -480,7 +480,7 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
     """It went on in the overlay that has not its disk's name yet, and layers are collected."""
     with monkeypatch.context() as patch:
         patch.setattr(layers.FrozenDisk, "exchange", goes_wrong)
-        patch.setattr("pycloudlib.qemu.vm.recovery.settle", lambda *_arguments: None)
+        patch.setattr("pycloudlib.qemu.vm.recovery.recover", lambda *_arguments: None)
         with pytest.raises(_BrokenError):
             save(running)
         (fresh,) = running.instance_dir.glob(".*.qcow2")
@@ -498,14 +498,14 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
 def test_machine_that_is_paused_before_its_moment_stays_paused(
     running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint._check_room
+    real = checkpoint._check_space
 
     def pause(directory: Path) -> None:
         running.machine.execute("stop")
         real(directory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_room", pause)
+        patch.setattr(checkpoint, "_check_space", pause)
         with pytest.raises(CloudError, match="was paused meanwhile"):
             save(running)
     assert running.machine.execute("query-status")["status"] == "paused"

@@ -566,7 +566,7 @@ def test_another_handle_finds_out_that_a_machine_stands_still(
     other = cloud.get_instance(unstarted.id)
 
     def seen() -> State:
-        other.machine.look()
+        other.machine.refresh()
         return other.machine.state
 
     assert other.diagnose().cause is Cause.STANDS_STILL

@@ -198,7 +198,7 @@ WAITS = (
         (
             "guest.helper:HelperConnection._fill",
             "qemu.vm.helperlink:HelperLink._is_ready",
-            "qemu.vm.helperlink:HelperLink.expect",
+            "qemu.vm.helperlink:HelperLink.wait_until_up",
             "qemu.saved.checkpoint:_prepare",
         ),
         (
@@ -293,7 +293,7 @@ WAITS = (
         (
             "qemu.vm.running:RunningQemu.wait_for_event",
             "qemu.vm.livedisk:merge_layers",
-            "qemu.saved.restoring:waking.settle",
+            "qemu.saved.restoring:prepared_restore.load_state",
             "qemu.saved.devicestate:send_state",
             "qemu.saved.devicestate:_wait_until_settled",
             "qemu.saved.devicestate:wait_for_state",
@@ -307,7 +307,7 @@ WAITS = (
             ("qemu.saved.devicestate:_LIMIT_SECONDS", 300.0),
             ("qemu.saved.devicestate:_SETTLE_LIMIT", 30.0),
             ("qemu.vm.livedisk:_MERGE_LIMIT", 600.0),
-            ("qemu.saved.restoring:_WAKE_LIMIT", 60.0),
+            ("qemu.saved.restoring:_RESTORE_LIMIT", 60.0),
         ),
     ),
     Wait(

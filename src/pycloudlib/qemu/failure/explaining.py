@@ -51,7 +51,7 @@ class Explainer:
         It includes the guest's own report if the guest is connected.
         """
         machine = self.guest.machine
-        machine.look()
+        machine.refresh()
         return self._ask_guest(examination.diagnose(Facts.collect(machine)))
 
     @contextlib.contextmanager

@@ -110,7 +110,7 @@ class Copy:
         if self.boots:
             machine.power_on()
         else:
-            restoring.wake(machine, self.saved)
+            restoring.restore(machine, self.saved)
 
 
 def _make_identity(host: Host, name: str) -> Identity:

@@ -46,7 +46,7 @@ from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, make_s
 from pycloudlib.qemu.parts.part import SHARED, Origin
 from pycloudlib.qemu.parts.standard import SEED_NODE
 from pycloudlib.qemu.saved.capture import write_whole
-from pycloudlib.qemu.saved.restoring import waking
+from pycloudlib.qemu.saved.restoring import prepared_restore
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -285,5 +285,5 @@ class FirstBoot(PowerOn):
     def switch_on(self, machine: Machine) -> None:
         """Restore it at the starting point."""
         held = _HELD in self.request.launch_args
-        with waking(self.start, machine.rundir, held=held) as (origin, settle):
-            machine.power_on(origin, settle)
+        with prepared_restore(self.start, machine.rundir, held=held) as (origin, load_state):
+            machine.power_on(origin, load_state)

@@ -223,8 +223,8 @@ class _ByTwin:
 @contextlib.contextmanager
 def _by_twin(machine: Machine, directory: Path) -> Iterator[_ByTwin]:
     ours, theirs = make_socket_pair()
-    with ours, theirs, running(machine, theirs.fileno()) as waiting:
-        devicestate.receive(waiting, SHARED, theirs.fileno())
+    with ours, theirs, running_twin(machine, theirs.fileno()) as waiting:
+        devicestate.accept_state(waiting, SHARED, theirs.fileno())
         size = machine.spec.memory_kib << 10
         yield _ByTwin(machine.qemu(), waiting, ours.fileno(), directory, size)
 
@@ -252,7 +252,7 @@ _ANY_PORT = 0
 
 
 @contextlib.contextmanager
-def running(machine: Machine, state: int | None = None) -> Iterator[RunningQemu]:
+def running_twin(machine: Machine, state: int | None = None) -> Iterator[RunningQemu]:
     """Start the twin of a machine for the block, with shared memory and an empty disk.
 
     Args:
@@ -282,7 +282,7 @@ def write_base_state(machine: Machine, file: Path) -> None:
     Raises:
         CloudError: It could not be had, or is not that of such a machine.
     """
-    with running(machine) as twin:
+    with running_twin(machine) as twin:
         with machine.session() as session, twin.session() as other:
             version, today = (one.execute("query-version")["qemu"] for one in (session, other))
             ours, theirs = list_blocks(session), list_blocks(other)

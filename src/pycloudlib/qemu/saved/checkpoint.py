@@ -37,7 +37,7 @@ from pycloudlib.qemu.vm.hotplug import list_added, list_plugged
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.memory import check_machine
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
-from pycloudlib.qemu.vm.running import ROOM, MachineEndedError, RunningQemu, State
+from pycloudlib.qemu.vm.running import NEEDED_SPACE, MachineEndedError, RunningQemu, State
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def save(
         with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
             with capture.choose(machine, directory) as reading:
                 helper = uninterrupted(lambda: _prepare(reading, ask_helper))
-                _check_room(directory)
+                _check_space(directory)
                 pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
                 uninterrupted(reading.finish)
             saved = _write(_describe(machine, image, helper), machine.rundir)
@@ -116,18 +116,18 @@ def _freeze(
         # So that whoever comes next lets the machine go on, if this program is killed.
         rundir.write_saving(frozen.fresh)
         try:
-            with livedisk.prepared(session, frozen.fresh) as take_overlay, _pause(machine, session):
+            with livedisk.switching(session, frozen.fresh) as switch_disk, _pause(machine, session):
                 reading.read_memory()
-                take_overlay()
+                switch_disk()
                 frozen.exchange()
                 reading.read_state()
             session.take_back_all()
         except BaseException:
-            recovery.settle(rundir, session)
+            recovery.recover(rundir, session)
             raise
         rundir.forget_saving()
         pause = _measure_pause(qemu, seen)
-        machine.stood_still += pause or 0.0
+        machine.paused_by_saves += pause or 0.0
     undo.callback(uses.forget, image)
     undo.callback(image.unlink)
     return pause
@@ -144,7 +144,7 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
 
     def give_up() -> None:
         too_late.set()
-        _go_on(machine, session)
+        _resume(machine, session)
 
     limit = _PAUSE_LIMIT + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
     timer = threading.Timer(limit, give_up)
@@ -157,13 +157,13 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
         session.execute("cont")
     except BaseException:
         timer.cancel()
-        _go_on(machine, session)
+        _resume(machine, session)
         raise
     if too_late.is_set():
         raise CloudError(f"{machine.spec.name} stood still for {limit:.0f} s, and goes on unsaved")
 
 
-def _go_on(machine: Machine, session: QmpSession) -> None:
+def _resume(machine: Machine, session: QmpSession) -> None:
     """Let the guest go on after something went wrong, which is to be told, not this."""
     try:
         session.execute("cont")
@@ -184,14 +184,14 @@ def _measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
     return None
 
 
-def _check_room(directory: Path) -> None:
+def _check_space(directory: Path) -> None:
     """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
     facts = os.statvfs(directory)
     free = facts.f_bavail * facts.f_frsize
-    if free < ROOM:
+    if free < NEEDED_SPACE:
         raise CloudError(
             f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
-            f"its memory, and {ROOM >> 20} MiB are needed"
+            f"its memory, and {NEEDED_SPACE >> 20} MiB are needed"
         )
 
 

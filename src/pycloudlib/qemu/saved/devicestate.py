@@ -97,7 +97,7 @@ def compose(base: bytes, devices: bytes) -> bytes:
     return base[: found.start()] + devices + _DESCRIPTION
 
 
-def receive(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
+def accept_state(qemu: RunningQemu, memory: Memory, descriptor: int) -> None:
     """Let a QEMU that was started with `Origin.state` take its state from that descriptor.
 
     Raises:
@@ -195,7 +195,7 @@ def _is_decided(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data["status"] in ("completed", "failed")
 
 
-def feed(target: socket.socket, state: Path) -> None:
+def send_saved_state(target: socket.socket, state: Path) -> None:
     """Send a kept state to a QEMU that waits for it, without waiting for QEMU."""
 
     def send() -> None:

@@ -106,7 +106,7 @@ class MemoryFile:
         Raises:
             CloudError: There is no room for it.
         """
-        with self._naming_room():
+        with self._naming_full_disk():
             for start, end in list_data(base):
                 _copy_range(base, self._file, start, end)
                 first, last = start // _CHUNK, -(-end // _CHUNK)
@@ -124,7 +124,7 @@ class MemoryFile:
         # What was listed before may have been given back since: then it is as it was at first.
         self._runs = _unite([*self._runs, *memory.list_runs()])
         shares = _share_out(self._runs, _count_threads() if memory.parallel else 1)
-        with self._naming_room():
+        with self._naming_full_disk():
             if len(shares) < 2:
                 return sum(self._update(memory, share) for share in shares)
             with ThreadPoolExecutor(len(shares)) as threads:
@@ -166,7 +166,7 @@ class MemoryFile:
             data, position = data[done:], position + done
 
     @contextlib.contextmanager
-    def _naming_room(self) -> Iterator[None]:
+    def _naming_full_disk(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

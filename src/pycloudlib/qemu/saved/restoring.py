@@ -18,7 +18,7 @@ from pycloudlib.images import uses
 from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import Memory, Origin
-from pycloudlib.qemu.saved.devicestate import feed, receive, wait_for_state
+from pycloudlib.qemu.saved.devicestate import accept_state, send_saved_state, wait_for_state
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
@@ -27,22 +27,22 @@ from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.running import RunningQemu
 
-_WAKE_LIMIT = 60.0
+_RESTORE_LIMIT = 60.0
 
 
-def wake(machine: Machine, saved: SavedMachine) -> None:
+def restore(machine: Machine, saved: SavedMachine) -> None:
     """Let a machine that is off go on from where another was saved.
 
     Raises:
         MachineEndedError: QEMU did not take the state.
         CloudError: It did not come to run.
     """
-    with waking(saved, machine.rundir) as (origin, settle):
-        machine.power_on(origin, settle)
+    with prepared_restore(saved, machine.rundir) as (origin, load_state):
+        machine.power_on(origin, load_state)
 
 
 @contextlib.contextmanager
-def waking(
+def prepared_restore(
     saved: SavedMachine, rundir: RunDirectory, *, held: bool = False
 ) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
     """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that.
@@ -57,16 +57,16 @@ def waking(
         memory = Memory(file=saved.memory)
         number = theirs.fileno()
 
-        def settle(qemu: RunningQemu) -> None:
-            receive(qemu, memory, number)
-            feed(ours, saved.state)
-            wait_for_state(qemu, Deadline.after(_WAKE_LIMIT))
+        def load_state(qemu: RunningQemu) -> None:
+            accept_state(qemu, memory, number)
+            send_saved_state(ours, saved.state)
+            wait_for_state(qemu, Deadline.after(_RESTORE_LIMIT))
             _keep_base_state(saved, rundir)
             if not held:
                 # By the state it may stand still, as the saved one did when it was written.
                 qemu.execute("cont")
 
-        yield Origin(memory, state=number), settle
+        yield Origin(memory, state=number), load_state
 
 
 def _keep_base_state(saved: SavedMachine, rundir: RunDirectory) -> None:
@@ -126,11 +126,11 @@ def _roll_back(machine: Machine, saved: SavedMachine) -> None:
         # One rename: at any moment there is a whole disk under that name.
         fresh.replace(rundir.disk)
 
-    with contextlib.ExitStack() as undo, waking(saved, rundir) as (origin, settle):
+    with contextlib.ExitStack() as undo, prepared_restore(saved, rundir) as (origin, load_state):
         undo.callback(fresh.unlink, missing_ok=True)
         undo.callback(_put_back, before, rundir.disk)
         diskimage.create_overlay(diskimage.read_layer(saved.image), fresh, unopened=True)
-        machine.begin_anew(exchange_disk, origin, settle)
+        machine.restart_with(exchange_disk, origin, load_state)
         undo.pop_all()
     before.unlink()
     _expect_fix_up(rundir, saved)

@@ -65,7 +65,7 @@ class FixUps:
 
         if self._machine.state is not State.RUNNING:
             return False
-        if self._link.expected and self._link.appears():
+        if self._link.expected and self._link.is_up():
             return True
         try:
             result = self._execute(
@@ -74,7 +74,7 @@ class FixUps:
         except (paramiko.SSHException, PycloudlibTimeoutError) as error:
             _log.warning("%s is saved without a helper: %s", self._name, error)
             return False
-        if result.failed or not self._link.expect(username):
+        if result.failed or not self._link.wait_until_up(username):
             _log.warning("%s is saved without a helper: %s", self._name, result.stderr)
             return False
         return True
@@ -89,10 +89,10 @@ class FixUps:
 
     def correct_clock(self) -> None:
         """Give the guest's clock what it has lost to saves, once that is a tenth of a second."""
-        if self._link.expected and self._machine.stood_still >= _CLOCK_TOLERANCE:
+        if self._link.expected and self._machine.paused_by_saves >= _CLOCK_TOLERANCE:
             with contextlib.suppress(CloudError, PycloudlibTimeoutError):
                 self._link.fix(FixUp())
-                self._machine.stood_still = 0.0
+                self._machine.paused_by_saves = 0.0
 
     def fix_up_soon(self) -> None:
         """Fix up a copy at once if its helper answers; a wait sees to it otherwise."""

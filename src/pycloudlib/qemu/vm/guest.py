@@ -290,7 +290,7 @@ class Guest:
             user_data = b""
         return explain_logins(user_data, self.watch.lines if self.watch else (), username)
 
-    def lookout(self) -> Callable[[], None]:
+    def watchdog(self) -> Callable[[], None]:
         """Return what ends the wait for a command when nobody will answer: its guest reboots."""
         machine = self.machine
         # Others may type on the console. Who waits for a boot connects anew, which does no harm.

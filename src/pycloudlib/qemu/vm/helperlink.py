@@ -53,7 +53,7 @@ class HelperLink:
         """Whether it is believed to run: it was started, and the guest has not been rebooted."""
         return self.machine.rundir.helper_mark.exists()
 
-    def appears(self, timeout: float = ANSWER_LIMIT) -> bool:
+    def is_up(self, timeout: float = ANSWER_LIMIT) -> bool:
         """Say whether something in the guest has the helper's port open.
 
         Args:
@@ -61,7 +61,7 @@ class HelperLink:
         """
         return bool(self._chardev(timeout)["frontend-open"])
 
-    def expect(self, user: str) -> bool:
+    def wait_until_up(self, user: str) -> bool:
         """Wait for a helper that was just started; say whether it came.
 
         Args:
@@ -69,7 +69,7 @@ class HelperLink:
         """
         deadline = Deadline.after(_APPEAR_LIMIT)
         # Looked at, because an event of it would come only to who started the QEMU.
-        while not self.appears():
+        while not self.is_up():
             if deadline.expired:
                 return False
             time.sleep(_APPEAR_LOOK)
@@ -94,7 +94,7 @@ class HelperLink:
         deadline = Deadline.after(min(limit, _FIX_LIMIT))
         with self._connection(wait=True, deadline=deadline) as connection:
             if connection is None:
-                users = sockets.tell_clients(self.machine.rundir.helper_socket)
+                users = sockets.describe_clients(self.machine.rundir.helper_socket)
                 raise HelperError(
                     f"no helper runs in {self.machine.spec.name}, or others use it{users}"
                 )
@@ -173,7 +173,7 @@ class HelperLink:
         self.machine.check_disk()
         self.machine.check_kernel()
         try:
-            return self.appears(_answer_limit(deadline))
+            return self.is_up(_answer_limit(deadline))
         except CloudError:
             # Whether it is gone is not known where QEMU had no time to tell.
             return deadline is not None and deadline.expired

@@ -25,11 +25,11 @@ _MERGE_LIMIT = 600.0
 
 
 @contextlib.contextmanager
-def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
+def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
     """Let QEMU open an overlay, and go on in it when the function is called that is yielded.
 
     QEMU opens it by descriptors, since it opens the file anew, for reading alone, when the next
-    overlay comes; by then it has another name. What goes wrong is to be settled (`settle`).
+    overlay comes; by then it has another name. What goes wrong is to be settled (`finish_switch`).
 
     Args:
         session: A session with the QEMU.
@@ -56,11 +56,11 @@ def prepared(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
             session.take_back(lent)
             raise
 
-        def go_on() -> None:
+        def switch() -> None:
             session.execute("blockdev-snapshot", {"node": active, "overlay": node})
 
         try:
-            yield go_on
+            yield switch
         finally:
             # With it, the file would stay locked for all others.
             session.take_back(to_write)
@@ -75,8 +75,8 @@ def _opened(file: Path, mode: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def settle(session: QmpSession, fresh: Path) -> bool:
-    """Settle what `prepared` has begun and did not bring to its end, in this program or another.
+def finish_switch(session: QmpSession, fresh: Path) -> bool:
+    """Settle what `switching` has begun and did not bring to its end, in this program or another.
 
     QEMU is asked: an answer may have been lost.
 

@@ -76,8 +76,8 @@ class Machine:
     Attributes:
         pause_patience: Seconds for which a machine that is waited for may be paused; that it is for
             a save or a copy does not count.
-        stood_still: Seconds for which saves by this object have let its guest stand still, and that
-            its clock has lost.
+        paused_by_saves: Seconds for which saves by this object have paused its guest: its clock has
+            lost them.
     """
 
     def __init__(self, rundir: RunDirectory, spec: MachineSpec, binary: Path) -> None:
@@ -93,7 +93,7 @@ class Machine:
         self._dead_ends = DeadEndCheck(spec.name, self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
         self.pause_patience = _PAUSE_PATIENCE
-        self.stood_still = 0.0
+        self.paused_by_saves = 0.0
 
     @property
     def state(self) -> State:
@@ -144,13 +144,13 @@ class Machine:
         return None if gone or qemu is None else qemu.process.pid
 
     def power_on(
-        self, origin: Origin | None = None, settle: Callable[[RunningQemu], None] | None = None
+        self, origin: Origin | None = None, load_state: Callable[[RunningQemu], None] | None = None
     ) -> None:
         """Start QEMU and talk to it.
 
         Args:
             origin: What it begins with; by default with a boot.
-            settle: What has to succeed before the QEMU is taken for the machine's.
+            load_state: What has to succeed before the QEMU is taken for the machine's.
 
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
@@ -159,7 +159,7 @@ class Machine:
             CloudError: It runs already, or does not answer.
         """
         with self.changing():
-            self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), settle)
+            self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), load_state)
 
     def power_on_again(self) -> None:
         """Start QEMU of a machine that has run before, and whose ports are known, unless it runs.
@@ -182,7 +182,7 @@ class Machine:
             InstanceNotFoundError: The machine is deleted.
         """
         with self.rundir.power_lock():
-            recovery.settle(self.rundir)
+            recovery.recover(self.rundir)
             yield
 
     @contextlib.contextmanager
@@ -203,11 +203,11 @@ class Machine:
                 )
             yield
 
-    def begin_anew(
+    def restart_with(
         self,
         prepare: Callable[[], None],
         origin: Origin,
-        settle: Callable[[RunningQemu], None],
+        load_state: Callable[[RunningQemu], None],
     ) -> None:
         """End QEMU, do something, and start another; the caller is `changing` the machine.
 
@@ -215,7 +215,7 @@ class Machine:
         """
         self.kill()
         prepare()
-        _when_ports_are_free(lambda: self._power_on(origin, settle))
+        _when_ports_are_free(lambda: self._power_on(origin, load_state))
 
     def execute(
         self,
@@ -268,13 +268,13 @@ class Machine:
             raise MachineEndedError(self.spec.name, None)
         return qemu
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Find out what it is doing, where another process started it.
 
         Until then it is taken to run when its QEMU does.
         """
         try:
-            self.qemu().look()
+            self.qemu().refresh()
         except MachineEndedError:
             pass  # which its state tells
         except QmpError as error:
@@ -309,7 +309,7 @@ class Machine:
             HostDiskFullError: There is none still.
         """
         qemu = self._qemu
-        if qemu is None or not qemu.without_room:
+        if qemu is None or not qemu.disk_full:
             return
         # Whoever changes the machine may wait for one who looks at it so; it is looked at again.
         with contextlib.suppress(InstanceNotFoundError), self.rundir.try_lock() as ours:
@@ -428,7 +428,7 @@ class Machine:
             recovery.end_process(self.rundir)
             self.rundir.remove()
 
-    def _power_on(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
+    def _power_on(self, origin: Origin, load_state: Callable[[RunningQemu], None] | None) -> None:
         with self._changed:
             state = self.state
             if state is not State.OFF:
@@ -439,21 +439,21 @@ class Machine:
                 )
             self._starting = True
         try:
-            uninterrupted(lambda: self._start(origin, settle), undo=self.kill)
+            uninterrupted(lambda: self._start(origin, load_state), undo=self.kill)
         finally:
             self._starting = False
             self._notify()
 
-    def _start(self, origin: Origin, settle: Callable[[RunningQemu], None] | None) -> None:
+    def _start(self, origin: Origin, load_state: Callable[[RunningQemu], None] | None) -> None:
         begun = time.monotonic()
         log = self.rundir.console_log
         self.rundir.write_console_start(log.stat().st_size if log.exists() else 0)
         # It may have been another QEMU's.
         self.rundir.base_state.unlink(missing_ok=True)
         qemu = RunningQemu.start(self.binary, self.spec, self.rundir, origin)
-        if settle is not None:
+        if load_state is not None:
             try:
-                settle(qemu)
+                load_state(qemu)
             except BaseException:
                 qemu.kill()
                 raise
@@ -475,7 +475,7 @@ class Machine:
 
     def _catch_up(self) -> None:
         """Take over the QEMU that another process started, if one runs now."""
-        recovery.settle_abandoned(self.rundir)
+        recovery.recover_abandoned(self.rundir)
         with self._changed:
             if self._owner_pid != os.getpid():
                 # A forked child has no part in its parent's session and threads.

@@ -281,7 +281,7 @@ class StartedQemu:
         for staged in self.sockets:
             staged.publish()
 
-    def let_wait(self) -> None:
+    def queue_clients(self) -> None:
         """Let the clients of its sockets wait their turn; it lets one wait, when it has begun."""
         for listener in self.listeners:
             listener.listen(_WAITING)

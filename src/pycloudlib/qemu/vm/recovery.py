@@ -59,17 +59,17 @@ def end_process(rundir: RunDirectory) -> None:
             raise CloudError(f"QEMU, pid {process.pid}, did not end")
 
 
-def settle_abandoned(rundir: RunDirectory) -> None:
+def recover_abandoned(rundir: RunDirectory) -> None:
     """Let a machine go on whose save was cut off; one that is under way goes on."""
     if not rundir.is_being_saved:
         return
     # Whoever saves it has the lock until that is done.
     with contextlib.suppress(InstanceNotFoundError), rundir.try_lock() as ours:
         if ours:
-            settle(rundir)
+            recover(rundir)
 
 
-def settle(rundir: RunDirectory, session: QmpSession | None = None) -> None:
+def recover(rundir: RunDirectory, session: QmpSession | None = None) -> None:
     """Let a machine go on whose save was cut off, if one was; the caller has the lock.
 
     What goes wrong is logged, and is tried again by whoever comes next.
@@ -90,10 +90,10 @@ def settle(rundir: RunDirectory, session: QmpSession | None = None) -> None:
         if process is None:
             _take_unless_lost(fresh, rundir.disk)
         elif session is not None:
-            _settle(rundir, fresh, session)
+            _recover_running(rundir, fresh, session)
         else:
             with RunningQemu(name, rundir, process, State.RUNNING).session() as opened:
-                _settle(rundir, fresh, opened)
+                _recover_running(rundir, fresh, opened)
             _log.warning("Let %s go on, whose save was cut off", name)
     except (OSError, CloudError, MachineEndedError) as error:
         _log.error("%s cannot go on after a save that was cut off: %s", name, error)
@@ -101,10 +101,10 @@ def settle(rundir: RunDirectory, session: QmpSession | None = None) -> None:
         rundir.forget_saving()
 
 
-def _settle(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
+def _recover_running(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
     """Settle the save of a machine that runs, or stands still."""
     if fresh is not None:
-        taken = livedisk.settle(session, fresh)
+        taken = livedisk.finish_switch(session, fresh)
         if fresh.exists():
             if taken:
                 fresh.replace(rundir.disk)

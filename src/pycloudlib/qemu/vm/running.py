@@ -40,7 +40,7 @@ ANSWER_LIMIT = 30.0
 _KILL_LIMIT = 10.0
 # Others may be asking it just now, each for a moment.
 _LOOK_LIMIT = 5.0
-ROOM = 64 << 20
+NEEDED_SPACE = 64 << 20
 """Bytes that have to be free for a machine to go on that stood still for want of room."""
 _KEPT_EVENTS = 200
 # Seconds between two looks at a QEMU whose events another process hears.
@@ -74,7 +74,7 @@ class HostDiskFullError(CloudError):
         self.free = free
         super().__init__(
             f"{name} stands still: no room for its disk in {path.parent}, where {free >> 20} MiB "
-            f"are free; it needs {ROOM >> 20} MiB to go on"
+            f"are free; it needs {NEEDED_SPACE >> 20} MiB to go on"
         )
 
 
@@ -158,7 +158,7 @@ class RunningQemu:
         self._rundir = rundir
         self._state = state
         self._end: ProcessEnd | None = None
-        self._without_room = False
+        self._disk_full = False
         self._paused_since: float | None = None
         self._looked = -_LOOK_INTERVAL
         self._session: QmpSession | None = None
@@ -224,9 +224,9 @@ class RunningQemu:
         return self._end
 
     @property
-    def without_room(self) -> bool:
+    def disk_full(self) -> bool:
         """Whether it stands still since the host had no room for its disk."""
-        return self._without_room
+        return self._disk_full
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -305,7 +305,7 @@ class RunningQemu:
             if deadline.expired:
                 raise QmpError(
                     f"No QMP session with {self._name} within {timeout:g} s"
-                    f"{sockets.tell_clients(path)}"
+                    f"{sockets.describe_clients(path)}"
                 ) from error
             # Nearly always because QEMU is gone.
             if self.process.wait(deadline.capped(1.0)):
@@ -337,7 +337,7 @@ class RunningQemu:
             f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
         )
 
-    def look(self, timeout: float = _LOOK_LIMIT) -> None:
+    def refresh(self, timeout: float = _LOOK_LIMIT) -> None:
         """Ask what it is doing, where another process hears its events.
 
         Args:
@@ -350,7 +350,7 @@ class RunningQemu:
             return
         self._looked = time.monotonic()
         status = self.execute("query-status", timeout=timeout)
-        self._without_room = status["status"] == "io-error"
+        self._disk_full = status["status"] == "io-error"
         self._follow(running=status["running"])
 
     def check_pause(self, patience: float, is_meant: Callable[[], bool]) -> None:
@@ -366,9 +366,9 @@ class RunningQemu:
         """
         if self._kept_session is None and time.monotonic() - self._looked >= _LOOK_INTERVAL:
             with contextlib.suppress(QmpError):
-                self.look(_LOOK_INTERVAL)
+                self.refresh(_LOOK_INTERVAL)
         since = self._paused_since
-        if since is None or self._without_room:
+        if since is None or self._disk_full:
             return
         if is_meant():
             # What comes after it has its own time.
@@ -392,12 +392,12 @@ class RunningQemu:
         Raises:
             HostDiskFullError: There is none still.
         """
-        if not self._without_room:
+        if not self._disk_full:
             return
         disk = self._rundir.disk
         facts = os.statvfs(disk.parent)
         free = facts.f_bavail * facts.f_frsize
-        if free < ROOM:
+        if free < NEEDED_SPACE:
             raise HostDiskFullError(self._name, disk, free)
         _log.info("%s goes on: there is room for its disk again", self._name)
         self.execute("cont")
@@ -432,7 +432,7 @@ class RunningQemu:
         try:
             session = QmpSession.open(started.control, weakly(self._on_event), _GREETING_LIMIT)
             self._session = session
-            started.let_wait()
+            started.queue_clients()
             self._follow(session.execute("query-status")["running"])
         except QmpError as error:
             # Nearly always because QEMU is gone.
@@ -450,9 +450,9 @@ class RunningQemu:
             self._events = [*self._events[1 - _KEPT_EVENTS :], event]
             self._changed.notify_all()
         if event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
-            self._without_room = True
+            self._disk_full = True
         if event.name in ("STOP", "RESUME"):
-            self._without_room = self._without_room and event.name == "STOP"
+            self._disk_full = self._disk_full and event.name == "STOP"
             self._follow(running=event.name == "RESUME")
 
     def _follow(self, running: bool) -> None:

@@ -59,7 +59,8 @@ def connect(path: Path, deadline: Deadline) -> socket.socket:
                 raise
             if deadline.expired:
                 raise TimeoutError(
-                    f"no connection to {path.name} within {deadline.limit:g} s{tell_clients(path)}"
+                    f"no connection to {path.name} within {deadline.limit:g} s"
+                    f"{describe_clients(path)}"
                 ) from None
         except BaseException:
             sock.close()
@@ -73,18 +74,18 @@ def is_free(chardev: Mapping[str, Any]) -> bool:
     return str(chardev["filename"]).startswith("disconnected:")
 
 
-def tell_clients(path: Path) -> str:
+def describe_clients(path: Path) -> str:
     """Tell, as the end of a sentence, which processes are connected to a unix socket.
 
     Those that wait for it, too. Empty when the kernel does not say.
     """
     try:
-        return _tell_users(set(_peers(path.stat().st_ino)))
+        return _describe_users(set(_peers(path.stat().st_ino)))
     except OSError:  # not every kernel tells
         return ""
 
 
-def tell_tcp_client(chardev: Mapping[str, Any], server: tuple[str, int]) -> str:
+def describe_tcp_client(chardev: Mapping[str, Any], server: tuple[str, int]) -> str:
     """Tell the same of a TCP socket's client.
 
     Args:
@@ -96,7 +97,7 @@ def tell_tcp_client(chardev: Mapping[str, Any], server: tuple[str, int]) -> str:
         return ""
     try:
         inode = find_inode((address[1], int(address[2])), server)
-        return _tell_users(set() if inode is None else {inode})
+        return _describe_users(set() if inode is None else {inode})
     except OSError:
         return ""
 
@@ -107,7 +108,7 @@ def _set_limit(sock: socket.socket, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-def _tell_users(inodes: set[int]) -> str:
+def _describe_users(inodes: set[int]) -> str:
     users = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
