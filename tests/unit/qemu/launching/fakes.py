@@ -12,8 +12,9 @@ from pycloudlib.qemu.host.resources import PortLease
 from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.launcher import Launcher
 from pycloudlib.qemu.launching.login import Keys, Login, OwnKeys
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state.rundir import RunDirectory
-from pycloudlib.qemu.state.spec import InstanceType, MachineSpec
+from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm.machine import Machine
 
 

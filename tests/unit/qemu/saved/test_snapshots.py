@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pycloudlib.qemu.saved import snapshots
-from pycloudlib.qemu.vm.machine import MachineEndedError, State
 from pycloudlib.qemu.vm.process import ProcessEnd
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 
 
 @dataclass
