@@ -356,7 +356,7 @@ WAITS = (
         "work that Ctrl-C does not cut off (a start, a save)",
         "that of the work",
         "its end",
-        ("_base.locks:uninterrupted", "_base.locks:uninterrupted.run"),
+        ("_base.tools:uninterrupted", "_base.tools:uninterrupted.run"),
         (
             "unit/qemu/vm/test_uninterrupted.py::test_work_that_is_interrupted_comes_to_its_end_and_is_undone",
         ),
