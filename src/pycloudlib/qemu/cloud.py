@@ -25,9 +25,8 @@ from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.imageshelf import ImageShelf, check_new
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.beginning import Host
-from pycloudlib.qemu.launching.launcher import Launcher
+from pycloudlib.qemu.launching.launcher import Launcher, Ready
 from pycloudlib.qemu.launching.login import Keys, Login, OwnKeys
-from pycloudlib.qemu.launching.ready import Ready
 from pycloudlib.qemu.launching.request import LaunchOptions
 from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
 from pycloudlib.qemu.prune import Pruning

@@ -14,7 +14,7 @@ from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.launching import ready, startingpoint
+from pycloudlib.qemu.launching import launcher, startingpoint
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import vitality
@@ -166,7 +166,7 @@ def test_guest_that_took_too_long_is_tried_again_later(
     cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(startingpoint, "_LIMITS", dict.fromkeys(Accelerator, 0.2))
-    monkeypatch.setattr(ready, "_TRY_AGAIN", 0.0)
+    monkeypatch.setattr(launcher, "_TRY_AGAIN", 0.0)
     made: list[object] = []
     wait_for_seed = startingpoint._wait_for_seed
 
