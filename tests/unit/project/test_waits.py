@@ -348,9 +348,9 @@ WAITS = (
         "a port that another program holds for a moment",
         "1 s",
         "the port, free again",
-        ("qemu.vm.machine:_when_ports_are_free",),
+        ("qemu.vm.process:retry_taken_ports",),
         ("qemu/vm/test_handles.py::test_a_port_that_is_busy_for_a_moment_does_not_fail_a_start",),
-        (("qemu.vm.machine:_PORT_PATIENCE", 1.0),),
+        (("qemu.vm.process:_PORT_PATIENCE", 1.0),),
     ),
     Wait(
         "work that Ctrl-C does not cut off (a start, a save)",

@@ -291,15 +291,19 @@ class Guest:
         return explain_logins(user_data, self.watch.lines if self.watch else (), username)
 
     def watchdog(self) -> Callable[[], None]:
-        """Return what ends the wait for a command when nobody will answer: its guest reboots."""
+        """Return what ends the wait for a command when the guest reboots: nobody will answer."""
         machine = self.machine
-        # Others may type on the console. Who waits for a boot connects anew, which does no harm.
+        # Others may type on the console. Who waits for a boot connects again, which does no harm.
         believed = self.watch is not None
-        last_reset, boots = machine.last_reset, machine.boots if believed else 0
+
+        def count_boots() -> int:
+            return machine.console.look().boots if believed else 0
+
+        last_reset, boots = machine.last_reset, count_boots()
 
         def look() -> None:
             self.check_alive()
-            if machine.last_reset > last_reset or (believed and machine.boots > boots):
+            if machine.last_reset > last_reset or count_boots() > boots:
                 raise GuestRebootedError
 
         return look

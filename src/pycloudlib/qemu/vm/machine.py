@@ -1,4 +1,4 @@
-"""The machine over all its power cycles: its power, and which QEMU runs it now."""
+"""A machine over all its power cycles: its power, and which QEMU runs it now."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from typing import Any
 from pycloudlib._base.deadline import Deadline, positive
 from pycloudlib._base.locks import renew_in_children
 from pycloudlib._base.tools import uninterrupted
-from pycloudlib.errors import (
-    CloudError,
-    InstanceNotFoundError,
-    PycloudlibTimeoutError,
-)
+from pycloudlib.errors import CloudError, InstanceNotFoundError, PycloudlibTimeoutError
 from pycloudlib.guest.boot.console import Console
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.parts.part import Origin
@@ -27,7 +23,7 @@ from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import MachineSpec
 from pycloudlib.qemu.vm import recovery
 from pycloudlib.qemu.vm.memory import check_command, choose_memory
-from pycloudlib.qemu.vm.process import PortTakenError, ProcessEnd, QemuProcess, is_open_elsewhere
+from pycloudlib.qemu.vm.process import ProcessEnd, QemuProcess, is_open_elsewhere, retry_taken_ports
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.vm.running import (
     ANSWER_LIMIT,
@@ -43,13 +39,10 @@ _log = logging.getLogger(__name__)
 
 # A guest that is still booting misses the power button: it is pressed again this often.
 _BUTTON_INTERVAL = 10.0
-# Of the time for powering off, the last part is kept for harder ways.
+# The last part of the time for powering off is kept for harder ways.
 _ACPI_SHARE = 0.9
-# Seconds in which a port may be busy that another program only looks at, and between two tries.
-_PORT_PATIENCE = 1.0
-_PORT_INTERVAL = 0.05
 _PAUSE_PATIENCE = 10.0
-_STOP_LOOK = 1.0
+_STOP_INTERVAL = 1.0
 
 
 @enum.unique
@@ -65,8 +58,8 @@ class PowerOff(enum.Enum):
 class Machine:
     """One machine over all its power cycles. Safe to use from several threads.
 
-    Several processes may each have a `Machine` of the same run directory: which QEMU runs is read
-    from there.
+    Several processes may each have a `Machine` of the same run directory, which says which QEMU
+    runs.
 
     Args:
         rundir: The instance's directory.
@@ -74,8 +67,9 @@ class Machine:
         binary: The QEMU binary.
 
     Attributes:
-        pause_patience: Seconds for which a machine that is waited for may be paused; that it is for
-            a save or a copy does not count.
+        powered_on: When this object switched it on last, in `time.monotonic` seconds.
+        pause_patience: Seconds for which a machine may be paused while a wait for it continues;
+            pauses for a save or a copy do not count.
         paused_by_saves: Seconds for which saves by this object have paused its guest: its clock has
             lost them.
     """
@@ -88,7 +82,7 @@ class Machine:
         renew_in_children(self, _changed=threading.Condition)
         self._qemu: RunningQemu | None = None
         self._starting = False
-        self._powered_on = time.monotonic()
+        self.powered_on = time.monotonic()
         self.console = Console(rundir.console_log, rundir.read_console_start)
         self._dead_ends = DeadEndCheck(spec.name, self.console, spec.ssh_port)
         self._owner_pid = os.getpid()
@@ -99,10 +93,7 @@ class Machine:
     def state(self) -> State:
         """What it is doing now."""
         self._catch_up()
-        state = self._current_state()
-        if state is State.OFF and self._find_elsewhere() is not None:
-            return State.ELSEWHERE
-        return state
+        return self._current_state() if self._find_elsewhere() is None else State.ELSEWHERE
 
     @property
     def end(self) -> ProcessEnd | None:
@@ -118,39 +109,28 @@ class Machine:
 
     @property
     def last_reset(self) -> float:
-        """When the guest last began anew, as far as the events tell; 0 when it did not."""
+        """When the guest was last reset, by the events that were kept; 0 if by none of them."""
         return max((event.timestamp for event in self.events if event.name == "RESET"), default=0)
 
     @property
-    def powered_on(self) -> float:
-        """When it was last switched on by us, in `time.monotonic` seconds."""
-        return self._powered_on
-
-    @property
     def console_start(self) -> int:
-        """Where in the console log its present boot begins, in bytes, whoever started it."""
+        """Where its present boot begins in the console log, in bytes, whoever started it."""
         return self.console.look().boot_start
-
-    @property
-    def boots(self) -> int:
-        """How often its guest has booted since it was switched on, as its console tells."""
-        return self.console.look().boots
 
     @property
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off, or runs elsewhere."""
-        gone = self.state in (State.OFF, State.ELSEWHERE)
-        qemu = self._qemu
-        return None if gone or qemu is None else qemu.process.pid
+        on = self.state not in (State.OFF, State.ELSEWHERE)
+        return self._qemu.process.pid if on and self._qemu is not None else None
 
     def power_on(
         self, origin: Origin | None = None, load_state: Callable[[RunningQemu], None] | None = None
     ) -> None:
-        """Start QEMU and talk to it.
+        """Start QEMU and connect to it.
 
         Args:
             origin: What it begins with; by default with a boot.
-            load_state: What has to succeed before the QEMU is taken for the machine's.
+            load_state: Loads a state into the QEMU, which becomes the machine's only then.
 
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
@@ -162,24 +142,22 @@ class Machine:
             self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), load_state)
 
     def power_on_again(self) -> None:
-        """Start QEMU of a machine that has run before, and whose ports are known, unless it runs.
+        """Start QEMU of a machine that has run before on its known ports, unless it runs.
 
-        Errors are those of `power_on`; a port that another program holds is tried for a while.
+        Raises the errors of `power_on`; retries a port that another program holds for a while.
         """
         with self.changing():
             if self.state in (State.RUNNING, State.PAUSED):
                 return  # another program was quicker
             origin = Origin(choose_memory(self.spec.accelerator))
-            _when_ports_are_free(lambda: self._power_on(origin, None))
+            retry_taken_ports(lambda: self._power_on(origin, None))
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Keep all others from changing the machine in the block: its power, QEMU, disk, devices.
+        """Lock the machine for changes in the block: of its power, QEMU, disk and devices.
 
-        What another program has left half done is settled first.
-
-        Raises:
-            InstanceNotFoundError: The machine is deleted.
+        Completes first what another program has left half done. Raises InstanceNotFoundError when
+        the machine is deleted.
         """
         with self.rundir.power_lock():
             recovery.recover(self.rundir)
@@ -187,7 +165,7 @@ class Machine:
 
     @contextlib.contextmanager
     def staying_off(self) -> Iterator[None]:
-        """Keep a machine that is off from being switched on in the block.
+        """Keep others from switching the machine on in the block.
 
         Raises:
             InstanceNotFoundError: It is deleted.
@@ -209,13 +187,13 @@ class Machine:
         origin: Origin,
         load_state: Callable[[RunningQemu], None],
     ) -> None:
-        """End QEMU, do something, and start another; the caller is `changing` the machine.
+        """End QEMU, call `prepare`, and start another QEMU; the caller is `changing` the machine.
 
-        Arguments and errors are those of `power_on`; `prepare` is what is done.
+        Other arguments and the errors are those of `power_on`.
         """
         self.kill()
         prepare()
-        _when_ports_are_free(lambda: self._power_on(origin, load_state))
+        retry_taken_ports(lambda: self._power_on(origin, load_state))
 
     def execute(
         self,
@@ -224,18 +202,13 @@ class Machine:
         *,
         timeout: float = ANSWER_LIMIT,
     ) -> Any:
-        """Execute a QMP command and give what it returns.
-
-        Args:
-            command: Its name (`query-status` …).
-            arguments: Its arguments.
-            timeout: Seconds it may take.
+        """Execute a QMP command within `timeout` seconds and return what it returns.
 
         Raises:
             MachineEndedError: The machine is off.
             QmpError: QEMU refused the command, or did not answer.
-            KeptMemoryError: The machine goes on from memory that is kept for others, too, and
-                would change it (a balloon).
+            KeptMemoryError: The machine runs on memory that other machines share, and the command
+                would change that (a balloon).
             ValueError: `timeout` is not a positive number.
         """
         timeout = positive("timeout", timeout, "seconds")
@@ -245,17 +218,12 @@ class Machine:
 
     @contextlib.contextmanager
     def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
-        """Give a QMP session for several commands.
-
-        Raises:
-            MachineEndedError: The machine is off.
-            QmpError: QEMU did not answer.
-        """
+        """Yield a QMP session for several commands; raises as `RunningQemu.session` does."""
         with self.qemu().session(timeout) as session:
             yield session
 
     def qemu(self) -> RunningQemu:
-        """Give the QEMU that runs it now.
+        """Return the QEMU that runs it now.
 
         Raises:
             MachineEndedError: The machine is off.
@@ -269,105 +237,76 @@ class Machine:
         return qemu
 
     def refresh(self) -> None:
-        """Find out what it is doing, where another process started it.
+        """Ask QEMU what the machine is doing, where another process started it.
 
-        Until then it is taken to run when its QEMU does.
+        Until then it counts as running when its QEMU does.
         """
         try:
             self.qemu().refresh()
         except MachineEndedError:
-            pass  # which its state tells
+            pass  # its state shows that
         except QmpError as error:
-            _log.info("%s does not tell what it is doing: %s", self.spec.name, error)
+            _log.info("%s does not report its state: %s", self.spec.name, error)
 
     def check_here(self) -> None:
-        """Raise when the machine runs where this program cannot reach it.
-
-        Raises:
-            MachineElsewhereError: It does; says where.
-        """
+        """Raise MachineElsewhereError when the machine runs where this program cannot reach it."""
         self._catch_up()
-        elsewhere = None
-        if self._current_state() is State.OFF:
-            elsewhere = self._find_elsewhere()
+        elsewhere = self._find_elsewhere()
         if elsewhere is not None:
             raise MachineElsewhereError(self.spec.name, elsewhere)
 
     def check_on(self) -> None:
-        """Raise when the machine is off.
-
-        Raises:
-            MachineEndedError: It is; says how QEMU ended.
-        """
+        """Raise MachineEndedError, which says how QEMU ended, when the machine is off."""
         if self.state is State.OFF:
             raise MachineEndedError(self.spec.name, self.end)
 
     def check_disk(self) -> None:
-        """Let it go on that stood still for want of room on the host, if there is some now.
+        """Resume a machine that is paused since the host's disk is full, if there is space now.
 
         Raises:
-            HostDiskFullError: There is none still.
+            HostDiskFullError: There is still none.
         """
         qemu = self._qemu
         if qemu is None or not qemu.disk_full:
             return
-        # Whoever changes the machine may wait for one who looks at it so; it is looked at again.
+        # Whoever holds the lock may wait for this very check, which is called again.
         with contextlib.suppress(InstanceNotFoundError), self.rundir.try_lock() as ours:
             if ours:
                 qemu.check_disk()
 
     def check_kernel(self, *, decided: bool = False) -> None:
-        """Raise when the guest's kernel has panicked, and does not boot again by itself.
-
-        Args:
-            decided: Whether to wait until it is decided, where the console says so: some seconds.
-
-        Raises:
-            KernelPanicError: It has.
-        """
+        """Raise KernelPanicError when the guest's kernel has; see `DeadEndCheck.check_kernel`."""
         self._dead_ends.check_kernel(self.execute, decided=decided)
 
     def check_boot(self, since: int) -> None:
-        """Raise when the boot goes no further by itself.
-
-        Args:
-            since: Where in the console's log that has to be told, at the earliest.
-
-        Raises:
-            BootFailedError: It does not, by the console and by what else can be seen.
-        """
+        """Raise BootFailedError when the boot cannot continue; see `DeadEndCheck.check_boot`."""
         self._dead_ends.check_boot(since, self.execute)
 
     def wait_until_off(self, deadline: Deadline) -> None:
         """Wait until the machine is off.
 
         Raises:
-            MachinePausedError: It is paused for long (a `PycloudlibTimeoutError`).
+            MachinePausedError: It stays paused (a `PycloudlibTimeoutError`).
             PycloudlibTimeoutError: It still runs at the deadline.
         """
-        while not self.wait_for_end(Deadline.after(deadline.capped(_STOP_LOOK))):
+        while not self.wait_for_end(Deadline.after(deadline.capped(_STOP_INTERVAL))):
             if deadline.expired:
                 raise PycloudlibTimeoutError(
                     f"{self.spec.name} still runs after {deadline.limit:.0f} s of waiting for its "
                     "stop"
                 )
-            # Its guest cannot do anything then.
+            # The guest of a paused machine cannot power it off.
             with contextlib.suppress(MachineEndedError):
                 self.check_pause()
 
     def check_pause(self) -> None:
-        """Raise when the machine is paused, and has been for more than `pause_patience` seconds.
-
-        Raises:
-            MachinePausedError: It is; names QEMU's status.
-            MachineEndedError: It is off.
-        """
+        """Raise MachinePausedError when it has been paused for over `pause_patience` seconds."""
         qemu = self._qemu
         if qemu is not None:
             qemu.check_pause(self.pause_patience, self.rundir.is_locked)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
-        """Wait until QEMU is gone; say whether it was in time.
+        """Wait until QEMU is gone; return whether it was in time.
 
         Raises:
             MachineElsewhereError: It runs where its end cannot be seen.
@@ -377,14 +316,13 @@ class Machine:
             return self._changed.wait_for(lambda: self.state is State.OFF, deadline.remaining)
 
     def power_off(self, deadline: Deadline) -> PowerOff:
-        """Power the machine off: cleanly if the guest does so in time, then by force.
+        """Power the machine off: cleanly if the guest reacts in time, else by force.
 
-        Args:
-            deadline: When it has to be off; the last tenth of the time is for force.
+        The last tenth of the time until the deadline is for force.
         """
         if self.state is State.OFF:
             return PowerOff.OFF_ALREADY
-        # A guest whose processors do not run cannot react; for a save, it is for a moment.
+        # A guest whose processors are paused cannot react; a save pauses them for a moment only.
         paused = self.state is State.PAUSED and not self.rundir.is_locked()
         share = 0 if paused else _ACPI_SHARE
         acpi = Deadline(deadline.started, deadline.limit * share)
@@ -429,13 +367,13 @@ class Machine:
             self.rundir.remove()
 
     def _power_on(self, origin: Origin, load_state: Callable[[RunningQemu], None] | None) -> None:
+        name = self.spec.name
         with self._changed:
             state = self.state
             if state is not State.OFF:
                 self.check_here()
                 raise CloudError(
-                    f"{self.spec.name} is {state.value}; only a machine that is off can be "
-                    "switched on"
+                    f"{name} is {state.value}; only a machine that is off can be switched on"
                 )
             self._starting = True
         try:
@@ -448,7 +386,7 @@ class Machine:
         begun = time.monotonic()
         log = self.rundir.console_log
         self.rundir.write_console_start(log.stat().st_size if log.exists() else 0)
-        # It may have been another QEMU's.
+        # It may be of another QEMU.
         self.rundir.base_state.unlink(missing_ok=True)
         qemu = RunningQemu.start(self.binary, self.spec, self.rundir, origin)
         if load_state is not None:
@@ -458,11 +396,11 @@ class Machine:
                 qemu.kill()
                 raise
         with self._changed:
-            self._powered_on = begun
+            self.powered_on = begun
             self._take(qemu)
 
     def _take(self, qemu: RunningQemu) -> None:
-        """Take a QEMU for the one that runs the machine."""
+        """Make a QEMU the one that runs the machine."""
         self._qemu = qemu
         qemu.on_change = weakly(self._notify)
         self._notify()
@@ -474,45 +412,32 @@ class Machine:
         return State.OFF if qemu is None else qemu.state
 
     def _catch_up(self) -> None:
-        """Take over the QEMU that another process started, if one runs now."""
+        """Adopt the QEMU that another process started, if one runs now."""
         recovery.recover_abandoned(self.rundir)
         with self._changed:
             if self._owner_pid != os.getpid():
-                # A forked child has no part in its parent's session and threads.
+                # A forked child does not share its parent's session and threads.
                 self._owner_pid, self._qemu = os.getpid(), None
             if self._current_state() is not State.OFF:
                 return
-            identity = self.rundir.find_process()
-            if identity is None or not self._is_news(identity):
-                return
-            process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
+            identity = self._find_new_process()
+            process = None
+            if identity is not None:
+                process = QemuProcess.attach(identity, self.rundir.disk, self.rundir.qemu_log)
             if process is not None:
                 self._take(RunningQemu(self.spec.name, self.rundir, process, State.RUNNING))
 
     def _find_elsewhere(self) -> ProcessIdentity | None:
-        """Find the QEMU that runs it, or may run it, where this program cannot see it."""
-        identity = self.rundir.find_process()
-        if identity is None or not self._is_news(identity):
-            return None
-        return identity if is_open_elsewhere(identity, self.rundir.disk) else None
+        """Find the QEMU that runs it, or may, where this program cannot see it."""
+        identity = self._find_new_process() if self._current_state() is State.OFF else None
+        elsewhere = identity is not None and is_open_elsewhere(identity, self.rundir.disk)
+        return identity if elsewhere else None
 
-    def _is_news(self, identity: ProcessIdentity) -> bool:
-        return self._qemu is None or self._qemu.process.identity != identity
+    def _find_new_process(self) -> ProcessIdentity | None:
+        """Read which process runs it; None if that is the one that is known."""
+        identity, known = self.rundir.find_process(), self._qemu
+        return None if known is not None and known.process.identity == identity else identity
 
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _when_ports_are_free(start: Callable[[], None]) -> None:
-    """Start a machine whose ports cannot be others, though a program may look at one just now."""
-    deadline = Deadline.after(_PORT_PATIENCE)
-    while True:
-        try:
-            start()
-        except PortTakenError:
-            if deadline.expired:
-                raise
-            time.sleep(_PORT_INTERVAL)
-        else:
-            return

@@ -11,11 +11,13 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base import tools
+from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import make_socket_pair, moved
 from pycloudlib.errors import CloudError, describe_exit
 from pycloudlib.qemu.host import resources
@@ -235,6 +237,9 @@ _log = logging.getLogger(__name__)
 
 # Clients of a socket that the kernel lets wait while QEMU serves another.
 _WAITING = 64
+# Seconds for which another program may hold a port that it only tries, and between two attempts.
+_PORT_PATIENCE = 1.0
+_PORT_INTERVAL = 0.05
 
 
 class LaunchError(CloudError):
@@ -374,3 +379,19 @@ def _listen_on(port: int) -> socket.socket:
         return resources.listen(port)
     except OSError as error:
         raise PortTakenError(f"Cannot listen on {resources.LOOPBACK}:{port}: {error}") from error
+
+
+def retry_taken_ports(start: Callable[[], None]) -> None:
+    """Start a machine whose ports are fixed; retry while another program briefly holds one.
+
+    Raises:
+        PortTakenError: It holds one for longer.
+    """
+    deadline = Deadline.after(_PORT_PATIENCE)
+    while True:
+        try:
+            return start()
+        except PortTakenError:
+            if deadline.expired:
+                raise
+            time.sleep(_PORT_INTERVAL)
