@@ -215,7 +215,7 @@ class Qemu(BaseCloud):
         """Find an instance again, from any process, by its id.
 
         Raises:
-            InstanceNotFoundError: It does not exist (any more), or this is not an instance's id.
+            InstanceNotFoundError: It does not exist, or this is not an instance's id.
         """
         rundir, spec = RunDirectory.find(instance_id)
         login = rundir.read_login()

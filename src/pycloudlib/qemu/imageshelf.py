@@ -271,7 +271,7 @@ class ImageShelf:
         """Return the build serial of an image.
 
         Raises:
-            ImageNotFoundError: There is no such image, or nothing tells its serial.
+            ImageNotFoundError: There is no such image, or its serial is not recorded.
         """
         return store.find_serial(store.resolve(image_id, self.settings.image_dir))
 
@@ -377,7 +377,7 @@ class ImageShelf:
         }
         entries = [catalogs[stream, minimal].find(release) for stream, release, minimal in wanted]
         for stream, alias, minimal in aliases:
-            with contextlib.suppress(ImageNotFoundError):  # nothing is called so any more
+            with contextlib.suppress(ImageNotFoundError):  # it is gone from the catalog
                 entries.append(catalogs[stream, minimal].find(alias))
         lock.write_with(entries)
         return [entry.serial for entry in dict.fromkeys(entries)]

@@ -213,7 +213,7 @@ class QemuInstance(BaseInstance):
             raise InstanceNotFoundError(self.id, message=f"{self.name} is deleted")
 
     def check_answers(self) -> None:
-        """Raise when nobody in the guest will answer any more; see `Guest.check_alive`."""
+        """Raise when the guest cannot answer; see `Guest.check_alive`."""
         self.guest.check_alive()
 
     def get_status(self) -> str:

@@ -1,4 +1,4 @@
-"""Removing what programs that died have left behind; what is alive, or somebody else's, stays."""
+"""Removes what dead programs have left; what is alive, or another user's, stays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Pruning:
     stopped: bool = False
 
     def run(self) -> list[str]:
-        """Remove what nobody is to have any more; give the paths of what was removed.
+        """Remove what is orphaned; return the paths of what was removed.
 
         What cannot be removed is logged, and stays.
         """
@@ -78,7 +78,7 @@ class Pruning:
 
     def _prune_snapshots(self, parent_dir: Path) -> Iterator[Path]:
         marks = layers.LayerStore(parent_dir).snapshots.glob(f"*{OWNER_SUFFIX}")
-        # Some may not be there yet, or no more.
+        # Some may not be there yet, or be gone.
         images = {mark.with_name(mark.name.removesuffix(OWNER_SUFFIX)) for mark in marks}
         over = {image for image in images if _is_over(image)}
         # One that another is built on goes after that.

@@ -227,7 +227,7 @@ def test_copy_with_a_balloon_boots(
 
     copy = cloud.launch(str(saved.image))
 
-    assert "cannot go on here: " in caplog.text
+    assert "cannot be restored here: " in caplog.text
     assert f"{copy.name} has a device virtio-balloon-pci" in caplog.text
     assert becomes(lambda: "Booting from Hard Disk" in copy.console_log())
     assert facts(saved.memory) == before

@@ -172,7 +172,7 @@ def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orpha
 
     stack.callback(_remove_if_empty, path.parent)
     try:
-        # There is no moment at which it is made and nobody removes it.
+        # At no moment is it made and removed by nothing.
         uninterrupted(create)
     except OSError as error:
         # One of that name was not there when it was looked for.
@@ -190,7 +190,7 @@ def supply_seed(
     boothook: bytes | None = None,
     length: int = 0,
 ) -> None:
-    """Make the machine's seed, with host keys that are pinned, unless the caller says of some.
+    """Make the machine's seed, with pinned host keys, unless the user-data decides them.
 
     Args:
         host: What the machine runs on.
@@ -218,7 +218,7 @@ def start_machine(
     Args:
         host: What it runs on.
         rundir: Its directory.
-        describe: Gives the machine that has these ports.
+        describe: Returns the machine that has these ports.
         stack: Takes over what is made.
         switch_on: Starts the machine.
 
@@ -255,7 +255,7 @@ def _remove_if_empty(directory: Path) -> None:
 def describe_machine(
     host: Host, rundir: RunDirectory, request: LaunchRequest, lease: PortLease
 ) -> MachineSpec:
-    """Say what machine was asked for."""
+    """Return what machine was asked for."""
     return MachineSpec(
         name=request.name,
         instance_type=request.instance_type,

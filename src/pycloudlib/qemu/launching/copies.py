@@ -121,7 +121,7 @@ def _make_identity(host: Host, name: str) -> Identity:
 def _write_seed(
     rundir: RunDirectory, saved: SavedMachine, identity: Identity | None, user_data: bytes | None
 ) -> None:
-    """Let later boots find on the seed who the machine is by then, and its own user-data."""
+    """Write the seed that later boots read: with the new identity, and with its own user-data."""
     if not saved.seed.exists():
         return
     if identity is None and user_data is None:

@@ -176,7 +176,7 @@ class Launcher(Generic[Started]):
             except (PycloudlibException, ValueError, OSError) as error:
                 # A damaged file shows itself in many ways; what else is wrong shows in a boot, too.
                 obstacle = str(error)
-        _log.warning("%s cannot go on here: %s", saved.image, obstacle)
+        _log.warning("%s cannot be restored here: %s", saved.image, obstacle)
         return None
 
     def fork(
@@ -259,7 +259,7 @@ class Ready(Generic[Kept]):
                 raise
             except (PycloudlibException, ValueError, OSError) as error:
                 if not is_file(start.image):
-                    continue  # dropped meanwhile, to make room
+                    continue  # dropped meanwhile, to free space
                 _log.warning("%s cannot begin at cloud-init: %s", request.name, error)
                 instance = self.launcher.start(PowerOn(request), options.username)
                 # The machine is all right, so it is what was kept.

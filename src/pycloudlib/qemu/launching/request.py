@@ -70,12 +70,12 @@ class LaunchOptions:
             raise TypeError(f"username must be a text, not {self.username!r}")
 
     def to_plain(self) -> dict[str, str]:
-        """Give each option that decides what the machine is like, as a text."""
+        """Return each option that decides what the machine is like, as text."""
         decisive = (name for name in LaunchOptions.__slots__ if name != "name")
         return {name: repr(getattr(self, name)) for name in decisive}
 
     def name_with(self, tag: str) -> str:
-        """Give the machine's name: the one that was chosen, or one made from its cloud's tag."""
+        """Return the machine's name: the chosen one, or one made from its cloud's tag."""
         return make_name(tag) if self.name is None else self.name
 
     def changes_to(self, spec: MachineSpec) -> list[str]:
@@ -127,7 +127,7 @@ class LaunchRequest:
 
     @property
     def needs(self) -> tuple[Path, ...]:
-        """The files that nobody deletes meanwhile, beside the image."""
+        """The files that must not be deleted meanwhile, beside the image."""
         return tuple(file for part in self.parts for file in part.needs)
 
 
@@ -219,7 +219,7 @@ def make_seed(
     host_keys: Sequence[hostkeys.HostKey] = (),
     boothook: bytes | None = None,
 ) -> nocloud.Seed:
-    """Put the seed of a machine that has one together; errors are those of `build_seed`."""
+    """Build the seed of a machine that has one; errors are those of `build_seed`."""
     assert request.seed is not None
     return nocloud.build_seed(
         instance_id=f"iid-{uuid.uuid4()}",

@@ -2,9 +2,9 @@
 
 A machine is let run, with a seed that has nothing in it, until its guest opens the seed for the
 first time: that is cloud-init, and nothing of it has been read yet. QEMU stops the machine at that
-very read and keeps the request. The machine is saved and given up. Each machine that goes on from
-there has a seed of its own: the request is done again, reads that seed, and cloud-init goes through
-its genuine first boot.
+very read and keeps the request. The machine is saved and deleted. Each machine that is restored
+from it has a seed of its own: the request is repeated, reads that seed, and cloud-init does its
+genuine first boot.
 
     once:   firmware ▸ boot loader ▸ kernel ▸ initrd ▸ systemd ▸ cloud-init opens the seed ■ saved
     each:                                                        ▶ reads its own seed ▸ … ▸ ready
@@ -58,7 +58,7 @@ from pycloudlib.qemu.vm.running import MachineEndedError
 # Seconds until an image's guest must have opened its seed; a boot takes a tenth of it.
 _LIMITS = {Accelerator.KVM: 180.0, Accelerator.TCG: 600.0}
 _LOOK = 0.5
-# The real-time clock tells whole seconds: looked at this often, in seconds, for one to begin.
+# The real-time clock has whole seconds: looked at this often, in seconds, for one to begin.
 _RTC_LOOK = 0.002
 _RTC_LIMIT = 5.0
 # Between two looks so close to each other, a second's beginning is known well enough.
@@ -81,7 +81,7 @@ class UnfitImageError(CloudError):
 
 
 def find_obstacle(request: LaunchRequest) -> str | None:
-    """Say why a machine has to boot from its beginning; None when its first boot can begin later.
+    """Return why a machine has to boot from its beginning; None when it can begin later.
 
     What the guest has learned before it reads its seed must be the same for all.
     """
@@ -132,11 +132,11 @@ def _find_in_document(given: str | bytes, name: str) -> str | None:
 def make_starting_point(
     host: Host, request: LaunchRequest, parent_dir: Path
 ) -> Iterator[SavedMachine]:
-    """Let a machine run up to the moment when its guest opens the seed, and save it there.
+    """Run a machine until its guest opens the seed, and save it there.
 
     Args:
         host: What it runs on.
-        request: A machine of the kind that is to go on from there.
+        request: A machine of the kind that is to be restored from there.
         parent_dir: Where it has its directory, until the block ends.
 
     Raises:
@@ -198,7 +198,7 @@ def _is_at_seed(event: Event) -> bool:
 
 
 def _measure_rtc_lag(machine: Machine) -> float:
-    """Tell how far the machine's real-time clock is behind ours, which it is from its start on."""
+    """Measure how far the machine's real-time clock is behind ours, as it stays from its start."""
     deadline = Deadline.after(_RTC_LIMIT)
     with machine.session() as session:
 
@@ -222,11 +222,11 @@ def _measure_rtc_lag(machine: Machine) -> float:
             first = seconds
     if known:
         return min(known)[1]
-    raise CloudError(f"The real-time clock of {machine.spec.name} stands still")
+    raise CloudError(f"The real-time clock of {machine.spec.name} does not advance")
 
 
 def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
-    """Save the machine that stands still, and end it."""
+    """Save the paused machine, and end it."""
     saved = SavedMachine(
         machine.rundir.disk,
         machine.spec,

@@ -1,8 +1,8 @@
 """Machines that are kept ready: saved once when they had booted, found again by what made them.
 
 A cache below `working_dir`: each entry is a saved machine in a directory named by a digest of
-everything that decides what the machine is like. What does not fit any more is not found again,
-and is dropped when room is needed.
+everything that decides what the machine is like. What does not match is not found again, and is
+dropped when space is needed.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class TooLargeError(CloudError):
 
 @dataclass(frozen=True, slots=True)
 class Unfit:
-    """That a machine cannot be kept ready, so that nobody tries again.
+    """That a machine cannot be kept ready, so that no launch tries again.
 
     Attributes:
         reason: Why.
@@ -147,7 +147,7 @@ class Unfit:
     size: int = 0
 
     def holds(self, bound: int) -> bool:
-        """Say whether it is so still, with a cache of so many bytes."""
+        """Whether that still holds, with a cache of so many bytes."""
         return (self.until is None or time.time() < self.until) and not 0 < self.size <= bound
 
 
@@ -185,7 +185,7 @@ class WarmCache:
         return self.directory / f"{key}.lock"
 
     def find(self, key: str, host: Host) -> SavedMachine | None:
-        """Find a machine; None when there is none, or it cannot go on here (any more)."""
+        """Find a machine; None when there is none, or it cannot be restored here."""
         for entry in self._entries_of(key):
             image = entry / _DISK
             saved = savedmachine.find(image)
@@ -206,7 +206,7 @@ class WarmCache:
         return None
 
     def add(self, key: str, saved: SavedMachine) -> None:
-        """Keep a machine that was saved; what was least used goes if there is no room.
+        """Keep a machine that was saved; the least used are dropped to free space.
 
         Raises:
             TooLargeError: It is larger than the cache may be.
@@ -217,7 +217,7 @@ class WarmCache:
             raise TooLargeError(size, self.bound)
         self.prune(self.bound - size)
         create_private_directory(self.directory)
-        # Not one name for all: whoever else makes the same, without the lock, keeps its own.
+        # Not one name for all: another that makes the same, without the lock, keeps its own.
         made = self.directory / f".{key}{_AGAIN}{secrets.token_hex(4)}.new"
         made.mkdir(mode=0o700)
         # What is there already was not found, so it is of no use.
@@ -236,18 +236,18 @@ class WarmCache:
             raise
 
     def retire(self, saved: SavedMachine) -> None:
-        """Let nobody find a machine any more; its disk stays while machines are built on that."""
+        """Hide a machine from launches; its disk stays while machines are built on that."""
         if not self._drop_entry(saved.image.parent):
             with contextlib.suppress(OSError):  # it is being removed
                 savedmachine.delete(saved.image)
 
     def note_success(self, saved: SavedMachine) -> None:
-        """Remember that a machine went on from one."""
+        """Remember that a machine was restored from one."""
         with contextlib.suppress(OSError):  # it is being removed, or the disk is full
             self._success(saved).touch(mode=0o600)
 
     def has_worked(self, saved: SavedMachine) -> bool:
-        """Whether a machine ever went on from one."""
+        """Whether a machine was ever restored from one."""
         return is_file(self._success(saved))
 
     @staticmethod
@@ -264,11 +264,11 @@ class WarmCache:
             _log.warning("%s cannot be written: %s", self._unfit(key), error)
 
     def why_unfit(self, key: str) -> str | None:
-        """Say why a machine cannot be kept ready, if that is known."""
+        """Return why a machine cannot be kept ready, if that is known."""
         try:
             unfit = decode(Unfit, parse_json(self._unfit(key).read_bytes()))
         except (OSError, ValueError):
-            return None  # a damaged one tells nothing
+            return None  # a damaged one says nothing
         return unfit.reason if unfit.holds(self.bound) else None
 
     def _unfit(self, key: str) -> Path:
@@ -304,7 +304,7 @@ class WarmCache:
         return dropped
 
     def remove_useless(self, *, forget: bool = False) -> None:
-        """Remove what is no machine (any more): damaged, of another format, cut off."""
+        """Remove what is no whole machine: damaged, of another format, cut off."""
         for entry in self._list("[!.]*"):
             if entry.is_dir() and savedmachine.find(entry / _DISK) is None:
                 self._drop_entry(entry)
@@ -320,7 +320,7 @@ class WarmCache:
                 contextlib.suppress(FileNotFoundError),
                 try_lock(self._lock(key)) as held,
             ):
-                if held:  # whoever was making it is no more
+                if held:  # its maker is gone
                     for left in made:
                         if left.name.startswith((f".{key}{_AGAIN}", f".{key}.new")):
                             _remove_tree(left)
@@ -347,7 +347,7 @@ class WarmCache:
             # Launches that begin from it hold it.
             with uses.removing(image, by_name=True, find_more=lambda: self._find_users(image)):
                 gone = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}{_GONE}")
-                # At once, so that nobody finds half of it.
+                # At once, so that no launch finds half of it.
                 entry.rename(gone)
         except ImageInUseError:
             return False
