@@ -243,6 +243,15 @@ def remove_file(path: Path) -> None:
             raise
 
 
+def allocated_size(*files: Path) -> int:
+    """Return the bytes that files occupy on disk; holes of sparse files occupy none.
+
+    Raises:
+        OSError: One does not exist, or is hidden.
+    """
+    return sum(file.stat().st_blocks * 512 for file in files)
+
+
 def is_private_directory(path: Path) -> bool:
     """Whether something is a directory of this user's, to which nobody else can write.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pycloudlib._base.files import allocated_size
 from pycloudlib.cli.common import (
     Session,
     age_in_words,
@@ -33,8 +34,6 @@ from pycloudlib.images import store
 from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
 from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.state import savedmachine
-
-_BLOCK = 512  # stat(2): the unit of st_blocks
 
 _minimal = click.option("--minimal", is_flag=True, help="The minimal variant.")
 _daily = click.option("--daily", is_flag=True, help="The daily image, not the released one.")
@@ -122,12 +121,9 @@ def _collect(session: Session) -> list[tuple[ImageFacts, float]]:
 
 def _describe_snapshot(path: Path) -> tuple[ImageFacts, float]:
     record = store.find_record(path)
-    facts = path.stat()
-    size = facts.st_blocks * _BLOCK
     directory = savedmachine.directory_of(path)
-    if directory.is_dir():
-        size += sum(file.stat().st_blocks * _BLOCK for file in directory.iterdir())
-    used = store.record_path(path).stat().st_mtime if record else facts.st_mtime
+    size = allocated_size(path, *(directory.iterdir() if directory.is_dir() else ()))
+    used = (store.record_path(path) if record else path).stat().st_mtime
     return ImageFacts(
         path.stem,
         "saved machine" if savedmachine.find(path) is not None else "snapshot",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from pycloudlib._base.files import allocated_size
 from pycloudlib.cli.common import (
     Session,
     age_in_words,
@@ -43,7 +44,6 @@ from pycloudlib.qemu.state.rundir import LoginFacts
 # Seconds between two reads of a log that is followed.
 _FOLLOW_INTERVAL = 0.2
 _CHUNK = 1 << 16
-_BLOCK = 512  # stat(2): the unit of st_blocks
 _COLUMNS = ("name", "state", "image", "cpus", "memory", "disk", "ssh", "console", "accel", "age")
 
 
@@ -111,7 +111,7 @@ def collect(entry: MachineEntry, state: str = "") -> MachineFacts:
     with contextlib.suppress(InstanceNotFoundError):
         login = rundir.read_login()
     with contextlib.suppress(OSError, ValueError):
-        used = rundir.disk.stat().st_blocks * _BLOCK
+        used = allocated_size(rundir.disk)
         length = diskimage.read_layer(rundir.disk).virtual_size
     return MachineFacts(
         name=entry.name,

@@ -280,20 +280,6 @@ def deleting(image: Path, working_dir: Path) -> Iterator[None]:
         yield
 
 
-def check_unused(image: Path, working_dir: Path) -> None:
-    """Check that no instance or snapshot is built on an image.
-
-    Args:
-        image: The image.
-        working_dir: The directory of clouds.
-
-    Raises:
-        ImageInUseError: Some are; names them.
-    """
-    with deleting(image, working_dir):
-        pass
-
-
 def find_users(image: Path, working_dir: Path) -> list[str]:
     """Return the names of the instances and snapshots that are built on an image.
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
-from pycloudlib._base.files import create_private_directory, is_file, write_private
+from pycloudlib._base.files import allocated_size, create_private_directory, is_file, write_private
 from pycloudlib._base.locks import exclusive_lock, try_lock
 from pycloudlib._version import __version__
 from pycloudlib.errors import CloudError, ImageInUseError
@@ -47,7 +47,6 @@ _UNFIT = ".unfit"
 _GONE = ".gone"
 # Between a key and what tells apart a second machine under it, while the first one's disk is used.
 _AGAIN = "+"
-_BLOCK = 512  # stat(2): the unit of st_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,4 +403,4 @@ def _describe(image: Path, saved: SavedMachine) -> WarmImage:
 
 
 def _size(image: Path, directory: Path) -> int:
-    return _BLOCK * sum(file.stat().st_blocks for file in (image, *directory.iterdir()))
+    return allocated_size(image, *directory.iterdir())

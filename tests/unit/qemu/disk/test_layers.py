@@ -14,7 +14,7 @@ from pycloudlib.errors import ImageInUseError
 from pycloudlib.images import uses
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.disk.diskimage import create_overlay, inspect_image
-from pycloudlib.qemu.disk.layers import LayerStore, chain, check_unused
+from pycloudlib.qemu.disk.layers import LayerStore, chain, deleting
 from pycloudlib.qemu.host.ownership import disown
 from pycloudlib.qemu.state.rundir import RunDirectory
 
@@ -32,6 +32,12 @@ def holds(disk: Path, pattern: int, offset: int = 0) -> bool:
         ["qemu-io", "-f", "qcow2", "-r", "-c", command, disk], check=False, capture_output=True
     )
     return found.returncode == 0 and b"verification failed" not in found.stdout
+
+
+def check_unused(image: Path, working_dir: Path) -> None:
+    """Raise an error if an instance or a snapshot is built on an image."""
+    with deleting(image, working_dir):
+        pass
 
 
 @pytest.fixture
