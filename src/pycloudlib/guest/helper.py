@@ -1,9 +1,9 @@
-"""The helper in a guest, seen from here: commands and fix-ups without SSH and without a network.
+"""The host's side of the helper in a guest: commands and fix-ups without SSH and a network.
 
-A copy of a saved machine has been asleep, and its twins are all alike. The helper, a small program
-that was running in the saved machine, puts right what a copy cannot know (the time, its random
-numbers, who it is), and runs the first commands: in emulation, SSH's cryptography in a machine that
-has just woken up takes a second. It answers on a virtio-serial port and listens to nothing else.
+All copies of a saved machine are equal at first, and their clock is late. The helper, a small
+program that runs in the saved machine, fixes up a copy (its time, its random numbers, its identity)
+and runs the first commands: in emulation, SSH's cryptography takes a second in a machine that was
+just restored. It answers on a virtio-serial port and listens to nothing else.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest.access.hostkeys import HostKey
 
 LARGEST_STDIN = 1 << 20
-"""Bytes of input beyond which a command is better given to SSH."""
+"""Bytes of input beyond which a command is better run by SSH."""
 
 _CHUNK = 1 << 16
 _ENTROPY_BYTES = 64
-# A round trip bounds how wrong the other side's clock can be read; a shorter one is tried for.
+# Seconds: the error of reading the other clock is at most a round trip; a longer one is repeated.
 _GOOD_ROUND_TRIP = 0.1
 _CLOCK_TRIES = 6
 _SEND_LIMIT = 60.0
-# Beyond what a helper says: exit status and seconds, and bytes of an output at a time.
+# Limits for a helper's answers: exit status and seconds, and bytes of an output at a time.
 _LARGEST_NUMBER = 2.0**53
 _LONGEST_PIECE = 1 << 24
-# An answer has some hundred bytes; what was sent to whoever was connected before may come first.
+# An answer has some hundred bytes; output for an earlier connection may come first.
 _LONGEST_LINE = 4 << 20
 _LONGEST_REASON = 2000
-# The connection stays when the helper ends, so that is looked at this often.
+# Seconds between checks of whether the helper runs: the connection stays when it ends.
 _LOOK = 0.5
 
 _INSTALL = """
@@ -59,18 +59,22 @@ else
 fi
 """
 
+_PLACEHOLDER = re.compile(r"^FACTS = .*$", re.MULTILINE)
+RESULT = "/run/pycloudlib/first-boot"
+"""The file in the guest into which the program writes its problems, if any."""
+
 
 class HelperError(CloudError):
-    """The helper did not do what it was asked to, or is gone."""
+    """The helper did not fulfil a request, or is gone."""
 
 
 class HelperRefusedError(HelperError):
-    """The helper answered that it cannot do what it was asked to; nothing was begun."""
+    """The helper refused a request; nothing was begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a copy is to be.
+    """The new identity of a copy.
 
     Attributes:
         hostname: Its name.
@@ -87,12 +91,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """An SSH key that is let in in place of another.
+    """An SSH key that replaces another one.
 
     Attributes:
         user: The login user.
-        old: The public key that was let in.
-        new: The public key to let in.
+        old: The public key that was authorized.
+        new: The public key to authorize.
     """
 
     user: str
@@ -105,8 +109,8 @@ class FixUp:
     """What is fixed up in a copy before it is used; its clock and random numbers always.
 
     Attributes:
-        identity: Who it is to be; None to leave it the one it was saved as.
-        new_key: The SSH key to let in, if another one.
+        identity: Its new identity; None to keep the saved one.
+        new_key: The SSH key to authorize, if it is another one.
     """
 
     identity: Identity | None = None
@@ -121,7 +125,7 @@ class FixUp:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: It is something else; says in what.
+            ValueError: It is something else; names the difference.
         """
         return decode(cls, parse_json(text))
 
@@ -155,11 +159,11 @@ class Command:
 
 def program() -> str:
     """Return the text of the program that runs in the guest."""
-    return (
-        resources.files("pycloudlib.guest.programs")
-        .joinpath("helper_in_guest.py")
-        .read_text("utf-8")
-    )
+    return _read_program("helper_in_guest.py")
+
+
+def _read_program(name: str) -> str:
+    return resources.files("pycloudlib.guest.programs").joinpath(name).read_text("utf-8")
 
 
 def install_script() -> str:
@@ -174,7 +178,7 @@ def measure_clock(read_guest: Callable[[], float]) -> float:
     """Measure how far our clock is ahead of the guest's, in seconds.
 
     Args:
-        read_guest: Reads the guest's clock; the shorter it takes, the better it can be told.
+        read_guest: Reads the guest's clock; the faster, the more exact is the result.
     """
     best = (float("inf"), 0.0)
     for _ in range(_CLOCK_TRIES):
@@ -192,7 +196,7 @@ class HelperConnection:
 
     Args:
         sock: The connection.
-        is_there: Says whether the helper still runs, which the connection does not tell.
+        is_there: Whether the helper still runs, which the connection does not show.
     """
 
     def __init__(self, sock: socket.socket, is_there: Callable[[], bool] = lambda: True) -> None:
@@ -210,7 +214,7 @@ class HelperConnection:
         """Fix up a copy.
 
         Raises:
-            HelperError: It could not be done; says what was in the way.
+            HelperError: It could not be done; gives the reason.
             PycloudlibTimeoutError: The helper did not answer in time.
         """
         ahead = measure_clock(lambda: _number(self._ask({"op": "clock"}, deadline), "now"))
@@ -224,7 +228,7 @@ class HelperConnection:
         Raises:
             HelperRefusedError: It could not be run.
             HelperError: The helper was gone before the command had ended.
-            PycloudlibTimeoutError: It went on past the deadline; it is hung up on.
+            PycloudlibTimeoutError: It did not end before the deadline; it is hung up on.
         """
         request = {"op": "exec", "argv": list(argv), "user": user, "stdin": len(stdin)}
         number = self._send(request, deadline, stdin)
@@ -244,7 +248,7 @@ class HelperConnection:
     def _send(
         self, request: Mapping[str, Any], deadline: Deadline | None, data: bytes = b""
     ) -> int:
-        # Answers to whoever was connected before may still be on their way.
+        # Answers to an earlier connection may still be on their way.
         number = secrets.randbits(48)
         line = json.dumps({**request, "id": number}).encode() + b"\n"
         try:
@@ -304,7 +308,7 @@ class HelperConnection:
 
 
 def _number(answer: Mapping[str, Any], key: str) -> float:
-    """Read a number of the helper's: what is in the guest may answer anything."""
+    """Read a number of an answer, which is not trusted."""
     value = answer.get(key)
     if not isinstance(value, (int, float)) or not -_LARGEST_NUMBER < value < _LARGEST_NUMBER:
         raise HelperError(f"the helper answered {key} = {safe_repr(value)}, expected a number")
@@ -312,7 +316,7 @@ def _number(answer: Mapping[str, Any], key: str) -> float:
 
 
 def _length(answer: Mapping[str, Any], output: str) -> int:
-    """Read how many bytes of an output follow; none if that is not told."""
+    """Read how many bytes of an output follow; 0 by default."""
     length = int(_number(answer, output)) if output in answer else 0
     if not 0 <= length <= _LONGEST_PIECE:
         raise HelperError(f"the helper announced {length} bytes of {output}")
@@ -322,11 +326,6 @@ def _length(answer: Mapping[str, Any], output: str) -> int:
 def once_command() -> str:
     """Return the command that answers requests on its standard input, where no helper runs."""
     return f"python3 -c {shlex.quote(program())} once"
-
-
-_PLACEHOLDER = re.compile(r"^FACTS = .*$", re.MULTILINE)
-RESULT = "/run/pycloudlib/first-boot"
-"""The file in the guest in which the program tells what went wrong, if anything."""
 
 
 def first_boot_program(*, saved_at: float, rtc_lag: float) -> str:
@@ -342,16 +341,12 @@ def first_boot_program(*, saved_at: float, rtc_lag: float) -> str:
         "entropy": secrets.token_hex(_ENTROPY_BYTES),
         "machine_id": uuid.uuid4().hex,
     }
-    text = (
-        resources.files("pycloudlib.guest.programs")
-        .joinpath("firstboot_in_guest.py")
-        .read_text("utf-8")
-    )
+    text = _read_program("firstboot_in_guest.py")
     return _PLACEHOLDER.sub(lambda _: f"FACTS = {facts!r}", text, count=1)
 
 
 def first_boot_hook(text: str) -> bytes:
-    """Make that program a document for cloud-init."""
+    """Return that program as a document for cloud-init."""
     return f"#cloud-boothook\n{text}".encode()
 
 

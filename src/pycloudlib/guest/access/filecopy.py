@@ -1,7 +1,7 @@
 """Single files, copied to and from the guest over SFTP, as `cp` does it.
 
-SFTP tells of two errors by a number of their own, that there is no such file and that it is not
-permitted. Of all others it says "Failure"; then the guest is asked what the reason is.
+SFTP has a number for two errors: there is no such file, and it is not permitted. All others are a
+"Failure"; then a command in the guest finds out the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 15
 _REASON_LIMIT = 10.0
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
-# What is wrong is said by whoever opens the file, reads from it or looks for room.
+# Each prints what is wrong when the file is opened or read, or the disk is full.
 _WHY_NOT_READ = 'head -c 1 <"$1" >/dev/null'
 _WHY_NOT_WRITTEN = """
 : >>"$1" || exit
@@ -40,7 +40,7 @@ df -P -- "$1" | awk 'NR == 2 && $2 && $4 < 64 { print "df: No space left on devi
 
 
 class _UnexplainedError(Exception):
-    """The SFTP server has failed to do something, and does not say why."""
+    """The SFTP server has failed without a reason."""
 
 
 def push(
@@ -49,25 +49,23 @@ def push(
     remote_path: str | os.PathLike[str],
     on_progress: ProgressCallback = ignore_progress,
 ) -> None:
-    """Copy a local file to the guest; a file, device or FIFO that is there is written into.
+    """Copy a local file to the guest; an existing file, device or FIFO is written into.
 
     Raises:
-        FileNotFoundError: The local file, or the remote directory, is not there.
+        FileNotFoundError: The local file, or the remote directory, does not exist.
         OSError: It cannot be read or written; of the kind that its reason has in Python.
         ValueError: A path has a NUL byte, or cannot be encoded.
         paramiko.SSHException: The machine cannot be reached.
     """
     source = check_path("local_path", local_path)
     target = check_path("remote_path", remote_path)
-    try:
-        with (
-            Path(source).open("rb") as file,
-            connections.files() as sftp,
-            _naming(target, sftp),
-        ):
-            _send(file, source, sftp, target, on_progress)
-    except _UnexplainedError as error:
-        raise _explained(connections, _WHY_NOT_WRITTEN, target, error) from error
+    with (
+        _explaining(connections, _WHY_NOT_WRITTEN, target),
+        Path(source).open("rb") as file,
+        connections.files() as sftp,
+        _naming(target, sftp),
+    ):
+        _send(file, source, sftp, target, on_progress)
 
 
 def pull(
@@ -76,29 +74,20 @@ def pull(
     local_path: str | os.PathLike[str],
     on_progress: ProgressCallback = ignore_progress,
 ) -> None:
-    """Copy a file from the guest, to where `pycloudlib._base.files.writing` puts it.
-
-    Raises:
-        FileNotFoundError: The remote file, or the local directory, is not there.
-        OSError: It cannot be read or written; of the kind that its reason has in Python.
-        ValueError: A path has a NUL byte, or cannot be encoded.
-        paramiko.SSHException: The machine cannot be reached.
-    """
+    """Copy a file from the guest; errors are those of `push`, see also `files.writing`."""
     source = check_path("remote_path", remote_path)
-    target = check_path("local_path", local_path)
-    try:
+    target = Path(check_path("local_path", local_path))
+    with _explaining(connections, _WHY_NOT_READ, source):
         with connections.files() as sftp, _naming(source, sftp):
             facts = sftp.stat(to_bytes(source))
             if not _is_stream(facts.st_mode or 0):
-                _receive(sftp, facts, source, Path(target), on_progress)
+                _receive(sftp, facts, source, target, on_progress)
                 return
-        _receive_stream(connections, source, Path(target), on_progress)
-    except _UnexplainedError as error:
-        raise _explained(connections, _WHY_NOT_READ, source, error) from error
+        _receive_stream(connections, source, target, on_progress)
 
 
 def check_path(what: str, path: str | os.PathLike[str]) -> str:
-    """Read a path that was given, as text.
+    """Check a path that was given, and return it as text.
 
     Raises:
         FileNotFoundError: It is empty.
@@ -126,11 +115,10 @@ def _send(
 ) -> None:
     facts = os.fstat(file.fileno())
     total = facts.st_size if stat.S_ISREG(facts.st_mode) else None
-    # sshd goes to a place in a file before it writes there, but not when it appends; a stream has
-    # no places to go to.
+    # sshd seeks before it writes, but not when it appends; a stream cannot be sought in.
     how = "ab" if _is_stream(_find_mode(sftp, target)) else "wb"
     with sftp.open(to_bytes(target), how) as remote:
-        # Answers are waited for one by one where the size cannot tell whether all has arrived.
+        # Each answer is waited for if the size cannot show whether all has arrived.
         is_regular = stat.S_ISREG(remote.stat().st_mode or 0)
         remote.set_pipelined(is_regular)
         done = 0
@@ -157,7 +145,7 @@ def _receive(
         sftp.open(to_bytes(source), "rb") as remote,
         writing(target) as file,
     ):
-        # Files of the kernel's say that they are empty, whatever they have to tell.
+        # The kernel's files have size 0, whatever their content.
         if stat.S_ISREG(mode) and size:
             remote.prefetch(size)
         done = 0
@@ -170,7 +158,7 @@ def _receive(
 def _receive_stream(
     connections: Connections, source: str, target: Path, on_progress: ProgressCallback
 ) -> None:
-    """Receive what SFTP cannot read, since sshd goes to a place in a file before it reads there."""
+    """Receive what SFTP cannot read, since sshd seeks before it reads."""
     import paramiko  # noqa: PLC0415 - heavy
 
     done = 0
@@ -219,7 +207,7 @@ def _here(path: str) -> Iterator[None]:
 def _find_mode(sftp: paramiko.SFTPClient, path: str) -> int:
     """Return the mode of what is there; 0 where nothing is.
 
-    A link that leads nowhere is let be: as for `cp`, it may not be a file that is meant.
+    A link that leads nowhere is an error, as for `cp`: it may not be meant as a file.
     """
     name = to_bytes(path)
     try:
@@ -235,7 +223,7 @@ def _find_mode(sftp: paramiko.SFTPClient, path: str) -> int:
 
 
 def _is_stream(mode: int) -> bool:
-    """Whether a file of a mode, such as a FIFO or a terminal, may only be read and written on."""
+    """Whether a file of a mode, such as a FIFO or a terminal, cannot be sought in."""
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
@@ -266,15 +254,19 @@ def _words(number: int, path: str) -> str:
     return words
 
 
-def _explained(connections: Connections, why: str, path: str, error: _UnexplainedError) -> OSError:
-    """Find out in the guest why it has failed; an error that says so."""
+@contextlib.contextmanager
+def _explaining(connections: Connections, script: str, path: str) -> Iterator[None]:
+    """Find out in the guest why SFTP has failed, and raise the error of that reason."""
     import paramiko  # noqa: PLC0415 - heavy
 
-    said = b""
-    with contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
-        command = shlex.join(["env", "LC_ALL=C", "sh", "-c", why, "sh", path])
-        _, said, _ = commands.run(connections, command, timeout=_REASON_LIMIT)
-    for words in re.split(r": |\n", said.decode(errors="replace")):
-        if words in _NUMBERS:
-            return OSError(_NUMBERS[words], words, path)
-    return OSError(errno.EIO, str(error), path)
+    try:
+        yield
+    except _UnexplainedError as error:
+        answer = b""
+        with contextlib.suppress(paramiko.SSHException, PycloudlibTimeoutError):
+            command = shlex.join(["env", "LC_ALL=C", "sh", "-c", script, "sh", path])
+            _, answer, _ = commands.run(connections, command, timeout=_REASON_LIMIT)
+        for words in re.split(r": |\n", answer.decode(errors="replace")):
+            if words in _NUMBERS:
+                raise OSError(_NUMBERS[words], words, path) from error
+        raise OSError(errno.EIO, str(error), path) from error

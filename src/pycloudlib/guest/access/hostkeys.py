@@ -34,12 +34,18 @@ TYPES = ("ed25519", "ecdsa", "rsa")
 Before 23.4 it made one of type `dsa`, too, which OpenSSH has not used since 7.0 (2015).
 """
 
-# What decides about host keys, or makes them by other means, in cloud-config, scripts, templates.
+# Words that configure or make host keys, in cloud-config, scripts, templates.
 _DECISIONS = re.compile(
     rb"ssh_keys|ssh_genkeytypes|ssh_deletekeys|ssh_host_|ssh-keygen|HostKey", re.IGNORECASE
 )
-# What brings other documents, which cannot be looked at here.
+# Words that include other documents, which are unknown here.
 _UNKNOWN = re.compile(rb"#include|#part-handler|x-include-|part-handler", re.IGNORECASE)
+
+# As many machines can be launched at once without waiting for a key.
+KEPT = 16
+_NICENESS = 10
+
+_MAKERS = {"ed25519": generate_ed25519, "ecdsa": generate_ecdsa, "rsa": generate_rsa}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +72,10 @@ class HostKey:
 class MachineHostKeys:
     """The host keys of one machine, kept in a file that only we write.
 
-    A key that is not in the file is believed, and kept from then on, if the connection on which it
-    was shown is proven to end in the machine: then whoever answers has port 22 of the guest, which
-    only the guest's root can have. So it does not matter who made the key, and in which boot. What
-    the guest prints on its serial console would not do: other users of this host can type there.
+    A key that is not in the file is accepted, and kept from then on, if the connection on which it
+    was shown is proven to end in the machine: then the server has port 22 of the guest, which only
+    the guest's root can have. So it does not matter who made the key, and in which boot. The serial
+    console would not be proof: other users of this host can type there.
 
     Attributes:
         known_hosts: Lines of `type base64`; absent when no key was supplied or shown yet.
@@ -111,9 +117,9 @@ def _write(known_hosts: Path, lines: Sequence[str]) -> None:
 
 
 def are_decided_by(document: bytes, name: str) -> bool:
-    """Whether user-data or vendor-data says anything of host keys, or may: then the guest decides.
+    """Whether user-data or vendor-data may configure host keys: then the guest makes them.
 
-    It is looked at as text: a script, a template or a file that it writes may decide, too.
+    It is searched as text: a script, a template or a file that it writes may configure them, too.
 
     Args:
         document: The document, of any kind.
@@ -127,18 +133,11 @@ def are_decided_by(document: bytes, name: str) -> bool:
     return any(_DECISIONS.search(text) or _UNKNOWN.search(text) for text in texts)
 
 
-# As many machines can be launched at once without waiting for a key.
-KEPT = 16
-_NICENESS = 10
-
-_MAKERS = {"ed25519": generate_ed25519, "ecdsa": generate_ecdsa, "rsa": generate_rsa}
-
-
 class HostKeyPool:
     """RSA host keys in a directory, each for one machine; made by a thread in the background.
 
-    Safe to use from several threads and processes. What is in the way of keeping keys costs time,
-    no launch: then keys are made when they are needed.
+    Safe to use from several threads and processes. If keys cannot be kept, they are made when they
+    are needed, which takes time.
 
     Args:
         directory: Where they are; made when missing, and this user's alone.
@@ -154,7 +153,7 @@ class HostKeyPool:
         """Return new host keys for one machine, one of each type.
 
         Args:
-            comment: What stands at the end of their public lines.
+            comment: The end of their public lines.
         """
         return tuple(
             (self._take_kept(comment) if kind == "rsa" else None) or _make(kind, comment)
@@ -174,7 +173,7 @@ class HostKeyPool:
 
     def _list(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
-            # Keys in a directory of somebody else's would be somebody else's, too.
+            # Another user's directory would have another user's keys.
             if is_private_directory(self._directory):
                 return sorted(self._directory.glob("rsa-*.json"))
         return []
@@ -183,7 +182,7 @@ class HostKeyPool:
         for file in self._list():
             try:
                 text = file.read_bytes()
-                file.unlink()  # fails for all but one of those who want it
+                file.unlink()  # succeeds in one process only
                 key = decode(HostKey, parse_json(text))
             except FileNotFoundError:
                 continue

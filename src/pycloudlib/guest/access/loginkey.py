@@ -1,4 +1,4 @@
-"""The key to log in with: proven before anything boots, whether a file or an SSH agent has it."""
+"""The key to log in with: checked before anything boots, in a file or in an SSH agent."""
 
 from __future__ import annotations
 
@@ -26,8 +26,19 @@ _MAGIC = b"openssh-key-v1\0"
 _OPENSSH = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 _OPENSSH_END = b"-----END OPENSSH PRIVATE KEY-----"
 _LEAST_RSA_BITS = 1024  # sshd_config(5), RequiredRSASize
-# Signed to see whether an agent does. It can be no request to log in: that begins otherwise.
+# Signed to try an agent. It cannot be a request to log in, which begins differently.
 _TRIAL = b"pycloudlib looks whether this agent signs"
+# The SSH agent's protocol.
+_LIST, _LISTED, _SIGN, _SIGNED = 11, 12, 13, 14
+_RSA_HASHES = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
+_LIST_LIMIT = 5.0
+# The agent may ask its user first, who may have to touch a token.
+_SIGN_LIMIT = 30.0
+_LONGEST_ANSWER = 1 << 20
+
+
+class AgentError(Exception):
+    """The agent cannot help; the message continues "the SSH agent …"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +57,18 @@ class PublicHalf:
 def check(key_pair: KeyPair, origin: str, *, private: bool = True) -> None:
     """Check, by a look at its files, that a key can be used.
 
-    An agent is asked where the private half is with it alone.
+    The agent is asked for a private half that is not in a file.
 
     Args:
         key_pair: The key.
         origin: Where its paths come from, for the error.
-        private: Whether the private half is looked at, too.
+        private: Whether the private half is checked, too.
 
     Raises:
-        InvalidKeyError: Names the file, what it is and what to do, and `origin`.
+        InvalidKeyError: It cannot; names the file, what it is, what to do, and `origin`.
     """
     with _from(origin):
-        public = _read_public(Path(str(key_pair.public_key_path)))
+        public = _read_public(key_pair)
         if private and _read_private(key_pair, public) is None:
             _ask_agent(key_pair, public)
 
@@ -70,10 +81,10 @@ def prove(key_pair: KeyPair, origin: str) -> None:
         origin: Where its paths come from, for the error.
 
     Raises:
-        InvalidKeyError: Names the file, what it is and what to do, and `origin`.
+        InvalidKeyError: It cannot; names the file, what it is, what to do, and `origin`.
     """
     with _from(origin):
-        public = _read_public(Path(str(key_pair.public_key_path)))
+        public = _read_public(key_pair)
         secret = _read_private(key_pair, public)
         if secret is None:
             _ask_agent(key_pair, public, trial=True)
@@ -82,7 +93,7 @@ def prove(key_pair: KeyPair, origin: str) -> None:
 
 
 def open_key(public_key_path: str | None, private_key_path: str) -> paramiko.PKey:
-    """Open a key to log in with: from its file, or by the agent where that is with it alone.
+    """Open a key to log in with: from its file, or by the agent if it is not in a file.
 
     Args:
         public_key_path: The public half; by default beside the private one.
@@ -96,11 +107,11 @@ def open_key(public_key_path: str | None, private_key_path: str) -> paramiko.PKe
     # A file alone is enough to log in.
     public = None
     if public_key_path is not None or not private.exists():
-        public = _read_public(Path(str(pair.public_key_path)))
+        public = _read_public(pair)
     secret = _read_private(pair, public)
     if secret is not None:
         return _open_file(_load(pair, secret, public))
-    public = public or _read_public(Path(str(pair.public_key_path)))
+    public = public or _read_public(pair)
     _ask_agent(pair, public)
     return _open_agent(public)
 
@@ -113,7 +124,8 @@ def _from(origin: str) -> Iterator[None]:
         raise InvalidKeyError(f"{origin}: {error}") from error.__cause__
 
 
-def _read_public(path: Path) -> PublicHalf:
+def _read_public(key_pair: KeyPair) -> PublicHalf:
+    path = Path(str(key_pair.public_key_path))
     try:
         text = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -167,7 +179,7 @@ def _is_dsa(path: Path) -> InvalidKeyError:
 
 
 def _read_private(key_pair: KeyPair, public: PublicHalf | None) -> bytes | None:
-    """Read the private half; None when only an agent can have it: a passphrase, a token."""
+    """Read the private half; None if only an agent can use it: with a passphrase, on a token."""
     path = Path(str(key_pair.private_key_path))
     try:
         text = path.read_bytes()
@@ -194,7 +206,7 @@ def _read_private(key_pair: KeyPair, public: PublicHalf | None) -> bytes | None:
 
 
 def _parse_openssh(path: Path, text: bytes) -> tuple[bytes, bytes]:
-    """Read what OpenSSH's own form tells openly: the cipher and the public half (PROTOCOL.key)."""
+    """Read what is plain in OpenSSH's form: the cipher and the public half (PROTOCOL.key)."""
     try:
         body = text.partition(_OPENSSH)[2].partition(_OPENSSH_END)[0]
         blob = base64.b64decode(b"".join(body.split()), validate=True)
@@ -225,7 +237,6 @@ def _mismatch(key_pair: KeyPair) -> InvalidKeyError:
 
 def _load(key_pair: KeyPair, secret: bytes, public: PublicHalf | None) -> Any:
     """Load a private key, in any form that needs no passphrase."""
-    path = Path(str(key_pair.private_key_path))
     from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - heavy
     from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415 - heavy
     from cryptography.hazmat.primitives.asymmetric import (  # noqa: PLC0415 - heavy
@@ -235,13 +246,14 @@ def _load(key_pair: KeyPair, secret: bytes, public: PublicHalf | None) -> Any:
         rsa,
     )
 
+    path = Path(str(key_pair.private_key_path))
     load = form.load_ssh_private_key if _OPENSSH in secret else form.load_pem_private_key
     try:
         try:
-            # Whether the numbers of an RSA key are right shows by its public half.
+            # The public half shows whether the numbers of an RSA key are right.
             key = load(secret, None, unsafe_skip_rsa_key_validation=True)
         except TypeError:
-            # Older versions of the library know no such thing: it takes them half a second.
+            # Older versions of the library lack the option, and take half a second.
             key = load(secret, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _is_damaged(path, error) from error
@@ -327,28 +339,16 @@ def _open_agent(public: PublicHalf) -> paramiko.PKey:
     return AgentKey()
 
 
-_FAILURE, _LIST, _LISTED, _SIGN, _SIGNED = 5, 11, 12, 13, 14
-_RSA_HASHES = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
-_LIST_LIMIT = 5.0
-# The agent may ask its user first, who may have to touch a token.
-_SIGN_LIMIT = 30.0
-_LONGEST_ANSWER = 1 << 20
-
-
-class AgentError(Exception):
-    """The agent is of no help; the message goes on a sentence that begins with "the SSH agent"."""
-
-
 def pack(data: bytes) -> bytes:
     """Write a byte string as SSH does (RFC 4251, section 5)."""
     return struct.pack(">I", len(data)) + data
 
 
 def unpack(data: bytes) -> Iterator[bytes]:
-    """Read the byte strings that data consists of.
+    """Yield the byte strings that data consists of.
 
     Raises:
-        ValueError: It consists of something else.
+        ValueError: It does not consist of such.
     """
     while data:
         length = int.from_bytes(data[:4], "big")
@@ -365,7 +365,7 @@ def check_holds(public: bytes) -> None:
         public: The public half in SSH's binary form.
 
     Raises:
-        AgentError: It does not, or cannot be asked; says why.
+        AgentError: It does not, or cannot be asked; gives the reason.
     """
     kind, answer = _ask(bytes([_LIST]), _LIST_LIMIT)
     if kind != _LISTED:
@@ -389,7 +389,7 @@ def sign(public: bytes, data: bytes, algorithm: str = "") -> bytes:
         algorithm: The name of the signature's algorithm, where the key has several.
 
     Raises:
-        AgentError: It did not; says why.
+        AgentError: It did not; gives the reason.
     """
     flags = struct.pack(">I", _RSA_HASHES.get(algorithm, 0))
     kind, answer = _ask(bytes([_SIGN]) + pack(public) + pack(data) + flags, _SIGN_LIMIT)

@@ -1,4 +1,4 @@
-"""Lines of the console that begin a boot or a phase of one, and those at which a boot ends."""
+"""Lines of the console that begin a boot or one of its phases, and lines that end a boot."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from dataclasses import dataclass
 
 from pycloudlib.diagnosis import Cause
 
-# Colours and cursor movements, which systemd and firmware print, and what is for the terminal alone
-# (ECMA-48, 5.6; systemd from 256 on begins the output of a service so: its palette, who speaks).
+# Colours and cursor movements, which systemd and firmware print, and commands to the terminal
+# (ECMA-48, 5.6; systemd from 256 on begins the output of a service with some).
 _CONTROL = re.compile(
     rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[PX\]^_][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9AB]|c)"
     rb"|[\x00-\x08\x0b-\x1f\x7f]"
 )
 
-# The firmware's first line, or that of a kernel that another one started (kexec); not what a
-# service prints of one, as systemd forwards it: cloud-init[700]: [    0.000000] Linux version
+# The firmware's first line, or that of a kernel started by another one (kexec); not a quotation in
+# a service's output: cloud-init[700]: [    0.000000] Linux version
 _KERNEL_STARTS = rb"\[ {1,8}0\.0{6}\] Linux version "
 BOOT_STARTS = re.compile(
     rb"(?<!\]: )(?:SeaBIOS \(version |BdsDxe: loading |" + _KERNEL_STARTS + rb")"
 )
-"""With one of these a boot begins: what was before is another boot's."""
+"""Begins a boot: what was before belongs to another boot."""
 _BOOT_STARTS_IN_TEXT = re.compile(BOOT_STARTS.pattern.decode())
+
+# Limited, since long output may begin like this many times.
+_CLOUD_INIT = rb"Cloud-init v\. .{1,100} "
 
 
 @enum.unique
@@ -42,9 +45,6 @@ class Phase(enum.Enum):
     CLOUD_INIT_DONE = "cloud-init done"
 
 
-# Its version is short: what is printed may be long, and begin in this manner many times.
-_CLOUD_INIT = rb"Cloud-init v\. .{1,100} "
-
 ORDER = {phase: number for number, phase in enumerate(Phase)}
 """Which phase comes after which."""
 
@@ -53,7 +53,7 @@ _SIGNS: tuple[tuple[Phase, re.Pattern[bytes]], ...] = (
     (Phase.BOOT_LOADER, re.compile(rb"GRUB|Welcome to GRUB|Booting `")),
     (Phase.KERNEL, re.compile(rb"Linux version |Run /init as init")),
     (Phase.INITRD, re.compile(rb"Begin: Loading essential drivers|Loading, please wait")),
-    # To its end: a line is looked at before it is whole, and GRUB welcomes too.
+    # To its end: a line is matched before it is complete, and GRUB welcomes, too.
     (Phase.SYSTEMD, re.compile(rb"systemd\[1\]: |Welcome to .{1,200}!")),
     (Phase.CLOUD_INIT_LOCAL, re.compile(_CLOUD_INIT + rb"running 'init-local'")),
     (Phase.CLOUD_INIT_NETWORK, re.compile(_CLOUD_INIT + rb"running 'init'")),
@@ -98,14 +98,14 @@ class PhaseStart:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """A line of the console, and what it tells.
+    """A line of the console that shows a cause.
 
     Attributes:
-        cause: What.
+        cause: The cause.
         pattern: The line.
-        final: Whether nothing more comes after it: who waits for the machine need not any more.
-        prompt: Whether it is one that is waited at: only the last line of all can be that, but for
-            what the kernel says of itself meanwhile.
+        final: Whether the boot ends with it, so that waiting is useless.
+        prompt: Whether it is a prompt, which counts only as the last line, except for lines of the
+            kernel.
     """
 
     cause: Cause
@@ -115,7 +115,7 @@ class Sign:
 
     @property
     def kernels(self) -> bool:
-        """Whether it is the kernel's own word, which may come at any time."""
+        """Whether the kernel prints it, which may happen at any time."""
         return self.pattern.pattern.startswith(_KERNEL)
 
 
@@ -123,9 +123,9 @@ def _sign(cause: Cause, pattern: str, *, final: bool = True, prompt: bool = Fals
     return Sign(cause, re.compile(pattern), final, prompt)
 
 
-# With a time stamp, what the kernel prints, and not what user-data prints that tells of it.
+# With a time stamp, as the kernel prints it, and not a quotation by user-data.
 _KERNEL = r"^\[ *\d+\.\d+\] "
-# kernel/panic.c: printed when it does not boot again by itself (panic=).
+# kernel/panic.c: printed if the kernel does not reboot by itself (panic=).
 _PANIC = _KERNEL + r"---\[ end Kernel panic"
 SIGNS = (
     # SeaBIOS (src/boot.c).
@@ -133,7 +133,7 @@ SIGNS = (
     _sign(Cause.BOOT_LOADER_PROMPT, r"^grub( rescue)?> *$", prompt=True),
     _sign(Cause.GUEST_MEMORY, _PANIC + r" .*(?i:out of memory|deadlocked on)"),
     _sign(Cause.KERNEL_PANIC, _PANIC),
-    # kernel/reboot.c: it is not switched off, and does nothing more.
+    # kernel/reboot.c: it is not powered off, and does nothing more.
     _sign(Cause.HALTED, _KERNEL + r"reboot: System halted"),
     # initramfs-tools (scripts/functions, panic()).
     _sign(Cause.EMERGENCY_SHELL, r"^\(initramfs\) *(?:\[ *\d+\.\d+\] .*)?$", prompt=True),
@@ -148,8 +148,8 @@ SIGNS = (
     _sign(Cause.GUEST_DISK, r"No space left on device", final=False),
 )
 _BY_KERNEL = re.compile(_KERNEL)
-# What a kernel says first of all when it fails (BUG, Oops, an exception; kernel/panic.c, and of x86
-# arch/x86/kernel/dumpstack.c and traps.c). Registers and addresses follow, screens of them.
+# The first line of a failing kernel (BUG, Oops, an exception; kernel/panic.c, and of x86
+# arch/x86/kernel/dumpstack.c and traps.c). Screens of registers and addresses follow.
 _FAILURE = re.compile(
     _KERNEL + r"(?:BUG: |Oops: |[Uu]nable to handle |general protection fault|double fault|"
     r"stack segment|invalid opcode|int3|traps: |kernel BUG at |Kernel panic - not syncing)"
@@ -159,12 +159,12 @@ _FAILURE = re.compile(
 def find_sign(
     lines: Sequence[str], *, final: bool = False, kernels: bool = False
 ) -> tuple[Sign, str] | None:
-    """Find what the latest boot on a console tells; what ends the boot before all else.
+    """Find the sign and its line in the latest boot on a console; those that end it come first.
 
     Args:
-        lines: The console's lines, without control sequences; the last one may be unfinished.
-        final: Whether to look only for what ends it.
-        kernels: Whether to look only for what the kernel itself says.
+        lines: The console's lines, without control sequences; the last one may be incomplete.
+        final: Whether to look only for signs that end the boot.
+        kernels: Whether to look only for lines of the kernel.
     """
     boot = list(_latest_boot(lines))
     waiting = [line for line in boot if not is_by_kernel(line)][-1:]
@@ -178,10 +178,7 @@ def find_sign(
 
 
 def find_kernel_failure(lines: Sequence[str]) -> int | None:
-    """Return the number of the line in which the latest boot's kernel begins to say why it failed.
-
-    None where it did not fail.
-    """
+    """Return the number of the line in which the latest boot's kernel fails; None if it did not."""
     failed = None
     for number, line in enumerate(lines):
         if begins_boot(line):
@@ -192,12 +189,12 @@ def find_kernel_failure(lines: Sequence[str]) -> int | None:
 
 
 def begins_failure(line: str) -> bool:
-    """Whether a kernel begins to say in a line why it fails."""
+    """Whether a line is the first one of a failing kernel."""
     return _FAILURE.search(line) is not None
 
 
 def is_by_kernel(line: str) -> bool:
-    """Whether a line is the kernel's, which may speak while others wait for input."""
+    """Whether a line is the kernel's, which may print while a prompt waits for input."""
     return _BY_KERNEL.match(line) is not None
 
 

@@ -1,4 +1,4 @@
-"""cloud-init's own word on how a boot went, parsed."""
+"""cloud-init's own report of a boot, asked for and parsed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ cat /run/cloud-init/status.json 2>/dev/null || :
   }
 ' /var/log/cloud-init.log 2>/dev/null || :
 """
-# What cloud-init has noted: its status, and what it warned of in this boot, which older versions
-# say in their log alone. The log is appended to in each boot, and read by administrators alone.
+# cloud-init's status, and its warnings of this boot, which older versions only log. The log has all
+# boots, and only administrators can read it.
 
 _NOTE_SHUTDOWN = r"""
 note_shutdown() {
@@ -47,7 +47,7 @@ note_shutdown() {
 }
 trap note_shutdown EXIT
 """
-# Whether the guest goes down, or is to: how, and in how many seconds.
+# Whether the guest shuts down, or is to: how, and in how many seconds.
 
 WAIT_SCRIPT = (
     _NOTE_SHUTDOWN
@@ -104,20 +104,20 @@ echo $how
 """Shell script that ends when cloud-init has ended in *this* boot, and prints how.
 
 `result.json` is written when the last stage has ended; /run is empty at the start of each boot.
-`cloud-init clean` leaves of it a link that leads nowhere, and others may remove it altogether, so
-systemd is asked, too, what has become of the last stage in this boot: now and then, as that takes
-time, and at once when what cloud-init wrote is gone. While the guest goes down, that is no answer:
-the next boot is the one that is waited for.
+`cloud-init clean` leaves a dangling link of it, and others may remove it altogether, so systemd is
+asked, too, for the state of the last stage in this boot: now and then, as that takes time, and at
+once when cloud-init's files are gone. While the guest shuts down, this is no answer: then the next
+boot is waited for.
 
 `cloud-init status --wait` is not used: older versions (22.4) return as soon as any module has
 failed while later stages still run, and its Python start-up and polling slow a small guest down.
 
-What cloud-init does at its very end (`power_state`) is left to a process that waits for the last
-stage's: so it is waited for those, too, and then it is known whether the guest boots again.
+cloud-init leaves the very end (`power_state`) to a process that waits for the last stage's
+processes: so these are waited for, too, and then it is known whether the guest reboots.
 
-The guest offers no event for this that an ordinary user can wait on, so a file is looked for.
-bash waits by itself, for input that never comes; a `sleep` each time takes 36 ms of an emulated
-processor, a quarter of what cloud-init has at ten a second.
+An ordinary user can wait for no event of this kind, so a file is polled. bash waits by itself, for
+input that never comes; a `sleep` each time takes 36 ms of an emulated processor, a quarter of what
+cloud-init has at ten a second.
 """
 
 _BY_A_SHELL = 'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c "$0"'
@@ -126,8 +126,8 @@ WAIT_COMMAND = ("sh", "-c", _BY_A_SHELL, WAIT_SCRIPT)
 """Runs the script, by bash where there is one."""
 
 BRIEF_WAIT_COMMAND = ("sh", "-c", _BY_A_SHELL, f"brief=1\n{WAIT_SCRIPT}")
-"""The same for a guest whose boot was waited for before: without what each takes a program to find
-out, which is 50 ms of an emulated processor. That is the log, and whether the guest goes down."""
+"""The same for a guest whose boot was waited for before: without the log, and without asking
+whether the guest shuts down, which take 50 ms of an emulated processor each."""
 
 GOING_DOWN_COMMAND = (
     "sh",
@@ -139,17 +139,19 @@ while [ -e /run/systemd/shutdown/scheduled ] ||
 done
 """,
 )
-"""Ends with the guest, which goes down or is to, or when that has been called off."""
+"""Ends with the shutdown of the guest, or when that has been cancelled."""
 
 REPORT_SCRIPT = f"echo running{_REPORT}"
-"""Shell script that prints what cloud-init has noted up to now."""
+"""Shell script that prints cloud-init's report up to now."""
 
 # What its log and the console have: 2026-11-30 03:19:01,327 - util.py[WARNING]: what is wrong
 _LOGGED = r"\d[\d-]+ [\d:]+,\d+ - \S+?\[(WARNING|ERROR|CRITICAL|DEPRECATED)\]: (.*)"
 _LOGGED_LINE = re.compile(_LOGGED)
 _CONSOLE_LINE = re.compile(r"\[ *\d+\.\d+\] cloud-init\[\d+\]: " + _LOGGED)
-# Two that begin alike for so long are the same.
-_TOLD_APART = 200
+# Warnings with so many equal characters at the beginning are the same.
+_COMPARED = 200
+
+_STAGES = ("init-local", "init", "modules-config", "modules-final")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +173,10 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """That the guest goes down, or is to.
+    """A shutdown of the guest, under way or planned.
 
     Attributes:
-        mode: `reboot`, `kexec`, `soft-reboot`, `poweroff`, `halt`; `shutdown` when that is not
-            known.
+        mode: `reboot`, `kexec`, `soft-reboot`, `poweroff`, `halt`; `shutdown` if unknown.
         seconds: In how many seconds; 0 when it is under way.
     """
 
@@ -189,7 +190,7 @@ class Shutdown:
 
     @property
     def boots_again(self) -> bool:
-        """Whether the guest is to come back."""
+        """Whether the guest is to boot again."""
         return self.mode in ("reboot", "kexec", "soft-reboot")
 
 
@@ -200,11 +201,11 @@ class CloudInitStatus:
     Attributes:
         state: `finished`; `crashed` when the last stage's unit failed; `disabled` or `absent`
             when there was nothing to wait for; `running` when it has not been waited for.
-        datasource: Where its data came from, in cloud-init's words.
+        datasource: Where its data comes from, in cloud-init's words.
         stages: Its stages in order.
         recoverable_errors: Warnings of cloud-init 23.4 and later, each once.
         logged: Warnings in its log, of all versions.
-        shutdown: Whether the guest goes down, or is to, at cloud-init's end.
+        shutdown: The guest's shutdown, if one is under way or planned.
     """
 
     state: str
@@ -221,7 +222,7 @@ class CloudInitStatus:
 
     @property
     def failed(self) -> bool:
-        """Whether cloud-init says that something failed."""
+        """Whether cloud-init reports a failure."""
         return self.state == "crashed" or bool(self.errors)
 
     @property
@@ -231,7 +232,7 @@ class CloudInitStatus:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What it warned of, each once, as "WARNING: what is wrong"."""
+        """Its warnings, each once, as "WARNING: what is wrong"."""
         return merge_warnings(self.recoverable_errors, self.logged)
 
 
@@ -253,17 +254,14 @@ def find_console_warning(line: str) -> str | None:
 def merge_warnings(*sources: Iterable[str]) -> tuple[str, ...]:
     """Merge warnings, each once.
 
-    The console has only the first line of each, and cloud-init's log not all: so they are told
-    apart by how they begin, and the first that is given counts.
+    The console has only the first line of each, and cloud-init's log not all: so they are compared
+    by their beginning, and the first one is kept.
     """
     merged: dict[str, str] = {}
     for warning in (warning for source in sources for warning in source):
-        begins = " ".join(warning.partition("\n")[0].split())[:_TOLD_APART]
+        begins = " ".join(warning.partition("\n")[0].split())[:_COMPARED]
         merged.setdefault(begins, warning)
     return tuple(merged.values())
-
-
-_STAGES = ("init-local", "init", "modules-config", "modules-final")
 
 
 def parse_status(output: str) -> CloudInitStatus:
@@ -272,8 +270,8 @@ def parse_status(output: str) -> CloudInitStatus:
     Raises:
         ValueError: It is not the script's output.
     """
-    # The document has no such line, as a text in JSON has no line ends; and the script's last word
-    # on the shutdown is its last word.
+    # The document has no such line, as a text in JSON has no line ends; and the script prints the
+    # shutdown last.
     printed, mark, shutdown = f"{output}\n".rpartition("\n== shutdown\n")
     state, _, rest = (printed if mark else output).strip().partition("\n")
     document, _, log = rest.partition("\n== log\n")
@@ -311,7 +309,7 @@ def _seconds(value: object) -> float | None:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """Read a list of what went wrong, which need not be texts."""
+    """Read a list of messages, which need not be texts."""
     if not isinstance(value, (list, type(None))):
         raise TypeError(f"{safe_repr(value)} is not a list")
     return tuple(map(str, value or ()))
@@ -333,8 +331,8 @@ def _parse_log(log: str) -> Iterator[str]:
 
 
 def _parse_shutdown(printed: str) -> Shutdown | None:
-    """Read how the guest goes down, and in how many seconds; nothing when it does not."""
-    # `shutdown -k` only says that there will be one.
+    """Read how the guest shuts down, and in how many seconds; None if it does not."""
+    # `shutdown -k` only announces one.
     if not printed.strip() or printed.startswith("dry-"):
         return None
     mode, seconds = printed.split()
@@ -344,7 +342,7 @@ def _parse_shutdown(printed: str) -> Shutdown | None:
 def _recoverable(status: dict[str, Any]) -> tuple[str, ...]:
     """Collect the warnings: in each stage, by level ("WARNING": [texts]).
 
-    A stage tells those of the one before it again, where both ran in one process.
+    A stage repeats those of the one before it, if both ran in one process.
     """
     return tuple(
         f"{level}: {text}"

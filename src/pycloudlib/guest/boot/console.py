@@ -1,7 +1,7 @@
-"""The serial console's log, read bit by bit in bounded memory: which boots it tells of, and what.
+"""The serial console's log, read step by step in bounded memory: the boots in it, and their signs.
 
-Whoever can write on the console is believed no further than that: the guest's users, and others of
-this host, who can type there.
+The console is not trusted any further: the guest's users write to it, and other users of this host
+can type there.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from pycloudlib.guest.boot.cloudinit import find_console_warning
 
 _log = logging.getLogger(__name__)
 
-# Of what is new, so much is looked at in one look: the beginning and the end. A boot prints some
-# fifty KiB, and a serial line is too slow for more than this between two looks.
+# Bytes that are read at once: of more, the beginning and the end. A boot prints some fifty KiB, and
+# a serial line is too slow for more than this between two looks.
 _MOST_AT_ONCE = 512 << 10
-# A line that is longer is looked at in pieces, which overlap by more than a marker has bytes.
+# A longer line is read in pieces, which overlap by more than the bytes of a marker.
 _LONGEST_LINE = 4096
 _OVERLAP = 256
-# What a file has right before the position, by which it is known to be the same still.
+# Bytes before the position, by which the file is recognized.
 _KNOWN_BYTES = 64
-# Lines that are kept: a kernel's last words are some fifty.
+# Lines that are kept: a failing kernel prints some fifty.
 _KEPT_LINES = 300
 _KEPT_WARNINGS = 100
-# Of a kernel's failure: it says first what it fell over.
+# Lines of a kernel's failure: it prints the reason first.
 _FAILURE_LINES = 12
 _BLOCK = 64 << 10
 _CUT = "…"
@@ -57,7 +57,7 @@ class Line:
 
     Attributes:
         offset: Where in the log it begins, in bytes.
-        text: What it says, without control sequences.
+        text: Its text, without control sequences.
     """
 
     offset: int
@@ -70,7 +70,7 @@ class SeenPhase:
 
     Attributes:
         phase: Which.
-        offset: Where in the log it was told, in bytes.
+        offset: Where in the log it begins, in bytes.
         seen: When that was seen, in `time.monotonic` seconds.
     """
 
@@ -81,13 +81,13 @@ class SeenPhase:
 
 @dataclass(frozen=True, slots=True)
 class DeadEnd:
-    """That a boot goes no further by itself, as the console has it.
+    """The end of a boot that does not continue by itself, by a line of the console.
 
     Attributes:
         cause: Why.
-        line: The line that tells.
-        offset: Where in the log that is, in bytes.
-        is_kernels: Whether the kernel has said so, which says nothing more then.
+        line: The line.
+        offset: Where in the log it is, in bytes.
+        is_kernels: Whether the kernel printed it, and prints nothing more.
     """
 
     cause: Cause
@@ -97,15 +97,15 @@ class DeadEnd:
 
 
 class Console:
-    """What the console tells of a machine's present run, and of its present boot.
+    """A machine's present run and present boot, as its console shows them.
 
-    Each byte is read at most once. Where much has come since the last look, its middle is left out:
-    so neither time nor memory depends on how much is printed. A log that is truncated, or replaced
-    by another one, is read from its beginning. Safe to use from several threads, and after a fork.
+    Each byte is read at most once. If there is much since the last look, its middle is left out: so
+    neither time nor memory depends on how much is printed. A log that is truncated, or replaced by
+    another one, is read from its beginning. Safe to use from several threads, and after a fork.
 
     Args:
         log: The file; it may not exist yet.
-        find_start: Says where in it the machine's present run begins, from power-on, in bytes.
+        find_start: Returns where in it the machine's present run begins, from power-on, in bytes.
     """
 
     def __init__(self, log: Path, find_start: Callable[[], int] = lambda: 0) -> None:
@@ -121,7 +121,7 @@ class Console:
     def look(self) -> _Run:
         """Read what is new, and return all that is known."""
         if self._pid != os.getpid():
-            # Another thread of the parent may have been in the middle of it.
+            # Another thread of the parent may have been reading it.
             self._pid = os.getpid()
             self._run = _Run(-1, 0)
         with self._lock:
@@ -136,7 +136,7 @@ class Console:
 
     @property
     def lines(self) -> Sequence[str]:
-        """Lines of the present boot: the latest, and those before them that tell something."""
+        """Lines of the present boot: the latest, and significant ones before them."""
         with self._lock:
             return self._run.lines()
 
@@ -178,11 +178,11 @@ class _Run:
 
     Attributes:
         start: Where in the log it begins, in bytes.
-        position: How much of the log was looked at; as long as that stays, nothing was printed.
+        position: How much of the log was read; the same as long as nothing is printed.
         boot_start: Where the present boot begins.
-        rebooted: When it was seen that the guest has booted anew, in `time.monotonic` seconds; None
-            for the run's first boot.
-        last_line: The latest line with anything in it.
+        rebooted: When the guest's reboot was seen, in `time.monotonic` seconds; None for the run's
+            first boot.
+        last_line: The latest line that is not empty.
         phases: Those of the present boot, in order.
     """
 
@@ -194,7 +194,7 @@ class _Run:
         self.last_line = Line(position, "")
         # The latest that is not the kernel's.
         self._spoken = Line(position, "")
-        # With where they were told last.
+        # Each with its latest offset.
         self._warnings: dict[str, int] = {}
         self.phases: tuple[SeenPhase, ...] = ()
         self._partial = b""
@@ -202,7 +202,7 @@ class _Run:
         self._boots = 0
         self._last_start = -1
         self._has_kernel = False
-        # Of one that goes on from a saved machine, the first boot has begun elsewhere.
+        # The first boot of a copy of a saved machine began in that one.
         self._begun_elsewhere = False
         self._latest: deque[Line] = deque(maxlen=_KEPT_LINES)
         self._signs: dict[Sign, Line] = {}
@@ -220,25 +220,27 @@ class _Run:
         return self.phases[-1].phase if self.phases else None
 
     def lines(self) -> tuple[str, ...]:
-        """Return the latest lines of the present boot, and those before that tell something."""
+        """Return the latest lines of the present boot, and significant ones before them."""
         latest = [*self._latest]
         if self._partial:
             latest.append(self._open_line())
         first = latest[0].offset if latest else self.position
-        telling = {*self._signs.values(), *self._failure}
-        before = sorted((line for line in telling if line.offset < first), key=lambda it: it.offset)
+        significant = {*self._signs.values(), *self._failure}
+        before = sorted(
+            (line for line in significant if line.offset < first), key=lambda it: it.offset
+        )
         return tuple(line.text for line in (*before, *latest))
 
     def warnings(self, since: int) -> tuple[str, ...]:
-        """Return what cloud-init has warned of from a place in the log on, each once."""
+        """Return cloud-init's warnings from an offset of the log on, each once."""
         return tuple(text for text, offset in [*self._warnings.items()] if offset >= since)
 
     def find_dead_end(self, since: int = 0, *, kernels: bool = False) -> DeadEnd | None:
-        """Return what ends the present boot, as far as the console goes; None if nothing does.
+        """Return what ends the present boot, by its lines; None if nothing does.
 
         Args:
-            since: Where in the log it has to be told, at the earliest.
-            kernels: Whether to look only for what the kernel says.
+            since: The first offset in the log that counts.
+            kernels: Whether to look only for lines of the kernel.
         """
         for sign in SIGNS:
             if not sign.final or (kernels and not sign.kernels):
@@ -246,9 +248,9 @@ class _Run:
             found = self._signs.get(sign)
             if sign.prompt:
                 waits = sign.pattern.search(self._spoken.text) is not None
-                # Nobody waits at it any more where the boot has gone further.
+                # A prompt before a later phase was answered.
                 passed = bool(self.phases) and self.phases[-1].offset > self._spoken.offset
-                # What is on the console after cloud-init's end is of programs that run.
+                # After cloud-init's end, programs that run may print anything.
                 done = self.phase is Phase.CLOUD_INIT_DONE
                 found = self._spoken if waits and not (passed or done) else None
             elif sign in self._passed:
@@ -258,7 +260,7 @@ class _Run:
         return None
 
     def take(self, data: bytes) -> None:
-        """Look at the bytes that follow."""
+        """Read the bytes that follow."""
         offset = self.position - len(self._partial)
         self.position += len(data)
         *whole, self._partial = (self._partial + data).split(b"\n")
@@ -281,7 +283,7 @@ class _Run:
             self._note(offset, self._partial, is_whole=False)
 
     def skip_to(self, position: int) -> None:
-        """Leave bytes out: a machine that printed so much had not come to its end before."""
+        """Leave bytes out: a machine that printed so much had not stopped before."""
         self._passed.update(sign for sign in self._signs if sign.final)
         self._latest.append(Line(self.position, _CUT))
         self.position, self._partial, self._continued = position, b"", True
@@ -296,21 +298,21 @@ class _Run:
         for match in BOOT_STARTS.finditer(raw):
             if offset + match.start() > self._last_start:
                 self._note_start(offset + match.start(), raw[end : match.start()], match[0])
-            # What is before belongs to the boot before.
+            # The text before it belongs to the boot before.
             end, continued = match.start(), False
         offset, raw = offset + end, raw[end:]
         text = clean_line(raw)
         line = Line(offset, _CUT + text if continued and text else text)
         if text:
             self.last_line = line
-            # Of an unfinished line the kernel's time may be cut off.
+            # The kernel's time may be cut off in an incomplete line.
             if not is_by_kernel(text) and (is_whole or not text.startswith("[")):
                 self._spoken = line
         phase = find_phase(raw)
-        # Later on, what user-data prints may look like an earlier phase.
+        # Output of user-data may later look like an earlier phase.
         if phase is not None and (self.phase is None or ORDER[phase] > ORDER[self.phase]):
             self.phases = (*self.phases, SeenPhase(phase, offset, time.monotonic()))
-            # It has gone further.
+            # The boot has continued.
             self._passed.update(sign for sign in self._signs if sign.final and not sign.kernels)
         self._note_signs(line)
         if not is_whole:
@@ -348,12 +350,12 @@ class _Run:
         for sign in SIGNS:
             if sign.prompt or not sign.pattern.search(line.text):
                 continue
-            # One that is told once more holds once more.
+            # A repeated sign counts again.
             if sign not in self._signs or sign in self._passed or self._is_known(sign, line):
                 self._signs[sign] = line
                 self._passed.discard(sign)
             if done and not sign.kernels:
-                # What user-data prints from then on is its own affair.
+                # From then on, it may be output of user-data.
                 self._passed.add(sign)
         if self._failure and self._failure[-1].offset == line.offset:
             self._failure[-1] = line
@@ -361,12 +363,12 @@ class _Run:
             self._failure = [*self._failure, line][:_FAILURE_LINES]
 
     def _is_known(self, sign: Sign, line: Line) -> bool:
-        """Whether a line was looked at before, when it was not whole."""
+        """Whether a line was read before, when it was incomplete."""
         return self._signs[sign].offset == line.offset
 
 
 def _pieces(line: bytes) -> Iterator[tuple[int, bytes]]:
-    """Cut a line into pieces that overlap, each with where it begins."""
+    """Cut a line into pieces that overlap, each with its offset."""
     yield 0, line[:_LONGEST_LINE]
     step = _LONGEST_LINE - _OVERLAP
     for start in range(step, len(line) - _OVERLAP, step):

@@ -32,11 +32,11 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "package_update_upgrade_install": ("packages", "package_update", "package_upgrade"),
 }
 _DEFERRED = "write_files_deferred"  # the module for what `write_files` leaves for later
-# They say how a cloud-config is merged with those before it.
+# How a cloud-config is merged with those before it.
 _MERGING = ("merge_how", "merge_type")
 
 OUTPUT_LOG = "/var/log/cloud-init-output.log"
-"""The file in the guest that gets what the user-data prints, as in a boot."""
+"""The file in the guest for the output of user-data, as in a boot."""
 
 _NAME_CHARACTERS = frozenset(f"_-.(){string.digits}{string.ascii_letters}")
 # What execve(2) takes; anything else ends in "Exec format error".
@@ -61,8 +61,8 @@ _SCRIPTS: Mapping[str, str] = {
 }
 _USER_SCRIPTS = _SCRIPTS["text/x-shellscript"]
 
-# A service of systemd's has this environment, and cloud-init is one. What is said goes where a boot
-# lets it go; the end of it, of what fails, to stderr, too.
+# Services of systemd have this environment, and cloud-init is one. Output goes to the log, as in a
+# boot; the last lines of failed programs go to stderr, too.
 _PROLOGUE = """\
 cd /
 umask 022
@@ -88,9 +88,9 @@ run() {
   }
 }
 """
-# cloud-init writes to that log itself, and reads the cloud-config from its place: the option for
-# another one is not where it was in older versions. What it keeps of the datasource is who a copy
-# was before.
+# cloud-init writes to that log itself, and reads the cloud-config from its standard place: the
+# option for another one has moved between versions. Its pickled datasource has the identity of the
+# machine that was saved.
 _PROLOGUE_OF_MODULES = """\
 module() {
   clean cloud-init single --name $1 --frequency always >$d/out 2>&1 || {
@@ -113,15 +113,51 @@ except OSError:
 ' $i/obj.pkl $c/data/instance-id
 """
 
+_CONFIGURE = """
+set -e
+mac={mac}
+tries=0
+while :; do
+  for file in /sys/class/net/*/address; do
+    [ "$(cat "$file")" = "$mac" ] && interface=$(basename "$(dirname "$file")") && break 2
+  done
+  tries=$((tries + 1))
+  [ $tries -lt 150 ] || {{ echo "no interface with address $mac appeared" >&2; exit 1; }}
+  sleep 0.2
+done
+umask 077
+cat >/etc/netplan/{file} <<END
+network:
+  version: 2
+  ethernets:
+    $interface:
+      match: {{macaddress: "$mac"}}
+      dhcp4: true
+      dhcp4-overrides: {{use-routes: false, use-dns: false}}
+END
+netplan apply
+tries=0
+until ip -4 -json address show dev "$interface" scope global | grep -q '"local"'; do
+  tries=$((tries + 1))
+  [ $tries -lt 300 ] || {{ echo "$interface got no address by DHCP" >&2; exit 1; }}
+  sleep 0.2
+done
+ip -4 -json address show dev "$interface" scope global
+"""
+"""Waits for the interface with an address, sets it up by netplan, waits for DHCP.
+
+Routes and name servers stay those of the first interface, by which the guest reaches the host.
+"""
+
 
 @dataclass(slots=True)
 class _Plan:
-    """What is to be done.
+    """The steps of a user-data.
 
     Attributes:
-        boothooks: Programs that come first, by name.
+        boothooks: Programs that are run first, by name.
         config: All cloud-configs, merged; None if there is none.
-        scripts: Programs that come last, by the directory they go to, by name.
+        scripts: Programs that are run last, by their directory, by name.
     """
 
     boothooks: dict[str, str] = field(default_factory=dict)
@@ -139,7 +175,7 @@ def build_script(user_data: str | bytes) -> str:
         The script, for root; empty when there is nothing to do.
 
     Raises:
-        ValueError: cloud-init would not take it, or only in a boot; says what is in the way.
+        ValueError: cloud-init would not accept it, or only in a boot; gives the reason.
         TypeError: It is not text or bytes.
     """
     if not isinstance(user_data, (str, bytes)):
@@ -165,7 +201,7 @@ def _add(plan: _Plan, part: Part) -> None:
     """Add a part to the plan.
 
     Raises:
-        ValueError: It cannot be done; says why.
+        ValueError: It cannot be done; gives the reason.
     """
     if part.kind in _TAKES_A_BOOT:
         raise ValueError(f"it is {part.kind}, which takes a boot: {_TAKES_A_BOOT[part.kind]}")
@@ -178,7 +214,7 @@ def _add(plan: _Plan, part: Part) -> None:
         text = _with_unix_lines(_text(part)).removeprefix(_BOOTHOOK).lstrip()
         plan.boothooks[_file_name(part)] = _executable(text)
     elif part.content.strip():
-        raise ValueError(_tell_unknown(part))
+        raise ValueError(_describe_unknown(part))
 
 
 def _text(part: Part) -> str:
@@ -210,7 +246,7 @@ def _file_name(part: Part) -> str:
     return kept
 
 
-def _tell_unknown(part: Part) -> str:
+def _describe_unknown(part: Part) -> str:
     """Describe what is wrong with a part that cloud-init would ignore."""
     content = part.content
     hint = ""
@@ -231,10 +267,10 @@ def _tell_unknown(part: Part) -> str:
 
 
 def _merge(before: dict[str, Any] | None, part: Part) -> dict[str, Any]:
-    """Merge a cloud-config with those before it: of keys in both, the later one's values count.
+    """Merge a cloud-config with those before it: its values replace those of the same key.
 
     Raises:
-        ValueError: It is none, or wants to be merged in another way.
+        ValueError: It is no cloud-config, or is to be merged in another way.
     """
     text = _text(part)
     try:
@@ -262,7 +298,7 @@ def _merge(before: dict[str, Any] | None, part: Part) -> dict[str, Any]:
 
 
 def _write(plan: _Plan) -> str:
-    """Write the plan down as a script."""
+    """Return the plan as a script."""
     config = plan.config or {}
     modules = [name for name, keys in _MODULES.items() if any(key in config for key in keys)]
     steps: list[str] = []
@@ -309,43 +345,6 @@ def _place(text: str, path: str, mode: int = 700) -> str:
     """Return the command that writes a file, byte for byte."""
     encoded = base64.encodebytes(text.encode()).decode()
     return f"place {path} {mode} <<'end'\n{encoded}end"
-
-
-_CONFIGURE = """
-set -e
-mac={mac}
-tries=0
-while :; do
-  for file in /sys/class/net/*/address; do
-    [ "$(cat "$file")" = "$mac" ] && interface=$(basename "$(dirname "$file")") && break 2
-  done
-  tries=$((tries + 1))
-  [ $tries -lt 150 ] || {{ echo "no interface with address $mac appeared" >&2; exit 1; }}
-  sleep 0.2
-done
-umask 077
-cat >/etc/netplan/{file} <<END
-network:
-  version: 2
-  ethernets:
-    $interface:
-      match: {{macaddress: "$mac"}}
-      dhcp4: true
-      dhcp4-overrides: {{use-routes: false, use-dns: false}}
-END
-netplan apply
-tries=0
-until ip -4 -json address show dev "$interface" scope global | grep -q '"local"'; do
-  tries=$((tries + 1))
-  [ $tries -lt 300 ] || {{ echo "$interface got no address by DHCP" >&2; exit 1; }}
-  sleep 0.2
-done
-ip -4 -json address show dev "$interface" scope global
-"""
-"""Waits for the interface with an address, sets it up by netplan, waits for DHCP.
-
-Routes and name servers stay those of the first interface, by which the guest reaches the host.
-"""
 
 
 def configure_script(mac: str) -> str:

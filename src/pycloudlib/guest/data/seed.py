@@ -22,27 +22,27 @@ from pycloudlib.guest.access.hostkeys import HostKey
 from pycloudlib.guest.data import userdata
 
 VOLUME_UNIT = 4 << 20
-"""Bytes. A machine that goes on from where another was saved gets a seed of its own, on a disk
-whose size the guest knows already: so there is room to spare."""
+"""Bytes. A copy of a saved machine gets another seed on a disk whose size its guest knows already:
+so every volume has spare space."""
 
 ROOT_DIRECTORY_SECTOR = 28 * 4
-"""Where the root directory is in every volume, in sectors of 512 bytes: the first that is read of a
-volume when it is mounted, after its descriptors."""
+"""Where the root directory is in every volume, in sectors of 512 bytes: it is read first when a
+volume is mounted, after the descriptors."""
 
 _BLOCK = 2048  # ISO 9660: bytes of a logical block
-# In bytes: descriptors and directories, and what another name and host key take at most.
+# Bytes for descriptors and directories, and for another name and host keys at most.
 _SPARE = 128 << 10
 _DESCRIPTORS = (16, 17)  # blocks of the primary and of the supplementary descriptor
-# Offsets in a descriptor of what differs from one volume to the next (ECMA-119, 8.4).
+# Offsets in a descriptor at which volumes differ (ECMA-119, 8.4).
 _SPACE_SIZE = 80
 _RECORDING_TIME = 156 + 18  # in the root directory's record
 _TIMES = 813  # four of them, each of 17 bytes
 _NO_TIME = b"2000010100000000\0"
 
-# `ssh_keys` makes cloud-init (cc_ssh) pass over all that is configured of host keys. User-data and
-# vendor-data are known here; what the image itself configures is known to the guest, whose
-# cloud-init renders this: `merged_system_cfg` is that configuration, `merged_cfg` its name before
-# 23.3. Where neither is known, the guest makes its keys itself.
+# With `ssh_keys`, cloud-init (cc_ssh) ignores any other configuration of host keys. User-data and
+# vendor-data are known here; the image's own configuration is known in the guest, whose cloud-init
+# renders this template: it is `merged_system_cfg`, before 23.3 `merged_cfg`. Where neither is
+# defined, the guest makes its keys itself.
 _HOST_KEYS_BEGIN = b"""\
 ## template: jinja
 #cloud-config
@@ -51,8 +51,8 @@ _HOST_KEYS_BEGIN = b"""\
 {}
 {% else %}
 """
-# Before 23.1, cloud-init lets nobody but root read a public key that is supplied. One that is not
-# is derived from the private key, as for everybody to read.
+# Before 23.1, cloud-init makes a supplied public key readable for root only. Without one, it
+# derives it from the private key, readable for all.
 _PUBLIC_BEGIN = b"{% if merged_system_cfg is defined %}\n"
 _HOST_KEYS_END = b"{% endif %}\n{% endif %}\n"
 
@@ -82,7 +82,7 @@ class Seed:
 
     @property
     def volume_length(self) -> int:
-        """Bytes of a volume that has room for it and some to spare, in whole `VOLUME_UNIT`s."""
+        """Bytes of a volume for it, with spare space, in whole `VOLUME_UNIT`s."""
         taken = sum(-(-len(data) // _BLOCK) * _BLOCK for data in self.files.values())
         return -(-(taken + _SPARE) // VOLUME_UNIT) * VOLUME_UNIT
 
@@ -101,8 +101,8 @@ def build_seed(
 ) -> Seed:
     """Build a machine's seed.
 
-    The user-data stays as it is given, whatever its kind: the SSH key comes by the meta-data, and
-    host keys by the vendor-data, unless the image's own configuration says anything of them.
+    The user-data is not changed, whatever its kind: the SSH key is in the meta-data, and host keys
+    are in the vendor-data, unless the image's own configuration is about them.
 
     Args:
         instance_id: For cloud-init; the caller's meta-data may name another.
@@ -134,14 +134,14 @@ def build_seed(
 def write_iso(seed: Seed, path: Path, length: int = 0) -> None:
     """Write a seed as an ISO 9660 volume labelled `cidata`, which is how cloud-init finds it.
 
-    All volumes of one length have the same descriptors: a guest that has read one's may go on with
-    the rest of another.
+    All volumes of one length have the same descriptors: a guest that has read one's may read the
+    rest of another.
 
     Args:
         seed: The seed.
         path: The new file.
-        length: Bytes that it is to have if that is enough, as in a copy of a machine whose guest
-            knows its disks already; by default `Seed.volume_length`.
+        length: Its length in bytes, if that is enough, as for a copy whose guest knows its disks
+            already; by default `Seed.volume_length`.
     """
     import pycdlib  # noqa: PLC0415 - heavy
 
@@ -212,10 +212,10 @@ def read_iso(path: Path) -> Seed:
 
 
 def rename(seed: Seed, *, instance_id: str, hostname: str, host_keys: Sequence[HostKey]) -> Seed:
-    """Return the seed of a copy of a machine: the same but for its identity.
+    """Return the seed of a copy of a machine: the same except for its identity.
 
-    The host keys replace those that were supplied to the machine; one that made its own will do so
-    again.
+    The host keys replace those that were supplied to the machine; without those, a copy makes its
+    own, too.
     """
     meta_data = parse_mapping("meta_data", seed.meta_data)
     meta_data.update({"instance-id": instance_id, "local-hostname": hostname})
@@ -289,7 +289,7 @@ def parse_mapping(name: str, given: Document) -> dict[str, Any]:
 def _public_keys(given: object) -> list[str]:
     """Flatten the shapes that cloud-init takes for `public-keys`: text, list, or mapping."""
     keys: list[str] = []
-    # Each once: YAML's aliases can make a few lines a mapping without end.
+    # Each once: YAML's aliases can make an endless mapping of a few lines.
     seen: set[int] = set()
     left = [given]
     while left:

@@ -1,4 +1,4 @@
-"""What user-data is made of: compressed or not, one document or several, by MIME or as an archive.
+"""The parts of user-data: compressed or not, one document or several, by MIME or as an archive.
 
 https://docs.cloud-init.io/en/latest/explanation/format.html
 """
@@ -15,8 +15,8 @@ from pycloudlib._base.documents import MOST_VALUES, gunzip, parse_yaml, safe_rep
 _GZIP_MAGIC = b"\x1f\x8b"
 _ARCHIVE = b"#cloud-config-archive"
 
-# What a document is by how it begins, in any case (cloudinit/handlers/__init__.py); of several that
-# fit, the longest one counts.
+# The kind of a document by its beginning, in any case (cloudinit/handlers/__init__.py); the longest
+# match counts.
 _BEGINNINGS = {
     "#include-once": "text/x-include-once-url",
     "#include": "text/x-include-url",
@@ -32,8 +32,8 @@ _BEGINNINGS = {
     "text/x-shellscript-per-once": "text/x-shellscript-per-once",
 }
 UNKNOWN = "text/x-not-multipart"
-"""What a document is that begins as none that cloud-init knows."""
-# Of parts that say to be one of these, the beginning counts.
+"""The kind of a document with an unknown beginning."""
+# For parts of these types, the beginning counts.
 _LOOKED_INTO = ("text/plain", UNKNOWN, "text/x-shellscript")
 _COMPRESSED = tuple(
     f"application/{name}"
@@ -50,13 +50,18 @@ _COMPRESSED = tuple(
 )
 _KIND_OF_ARCHIVES = "text/cloud-config-archive"
 
-# Of MIME documents: how long a header may be, which the library reads again for each ";" in it; and
-# how often a line may be looked at, which it is for each boundary that is open.
+# Of MIME documents: the length of a header, which the library reads again for each ";" in it; and
+# how often a line may be compared, once for each open boundary.
 _LONGEST_HEADER = 4096
 _HEADER = re.compile(
     rb"^content-[^:\s]*[ \t]*:[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*", re.IGNORECASE | re.MULTILINE
 )
 _MOST_LOOKS = 10_000_000
+
+# cloud-init's ssh_authkey_fingerprints module.
+_WITH_KEYS = re.compile(r"ci-info: \++Authorized keys from \S+ for user (\S+?)\++$")
+_WITHOUT_KEYS = re.compile(r"ci-info: no authorized SSH keys fingerprints found for user (\S+?)\.")
+_DEFAULT = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +85,13 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document of user-data, as cloud-init comes to see it.
+    """A document of user-data, as cloud-init sees it.
 
     Attributes:
-        kind: Its MIME type, which decides what becomes of it.
+        kind: Its MIME type, which decides how it is used.
         name: The file name under which it is kept, as given, or `part-001` and so on.
         content: The document.
-        merging: How it says that it is to be merged with those before, if it does so in a header.
+        merging: The header that tells how to merge it with those before, if it has one.
     """
 
     kind: str
@@ -110,7 +115,7 @@ class _Bounds:
         self._parts = limits.parts
 
     def decompress(self, document: bytes) -> bytes:
-        """Undo a compression by gzip; what is not compressed stays as it is.
+        """Decompress gzip data; anything else is returned as it is.
 
         Raises:
             ValueError: It is damaged, or too large.
@@ -128,8 +133,8 @@ class _Bounds:
         """Count a part.
 
         Args:
-            content: What it consists of, if that is not in the document as it is: an archive's may
-                be there once, and stand for many by aliases.
+            content: Its content, if that is not in the document as it is: an archive may have it
+                once, and repeat it by aliases.
 
         Raises:
             ValueError: There are too many, or they are too large.
@@ -145,11 +150,11 @@ class _Bounds:
 
 
 def decompress(document: bytes, name: str) -> bytes:
-    """Undo a compression by gzip; what is not compressed stays as it is.
+    """Decompress gzip data; anything else is returned as it is.
 
     Args:
         document: The document.
-        name: What it is called in an error.
+        name: Its name in an error.
 
     Raises:
         ValueError: It is damaged, or too large.
@@ -189,10 +194,10 @@ def parts(document: bytes, name: str, limits: Limits = LIMITS) -> list[Part]:
 
 
 def _within_bounds(document: bytes, name: str) -> bytes:
-    """Return a MIME document that can be read in the time that its length deserves.
+    """Return a MIME document, if reading it takes no longer than its length justifies.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: It would.
     """
     lines = document.count(b"\n") + document.count(b"\r")
     boundaries = document.lower().count(b"boundary")
@@ -211,7 +216,7 @@ def _within_bounds(document: bytes, name: str) -> bytes:
 
 
 def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
-    """Read the parts of a MIME document, and the parts of parts; their names may be missing."""
+    """Yield the parts of a MIME document, and the parts of parts; names may be missing."""
     try:
         for part in message.walk():
             if part.get_content_maintype() == "multipart":
@@ -229,7 +234,7 @@ def _walk(message: email.message.Message, name: str) -> Iterator[Part]:
 
 
 def _add(found: list[Part], part: Part, name: str, bounds: _Bounds) -> None:
-    """Add a part, or what an archive consists of, once it is known what it is."""
+    """Add a part with its kind, or the entries of an archive."""
     bounds.count_part()
     kind, content = part.kind, part.content
     if kind in _COMPRESSED:
@@ -343,24 +348,18 @@ def _parts(document: bytes, name: str) -> list[bytes]:
     return [payload for payload in payloads if isinstance(payload, bytes)]
 
 
-# cloud-init's ssh_authkey_fingerprints module.
-_WITH_KEYS = re.compile(r"ci-info: \++Authorized keys from \S+ for user (\S+?)\++$")
-_WITHOUT_KEYS = re.compile(r"ci-info: no authorized SSH keys fingerprints found for user (\S+?)\.")
-_DEFAULT = "default"
-
-
 def explain_logins(user_data: bytes, console: Iterable[str], username: str) -> str:
     """Explain who can log in, and what to do so that a user can.
 
     Args:
         user_data: The user-data.
         console: The console's lines, without control sequences.
-        username: Who was refused.
+        username: The user that was refused.
     """
-    told = []
+    reasons = []
     users = find_users(user_data)
     if users is not None and _DEFAULT not in users:
-        told.append(
+        reasons.append(
             f"the user-data's users are {', '.join(users) or 'none'}, without 'default', so that "
             "the default user, who gets the key, is not there: add 'default' to them, or log in "
             "(username=) as one of them whose ssh_authorized_keys have the key"
@@ -371,16 +370,16 @@ def explain_logins(user_data: bytes, console: Iterable[str], username: str) -> s
         if names
     ]
     if listed:
-        told.append(f"on the console, cloud-init lists {' and '.join(listed)}")
-    if not told:
-        told.append(
+        reasons.append(f"on the console, cloud-init lists {' and '.join(listed)}")
+    if not reasons:
+        reasons.append(
             f"is {username} the user who gets the key (username=), and was the key left to them?"
         )
-    return "; ".join(told)
+    return "; ".join(reasons)
 
 
 def find_users(user_data: bytes) -> tuple[str, ...] | None:
-    """Find whom user-data has made, by `users`; None when it says nothing of that.
+    """Return the users that user-data has created, by `users`; None if it has no such key.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html (`users`)
     """
@@ -392,7 +391,7 @@ def find_users(user_data: bytes) -> tuple[str, ...] | None:
             if users is not None:
                 found = [*(found or ()), *_names(users)]
     except ValueError:
-        pass  # what cannot be read here tells nothing
+        pass  # unknown
     return None if found is None else tuple(dict.fromkeys(found))
 
 

@@ -1,15 +1,14 @@
 """Copies as `cp -rH` does, in two halves: one reads a file or a tree, the other writes it.
 
-Both halves are needed at both ends. Here they are imported; to a guest the text is sent, and run by
-the guest's own Python (3.5 or newer, nothing but its standard library), with `read SOURCE` or
-`write TARGET NAME`. Between them goes a stream of records, each a letter, a length, and that many
-bytes. What the half in the guest could not do comes in the same form.
+Both ends need both halves. The host imports them; a guest gets the text, which its own Python runs
+(3.5 or newer, nothing but its standard library), with `read SOURCE` or `write TARGET NAME`. Between
+them is a stream of records, each a letter, a length, and that many bytes. Problems of the half in
+the guest are records, too.
 
-What `cp -rH` does: a link that is named is followed, one in a tree stays a link. New files and
-directories get the mode of what they are copied from, less the umask; those that are there already
-keep theirs, and are written into, through a link if need be. Nothing takes the place of something
-of another kind, but links, pipes and sockets that of any file. Holes stay holes. What cannot be
-copied is told of, and the rest is copied.
+As `cp -rH`: a link that is named is followed, one in a tree stays a link. New files and directories
+get the mode of their source, less the umask; existing ones keep theirs and are written into, also
+through a link. Nothing replaces something of another kind, except that links, pipes and sockets
+replace any file. Holes stay holes. Problems are reported, and the rest is copied.
 """
 
 import errno
@@ -30,7 +29,7 @@ CHUNK = 1 << 18
 LONGEST = 2 * CHUNK
 PERMISSIONS = 0o777
 MOST_PROBLEMS = 1000
-"""How many are told of; whoever is not believed may have no end of them."""
+"""How many are kept; the other half, if it is not trusted, may send any number."""
 
 Send = Callable[[bytes, bytes], None]
 Record = Tuple[bytes, bytes]
@@ -42,9 +41,9 @@ class StreamError(Exception):
 
 
 class Problem:
-    """What could not be done: an attempt, at what, and why not.
+    """What could not be done: an attempt, its path, and the reason.
 
-    The number of the error is 0 where it is none of the system's.
+    The error's number is 0 if it is not the system's.
     """
 
     def __init__(self, attempt: str, path: bytes, number: int, why: str) -> None:
@@ -102,8 +101,8 @@ class Reader:
         self.send = send
 
     def read(self, source: bytes) -> None:
-        """Read what there is of a name; links in it, not the name itself, stay links."""
-        # Directories whose entries are left; a path may be deeper than calls can be.
+        """Read a file or a tree; links in it, but not the source itself, stay links."""
+        # Directories whose entries are left; a path may be deeper than the stack.
         left = [iter([(source, b"")])]
         while left:
             found = next(left[-1], None)
@@ -145,7 +144,7 @@ class Reader:
 
     def read_file(self, path: bytes, beginning: bytes) -> None:
         try:
-            # Should it have become a pipe meanwhile, nobody waits for its other end.
+            # If it has become a pipe meanwhile, its other end is not waited for.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             self.report("open", path, error)
@@ -173,7 +172,7 @@ def problem_of(attempt: str, path: bytes, error: OSError) -> Problem:
 
 
 def pieces(descriptor: int) -> Iterator[Tuple[int, bytes]]:
-    """Read a file to its end, leaving out its holes: pieces with their offsets."""
+    """Yield the data of a file without its holes: pieces with their offsets."""
     facts = os.fstat(descriptor)
     sparse = facts.st_blocks * 512 < facts.st_size
     offset = 0
@@ -187,7 +186,7 @@ def pieces(descriptor: int) -> Iterator[Tuple[int, bytes]]:
                 if error.errno == errno.ENXIO:  # no more data
                     return
                 sparse = False  # the file system knows no holes
-        # What a file's size tells may not be its end: it grows, or is one of /proc.
+        # The size may not be the end: a file grows, or is in /proc.
         data = os.pread(descriptor, limit, offset)
         if not data:
             return
@@ -204,7 +203,7 @@ def hole_at_end(descriptor: int) -> int:
 class Place:
     """Where something is written: a directory, and a name in it.
 
-    At the beginning there is no directory, and the name is a path as it was given.
+    The first one has no directory, and its name is a path as it was given.
     """
 
     def __init__(self, directory: Optional[int], name: bytes, path: bytes) -> None:
@@ -227,7 +226,7 @@ class Place:
 
 
 class Refusal(Exception):
-    """Something is not written, as `cp` would not, or as the other half is not believed."""
+    """Something is not written: `cp` would not, or the other half is not trusted."""
 
 
 class Writer:
@@ -235,25 +234,25 @@ class Writer:
 
     Args:
         target: The target, as it was given.
-        name: What the source is called in a directory; empty for one whose content goes there.
-        trusting: Whether the other half is believed: else nothing is written through a link that
-            leads out of the target, and no device is made.
+        name: The source's name in a directory; empty if its content is copied there.
+        trusting: Whether the other half is trusted: otherwise nothing is written through a link
+            that leads out of the target, and no device is made.
     """
 
     def __init__(self, target: bytes, name: bytes, trusting: bool) -> None:
         self.problems = []  # type: List[Problem]
         self.trusting = trusting
         self.target = target
-        # The directory that is not left where the other half is not believed; of the beginning, and
-        # of what is in it. None is known while the target is what the caller named itself.
+        # The directories that are not left if the other half is not trusted: for the first entry,
+        # and for those in it. Both are empty while the target is what the caller named.
         self.given = b""
         self.root = b""
         if os.path.isdir(target):
             # An empty name leaves a slash, by which a link to a directory is followed.
             self.target = os.path.join(target, name)
             self.given = os.path.realpath(target) if name else b""
-        # Directories that are being written: each with its descriptor, and with the mode that it
-        # is to get at its end, if that is another one. None of a directory that is left out.
+        # Directories that are being written: each with its descriptor, and with its final mode, if
+        # that is another one. None for a directory that is left out.
         self.open_directories = []  # type: List[Tuple[Optional[Place], int, Optional[int]]]
         self.file = None  # type: Optional[OpenFile]
         self.begun = False
@@ -298,7 +297,7 @@ class Writer:
 
     def keep(self, problem: Problem) -> None:
         if len(self.problems) == MOST_PROBLEMS:
-            problem = Problem("tell of all", self.target, 0, "there are more than these")
+            problem = Problem("list all", self.target, 0, "there are more than these")
         if len(self.problems) <= MOST_PROBLEMS:
             self.problems.append(problem)
 
@@ -327,10 +326,7 @@ class Writer:
     def attempt(
         self, what: str, place: Optional[Place], make: Callable[..., None], *arguments: Any
     ) -> bool:
-        """Call `make` for a place, if there is one; return whether it succeeded.
-
-        What was in the way is kept.
-        """
+        """Call `make` for a place, if there is one; return whether it succeeded; keep problems."""
         if place is None:
             return False
         try:
@@ -350,13 +346,13 @@ class Writer:
 
     def make_directory(self, place: Place, mode: int) -> None:
         wanted = None  # type: Optional[int]
-        # Not through a link to a directory: that is something else than a directory.
+        # A link to a directory is not a directory.
         found = place.look(follow=False)
         if found is None:
             os.mkdir(place.name, mode & (PERMISSIONS | stat.S_ISVTX), dir_fd=place.directory)
             made = stat.S_IMODE(os.stat(place.name, dir_fd=place.directory).st_mode)
             if made & stat.S_IRWXU != stat.S_IRWXU:
-                # It has to be written into first.
+                # Files are written into it first.
                 os.chmod(place.name, made | stat.S_IRWXU, dir_fd=place.directory)
                 wanted = made
         elif not stat.S_ISDIR(found.st_mode):
@@ -427,7 +423,7 @@ class Writer:
         if b"\0" in points_at:
             raise StreamError("a link to {!r}".format(points_at))
         if place.directory is None:
-            # It is followed where it is read; the next copy to this name would go where it leads.
+            # The reader follows it; otherwise the next copy to this name would follow it.
             raise StreamError("a link in place of what was named")
         self.make_room(place)
         os.symlink(points_at, place.name, dir_fd=place.directory)
@@ -481,7 +477,7 @@ class OpenFile:
             os.close(descriptor)
 
     def fill(self, offset: int) -> None:
-        """Write the zeros of a hole, where there can be none."""
+        """Write the zeros of a hole where there are no holes."""
         while self.end < offset:
             zeros = min(CHUNK, offset - self.end)
             self.put(bytes(zeros))
@@ -538,7 +534,7 @@ def main() -> None:
         Reader(send).read(path)
     else:
         writer = Writer(path, os.fsencode(sys.argv[3]), trusting=True)
-        # Told at the end: until then, nobody listens.
+        # At the end, since the other half reads nothing until then.
         for problem in write(sys.stdin.buffer, writer):
             send(PROBLEM, problem.pack())
     send(END, b"")

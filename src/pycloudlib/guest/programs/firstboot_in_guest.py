@@ -1,11 +1,11 @@
 #!/usr/bin/python3 -IS
-"""Puts a guest right whose first boot began in the middle: where another machine was stopped.
+"""Fixes up a guest whose first boot began where another machine was saved.
 
 Not imported: its text is part of the machine's vendor-data, and cloud-init runs it before any of
 its modules. The guest's own Python runs it (3.5 or newer, nothing but its standard library).
 """
 
-# Each import more would be felt in emulation.
+# Each further import takes noticeable time in emulation.
 import fcntl
 import os
 import struct
@@ -14,24 +14,24 @@ import time
 
 FACTS = {"saved_at": "", "rtc_lag": "", "entropy": "", "machine_id": ""}
 # Filled in on the host, as texts:
-#   saved_at    when the other machine was stopped, in seconds since the epoch
+#   saved_at    when the other machine was saved, in seconds since the epoch
 #   rtc_lag     seconds that the real-time clock is behind
 #   entropy     random bytes, in hexadecimal digits
-#   machine_id  the same
+#   machine_id  the new machine-id
 
 RESULT = "/run/pycloudlib/first-boot"
 # Where problems are kept for the boots that follow; made only when there are any.
 PROBLEMS = "/var/lib/pycloudlib-first-boot"
-# Made early in each boot, and not touched any more: by systemd for udev, by udev.
+# Made early in each boot, and not changed later: by systemd for udev, by udev.
 MADE_IN_EACH_BOOT = ("/run/udev/control", "/run/udev")
 MACHINE_ID = "/etc/machine-id"
-# It may be mounted over the one above, as long as /etc cannot be written to.
+# It may be mounted over the one above while /etc is read-only.
 TRANSIENT_MACHINE_ID = "/run/machine-id"
 DBUS_MACHINE_ID = "/var/lib/dbus/machine-id"
 JOURNALS = ("/run/log/journal/", "/var/log/journal/")
 RTC = "/sys/class/rtc/rtc0/since_epoch"
 CLOUD_INIT_LOG = "/var/log/cloud-init.log"
-# Seconds within which things are taken to have happened at once.
+# Seconds within which events count as simultaneous.
 SURE = 0.03
 RANDOM_SEED = "/var/lib/systemd/random-seed"
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
@@ -64,7 +64,7 @@ def is_later_boot() -> bool:
     """Whether the machine was powered on after the other one was saved.
 
     By files, not by the clock, which NTP may have set, nor by the uptime, which does not count
-    the time of being stopped.
+    the time that it was saved.
     """
     marks = [path for path in MADE_IN_EACH_BOOT if os.path.exists(path)]
     return bool(marks) and os.stat(marks[0]).st_ctime > float(FACTS["saved_at"])
@@ -85,8 +85,8 @@ def stir_random_numbers() -> None:
 def wait_for_tick() -> "tuple[int, float]":
     """Wait until the real-time clock ticks; return its seconds, and the monotonic time of the tick.
 
-    A tick that came while the processor was taken away is known no better than that: then it is
-    waited for another, twice.
+    The time of a tick is not exact if another process had the processor: then another tick is
+    waited for, twice.
     """
     begun = time.monotonic()
     latest, looked = int(read(RTC)), begun
@@ -103,9 +103,9 @@ def wait_for_tick() -> "tuple[int, float]":
 
 
 def set_clock() -> None:
-    """Set the clock by the real-time clock, which tells whole seconds: at the moment it ticks.
+    """Set the clock by the real-time clock, which has whole seconds, at the moment of a tick.
 
-    What cloud-init has logged by then moves with it.
+    The times in cloud-init's log are moved with it.
     """
     seconds, ticked = wait_for_tick()
     old_ahead = time.time() - time.monotonic()
@@ -113,7 +113,7 @@ def set_clock() -> None:
         at = time.monotonic()
         now = seconds + float(FACTS["rtc_lag"]) + at - ticked
         time.clock_settime(time.CLOCK_REALTIME, now)
-        # The processor may have been taken away in between.
+        # Another process may have had the processor in between.
         if time.monotonic() - at < SURE:
             break
     old = old_ahead + at
@@ -124,9 +124,9 @@ def set_clock() -> None:
 def move_log(old: float, now: float) -> None:
     """Move the times of what cloud-init has logged in this boot, from an old clock to a new one.
 
-    Else the time that the machine was stopped would be part of a stage, which its own tools tell
-    how long it took (`cloud-init analyze`). Nothing else changes, not even the file's length:
-    whoever writes to it goes on at its end.
+    Otherwise the time that the machine was saved would be part of a stage, whose length its own
+    tools show (`cloud-init analyze`). Nothing else changes, not even the file's length: programs
+    that write to it continue at its end.
     """
     begun = old - time.monotonic() - 1
     with open(CLOUD_INIT_LOG, "r+b") as file:
@@ -147,7 +147,7 @@ def parse_time(text: bytes) -> float:
         hours, minutes, millis = int(text[11:13]), int(text[14:16]), int(text[17:19] + text[20:])
     except ValueError:
         return 0
-    # A year that begins with March ends with its leap day.
+    # Years begin with March here, so that they end with the leap day.
     if month < 3:
         year, month = year - 1, month + 12
     days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * month - 457) // 5 + day
@@ -167,9 +167,8 @@ def take_machine_id() -> None:
     if old == new:
         return
     if os.path.exists(TRANSIENT_MACHINE_ID):
-        with open(
-            TRANSIENT_MACHINE_ID, "r+", encoding="ascii"
-        ) as file:  # it has to stay the same file
+        # It has to stay the same file.
+        with open(TRANSIENT_MACHINE_ID, "r+", encoding="ascii") as file:
             file.write(new)
     if read(MACHINE_ID) != new:
         write(MACHINE_ID, new + "\n")
@@ -177,10 +176,10 @@ def take_machine_id() -> None:
         write(DBUS_MACHINE_ID, new + "\n", 0o644)
     moved = [base for base in JOURNALS if move(base, old, new)]
     if moved:
-        # It knows its files by their paths.
+        # It identifies its files by their paths.
         restart = ["systemctl", "--no-block", "restart", "systemd-journald.service"]
         if os.spawnvp(os.P_WAIT, restart[0], restart) != 0:
-            raise OSError("systemd did not begin the journal anew")
+            raise OSError("systemd did not restart the journal")
 
 
 def move(base: str, old: str, new: str) -> bool:
@@ -195,15 +194,15 @@ def move(base: str, old: str, new: str) -> bool:
     return True
 
 
-def put_right(late: bool) -> "list[str]":
+def fix_up(late: bool) -> "list[str]":
     """Fix up the machine; return the problems."""
     problems = []
     if late:
-        problems.append("cloud-init did not run what puts it right, its modules came before")
+        problems.append("cloud-init did not run this program, its modules came before")
     for step in (stir_random_numbers, set_clock, take_machine_id):
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - told to the host, and the next step is taken
+        except Exception as error:  # noqa: BLE001 - reported to the host; the next step follows
             problems.append("{}: {!r}".format(step.__name__, error))
     if problems:
         with open(PROBLEMS, "w", encoding="utf-8", errors="replace") as file:
@@ -217,7 +216,7 @@ def main(late: bool = False) -> None:
     elif is_later_boot():
         problems = ["it was started again before, or somebody changed its machine-id"]
     else:
-        problems = put_right(late)
+        problems = fix_up(late)
     os.makedirs(os.path.dirname(RESULT), exist_ok=True)
     with open(RESULT, "w", encoding="utf-8", errors="replace") as file:
         file.write("; ".join(problems))

@@ -44,7 +44,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def open_text(path: str) -> TextIO:
-    """Open a file that others write, too: what is no text in it is kept."""
+    """Open a file that other programs write, too: bytes that are not text are kept."""
     return open(path, encoding="utf-8", errors="surrogateescape")
 
 
@@ -58,8 +58,8 @@ class Port:
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self.buffer = b""
-        # The kernel signals the host's connecting, for which poll() alone does not wait. Commands
-        # start with the signal let through, so it must not end whoever gets it.
+        # The kernel sends a signal when the host connects, for which poll() alone does not wait.
+        # Commands start with the signal unblocked, so it must not end a process.
         signal.signal(signal.SIGIO, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
         fcntl.fcntl(self.fd, fcntl.F_SETOWN, os.getpid())
@@ -74,7 +74,7 @@ class Port:
     def wait_for_host(self) -> None:
         while self.poll(0) & select.POLLHUP:
             self.buffer = b""
-            # The limit is for a signal that came just before.
+            # With a limit, as the signal may have come just before.
             signal.sigtimedwait([signal.SIGIO], 2)
 
     def fill(self) -> None:
@@ -96,7 +96,7 @@ class Port:
         return data
 
     def end_request(self) -> None:
-        """Forget what has come of a request."""
+        """Forget the received part of a request."""
         self.buffer = b""
 
     def write(self, data: bytes) -> None:
@@ -111,7 +111,7 @@ class Port:
 
 
 class Pipe:
-    """Standard input and output, where there is no port: each request is there from the start."""
+    """Standard input and output instead of a port: all requests are there from the start."""
 
     fd = None  # type: Optional[int]
 
@@ -152,7 +152,7 @@ def read_environment() -> Dict[bytes, bytes]:
 def find_user(name: str) -> Tuple[pwd.struct_passwd, List[int]]:
     """Find a user and the user's groups; looked up again when the files of users have changed.
 
-    The look-up takes long in a copy that has just woken up.
+    The look-up takes long in a copy that was just restored.
     """
     changed = tuple(os.stat(path).st_mtime for path in ("/etc/passwd", "/etc/group"))
     if KNOWN_USERS.get(name, (None,))[0] != changed:
@@ -178,7 +178,7 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
                 start_new_session=True,
             )
     except OSError as error:
-        # As a shell would say it.
+        # As a shell prints it.
         words = to_bytes("{}: {}\n".format(request["argv"][0], error))
         answer(port, request, {"err": len(words)}, words)
         answer(port, request, {"exit": 127})
@@ -190,12 +190,12 @@ def execute(port: Channel, request: Request, environment: Dict[bytes, bytes]) ->
         end_session(child.pid)
         child.poll()
         raise
-    # Ended by a signal, there is no exit status, as over SSH.
+    # As over SSH, a command that a signal has ended has no exit status.
     answer(port, request, {"exit": max(child.returncode, -1)})
 
 
 def end_session(session: int) -> None:
-    """Hang up on all processes of a session, and kill those that live on."""
+    """Hang up on all processes of a session, and kill those that stay."""
     for number in (signal.SIGHUP, signal.SIGKILL):
         for pid in processes_of(session):
             with contextlib.suppress(ProcessLookupError):
@@ -223,8 +223,8 @@ def processes_of(session: int) -> List[int]:
 def acting_as(user: pwd.struct_passwd, groups: List[int]) -> Iterator[None]:
     """Switch to another user in the block; a program executed in it cannot switch back.
 
-    execve(2) makes the saved user id the effective one. Unlike changing over in the child, this
-    lets Python start it by vfork(), which is much cheaper.
+    execve(2) makes the saved user id the effective one. Unlike a switch in the child, this allows
+    Python to start it by vfork(), which is much cheaper.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     if os.getuid() != 0:
@@ -259,7 +259,7 @@ def relay(port: Channel, request: Request, child: "subprocess.Popen[bytes]", std
     while outputs or stdin:
         for descriptor, _ in poller.poll():
             if descriptor == port.fd:
-                # The host asks for nothing more while a command runs, unless it has given it up.
+                # The host sends no request while a command runs, unless it has given it up.
                 raise HungUp
             if descriptor in outputs:
                 data = os.read(descriptor, CHUNK)
@@ -292,14 +292,14 @@ def wait_for(port: Channel, child: "subprocess.Popen[bytes]") -> None:
 def answer(port: Channel, request: Request, fields: Request, data: bytes = b"") -> None:
     """Send one answer, and the bytes that it announces."""
     line = json.dumps(dict(fields, id=request.get("id"))).encode()
-    # What was cut off before it, if anything, ends with the first line end.
+    # The first line end ends an answer that was cut off before, if any.
     port.write(b"\n" + line + b"\n" + data)
 
 
 def fix(request: Request) -> List[str]:
     """Fix up this copy of a machine; return the names of what was done."""
     done = []
-    # Random numbers first: whatever follows may need some.
+    # Random numbers first: the other steps may need some.
     entropy = base64.b64decode(request["entropy"])
     with open("/dev/random", "wb", buffering=0) as device:
         content = struct.pack("ii", 8 * len(entropy), len(entropy)) + entropy
@@ -313,7 +313,7 @@ def fix(request: Request) -> List[str]:
         authorize(request["authorize"])
         done.append("key")
     if request.get("identity"):
-        take_identity(request["identity"])
+        set_identity(request["identity"])
         done.append("identity")
     return done
 
@@ -330,19 +330,18 @@ def authorize(keys: Dict[str, str]) -> None:
             rewrite(path, text.replace(keys["old"], keys["new"]))
 
 
-def take_identity(identity: Request) -> None:
+def set_identity(identity: Request) -> None:
     """Change the hostname, the machine-id, the instance-id and the SSH host keys."""
     rewrite("/etc/machine-id", identity["machine_id"] + "\n")
-    if os.path.isfile("/var/lib/dbus/machine-id") and not os.path.islink(
-        "/var/lib/dbus/machine-id"
-    ):
-        rewrite("/var/lib/dbus/machine-id", identity["machine_id"] + "\n")
-    take_host_keys(identity["host_keys"])
-    take_hostname(identity["hostname"])
-    take_instance_id(identity["instance_id"])
+    dbus = "/var/lib/dbus/machine-id"
+    if os.path.isfile(dbus) and not os.path.islink(dbus):
+        rewrite(dbus, identity["machine_id"] + "\n")
+    set_host_keys(identity["host_keys"])
+    set_hostname(identity["hostname"])
+    set_instance_id(identity["instance_id"])
 
 
-def take_hostname(hostname: str) -> None:
+def set_hostname(hostname: str) -> None:
     old = os.uname().nodename
     with open("/proc/sys/kernel/hostname", "w", encoding="utf-8") as file:
         file.write(hostname)
@@ -353,7 +352,7 @@ def take_hostname(hostname: str) -> None:
     rewrite("/etc/hosts", re.sub(pattern, hostname, hosts))
 
 
-def take_instance_id(instance_id: str) -> None:
+def set_instance_id(instance_id: str) -> None:
     """Rename cloud-init's state to another instance-id, so that it sees no new instance."""
     path = CLOUD + "/data/instance-id"
     if not os.path.exists(path):
@@ -376,7 +375,7 @@ def take_instance_id(instance_id: str) -> None:
                 rewrite(path, file.read().replace(old, instance_id))
 
 
-def take_host_keys(host_keys: "List[Dict[str, str]]") -> None:
+def set_host_keys(host_keys: "List[Dict[str, str]]") -> None:
     """Replace the SSH host keys by others of the same types, and let the server take notice."""
     directory = "/etc/ssh"
     if not os.path.isdir(directory):
@@ -385,7 +384,7 @@ def take_host_keys(host_keys: "List[Dict[str, str]]") -> None:
     for name in had:
         os.unlink(directory + "/" + name)
     bases = {"ssh_host_{}_key".format(key["type"]): key for key in host_keys}
-    # One that has none of these types gets all: without a key it could not be reached.
+    # A guest without any of these types gets all: without a key it could not be reached.
     for name in [name for name in bases if name in had] or bases:
         rewrite(directory + "/" + name, bases[name]["private"], 0o600)
         rewrite(directory + "/" + name + ".pub", bases[name]["public"] + "\n", 0o644)
@@ -404,7 +403,7 @@ def rewrite(path: str, text: str, mode: Optional[int] = None) -> None:
     temporary = path + ".pycloudlib"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    # In a directory of the user's, nothing that the user has put there is followed.
+    # No link is followed, as the user may have made one in a directory of theirs.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(temporary, flags, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -422,7 +421,7 @@ def serve(port: Channel, environment: Dict[bytes, bytes]) -> None:
     except ValueError:
         request = None
     if not isinstance(request, dict):
-        return  # the end of a request whose beginning was cut off
+        return  # the rest of a request whose beginning was cut off
     try:
         if request["op"] == "exec":
             execute(port, request, environment)
@@ -447,8 +446,8 @@ def main() -> None:
     with open_text(DIRECTORY + "/umask") as file:
         os.umask(int(file.read(), 8))
     port = Port(find_port())
-    # A copy that wakes up, and whose clock is set, has much to do; whoever waits for the helper's
-    # answer comes first. What it starts is of ordinary priority.
+    # A restored copy, whose clock is set, has much to do; the helper's answer is waited for, and
+    # comes first. Its child processes have normal priority.
     with contextlib.suppress(OSError):
         policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
         os.sched_setscheduler(0, policy, os.sched_param(1))
@@ -458,7 +457,7 @@ def main() -> None:
             while True:
                 serve(port, environment)
         except HungUp:
-            # The rest of a request that was cut off is no beginning of another one.
+            # The next bytes begin another request.
             port.end_request()
 
 

@@ -253,7 +253,7 @@ def cloud_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_instance_id_is_taken_with_all_that_cloud_init_knows(cloud_dir: Path) -> None:
-    helper_in_guest.take_instance_id("iid-second")
+    helper_in_guest.set_instance_id("iid-second")
     assert (cloud_dir / "instance" / "user-data.txt").read_text() == "mine"
     assert (cloud_dir / "instance").readlink() == cloud_dir / "instances" / "iid-second"
     assert (cloud_dir / "data" / "instance-id").read_text() == "iid-second\n"
@@ -262,14 +262,14 @@ def test_instance_id_is_taken_with_all_that_cloud_init_knows(cloud_dir: Path) ->
 
 
 def test_instance_id_is_taken_again_for_free(cloud_dir: Path) -> None:
-    helper_in_guest.take_instance_id("iid-second")
-    helper_in_guest.take_instance_id("iid-second")
+    helper_in_guest.set_instance_id("iid-second")
+    helper_in_guest.set_instance_id("iid-second")
     assert (cloud_dir / "instance" / "user-data.txt").read_text() == "mine"
 
 
 def test_instance_id_is_taken_where_an_earlier_try_was_cut_off(cloud_dir: Path) -> None:
     (cloud_dir / "instance.new").symlink_to("nowhere")
-    helper_in_guest.take_instance_id("iid-second")
+    helper_in_guest.set_instance_id("iid-second")
     assert (cloud_dir / "instance" / "user-data.txt").read_text() == "mine"
 
 
@@ -277,7 +277,7 @@ def test_guest_without_cloud_init_has_no_instance_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(helper_in_guest, "CLOUD", str(tmp_path / "none"))
-    helper_in_guest.take_instance_id("iid-second")
+    helper_in_guest.set_instance_id("iid-second")
     assert list(tmp_path.glob("none*")) == []
 
 
