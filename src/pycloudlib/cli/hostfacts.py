@@ -181,7 +181,7 @@ def _look_for_key() -> tuple[str, str]:
         cloud = Qemu(COMMAND_LINE_TAG, timestamp_suffix=False)
         key_pair = cloud.find_key_pair()
         if key_pair is None:
-            return "none of yours; each program makes one of its own", ""
+            return "none of yours; each program generates its own", ""
         loginkey.prove(key_pair, "your SSH key")
     except PycloudlibException as error:
         # Another check reports a missing QEMU.
