@@ -89,8 +89,8 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
                 sessions.open_session(client),
                 command_line,
                 stdin=functools.partial(os.read, _STDIN) if reads else None,
-                stdout=functools.partial(_write, _STDOUT),
-                stderr=functools.partial(_write, _STDERR),
+                stdout=functools.partial(terminal.write_all, _STDOUT),
+                stderr=functools.partial(terminal.write_all, _STDERR),
                 on_wait=instance.check_answers,
             )
     return status if status >= 0 else ExitCode.CONNECTION_LOST
@@ -111,11 +111,6 @@ def _connected(session: Session, instance: QemuInstance) -> Iterator[paramiko.SS
         yield client
     finally:
         client.close()
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 @command("console", short_help="Open a machine's serial console.")

@@ -73,7 +73,7 @@ def relay(remote: Remote, *, stdin: int = 0, stdout: int = 1, escape: bytes | No
                 output = remote.receive()
                 if output is None:
                     return False
-                _write_all(stdout, output)
+                write_all(stdout, output)
             if stdin in ready:
                 typed = os.read(stdin, _CHUNK)
                 before, key, _ = typed.partition(escape) if escape else (typed, b"", b"")
@@ -96,7 +96,8 @@ def is_terminal(*descriptors: int) -> bool:
     return all(os.isatty(descriptor) for descriptor in descriptors)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all data, even if the descriptor does not block."""
     while data:
         try:
             data = data[os.write(descriptor, data) :]

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pycloudlib.cli.terminal import Greeting, SerialConsole, SshTerminal
+from pycloudlib.cli.terminal import Greeting, SerialConsole, SshTerminal, write_all
 from pycloudlib.guest.access import sessions
 from tests.unit.sshserver import LocalInstance
 
@@ -234,3 +234,19 @@ def test_serial_console_speaks_telnet() -> None:
         assert got == [b"me\xff\xff\r"]
         assert console.receive() is None
         console.close()
+
+
+def test_output_is_written_to_a_descriptor_that_does_not_block() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    data = bytes(range(256)) * 4096  # more than a pipe takes at once
+
+    def write() -> None:
+        write_all(writing, data)
+        os.close(writing)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == data
+    thread.join()

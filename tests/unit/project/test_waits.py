@@ -151,7 +151,7 @@ WAITS = (
             "cli.terminal:SshTerminal.wait",
             "cli.terminal:SshTerminal.receive",
             "cli.terminal:relay",
-            "cli.terminal:_write_all",
+            "cli.terminal:write_all",
         ),
         (
             "unit/cli/test_inside.py::test_command_ends_with_the_guests_kernel",
