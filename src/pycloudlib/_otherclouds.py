@@ -5,7 +5,7 @@ but QEMU's are placeholders: distinct classes that can be named, subclassed and 
 `isinstance`. Making an object of one raises an error that says what this package is.
 
 To a type checker they are concrete: they have the methods of the base classes, and anything else
-is `Any`. Each stands in the module where programs look for it (`pycloudlib.ec2.instance`), and is
+is `Any`. Each is in the module where programs look for it (`pycloudlib.ec2.instance`), and is
 imported when it is first used.
 """
 

@@ -52,8 +52,8 @@ class BaseCloud(ABC):
         tag: Names what this cloud makes: 1 to 63 characters of a-z, 0-9 and '-'.
         timestamp_suffix: Whether the time is appended to the tag.
         config_file: The configuration file, a path or an open text; see `parse_config`.
-        required_values: What the program gives instead of the configuration, of what the cloud
-            cannot do without. With a None among it, this cloud's section has to be there.
+        required_values: The program's values for required settings. If one is None, this cloud's
+            section of the configuration has to exist.
 
     Raises:
         InvalidTagNameError: The tag breaks the rules; lists which.
@@ -204,7 +204,7 @@ class BaseCloud(ABC):
             public_key_path: The public key file.
             private_key_path: The private key file, by default the public one's path without
                 `.pub`; it may be written later, before the first launch.
-            name: What the key is called; by default the login name of whoever runs this.
+            name: The key's name; by default the login name of this process's user.
 
         Raises:
             InvalidKeyError: One of the files cannot be read, or is not a key. It is a
@@ -234,7 +234,7 @@ class BaseCloud(ABC):
         """
         self._config_file = parse_config(config_file)
         if required_values is not None and any(value is None for value in required_values):
-            _ = self._config_file[self._type]  # a missing one is told of
+            _ = self._config_file[self._type]  # raises if it is missing
         self.config = self._section(self._config_file)
 
     def _section(self, config: Config) -> dict[str, Any]:
@@ -260,10 +260,10 @@ class BaseCloud(ABC):
         Args:
             public_key_path: The configured public key, if any.
             private_key_path: The configured private key, if any.
-            name: What the key is called.
+            name: The key's name.
 
         Returns:
-            The key; None if there is none, and one is made when it is first needed.
+            The key; None if there is none, so that one is made when it is first needed.
         """
         public, private = public_key_path, private_key_path
         named = "private_key_path" if public is None else "public_key_path"

@@ -1,4 +1,4 @@
-"""The configuration file: where it is looked for, and what reading it can say."""
+"""The configuration file: its places, and the errors of reading it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ ConfigFile = str | Path | io.StringIO
 
 ENVIRONMENT_VARIABLE = "PYCLOUDLIB_CONFIG"
 DEFAULT_LOCATIONS = (Path("~/.config/pycloudlib.toml"), Path("/etc/pycloudlib.toml"))
-
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def parse_config(config_file: ConfigFile | None = None) -> Config:
 
     Raises:
         ValueError: `config_file` does not exist, or a file cannot be read or is not TOML; the
-            message names the file, where its name came from, and the line.
+            message names the file, the origin of its name, and the line.
     """
     if isinstance(config_file, io.StringIO):
         return _parse(config_file.getvalue(), "the config_file given as text")
@@ -85,7 +84,7 @@ def _is_default_there(location: Path) -> bool:
     try:
         return _is_there(location)
     except ValueError as error:
-        # As with another user's $HOME: nobody has said that there is one.
+        # As with another user's $HOME: the file was not asked for.
         _log.warning("%s; it is passed over", error)
         return False
 
@@ -115,8 +114,8 @@ def _parse(text: str, source: str) -> Config:
     except RecursionError:
         raise ValueError(f"{source} is not valid TOML: it is nested too deeply") from None
     except ValueError as error:
-        # The decoder's own message ends with the line and column. What is not its own error is
-        # told of a number that is too long.
+        # The decoder's own message ends with the line and column. Another ValueError is about a
+        # number that is too long.
         raise ValueError(f"{source} is not valid TOML: {error}") from error
     config.source = source
     return config

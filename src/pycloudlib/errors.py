@@ -1,10 +1,9 @@
 """Every error this package raises on purpose.
 
-One tree: whoever wants to catch them all catches `PycloudlibException`. Its direct children are
-those that existing programs know: an `except PycloudlibError` of theirs catches no cloud's error
-and no time-out, as ever. An error that is new hangs below the nearest of them. Where Python users
-expect a built-in error (`ValueError` for a malformed value, `FileNotFoundError` for a missing
-file), that is what is raised instead.
+One tree: `except PycloudlibException` catches them all. Its direct children are those that existing
+programs know: their `except PycloudlibError` catches no cloud's error and no time-out, as before. A
+new error is a child of the nearest of them. Where Python users expect a built-in error
+(`ValueError` for a malformed value, `FileNotFoundError` for a missing file), that is raised.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class PycloudlibException(Exception):  # noqa: N818 - the name is part of the co
     diagnosis: Diagnosis | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as it is, whatever the constructor takes: errors come from worker processes."""
+        """Pickle without the constructor's arguments: errors come from worker processes."""
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -56,7 +55,7 @@ class PycloudlibError(PycloudlibException):
 
 
 class GuestRefusedError(PycloudlibError):
-    """A guest that was reached did not do what it was asked to; the message has its own words."""
+    """A guest that was reached did not fulfil a request; the message has its own reason."""
 
 
 class ResourceNotFoundError(PycloudlibException):
@@ -66,11 +65,11 @@ class ResourceNotFoundError(PycloudlibException):
         resource_type: The kind of resource.
         resource_id: The id that was asked for.
         resource_name: The name that was asked for.
-        message: What was looked for and where; made from the other arguments when empty.
-        **more: What else is known of it, for the message.
+        message: What was looked for and where; made from the other arguments if empty.
+        **more: Further facts, for the message.
 
     Attributes:
-        more: What else is known of it.
+        more: Further facts.
     """
 
     def __init__(
@@ -128,7 +127,7 @@ class CloudError(PycloudlibException):
 
 
 class InstanceExistsError(CloudError):
-    """The name that was chosen for an instance is another one's.
+    """The name that was chosen for an instance is in use.
 
     Attributes:
         name: The name.
@@ -169,9 +168,9 @@ class PycloudlibTimeoutError(PycloudlibException):
 
 
 class BootFailedError(PycloudlibTimeoutError):
-    """A boot goes no further by itself, so that what was waited for can never happen.
+    """A boot does not continue by itself, so that what was waited for can never happen.
 
-    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+    A time-out, as programs catch one for a machine that cannot be reached; only sooner.
 
     Attributes:
         cause: Why.
@@ -183,10 +182,10 @@ class BootFailedError(PycloudlibTimeoutError):
 
 
 class KernelPanicError(CloudError):
-    """The guest's kernel has panicked, so that nothing in it goes on.
+    """The guest's kernel has panicked, so that nothing in it runs any more.
 
     Attributes:
-        cause: Why, as far as its last line tells.
+        cause: Why, as far as its last line shows.
     """
 
     def __init__(self, name: str, cause: Cause, line: str) -> None:

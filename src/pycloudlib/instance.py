@@ -93,25 +93,21 @@ class BaseInstance(Readiness):
     @property
     @abstractmethod
     def id(self) -> str:
-        """The id by which `get_instance` finds it."""
+        """The id for `get_instance`."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What it is called."""
+        """Its name."""
 
     @property
     @abstractmethod
     def ip(self) -> str:
-        """The address by which it is reached."""
+        """The address to reach it."""
 
     @property
     def private_ip(self) -> str:
-        """The address that it has inside its cloud.
-
-        Raises:
-            NotImplementedError: This cloud does not know it.
-        """
+        """The address inside its cloud; raises NotImplementedError if the cloud has none."""
         raise NotImplementedError(f"{type(self).__name__} tells no private address")
 
     @property
@@ -208,33 +204,20 @@ class BaseInstance(Readiness):
     def add_network_interface(self, **kwargs: Any) -> str:
         """Add a network interface to the running machine and return its address.
 
-        Raises:
-            NotImplementedError: This cloud cannot.
+        Here and below, a cloud without the feature raises NotImplementedError.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot add network interfaces")
 
     def remove_network_interface(self, ip_address: str) -> None:
-        """Remove the network interface that has an address.
-
-        Raises:
-            NotImplementedError: This cloud cannot.
-        """
+        """Remove the network interface that has an address."""
         raise NotImplementedError(f"{type(self).__name__} cannot remove network interfaces")
 
     def get_status(self) -> str:
-        """Return the machine's state in one word, such as `running`.
-
-        Raises:
-            NotImplementedError: This cloud does not know it.
-        """
+        """Return the machine's state in one word, such as `running`."""
         raise NotImplementedError(f"{type(self).__name__} tells no status")
 
     def console_log(self) -> str:
-        """Return what the machine wrote to its serial console.
-
-        Raises:
-            NotImplementedError: This cloud keeps no console log.
-        """
+        """Return what the machine wrote to its serial console."""
         raise NotImplementedError(f"{type(self).__name__} keeps no console log")
 
     def execute(
@@ -353,12 +336,7 @@ class BaseInstance(Readiness):
 
     def update(self) -> Result:
         """Refresh the package lists and upgrade all packages."""
-        return self.execute(
-            "DEBIAN_FRONTEND=noninteractive apt-get update --quiet && "
-            "DEBIAN_FRONTEND=noninteractive apt-get dist-upgrade --quiet --yes",
-            use_sudo=True,
-            description="upgrading packages",
-        )
+        return self._run_apt("dist-upgrade --quiet --yes", "upgrading packages")
 
     def install(self, packages: str | Sequence[str]) -> Result:
         """Install packages.
@@ -367,12 +345,13 @@ class BaseInstance(Readiness):
             packages: Their names, in a list or in one text.
         """
         names = packages.split() if isinstance(packages, str) else list(packages)
-        return self.execute(
-            "DEBIAN_FRONTEND=noninteractive apt-get update --quiet && "
-            f"DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes {shlex.join(names)}",
-            use_sudo=True,
-            description=f"installing {' '.join(names)}",
-        )
+        arguments = f"install --quiet --yes {shlex.join(names)}"
+        return self._run_apt(arguments, f"installing {' '.join(names)}")
+
+    def _run_apt(self, arguments: str, description: str) -> Result:
+        apt = "DEBIAN_FRONTEND=noninteractive apt-get"
+        command = f"{apt} update --quiet && {apt} {arguments}"
+        return self.execute(command, use_sudo=True, description=description)
 
     def clean(self) -> None:
         """Make the next boot a first boot: forget cloud-init's state, logs and the machine-id.

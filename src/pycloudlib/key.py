@@ -24,12 +24,12 @@ class KeyPair:
     Args:
         public_key_path: The public key file; None for no key at all.
         private_key_path: The private key file; by default the public one's path without `.pub`.
-        name: What the key is called; by default the login name of whoever runs this.
+        name: The key's name; by default the login name of this process's user.
 
     Attributes:
         public_key_path: The public key file's path.
         private_key_path: The private key file's path.
-        name: What the key is called.
+        name: The key's name.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class KeyPair:
 
     @property
     def public_key_content(self) -> str:
-        """What is in the public key file, line end and all.
+        """The content of the public key file, with its line end.
 
         Raises:
             UnsetSSHKeyError: No key is set.
@@ -63,7 +63,7 @@ class KeyPair:
         """
         if self.public_key_path is None:
             raise UnsetSSHKeyError
-        # All but its comment is ASCII, and that may be in any encoding.
+        # The key is ASCII, its comment may be in any encoding.
         return Path(self.public_key_path).read_text(encoding="utf-8", errors="replace")
 
     @property
@@ -100,15 +100,15 @@ def generate_key_pair(directory: Path, name: str) -> KeyPair:
 
 
 def bring_along(path: str | None, kept: Path, target: Path) -> str | None:
-    """Copy a file of a key that is kept in one directory to another; any other stays as it is.
+    """Copy a key's file from one directory to another, unless it is the user's own elsewhere.
 
     Args:
         path: The file; None for none.
-        kept: The directory of keys that go with something.
-        target: The directory of what they are to go with.
+        kept: The directory of keys that are copied.
+        target: The other directory.
 
     Returns:
-        The path of the copy, or `path` of a key that is the user's own.
+        The path of the copy, or `path` of a key that is elsewhere.
     """
     if path is None or Path(path).parent != kept:
         return path
@@ -129,14 +129,14 @@ def generate_ed25519(comment: str) -> tuple[str, str]:
 
 
 def generate_ecdsa(comment: str) -> tuple[str, str]:
-    """Make an ECDSA key on the curve that `ssh-keygen` takes; returns what the one above does."""
+    """Make an ECDSA key on `ssh-keygen`'s default curve; see `generate_ed25519`."""
     from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - heavy
 
     return _write_key(ec.generate_private_key(ec.SECP256R1()), comment)
 
 
 def generate_rsa(comment: str, bits: int = _RSA_BITS) -> tuple[str, str]:
-    """Make an RSA key, by default of the length that `ssh-keygen` takes: in up to a second."""
+    """Make an RSA key of `ssh-keygen`'s default length, which takes up to a second."""
     from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - heavy
 
     return _write_key(rsa.generate_private_key(65537, bits), comment)

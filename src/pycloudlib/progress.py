@@ -1,4 +1,4 @@
-"""What long work reports to its caller, and how it is shown where nobody gave a callback."""
+"""Reports of long work to its caller, and their display where there is no callback."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Progress:
     Attributes:
         activity: What is being done, in the present participle ("unpacking packages").
         detail: What happens just now; may be empty.
-        done: How much is done, in `unit`; None when it cannot be told.
-        total: How much there is to do, in `unit`; None when it cannot be told.
+        done: How much is done, in `unit`; None if unknown.
+        total: How much there is to do, in `unit`; None if unknown.
         unit: What `done` and `total` count ("B" for bytes, "step", "s").
     """
 
@@ -51,11 +51,11 @@ def showing_progress(
 ) -> Iterator[ProgressCallback]:
     """Yield the callback for long work: the caller's, or one that shows the progress.
 
-    Nothing is shown before there is something to tell.
+    Nothing is shown before the first report.
 
     Args:
         asked_for: The caller's callback, if any.
-        log: Where it is told when standard error is no terminal.
+        log: Used if standard error is not a terminal.
     """
     if asked_for is not None:
         yield asked_for
@@ -69,7 +69,7 @@ def showing_progress(
 class _Bars:
     """Shows a bar for bytes, and steps that follow each other on one line.
 
-    Most work finds that all is there: the display, and the library for it, come with the first
+    Most work has nothing to do: the display, and the library for it, are loaded with the first
     report.
 
     Args:

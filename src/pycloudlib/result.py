@@ -1,4 +1,4 @@
-"""What a command executed in a guest gives back."""
+"""The result of a command executed in a guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Result(str):
     Attributes:
         stdout: Standard output.
         stderr: Standard error.
-        return_code: The exit status; -1 when the connection ended before it was told.
+        return_code: The exit status; -1 if the connection ended before it came.
     """
 
     __slots__ = ("return_code", "stderr", "stdout")

@@ -1,4 +1,4 @@
-"""Small words that clients import."""
+"""Small functions that clients import."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ LTS_RELEASES = ["trusty", "xenial", "bionic", "focal", "jammy", "noble", "resolu
 """The series with long-term support, oldest first."""
 
 _log = logging.getLogger(__name__)
-
 
 _TAG_LENGTH = 63
 _TO_THE_SECOND = len("-mmdd-HHMMSS")
@@ -88,12 +87,12 @@ def add_key_to_cloud_config(public_key: str, user_data: str | None) -> str:
 
 
 def raise_cleanup_errors(errors: Sequence[Exception], leaving_with: BaseException | None) -> None:
-    """Raise what went wrong while a context manager cleaned up; nothing when nothing did.
+    """Raise the errors of a context manager's clean-up, if there are any.
 
     Args:
         errors: What went wrong.
-        leaving_with: What the block was left with. Ctrl-C and sys.exit() go on, and the errors
-            are logged instead.
+        leaving_with: The block's exception. Ctrl-C and sys.exit() are not replaced; then the errors
+            are logged.
 
     Raises:
         CleanupError: Something could not be cleaned up.
@@ -155,20 +154,19 @@ def subp(
 
 
 def shell_quote(cmd: str | Sequence[str]) -> str:
-    """Quote a word, or each word of a command, so that a shell takes it as it is."""
+    """Quote a word, or each word of a command, for a shell."""
     return shlex.quote(cmd) if isinstance(cmd, str) else shlex.join(cmd)
 
 
 def shell_safe(cmd: Sequence[str]) -> str:
-    """Quote each word of a command, also those that need it not: `'ls' '-l'`."""
+    """Quote each word of a command, also if that is not necessary: `'ls' '-l'`."""
     return " ".join("'" + word.replace("'", "'\\''") + "'" for word in cmd)
 
 
 def shell_pack(cmd: str | Sequence[str]) -> str:
-    """Pack a command into a text that any `sh` unpacks and becomes.
+    """Encode a command as a text that any `sh` decodes and executes.
 
-    There is nothing in the text that a further shell on its way would take for its own, if it is
-    handed on as one word.
+    Further shells on the way do not change the text, if it is passed as one word.
 
     Args:
         cmd: The program and its arguments; one text is the program alone.
@@ -184,7 +182,7 @@ def chmod(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def touch(path: str | os.PathLike[str], mode: int | None = None) -> None:
-    """Make an empty file, or give one that is there the time of now.
+    """Make an empty file, or set the time of an existing one to now.
 
     Args:
         path: The file.
@@ -222,7 +220,7 @@ def update_nested(
 
     Args:
         mapping: What is changed.
-        update: The values; a mapping goes into the one of its name, anything else takes its place.
+        update: The values; a mapping is merged with the one of its name, other values replace it.
     """
     for key, value in update.items():
         inner = mapping.get(key)

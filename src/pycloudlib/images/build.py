@@ -127,9 +127,8 @@ def build_image(
     """Return the image of a recipe: one that is already there, or a new one.
 
     A build takes one to three minutes and needs the network, but no loop devices. It runs as root,
-    or as an ordinary user on hosts that let users make user namespaces. Interrupting it leaves
-    nothing behind; when this process is killed, its programs end with it and the next build
-    removes its files.
+    or as an ordinary user where user namespaces are allowed. An interruption leaves nothing; when
+    this process is killed, its programs end with it and the next build removes its files.
 
     Args:
         recipe: What to build.
