@@ -33,10 +33,12 @@ def hurry(instance: QemuInstance) -> QemuInstance:
     return instance
 
 
-def save(instance: QemuInstance, name: str = "") -> SavedMachine:
+def save(
+    instance: QemuInstance, name: str = "", *, pause_limit: float = checkpoint.PAUSE_LIMIT
+) -> SavedMachine:
     """Save a machine, without looking for a helper first; its cloud cleans up."""
     file_name = f"{name or make_name(instance.name)}.img"
-    saved = checkpoint.save(instance.machine, file_name, ask_helper=None)
+    saved = checkpoint.save(instance.machine, file_name, ask_helper=None, pause_limit=pause_limit)
     assert isinstance(instance._owner, Qemu)
     instance._owner.created_images.append(str(saved.image))
     return saved

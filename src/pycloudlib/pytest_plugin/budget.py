@@ -43,12 +43,15 @@ class Capacity:
     memory_mib: int
 
     @classmethod
-    def of_host(cls) -> Capacity:
+    def of_host(cls, limits: HostLimits | None = None) -> Capacity:
         """Return what machines may use here: the processors, and most of the memory.
 
         In a container that is what the container may use.
+
+        Args:
+            limits: What the host has; by default it is looked up.
         """
-        limits = HostLimits.read()
+        limits = limits or HostLimits.read()
         return cls(limits.processors, int(limits.memory * _MEMORY_SHARE) >> 20)
 
     @classmethod

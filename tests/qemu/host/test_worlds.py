@@ -216,7 +216,7 @@ def test_program_whose_host_was_renamed_leaves_its_machines(
     own = World.own()
     renamed = dataclasses.replace(own, host="f" * 16, name="renamed")
     monkeypatch.setattr(World, "own", lambda: renamed)
-    ownership._leave()
+    ownership.leave_all()
     found = Ownership.find(vm.instance_dir)
     assert found is not None
     assert found.left

@@ -36,7 +36,7 @@ def test_directory_whose_making_is_interrupted_is_removed(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C comes after it is made, and before the launch has said who removes it."""
-    write, register = Ownership.write, ownership._register
+    write, register = Ownership.write, ownership.register
 
     def write_interrupted(self: Ownership, owned: Path) -> None:
         if moment == "made":
@@ -51,7 +51,7 @@ def test_directory_whose_making_is_interrupted_is_removed(
             interrupt()
 
     monkeypatch.setattr(Ownership, "write", write_interrupted)
-    monkeypatch.setattr(ownership, "_register", register_interrupted)
+    monkeypatch.setattr(ownership, "register", register_interrupted)
 
     def make() -> None:
         with contextlib.ExitStack() as stack:
@@ -140,9 +140,9 @@ def test_guardians_that_were_killed_leave_no_descriptor(cloud: Qemu, tiny_image:
     ownership.environment(Orphans.REAP)
     before = descriptors()
     for _ in range(3):
-        assert ownership._guardian is not None
-        os.kill(ownership._guardian.pid, signal.SIGKILL)
-        os.waitpid(ownership._guardian.pid, 0)
+        pid = ownership.find_guardian().pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         ownership.environment(Orphans.REAP)
     assert descriptors() == before
 
@@ -159,7 +159,7 @@ def test_program_that_ends_leaves_what_another_has_taken_over(
     taking: list[threading.Thread] = []
 
     def take_over() -> None:
-        with ownership._changing_record(tmp_path):
+        with ownership.changing_record(tmp_path):
             Ownership(process_one, Orphans.REAP).write(tmp_path)
 
     def find_late(owned: Path) -> Ownership | None:
@@ -171,7 +171,7 @@ def test_program_that_ends_leaves_what_another_has_taken_over(
         return found
 
     monkeypatch.setattr(Ownership, "find", find_late)
-    ownership._leave()
+    ownership.leave_all()
     taking[0].join()
     assert find(tmp_path) == Ownership(process_one, Orphans.REAP)
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import gc
 import os
-import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -273,17 +272,17 @@ class Before:
 # Each is called once in a save in place, in this order. From the second one on a mark in the
 # machine's directory says that it is being saved; from the fourth on its disk is another one.
 BEFORE_THE_DISK = (
-    (capture._InPlace, "prepare"),
-    (checkpoint, "_check_space"),
-    (livedisk, "prepared"),
-    (checkpoint, "_pause"),
-    (capture._Reading, "read_memory"),
+    (capture.InPlace, "prepare"),
+    (checkpoint, "check_space"),
+    (livedisk, "switching"),
+    (checkpoint, "paused"),
+    (capture.Reading, "read_memory"),
 )
 AFTER_THE_DISK = (
     (layers.FrozenDisk, "exchange"),
     (devicestate, "save_devices"),
-    (checkpoint, "_measure_pause"),
-    (capture._InPlace, "finish"),
+    (checkpoint, "measure_pause"),
+    (capture.InPlace, "finish"),
     (savedmachine, "write_facts"),
     (layers.LayerStore, "complete"),
 )
@@ -342,11 +341,11 @@ def test_overlay_that_cannot_be_taken_is_let_go(
 
     def list_nodes() -> set[str]:
         with running.machine.session() as session:
-            return set(livedisk._list_nodes(session))
+            return set(livedisk.list_nodes(session))
 
     opened = list_nodes()
     with monkeypatch.context() as patch:
-        patch.setattr(livedisk, "_find_active", lambda _session: "no-such-node")
+        patch.setattr(livedisk, "find_active", lambda _session: "no-such-node")
         with pytest.raises(QmpError, match="no-such-node"):
             save(running)
     before.check()
@@ -498,14 +497,14 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
 def test_machine_that_is_paused_before_its_moment_stays_paused(
     running: QemuInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint._check_space
+    real = checkpoint.check_space
 
     def pause(directory: Path) -> None:
         running.machine.execute("stop")
         real(directory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_space", pause)
+        patch.setattr(checkpoint, "check_space", pause)
         with pytest.raises(CloudError, match="was paused meanwhile"):
             save(running)
     assert running.machine.execute("query-status")["status"] == "paused"
@@ -519,7 +518,7 @@ def test_ctrl_c_again_and_again_ends_no_memory_that_is_being_read(
 ) -> None:
     """What threads of ours read and write must stay open until they have ended."""
     closed, ended = threading.Event(), threading.Event()
-    real_exit, real_update = MemoryFile.__exit__, MemoryFile._update
+    real_exit, real_update = MemoryFile.__exit__, MemoryFile.update_runs
 
     def leave(file: MemoryFile, *error: object) -> None:
         closed.set()
@@ -539,7 +538,7 @@ def test_ctrl_c_again_and_again_ends_no_memory_that_is_being_read(
     too_early: list[bool] = []
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFile, "__exit__", leave)
-        patch.setattr(MemoryFile, "_update", update)
+        patch.setattr(MemoryFile, "update_runs", update)
         with pytest.raises(KeyboardInterrupt):
             save(running)
     assert too_early
@@ -552,14 +551,14 @@ def test_others_may_ask_qemu_while_memory_is_copied(
 ) -> None:
     """By a program that hears no events of it, where QEMU serves one at a time."""
     saver, other = (cloud.get_instance(running.id) for _ in range(2))
-    real = capture._InPlace.prepare
+    real = capture.InPlace.prepare
 
-    def prepare(reading: capture._InPlace) -> None:
+    def prepare(reading: capture.InPlace) -> None:
         answers.append(other.machine.execute("query-status", timeout=5)["status"])
         real(reading)
 
     answers: list[str] = []
-    monkeypatch.setattr(capture._InPlace, "prepare", prepare)
+    monkeypatch.setattr(capture.InPlace, "prepare", prepare)
     save(saver)
     assert answers == ["running"]
 
@@ -615,10 +614,9 @@ def test_guest_goes_on_when_it_stood_still_for_too_long(
         assert becomes(lambda: running.machine.state is State.RUNNING)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_PAUSE_LIMIT", 0.2)
-        patch.setattr(capture._Reading, "read_memory", hang)
+        patch.setattr(capture.Reading, "read_memory", hang)
         with pytest.raises(CloudError, match="goes on unsaved"):
-            save(running)
+            save(running, pause_limit=0.2)
     assert runs(running)
     assert list(cloud.parent_dir.glob("snapshots/*")) == []
     save(running)
@@ -631,7 +629,7 @@ def test_machine_that_ends_while_it_is_saved_is_told_of(
         running.machine.kill()
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture._Reading, "read_memory", die)
+        patch.setattr(capture.Reading, "read_memory", die)
         with pytest.raises((MachineEndedError, QmpError)):
             save(running)
     assert running.machine.state is State.OFF
@@ -653,14 +651,25 @@ def test_machine_that_cannot_be_saved_in_place_is_saved_another_way(
 ) -> None:
     machine = of_kind(cloud, running, kind, monkeypatch)
     pid = machine.machine.pid
+    execute, list_blocks = QmpSession.execute, devicestate.list_blocks
+
+    def hide(session: QmpSession, command: str, *more: Any, **options: Any) -> Any:
+        answer = execute(session, command, *more, **options)
+        if command == "query-commands":
+            return [known for known in answer if known["name"] != "xen-save-devices-state"]
+        return answer
+
     if missing == "command":
-        monkeypatch.setattr(devicestate, "_SAVE_DEVICES", "no-such-command")
+        monkeypatch.setattr(QmpSession, "execute", hide)
     else:
-        monkeypatch.setattr(devicestate, "_UNCHANGING", re.compile("ram0"))
+        monkeypatch.setattr(
+            devicestate, "list_blocks", lambda session: {**list_blocks(session), "more": 1 << 20}
+        )
     caplog.set_level("INFO")
     for _ in range(2):
         saved = save(machine)
-    assert ("no-such-command" if missing == "command" else "beside its own") in caplog.text
+    told = "not know xen-save-devices-state" if missing == "command" else "beside its own"
+    assert told in caplog.text
     assert ("by a migration" if kind == "shared" else "from a twin") in caplog.text
     assert machine.machine.pid == pid
     assert runs(machine)
@@ -719,8 +728,8 @@ def test_memory_of_each_kind_is_read_in_place(
         ("anonymous", "open_process_memory"),
         ("kept", "open_process_memory"),
         # As of a QEMU with capabilities of its own, in which no other process may look.
-        ("kept", "_find_mapping"),
-        ("shared", "_find_mapping"),
+        ("kept", "find_mapping"),
+        ("shared", "find_mapping"),
     ],
 )
 def test_qemu_writes_its_memory_where_its_process_must_not_be_read(

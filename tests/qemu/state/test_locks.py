@@ -72,7 +72,7 @@ def test_machine_that_is_switched_on_during_a_snapshot_writes_to_its_own_disk(
         started.start()
         waits.append(is_locked(running.machine.rundir))
 
-    when(monkeypatch, layers, "_link", start)
+    when(monkeypatch, layers, "link_file", start)
     running.machine.kill()
     image = Path(cloud.snapshot(running, clean=False))
     started.join()
@@ -106,7 +106,7 @@ def test_saving_locks_before_the_disk_is_frozen(
 ) -> None:
     held: list[bool] = []
     rundir = running.machine.rundir
-    when(monkeypatch, layers, "_link", lambda: held.append(is_locked(rundir)))
+    when(monkeypatch, layers, "link_file", lambda: held.append(is_locked(rundir)))
     save(running)
     assert held == [True]
     assert not is_locked(rundir)
@@ -125,7 +125,7 @@ def test_going_back_locks_before_the_disk_is_exchanged(
 def test_plugging_locks(running: QemuInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
     rundir = running.machine.rundir
-    when(monkeypatch, hotplug, "_free_number", lambda: held.append(is_locked(rundir)))
+    when(monkeypatch, hotplug, "find_free_number", lambda: held.append(is_locked(rundir)))
     plugged = hotplug.plug_interface(running.machine)
     assert held == [True]
     assert hotplug.list_plugged(running.machine) == [plugged.name]
@@ -216,16 +216,16 @@ cloud = Qemu("cut", timestamp_suffix=False, config_file=io.StringIO(config), orp
 vm = cloud.launch(image, "{SMALL}")
 print(vm.id, flush=True)
 owner, name = {{
-    "before the memory is copied": (capture._InPlace, "prepare"),
+    "before the memory is copied": (capture.InPlace, "prepare"),
     "with a machine like it": (capture, "write_state"),
     "before the disk has its names": (layers.LayerStore, "freezing"),
-    "before the overlay is opened": (livedisk, "prepared"),
-    "before the guest stands still": (checkpoint, "_pause"),
-    "standing still": (capture._Reading, "read_memory"),
+    "before the overlay is opened": (livedisk, "switching"),
+    "before the guest stands still": (checkpoint, "paused"),
+    "standing still": (capture.Reading, "read_memory"),
     "before the disk is exchanged": (layers.FrozenDisk, "exchange"),
     "before the state": (devicestate, "save_devices"),
     "before it is let be": (rundir.RunDirectory, "forget_saving"),
-    "before the state is written": (capture._InPlace, "finish"),
+    "before the state is written": (capture.InPlace, "finish"),
     "before it is told of": (savedmachine, "write_facts"),
     "before it is complete": (layers.LayerStore, "complete"),
 }}[moment]
@@ -346,7 +346,7 @@ def test_save_that_is_under_way_is_let_be(
         told = other.machine.execute("query-status")["status"]
         seen.extend([found.state, other.machine.state.value, told])
 
-    when(monkeypatch, capture._Reading, "read_memory", look)
+    when(monkeypatch, capture.Reading, "read_memory", look)
     save(running)
     assert seen == ["running", "running", "paused"]
     assert runs(running)

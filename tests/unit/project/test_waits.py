@@ -314,10 +314,10 @@ WAITS = (
         "a guest that is paused to be saved",
         "60 s and 10 s for each GiB of memory, then it is resumed unsaved",
         "QEMU's end, an error",
-        ("qemu.saved.checkpoint:_measure_pause", "qemu.saved.capture:_InPlace.prepare"),
+        ("qemu.saved.checkpoint:measure_pause", "qemu.saved.capture:InPlace.prepare"),
         ("qemu/saved/test_checkpoint.py::test_guest_goes_on_when_it_stood_still_for_too_long",),
         (
-            ("qemu.saved.checkpoint:_PAUSE_LIMIT", 60.0),
+            ("qemu.saved.checkpoint:PAUSE_LIMIT", 60.0),
             ("qemu.saved.checkpoint:_PAUSE_LIMIT_OF_GIB", 10.0),
         ),
     ),
@@ -379,7 +379,7 @@ WAITS = (
         ),
         ("qemu/host/test_accelerator.py::test_a_qemu_that_hangs_is_refused_this_time",),
         (
-            ("qemu.host.accelerator:_WALL_LIMIT_SECONDS", 2.5),
+            ("qemu.host.accelerator:WALL_LIMIT_SECONDS", 2.5),
             ("qemu.host.accelerator:_LIMIT_SECONDS", 30),
             ("cli.hostfacts:_VERSION_LIMIT", 10.0),
         ),

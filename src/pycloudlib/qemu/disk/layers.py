@@ -104,9 +104,9 @@ class LayerStore:
                 _limit_depth(overlay)
             # After the image is removed: another program may record it as long as it exists.
             undo.callback(uses.forget, image)
-            _link(overlay, layer)
+            link_file(overlay, layer)
             undo.callback(frozen.undo, in_use=in_use)
-            _link(overlay, image)
+            link_file(overlay, image)
             undo.callback(image.unlink, missing_ok=True)
             undo.callback(frozen.discard_fresh)
             diskimage.create_overlay(diskimage.read_layer(layer), frozen.fresh, unopened=True)
@@ -450,7 +450,8 @@ def _is_same(one: Path, other: Path) -> bool:
         return False
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Give a layer another name, by a hard link."""
     try:
         os.link(source, target)
     except OSError as error:

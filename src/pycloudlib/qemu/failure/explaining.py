@@ -73,7 +73,7 @@ class Explainer:
         try:
             yield
         except Exception as error:
-            if _is_failure(error) and getattr(error, "diagnosis", None) is None:
+            if is_failure(error) and getattr(error, "diagnosis", None) is None:
                 self._explain(error, waiting_for, time.monotonic() - begun, limit, ask=ask)
             raise
         finally:
@@ -156,7 +156,7 @@ def explain(error: Exception, diagnosis: Diagnosis) -> None:
         error.args = tuple(arguments)
 
 
-def _is_failure(error: Exception) -> bool:
+def is_failure(error: Exception) -> bool:
     """Whether the machine failed: not the caller's arguments, and not a command in the guest."""
     if isinstance(error, GuestRefusedError):
         return False

@@ -79,7 +79,7 @@ KVM_DEVICE = Path("/dev/kvm")
 # The payload takes a working KVM a tenth of a second of processor time, and one that only seems to
 # work three seconds or more. The wall-clock limit is for a QEMU that hangs without computing.
 _CPU_LIMIT_SECONDS = 1
-_WALL_LIMIT_SECONDS = 2.5
+WALL_LIMIT_SECONDS = 2.5
 
 # The payload ends QEMU by writing 0x2a to isa-debug-exit, which makes the exit status 0x2a * 2 + 1.
 _PASSED = 0x2A * 2 + 1
@@ -165,8 +165,16 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> st
     return trial.problem
 
 
-def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
-    """Run the payload, with the CPU model of machines."""
+def try_accelerator(
+    qemu_binary: Path, accelerator: Accelerator, wall_limit: float = WALL_LIMIT_SECONDS
+) -> Trial:
+    """Run the payload, with the CPU model of machines.
+
+    Args:
+        qemu_binary: The QEMU.
+        accelerator: What it is to execute the payload with.
+        wall_limit: Seconds after which it is taken for one that hangs.
+    """
     with tempfile.TemporaryDirectory(prefix="pycloudlib-probe-") as directory:
         disk = Path(directory) / "boot-sector.img"
         disk.write_bytes(BOOT_SECTOR)
@@ -183,9 +191,9 @@ def try_accelerator(qemu_binary: Path, accelerator: Accelerator) -> Trial:
                 limits = (_CPU_LIMIT_SECONDS, _CPU_LIMIT_SECONDS + 1)
                 resource.prlimit(process.pid, resource.RLIMIT_CPU, limits)
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
-            _, stderr = process.communicate(timeout=_WALL_LIMIT_SECONDS)
+            _, stderr = process.communicate(timeout=wall_limit)
         except subprocess.TimeoutExpired:
-            problem = f"a boot sector did not end within {_WALL_LIMIT_SECONDS} s"
+            problem = f"a boot sector did not end within {wall_limit} s"
             return Trial(problem, conclusive=False)
         finally:
             if process.poll() is None:

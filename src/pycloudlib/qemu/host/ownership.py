@@ -122,9 +122,9 @@ def owner_file(owned: Path) -> Path:
 
 def claim(owned: Path, orphans: Orphans) -> None:
     """Record that this program owns something."""
-    with _changing_record(owned):
+    with changing_record(owned):
         Ownership(ProcessIdentity.own(), orphans).write(owned)
-    _register(owned)
+    register(owned)
 
 
 def disown(image: Path) -> None:
@@ -132,11 +132,11 @@ def disown(image: Path) -> None:
 
     Its owner may end just now, and change the record.
     """
-    with contextlib.suppress(FileNotFoundError), _changing_record(image):
+    with contextlib.suppress(FileNotFoundError), changing_record(image):
         owner_file(image).unlink(missing_ok=True)
 
 
-def _changing_record(owned: Path) -> contextlib.AbstractContextManager[int]:
+def changing_record(owned: Path) -> contextlib.AbstractContextManager[int]:
     """Keep other programs from changing the record of an owner inside the block."""
     return directory_lock(owner_file(owned).parent)
 
@@ -164,7 +164,7 @@ def create_owned_directory(path: Path, orphans: Orphans) -> Path:
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    _register(path)
+    register(path)
     return path
 
 
@@ -192,16 +192,17 @@ _owned: set[Path] = set()
 _registered_by: int | None = None
 
 
-def _register(owned: Path) -> None:
+def register(owned: Path) -> None:
+    """Have a normal end of this program record that it has left something on purpose."""
     global _registered_by  # noqa: PLW0603 - one for each process
     if _registered_by != os.getpid():
         _registered_by = os.getpid()
         _owned.clear()  # a forked child does not own what its parent does
-        at_normal_end(_leave)
+        at_normal_end(leave_all)
     _owned.add(owned)
 
 
-def _leave() -> None:
+def leave_all() -> None:
     """Record, at a normal end, that all that is left is left on purpose."""
     if _registered_by != os.getpid():
         return
@@ -210,7 +211,7 @@ def _leave() -> None:
         owned = _owned.pop()
         if not owner_file(owned).exists():
             continue  # it has been removed
-        with contextlib.suppress(OSError), _changing_record(owned):  # another process may remove it
+        with contextlib.suppress(OSError), changing_record(owned):  # another process may remove it
             found = Ownership.find(owned)
             # Another program may own it by now.
             if found is not None and found.process == me and not found.left:
@@ -259,10 +260,11 @@ def environment(orphans: Orphans) -> dict[str, str]:
     """
     if orphans is Orphans.KEEP:
         return tools.environment()
-    return {**tools.environment(), _MARK: f"{_find_guardian().token} {orphans.value}"}
+    return {**tools.environment(), _MARK: f"{find_guardian().token} {orphans.value}"}
 
 
-def _find_guardian() -> Guardian:
+def find_guardian() -> Guardian:
+    """Return the guardian of this process; start one if none runs."""
     global _guardian  # noqa: PLW0603 - one for each process
     with _lock:
         if _guardian is None or not _guardian.alive:

@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.1"
 FIRST_PORT = 18000
 LAST_PORT = 18100
 
-_ROOT = Path("/")
+ROOT = Path("/")
 _MEMORY, _CPU = "memory", "cpu"
 _ALL_CONTROLLERS = ""
 # In version 1 a number near the largest means that there is no limit.
@@ -191,13 +191,12 @@ class HostLimits:
     available: int
 
     @classmethod
-    def read(cls, root: Path | None = None) -> HostLimits:
+    def read(cls, root: Path = ROOT) -> HostLimits:
         """Read them from the kernel's files.
 
         Args:
-            root: The directory that has /proc and /sys; by default the root directory.
+            root: The directory that has /proc and /sys.
         """
-        root = root or _ROOT
         meminfo = _read(root / "proc/meminfo")
         processors = [len(os.sched_getaffinity(0))]
         memory = [_find_kib(meminfo, "MemTotal") or _physical_memory()]

@@ -92,7 +92,7 @@ def choose(machine: Machine, directory: Path) -> Iterator[Capture]:
             return
         with MemoryFile(directory / _MEMORY, size) as kept:
             if obstacle is None:
-                yield _InPlace(machine, qemu, memory, kept, directory)
+                yield InPlace(machine, qemu, memory, kept, directory)
             else:
                 yield _ByMigration(qemu, memory, kept, directory)
 
@@ -108,7 +108,7 @@ def _find_obstacle(machine: Machine, qemu: RunningQemu) -> str | None:
     return obstacle
 
 
-class _Reading:
+class Reading:
     """What reads the memory where it is.
 
     Args:
@@ -122,15 +122,17 @@ class _Reading:
         self.way = memory.way
 
     def prepare(self) -> None:
+        """Copy what can be copied while the guest runs."""
         if self._memory.base is not None:
             self._kept.begin_with(self._memory.base)
         self._kept.update(self._memory)
 
     def read_memory(self) -> None:
+        """Copy what has changed since, while the guest is paused."""
         self._kept.update(self._memory)
 
 
-class _InPlace(_Reading):
+class InPlace(Reading):
     """Reads the devices by themselves."""
 
     def __init__(
@@ -148,6 +150,7 @@ class _InPlace(_Reading):
         self._devices = b""
 
     def prepare(self) -> None:
+        """Copy what can be copied while the guest runs."""
         with ThreadPoolExecutor(1) as thread:
             base = thread.submit(self._provide_base_state)
             super().prepare()
@@ -165,16 +168,18 @@ class _InPlace(_Reading):
             temporary.unlink(missing_ok=True)
 
     def read_state(self) -> None:
+        """Save the state of the devices, while the guest is paused."""
         with self._qemu.session() as session:
             self._devices = devicestate.save_devices(session)
 
     def finish(self) -> None:
+        """Write the state, when the guest runs again."""
         base = self._machine.rundir.base_state.read_bytes()
         with open(self._state, "wb", opener=private_opener) as file:
             file.write(devicestate.compose(base, self._devices))
 
 
-class _ByMigration(_Reading):
+class _ByMigration(Reading):
     """Lets QEMU migrate everything but the memory."""
 
     def __init__(
@@ -186,6 +191,7 @@ class _ByMigration(_Reading):
         self.way += ", its state by a migration"
 
     def read_state(self) -> None:
+        """Save the state of the devices, while the guest is paused."""
         devicestate.write_state(self._qemu, self._state)
 
     def finish(self) -> None:
@@ -213,10 +219,12 @@ class _ByTwin:
         """It comes with the state."""
 
     def read_state(self) -> None:
+        """Save the state of the devices, while the guest is paused."""
         devicestate.send_state(self._qemu, self._stream, with_memory=True)
         devicestate.wait_for_state(self._twin, Deadline.after(_TAKE_LIMIT))
 
     def finish(self) -> None:
+        """Write the state, when the guest runs again."""
         write_whole(self._twin, self._directory, self._size)
 
 

@@ -43,13 +43,17 @@ _log = logging.getLogger(__name__)
 
 # Seconds after which a guest that stands still goes on, whatever else has happened; and for each
 # GiB of its memory, which may all have to be moved.
-_PAUSE_LIMIT = 60.0
+PAUSE_LIMIT = 60.0
 _PAUSE_LIMIT_OF_GIB = 10.0
 _EVENT_LIMIT = 5.0
 
 
 def save(
-    machine: Machine, image_name: str, *, ask_helper: Callable[[], bool] | None
+    machine: Machine,
+    image_name: str,
+    *,
+    ask_helper: Callable[[], bool] | None,
+    pause_limit: float = PAUSE_LIMIT,
 ) -> SavedMachine:
     """Save a running machine; it goes on.
 
@@ -58,6 +62,7 @@ def save(
         image_name: The name of the image's file, without its directory.
         ask_helper: Asks the helper in its guest for what is to be done there before it stands
             still, and returns whether it did; None where there is none.
+        pause_limit: Seconds that it may stand still, and some more for each GiB of memory.
 
     Raises:
         MachineEndedError: It is off.
@@ -65,6 +70,7 @@ def save(
         CloudError: It could not be saved, and goes on; says why.
     """
     store = layers.LayerStore(machine.rundir.path.parent)
+    limit = pause_limit + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
     with machine.changing(), contextlib.ExitStack() as undo:
         _check_can_be_saved(machine)
         qemu = machine.qemu()
@@ -73,8 +79,8 @@ def save(
         with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
             with capture.choose(machine, directory) as reading:
                 helper = uninterrupted(lambda: _prepare(reading, ask_helper))
-                _check_space(directory)
-                pause = uninterrupted(lambda: _freeze(machine, image, reading, undo))
+                check_space(directory)
+                pause = uninterrupted(lambda: _freeze(machine, image, reading, undo, limit))
                 uninterrupted(reading.finish)
             saved = _write(_describe(machine, image, helper), machine.rundir)
             # By now it is known which kernel it needs.
@@ -98,7 +104,7 @@ def _prepare(reading: Capture, ask_helper: Callable[[], bool] | None) -> bool:
 
 
 def _freeze(
-    machine: Machine, image: Path, reading: Capture, undo: contextlib.ExitStack
+    machine: Machine, image: Path, reading: Capture, undo: contextlib.ExitStack, limit: float
 ) -> float | None:
     """Let the guest stand still for the moment that is saved.
 
@@ -116,7 +122,10 @@ def _freeze(
         # So that whoever comes next lets the machine go on, if this program is killed.
         rundir.write_saving(frozen.fresh)
         try:
-            with livedisk.switching(session, frozen.fresh) as switch_disk, _pause(machine, session):
+            with (
+                livedisk.switching(session, frozen.fresh) as switch_disk,
+                paused(machine, session, limit),
+            ):
                 reading.read_memory()
                 switch_disk()
                 frozen.exchange()
@@ -126,7 +135,7 @@ def _freeze(
             recovery.recover(rundir, session)
             raise
         rundir.forget_saving()
-        pause = _measure_pause(qemu, seen)
+        pause = measure_pause(qemu, seen)
         machine.paused_by_saves += pause or 0.0
     undo.callback(uses.forget, image)
     undo.callback(image.unlink)
@@ -134,7 +143,7 @@ def _freeze(
 
 
 @contextlib.contextmanager
-def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
+def paused(machine: Machine, session: QmpSession, limit: float) -> Iterator[None]:
     """Let the guest stand still in the block; it goes on whatever happens.
 
     Raises:
@@ -146,7 +155,6 @@ def _pause(machine: Machine, session: QmpSession) -> Iterator[None]:
         too_late.set()
         _resume(machine, session)
 
-    limit = _PAUSE_LIMIT + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
     timer = threading.Timer(limit, give_up)
     timer.daemon = True
     try:
@@ -171,7 +179,7 @@ def _resume(machine: Machine, session: QmpSession) -> None:
         _log.error("%s cannot go on: %s", machine.spec.name, error)
 
 
-def _measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
+def measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
     """Tell how long the guest stood still, by QEMU's own timestamps."""
 
     def is_resume(event: Event) -> bool:
@@ -184,7 +192,7 @@ def _measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
     return None
 
 
-def _check_space(directory: Path) -> None:
+def check_space(directory: Path) -> None:
     """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
     facts = os.statvfs(directory)
     free = facts.f_bavail * facts.f_frsize

@@ -74,7 +74,7 @@ class GuestMemory(Content, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Mapping:
+class Mapping:
     """What a QEMU has mapped as its guest's memory.
 
     Attributes:
@@ -109,10 +109,10 @@ def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
         address = _find_address(session, 0)
         if address is None:
             raise CloudError(f"QEMU of {qemu.name} does not say where its guest's memory is")
-        mapping, base, pages, content = _Mapping(address, size), None, None, None
+        mapping, base, pages, content = Mapping(address, size), None, None, None
         try:
             process = find_proc_directory(qemu.process.pid)
-            mapping = _find_mapping(process, address, size)
+            mapping = find_mapping(process, address, size)
             if mapping.inode is not None:
                 base = _open(_find_file(process, mapping), stack)
             if not mapping.shared:
@@ -122,7 +122,7 @@ def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
             _log.info("QEMU writes its guest's memory itself: %s", error)
         if mapping.shared and base is not None:
             asking.close()
-            yield _open_shared(base, size)
+            yield open_shared(base, size)
         elif pages is not None and content is not None:
             asking.close()
             yield _Own(mapping, pages, content, base)
@@ -146,13 +146,14 @@ def _open(file: Path, stack: contextlib.ExitStack) -> int:
     return descriptor
 
 
-def _find_mapping(process: Path, address: int, size: int) -> _Mapping:
+def find_mapping(process: Path, address: int, size: int) -> Mapping:
+    """Find what a QEMU has mapped at an address, by the kernel's list of its mappings."""
     for line in read_kernel_file(process / "maps").splitlines():
         # Addresses, rights, offset, device, inode, path.
         places, rights, _, _, inode, *_ = line.split(maxsplit=5)
         start, end = (int(place, 16) for place in places.split("-"))
         if start <= address < end:
-            return _Mapping(address, size, rights.endswith("s"), int(inode) or None)
+            return Mapping(address, size, rights.endswith("s"), int(inode) or None)
     raise CloudError(f"{process} does not have its guest's memory where QEMU says: {address:#x}")
 
 
@@ -163,7 +164,7 @@ def _find_address(session: QmpSession, physical: int) -> int | None:
     return None if found is None else int(found[1], 16)
 
 
-def _find_file(process: Path, mapping: _Mapping) -> Path:
+def _find_file(process: Path, mapping: Mapping) -> Path:
     """Find a file that a process has mapped among those that it has open: it may have no name."""
     for link in (process / "fd").iterdir():
         with contextlib.suppress(OSError):
@@ -207,7 +208,13 @@ class _Shared:
         yield self.view
 
 
-def _open_shared(memory: int, size: int) -> _Shared:
+def open_shared(memory: int, size: int) -> _Shared:
+    """Map shared memory, to be read here.
+
+    Args:
+        memory: Its descriptor.
+        size: Its length in bytes.
+    """
     # It is unmapped with the last view of it.
     content = map_to_read(memory, size)
     return _Shared(memory, _View(address_of(content), memoryview(content)))
@@ -217,7 +224,7 @@ def _open_shared(memory: int, size: int) -> _Shared:
 class _Own:
     """Private memory, read from QEMU's process: what is not its own is its base's, or nothing."""
 
-    mapping: _Mapping
+    mapping: Mapping
     pages: int
     content: int
     base: int | None
@@ -226,7 +233,7 @@ class _Own:
     shared: bool = False
 
     def list_runs(self) -> Sequence[Run]:
-        return _list_own(self.pages, self.mapping, _GAP)
+        return list_own(self.pages, self.mapping, _GAP)
 
     @contextlib.contextmanager
     def open_reader(self) -> Iterator[Reader]:
@@ -271,7 +278,7 @@ class _Seen:
     physical: int
 
 
-def _list_seen(session: QmpSession, mapping: _Mapping) -> Iterator[_Seen]:
+def _list_seen(session: QmpSession, mapping: Mapping) -> Iterator[_Seen]:
     """List the pieces of a memory that its guest's processors see."""
     low, first_mib = _HIDDEN.start, _HIDDEN.stop
     yield _Seen(0, low, 0)
@@ -294,7 +301,7 @@ class _OwnByQemu:
     """
 
     session: QmpSession
-    mapping: _Mapping
+    mapping: Mapping
     pages: int | None
     base: int | None
     seen: tuple[_Seen, ...]
@@ -305,7 +312,7 @@ class _OwnByQemu:
     def list_runs(self) -> Sequence[Run]:
         own = [(0, self.mapping.size)]
         if self.pages is not None:
-            own = _list_own(self.pages, self.mapping, _GAP_OF_CALLS)
+            own = list_own(self.pages, self.mapping, _GAP_OF_CALLS)
         return [run for piece in self.seen for run in _cut(own, (piece.start, piece.end))]
 
     @contextlib.contextmanager
@@ -353,7 +360,7 @@ def _cut(runs: Iterable[Run], piece: Run) -> Iterator[Run]:
             yield part
 
 
-def _list_own(pages: int, mapping: _Mapping, gap: int) -> list[Run]:
+def list_own(pages: int, mapping: Mapping, gap: int) -> list[Run]:
     """List the pieces of a private mapping whose pages are its own."""
     count = -(-mapping.size // _PAGE)
     entries = os.pread(pages, 8 * count, mapping.address // _PAGE * 8)

@@ -126,17 +126,18 @@ class MemoryFile:
         shares = _share_out(self._runs, _count_threads() if memory.parallel else 1)
         with self._naming_full_disk():
             if len(shares) < 2:
-                return sum(self._update(memory, share) for share in shares)
+                return sum(self.update_runs(memory, share) for share in shares)
             with ThreadPoolExecutor(len(shares)) as threads:
-                return sum(threads.map(lambda share: self._update(memory, share), shares))
+                return sum(threads.map(lambda share: self.update_runs(memory, share), shares))
 
-    def _update(self, memory: Content, runs: Iterable[Run]) -> int:
+    def update_runs(self, memory: Content, runs: Iterable[Run]) -> int:
+        """Write what has changed in some runs; return the bytes written."""
         written = 0
         with memory.open_reader() as reader:
-            for block in _cut(runs, reader.block):
+            for block in cut_runs(runs, reader.block):
                 address, content = reader.read(block)
                 origin = block[0]
-                for start, end in _cut([block], _CHUNK):
+                for start, end in cut_runs([block], _CHUNK):
                     if self._has(address + start - origin, start, end):
                         continue
                     for first, last in self._list_changed(address - origin, start, end):
@@ -155,7 +156,7 @@ class MemoryFile:
         if not self._filled[start // _CHUNK]:
             yield start, end
             return
-        for first, last in _cut([(start, end)], _PART):
+        for first, last in cut_runs([(start, end)], _PART):
             if not self._has(origin + first, first, last):
                 yield first, last
 
@@ -225,7 +226,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         start += done
 
 
-def _cut(runs: Iterable[Run], length: int) -> Iterator[Run]:
+def cut_runs(runs: Iterable[Run], length: int) -> Iterator[Run]:
     """Cut runs at the multiples of a length."""
     for start, end in runs:
         first = start
@@ -255,7 +256,7 @@ def _share_out(runs: Sequence[Run], count: int) -> list[list[Run]]:
     share = sum(end - start for start, end in runs) / count
     shares: list[list[Run]] = [[]]
     taken = 0
-    for start, end in _cut(runs, _CHUNK << 4):
+    for start, end in cut_runs(runs, _CHUNK << 4):
         if taken >= share * len(shares):
             shares.append([])
         shares[-1].append((start, end))

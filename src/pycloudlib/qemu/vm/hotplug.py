@@ -50,7 +50,7 @@ def plug_interface(machine: Machine) -> PluggedInterface:
 
 
 def _plug_interface(machine: Machine) -> PluggedInterface:
-    number = _free_number(machine)
+    number = find_free_number(machine)
     interface = PluggedInterface(f"hotnet{number}", make_mac())
     machine.execute(
         "netdev_add",
@@ -183,7 +183,8 @@ def list_added(machine: Machine) -> list[str]:
         ]
 
 
-def _free_number(machine: Machine) -> int:
+def find_free_number(machine: Machine) -> int:
+    """Find a number for one more network of a machine."""
     taken = set(list_plugged(machine))
     for number in range(_FIRST_NETWORK, _LAST_NETWORK + 1):
         if f"hotnet{number}" not in taken:

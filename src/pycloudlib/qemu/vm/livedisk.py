@@ -39,7 +39,7 @@ def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
         QmpError: It did not.
     """
     # Asked now: while the guest stands still, each answer takes time of it.
-    node, active = _name_node(fresh), _find_active(session)
+    node, active = _name_node(fresh), find_active(session)
     # Of several descriptors, it takes the one that is open as it wants the file.
     with _opened(fresh, os.O_RDONLY) as reading, _opened(fresh, os.O_RDWR) as writing:
         # By this one it is opened anew.
@@ -87,9 +87,9 @@ def finish_switch(session: QmpSession, fresh: Path) -> bool:
         QmpError: It could not be asked.
     """
     node = _name_node(fresh)
-    if _find_active(session) == node:
+    if find_active(session) == node:
         return True
-    if node in _list_nodes(session):
+    if node in list_nodes(session):
         _close_node(session, node)
     return False
 
@@ -120,8 +120,8 @@ def merge_layers(qemu: RunningQemu, disk: Path) -> None:
 
 def _forget_merged(session: QmpSession) -> None:
     """Let QEMU close the overlays that the disk is built on no more."""
-    active = _find_active(session)
-    names = [name for name in _list_nodes(session) if _OVERLAY.fullmatch(name)]
+    active = find_active(session)
+    names = [name for name in list_nodes(session) if _OVERLAY.fullmatch(name)]
     for name in names:
         if name == active:
             continue
@@ -136,7 +136,7 @@ def _name_node(fresh: Path) -> str:
 
 def _close_node(session: QmpSession, name: str) -> None:
     """Let QEMU close an overlay, and what it was lent to open that by."""
-    opened = _list_nodes(session)[f"{name}-file"]["file"]
+    opened = list_nodes(session)[f"{name}-file"]["file"]
     session.execute("blockdev-del", {"node-name": name})
     lent = _FDSET.fullmatch(opened)
     if lent is not None:
@@ -144,7 +144,7 @@ def _close_node(session: QmpSession, name: str) -> None:
             session.execute("remove-fd", {"fdset-id": int(lent[1])})
 
 
-def _find_active(session: QmpSession) -> str:
+def find_active(session: QmpSession) -> str:
     """Find QEMU's name of the overlay that the machine writes to."""
     return str(_find_root(session)["node-name"])
 
@@ -160,7 +160,7 @@ def _find_lowest(session: QmpSession) -> str:
     # In both answers QEMU shows the path alike.
     return next(
         name
-        for name, node in _list_nodes(session).items()
+        for name, node in list_nodes(session).items()
         if node["file"] == image["filename"] and node["drv"] != "file"
     )
 
@@ -171,6 +171,7 @@ def _find_root(session: QmpSession) -> dict[str, Any]:
     return inserted
 
 
-def _list_nodes(session: QmpSession) -> dict[str, dict[str, Any]]:
+def list_nodes(session: QmpSession) -> dict[str, dict[str, Any]]:
+    """List the block nodes of a QEMU, by their names."""
     nodes = session.execute("query-named-block-nodes", {"flat": True})
     return {node["node-name"]: node for node in nodes}

@@ -22,25 +22,29 @@ from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import ANONYMOUS, SHARED, Memory
 from pycloudlib.qemu.parts.standard import BACKEND
 
-_HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+HUGE_SHARED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _NAME = "pycloudlib-guest-memory"
 
 
-def choose_memory(accelerator: Accelerator) -> Memory:
+def choose_memory(accelerator: Accelerator, huge_shared: Path = HUGE_SHARED) -> Memory:
     """Choose the memory of a machine that boots.
 
     Shared memory can be read whoever asks, and compared in place. Under KVM, however, guests are
     faster with huge pages, which most hosts give to anonymous memory only.
+
+    Args:
+        accelerator: What executes the guest.
+        huge_shared: The kernel's setting of huge pages for shared memory.
     """
-    if accelerator is Accelerator.KVM and not _shared_memory_has_huge_pages():
+    if accelerator is Accelerator.KVM and not _shared_memory_has_huge_pages(huge_shared):
         return ANONYMOUS
     return SHARED
 
 
-def _shared_memory_has_huge_pages() -> bool:
+def _shared_memory_has_huge_pages(setting: Path) -> bool:
     """Tell by the chosen word: "always within_size advise [never] deny force" (admin-guide/mm)."""
     with contextlib.suppress(OSError):
-        chosen = read_kernel_file(_HUGE_SHARED).partition("[")[2].partition("]")[0]
+        chosen = read_kernel_file(setting).partition("[")[2].partition("]")[0]
         return chosen in ("always", "within_size", "advise", "force")
     return False
 

@@ -21,7 +21,7 @@ from pycloudlib.errors import (
 )
 from pycloudlib.guest.access import ssh
 from pycloudlib.qemu.failure.examination import Facts, diagnose, diagnose_launch, with_guest_words
-from pycloudlib.qemu.failure.explaining import _is_failure, explain, explaining_launch
+from pycloudlib.qemu.failure.explaining import explain, explaining_launch, is_failure
 from pycloudlib.qemu.host.accelerator import KvmUnavailableError
 from pycloudlib.qemu.vm.process import LaunchError, ProcessEnd
 from pycloudlib.qemu.vm.qmp import Event
@@ -328,5 +328,5 @@ def test_diagnosis_leaves_what_is_no_text_in_an_error_alone(
 
 
 def test_what_a_guest_says_itself_is_told_without_the_console() -> None:
-    assert not _is_failure(GuestRefusedError("web: cat: /etc/shadow: Permission denied"))
-    assert _is_failure(CloudError("QEMU refused"))
+    assert not is_failure(GuestRefusedError("web: cat: /etc/shadow: Permission denied"))
+    assert is_failure(CloudError("QEMU refused"))

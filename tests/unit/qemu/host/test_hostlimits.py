@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.pytest_plugin.budget import Capacity
-from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.resources import HostLimits
 
 MIB = 1 << 20
@@ -243,10 +242,11 @@ def test_host_without_these_files_has_what_it_has(tmp_path: Path) -> None:
     assert limits.available == 0
 
 
-def test_budget_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    read(tmp_path, V2, "0::/a\n", v2("a", memory_max=str(1024 * MIB), cpu_max="200000 100000"))
-    monkeypatch.setattr(resources, "_ROOT", tmp_path)
-    assert Capacity.of_host() == Capacity(2, 768)
+def test_budget_is_that_of_the_container(tmp_path: Path) -> None:
+    limits = read(
+        tmp_path, V2, "0::/a\n", v2("a", memory_max=str(1024 * MIB), cpu_max="200000 100000")
+    )
+    assert Capacity.of_host(limits) == Capacity(2, 768)
 
 
 def test_this_host_has_room() -> None:

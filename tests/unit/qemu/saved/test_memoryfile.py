@@ -12,7 +12,7 @@ import pytest
 
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.saved import memoryfile
-from pycloudlib.qemu.saved.guestmemory import _list_own, _Mapping, _open_shared
+from pycloudlib.qemu.saved.guestmemory import Mapping, list_own, open_shared
 from pycloudlib.qemu.saved.memoryfile import MemoryFile, list_data
 
 MIB = 1 << 20
@@ -42,7 +42,7 @@ def keep(descriptor: int, target: Path) -> int:
     """Write a memory to a new file, once."""
     size = os.fstat(descriptor).st_size
     with MemoryFile(target, size) as kept:
-        return kept.update(_open_shared(descriptor, size))
+        return kept.update(open_shared(descriptor, size))
 
 
 def taken(facts: os.stat_result) -> int:
@@ -94,7 +94,7 @@ def test_memory_of_an_odd_size_is_kept_whole(target: Path, tmp_path: Path) -> No
 
 def test_what_has_changed_is_written_and_nothing_else(guest: int, target: Path) -> None:
     os.pwrite(guest, os.urandom(4 * MIB), 2 * MIB)
-    memory = _open_shared(guest, SIZE)
+    memory = open_shared(guest, SIZE)
     with MemoryFile(target, SIZE) as kept:
         assert kept.update(memory) == 4 * MIB
         assert kept.update(memory) == 0
@@ -109,7 +109,7 @@ def test_what_has_changed_is_written_and_nothing_else(guest: int, target: Path) 
 def test_pages_that_are_given_back_have_nothing_in_them(guest: int, target: Path) -> None:
     """Those of a memory that has become shorter, too."""
     os.pwrite(guest, b"x" * (2 * MIB), 0)
-    memory = _open_shared(guest, SIZE)
+    memory = open_shared(guest, SIZE)
     with MemoryFile(target, SIZE) as kept:
         kept.update(memory)
         os.ftruncate(guest, 0)
@@ -135,14 +135,14 @@ def test_file_begins_with_what_another_has(
     os.pwrite(guest, b"changed", 6 * MIB)
     with base.open("rb") as file, MemoryFile(target, SIZE) as kept:
         kept.begin_with(file.fileno())
-        assert 0 < kept.update(_open_shared(guest, SIZE)) < MIB
+        assert 0 < kept.update(open_shared(guest, SIZE)) < MIB
     assert target.read_bytes() == content(guest)
     assert taken(target.stat()) <= 4 * MIB
 
 
 def test_any_change_is_noticed(guest: int, target: Path) -> None:
     chance = random.Random(4711)
-    memory = _open_shared(guest, SIZE)
+    memory = open_shared(guest, SIZE)
     with MemoryFile(target, SIZE) as kept:
         for _ in range(30):
             for _ in range(chance.randrange(20)):
@@ -199,19 +199,24 @@ def test_data_of_a_sparse_file_is_listed(guest: int) -> None:
 
 
 def test_runs_are_cut_at_the_multiples_of_a_length() -> None:
-    assert list(memoryfile._cut([(3, 25), (30, 31)], 10)) == [(3, 10), (10, 20), (20, 25), (30, 31)]
-    assert list(memoryfile._cut([], 10)) == []
+    assert list(memoryfile.cut_runs([(3, 25), (30, 31)], 10)) == [
+        (3, 10),
+        (10, 20),
+        (20, 25),
+        (30, 31),
+    ]
+    assert list(memoryfile.cut_runs([], 10)) == []
 
 
 def test_page_table_that_ends_early_is_not_believed(tmp_path: Path) -> None:
     """As that of a process that has just ended: pages of the guest's would be left out."""
     table = tmp_path / "pagemap"
     table.write_bytes((b"\0" * 7 + b"\x80") * 3)
-    mapping, longer = _Mapping(0, 3 * PAGE), _Mapping(0, 4 * PAGE)
+    mapping, longer = Mapping(0, 3 * PAGE), Mapping(0, 4 * PAGE)
     descriptor = os.open(table, os.O_RDONLY)
     try:
-        assert _list_own(descriptor, mapping, 1) == [(0, 3 * PAGE)]
+        assert list_own(descriptor, mapping, 1) == [(0, 3 * PAGE)]
         with pytest.raises(CloudError, match="3 pages of a guest's 4"):
-            _list_own(descriptor, longer, 1)
+            list_own(descriptor, longer, 1)
     finally:
         os.close(descriptor)

@@ -6,7 +6,6 @@ import pytest
 
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import ANONYMOUS, SHARED
-from pycloudlib.qemu.vm import memory
 from pycloudlib.qemu.vm.memory import choose_memory
 
 
@@ -26,10 +25,9 @@ def test_emulation_has_memory_that_can_be_saved_at_once() -> None:
     ],
 )
 def test_kvm_has_it_where_it_has_huge_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str | None, expected: object
+    tmp_path: Path, words: str | None, expected: object
 ) -> None:
     setting = tmp_path / "shmem_enabled"
     if words is not None:
         setting.write_text(words)
-    monkeypatch.setattr(memory, "_HUGE_SHARED", setting)
-    assert choose_memory(Accelerator.KVM) == expected
+    assert choose_memory(Accelerator.KVM, setting) == expected
