@@ -131,7 +131,7 @@ def collect(*, ask_server: bool = True) -> HostFacts:
         qemu=qemu,
         qemu_version=_ask_version(qemu) if qemu else (),
         accelerator=settings.accelerator,
-        kvm_problem=kvm_problem(Path(qemu), settings.cache_dir, anew=True) if qemu else no_qemu,
+        kvm_problem=kvm_problem(Path(qemu), settings.cache_dir, retry=True) if qemu else no_qemu,
         tcg_problem=try_accelerator(Path(qemu), Accelerator.TCG).problem if qemu else no_qemu,
         kvm_exists=KVM_DEVICE.exists(),
         kvm_allowed=os.access(KVM_DEVICE, os.R_OK | os.W_OK),

@@ -125,7 +125,7 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
         choice = Choice(Accelerator.TCG, "configured")
     else:
         is_required = setting == Accelerator.KVM.value
-        problem = kvm_problem(qemu_binary, cache_dir, anew=is_required)
+        problem = kvm_problem(qemu_binary, cache_dir, retry=is_required)
         if problem is None:
             choice = Choice(Accelerator.KVM, "KVM was tried and works")
         elif is_required:
@@ -139,7 +139,7 @@ def choose_accelerator(setting: str, qemu_binary: Path, cache_dir: Path) -> Choi
     return choice
 
 
-def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> str | None:
+def kvm_problem(qemu_binary: Path, cache_dir: Path, *, retry: bool = False) -> str | None:
     """Return what is wrong with KVM; None if it works.
 
     The outcome of a trial is valid for this boot of the host, this QEMU and this CPU model.
@@ -147,7 +147,7 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> st
     Args:
         qemu_binary: The QEMU that will run the machines.
         cache_dir: Where the outcome is cached.
-        anew: Whether to try again after a cached failure.
+        retry: Whether to try again after a cached failure.
     """
     if not KVM_DEVICE.exists():
         return f"{KVM_DEVICE} does not exist (no virtualization, or the kvm module is not loaded)"
@@ -157,7 +157,7 @@ def kvm_problem(qemu_binary: Path, cache_dir: Path, *, anew: bool = False) -> st
     # If it cannot be read, KVM is tried again.
     with contextlib.suppress(OSError, ValueError):
         outcome = decode(_Outcome, parse_json(cached.read_bytes())).problem
-        if outcome is None or not anew:
+        if outcome is None or not retry:
             return outcome
     trial = try_accelerator(qemu_binary, Accelerator.KVM)
     if trial.conclusive:

@@ -249,7 +249,7 @@ def test_damaged_outcome_of_a_trial_is_tried_again(tmp_path: Path, content: byte
         cache.mkdir(exist_ok=True)
         for kept in cache.iterdir():
             put(kept, b"")
-        assert kvm_problem(binary, cache, anew=True) == "tried"
+        assert kvm_problem(binary, cache, retry=True) == "tried"
         (kept,) = cache.glob("kvm-*")
         put(kept, content)
         assert kvm_problem(binary, cache) == "tried"
