@@ -368,7 +368,7 @@ def test_host_that_has_no_room_is_told_at_once_and_goes_on(
 ) -> None:
     program = bytes.fromhex(WRITER).ljust(0x40, b"\0") + PACKET
     image = write_boot_sector(tmp_path / "writer.img", program.hex(), 64 << 20)
-    monkeypatch.setattr(running, "ROOM", 8 << 20)
+    monkeypatch.setattr(running, "NEEDED_SPACE", 8 << 20)
     config = f'[qemu]\nworking_dir = "{small_host}"\naccelerator = "tcg"\n'
     with Qemu("full", config_file=io.StringIO(config)) as cloud:
         vm = hurry(cloud.launch(str(image), SMALL))

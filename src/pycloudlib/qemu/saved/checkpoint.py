@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -194,8 +194,7 @@ def measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
 
 def check_space(directory: Path) -> None:
     """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
-    facts = os.statvfs(directory)
-    free = facts.f_bavail * facts.f_frsize
+    free = shutil.disk_usage(directory).free
     if free < NEEDED_SPACE:
         raise CloudError(
             f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "

@@ -98,14 +98,12 @@ class Machine:
     @property
     def end(self) -> ProcessEnd | None:
         """How QEMU ended; None while it runs, or when it never ran."""
-        qemu = self._qemu
-        return None if qemu is None else qemu.end
+        return self._qemu.end if self._qemu else None
 
     @property
     def events(self) -> tuple[Event, ...]:
         """The latest QMP events, oldest first; none of a machine that another process started."""
-        qemu = self._qemu
-        return () if qemu is None else qemu.events
+        return self._qemu.events if self._qemu else ()
 
     @property
     def last_reset(self) -> float:
@@ -121,7 +119,7 @@ class Machine:
     def pid(self) -> int | None:
         """The process id of its QEMU; None when it is off, or runs elsewhere."""
         on = self.state not in (State.OFF, State.ELSEWHERE)
-        return self._qemu.process.pid if on and self._qemu is not None else None
+        return self._qemu.process.pid if on and self._qemu else None
 
     def power_on(
         self, origin: Origin | None = None, load_state: Callable[[RunningQemu], None] | None = None
@@ -216,11 +214,11 @@ class Machine:
             check_command(self.spec.name, session, command, arguments)
             return session.execute(command, arguments, timeout=timeout)
 
-    @contextlib.contextmanager
-    def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
-        """Yield a QMP session for several commands; raises as `RunningQemu.session` does."""
-        with self.qemu().session(timeout) as session:
-            yield session
+    def session(
+        self, timeout: float = ANSWER_LIMIT
+    ) -> contextlib.AbstractContextManager[QmpSession]:
+        """Open a QMP session for several commands; raises as `RunningQemu.session` does."""
+        return self.qemu().session(timeout)
 
     def qemu(self) -> RunningQemu:
         """Return the QEMU that runs it now.
@@ -231,10 +229,9 @@ class Machine:
         """
         self.check_on()
         self.check_here()
-        qemu = self._qemu
-        if qemu is None:
+        if self._qemu is None:
             raise MachineEndedError(self.spec.name, None)
-        return qemu
+        return self._qemu
 
     def refresh(self) -> None:
         """Ask QEMU what the machine is doing, where another process started it.
@@ -301,9 +298,8 @@ class Machine:
 
     def check_pause(self) -> None:
         """Raise MachinePausedError when it has been paused for over `pause_patience` seconds."""
-        qemu = self._qemu
-        if qemu is not None:
-            qemu.check_pause(self.pause_patience, self.rundir.is_locked)
+        if self._qemu:
+            self._qemu.check_pause(self.pause_patience, self.rundir.is_locked)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
         """Wait until QEMU is gone; return whether it was in time.
@@ -351,9 +347,8 @@ class Machine:
             MachineElsewhereError: It runs where it cannot be ended from here.
         """
         self.check_here()
-        qemu = self._qemu
-        if qemu is not None:
-            qemu.kill()
+        if self._qemu:
+            self._qemu.kill()
 
     def delete(self) -> None:
         """End QEMU and remove the run directory; one that is gone already is no error.

@@ -1,4 +1,4 @@
-"""The QEMU process: its sockets made and handed over, started, watched and ended."""
+"""The QEMU process: its sockets are made and passed to it; it is started, watched and ended."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from pycloudlib.qemu.vm.command import build_command
 from pycloudlib.qemu.vm.memory import create_shared_memory
 
 _OUTPUT_LIMIT = 16 * 1024
+_KILL_LIMIT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,15 @@ class ProcessEnd:
     Attributes:
         exit_status: Its exit status, negative for the signal that ended it; None when it cannot
             be known because another process had started it.
-        stderr: What it said on stdout and stderr since it was started.
+        stderr: What it wrote to stdout and stderr since it was started.
     """
 
     exit_status: int | None
     stderr: str
 
     def __str__(self) -> str:
-        said = f": {self.stderr}" if self.stderr else ", and said nothing on stderr"
-        return f"{self.how}{said}"
+        output = f": {self.stderr}" if self.stderr else ", and said nothing on stderr"
+        return f"{self.how}{output}"
 
     @property
     def how(self) -> str:
@@ -60,12 +61,10 @@ class ProcessEnd:
 
 
 class QemuProcess:
-    """A running or ended QEMU.
-
-    Make one with `start` or `attach`. Safe to use from several threads.
+    """A running or ended QEMU, made by `start` or `attach`. Safe to use from several threads.
 
     Attributes:
-        identity: Which process it is, for whoever it may concern.
+        identity: Which process it is, for other programs.
         pid: Its pid in our own PID namespace.
     """
 
@@ -94,7 +93,7 @@ class QemuProcess:
         log: Path,
         environment: Mapping[str, str] | None = None,
     ) -> QemuProcess:
-        """Start QEMU in a session of its own, so that a Ctrl-C at the terminal is not its end.
+        """Start QEMU in a session of its own, so that Ctrl-C at the terminal does not end it.
 
         Args:
             argv: The command line.
@@ -126,7 +125,7 @@ class QemuProcess:
             identity = ProcessIdentity.find(child.pid) or ProcessIdentity(child.pid, 0, World.own())
             pidfd = moved(os.pidfd_open(child.pid))
         except BaseException:
-            # As where there are too many open files: nobody would know of it.
+            # As where too many files are open: the process would be lost.
             child.kill()
             child.wait()
             raise
@@ -139,7 +138,7 @@ class QemuProcess:
         Args:
             identity: Which process it was.
             disk: The machine's disk, which is on its command line: a second proof that this is
-                the machine's own QEMU, where no boot of the host was written down.
+                the machine's own QEMU, where no boot of the host was recorded.
             log: Where its output goes.
         """
         pid = identity.find_pid()
@@ -149,41 +148,47 @@ class QemuProcess:
             pidfd = moved(os.pidfd_open(pid))
         except ProcessLookupError:
             return None
-        # Looked at again: the pidfd holds on to whatever process has the pid at this moment.
+        # Checked again: the pidfd is of whatever process had the pid at that moment.
         if identity.find_pid() != pid or not _has_on_command_line(pid, disk):
             os.close(pidfd)
             return None
         return cls(identity, pid, pidfd, log, 0, None)
 
     def fileno(self) -> int:
-        """Give the pidfd, which becomes readable when the process ends."""
+        """Return the pidfd, which becomes readable when the process ends."""
         return self._pidfd
 
     @property
     def ended(self) -> bool:
-        """Whether the process is over."""
+        """Whether the process has ended."""
         return self.wait(0)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the process's end; say whether it came."""
+        """Wait for the process's end; return whether it came."""
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
         return bool(poller.poll(seconds * 1000))
 
     def end(self) -> ProcessEnd:
-        """Tell how the process ended; it must have."""
+        """Return how the process ended, which it must have."""
         exit_status = None if self._child is None else self._child.wait()
-        return ProcessEnd(exit_status, self._said())
+        return ProcessEnd(exit_status, self._read_output())
 
     def kill(self) -> None:
-        """End the process at once; one that is over already is no error."""
+        """End the process at once and wait until it is gone; no error when it is gone already.
+
+        Raises:
+            CloudError: The kernel did not end it.
+        """
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if not self.wait(_KILL_LIMIT):
+            raise CloudError(f"QEMU, pid {self.pid}, did not end")
 
-    def _said(self) -> str:
+    def _read_output(self) -> str:
         try:
             with self._log.open("rb") as log:
-                # The last words are those that tell; after a chatty run there is much before.
+                # The reason is in the last lines; after a long run there is much before them.
                 end = log.seek(0, os.SEEK_END)
                 log.seek(max(self._log_start, end - _OUTPUT_LIMIT))
                 return log.read().decode(errors="replace").strip()
@@ -196,7 +201,7 @@ class QemuProcess:
 
 
 def _has_on_command_line(pid: int, disk: Path) -> bool:
-    """Whether a process has a disk on its command line; another mount may be in front of it."""
+    """Whether a process has a disk on its command line; it may see it by another mount."""
     try:
         command = (find_proc_directory(pid) / "cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -208,7 +213,7 @@ def _has_on_command_line(pid: int, disk: Path) -> bool:
 def is_open_elsewhere(identity: ProcessIdentity, disk: Path) -> bool:
     """Whether a QEMU that cannot be seen from here runs a machine, or may run it.
 
-    On our own kernel, QEMU's own lock on the disk tells. On another one nothing does.
+    On our own kernel, QEMU's own lock on the disk shows it. On another one nothing does.
     """
     if not identity.is_elsewhere:
         return False
@@ -235,7 +240,7 @@ def _signal_name(number: int) -> str:
 
 _log = logging.getLogger(__name__)
 
-# Clients of a socket that the kernel lets wait while QEMU serves another.
+# Clients of a socket that wait in the kernel while QEMU serves another.
 _WAITING = 64
 # Seconds for which another program may hold a port that it only tries, and between two attempts.
 _PORT_PATIENCE = 1.0
@@ -262,13 +267,13 @@ class PortTakenError(CloudError):
 
 @dataclass(frozen=True, slots=True)
 class StartedQemu:
-    """A QEMU that was just born, and that nobody else knows of yet.
+    """A QEMU that was just started, and that nobody else can find yet.
 
     Attributes:
         process: Its process.
         control: Our end of its first QMP session.
         argv: Its command line.
-        sockets: The unix sockets that it listens on, by another name than they are to have.
+        sockets: The unix sockets that it listens on, still under temporary names.
         listeners: All sockets that it listens on.
         rundir: The machine's directory.
     """
@@ -281,24 +286,26 @@ class StartedQemu:
     rundir: RunDirectory
 
     def publish(self) -> None:
-        """Make it the machine's QEMU in the eyes of all."""
+        """Let other programs find it as the machine's QEMU."""
         self.rundir.write_process(self.process.identity)
         for staged in self.sockets:
             staged.publish()
 
     def queue_clients(self) -> None:
-        """Let the clients of its sockets wait their turn; it lets one wait, when it has begun."""
+        """Let clients of its sockets queue; QEMU's own listen(2), when it begins, lets one wait."""
         for listener in self.listeners:
             listener.listen(_WAITING)
             listener.close()
 
     def discard(self) -> None:
-        """Give up what it has; the process is its owner's to end."""
+        """Give up what it has, and end its process."""
         self.control.close()
         for listener in self.listeners:
             listener.close()
         for staged in self.sockets:
             staged.discard()
+        self.process.kill()
+        self.process.end()
 
 
 def start_qemu(
@@ -326,7 +333,7 @@ def start_qemu(
         argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
         descriptors = (*channels.descriptors, *origin.descriptors)
-        # Whoever starts it has it from then on.
+        # Whoever starts it owns it from then on.
         found = Ownership.find(rundir.path)
         orphans = Orphans.REAP_AFTER_CRASH if found is None else found.orphans
         claim(rundir.path, orphans)
@@ -338,9 +345,9 @@ def start_qemu(
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:
-    """Say why a QEMU that ended at once did so."""
-    # QEMU's own words when it cannot bind the port of a `hostfwd`; the caller's arguments may
-    # hold others.
+    """Return the error that says why a QEMU ended at once."""
+    # What QEMU says when it cannot bind the port of a `hostfwd`; the caller's arguments may have
+    # others.
     rules = (rule for part in spec.parts for rule in part.forwards)
     if any(f"host forwarding rule '{rule}" in end.stderr for rule in rules):
         return PortTakenError(str(end))
@@ -350,7 +357,7 @@ def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudEr
 def _listen(
     spec: MachineSpec, rundir: RunDirectory, stack: contextlib.ExitStack
 ) -> tuple[dict[str, socket.socket], tuple[StagedSocket, ...]]:
-    """Listen for each part of a machine; `stack` gives up what is made.
+    """Listen for each part of a machine; `stack` closes the sockets.
 
     Returns:
         The sockets, by the names that parts give them, and those of them that have a file.

@@ -21,8 +21,6 @@ from pycloudlib.qemu.vm.running import MachineElsewhereError, MachineEndedError,
 
 _log = logging.getLogger(__name__)
 
-_KILL_LIMIT = 10.0
-
 
 def find_process(rundir: RunDirectory) -> QemuProcess | None:
     """Find the QEMU that runs the machine of a directory, by what is written there alone."""
@@ -55,8 +53,6 @@ def end_process(rundir: RunDirectory) -> None:
     process = find_process(rundir)
     if process is not None:
         process.kill()
-        if not process.wait(_KILL_LIMIT):
-            raise CloudError(f"QEMU, pid {process.pid}, did not end")
 
 
 def recover_abandoned(rundir: RunDirectory) -> None:

@@ -1,4 +1,4 @@
-"""One QEMU, from its birth (or from when it was found) to its end: process, session, events."""
+"""One QEMU from its start, or from when it was found, to its end: process, session, events."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import enum
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -33,17 +34,16 @@ from pycloudlib.qemu.vm.qmp import Event, LoopThread, QmpError, QmpSession
 
 _log = logging.getLogger(__name__)
 
-# QEMU greets within milliseconds; the limit is for a host that is out of breath.
+# QEMU greets within milliseconds; the limit is for an overloaded host.
 _GREETING_LIMIT = 30.0
 ANSWER_LIMIT = 30.0
 """Seconds that QEMU may take to answer a QMP command."""
-_KILL_LIMIT = 10.0
-# Others may be asking it just now, each for a moment.
+# Other programs may be asking it, each for a moment.
 _LOOK_LIMIT = 5.0
 NEEDED_SPACE = 64 << 20
-"""Bytes that have to be free for a machine to go on that stood still for want of room."""
+"""Bytes that have to be free before a machine is resumed that a full disk has paused."""
 _KEPT_EVENTS = 200
-# Seconds between two looks at a QEMU whose events another process hears.
+# Seconds between two queries of a QEMU whose events another process receives.
 _LOOK_INTERVAL = 1.0
 
 
@@ -56,32 +56,26 @@ class State(enum.Enum):
     PAUSED = "paused"
     RUNNING = "running"
     ELSEWHERE = "elsewhere"
-    """It runs, or may run, where it cannot be seen: in another container, on another host."""
+    """It runs, or may run, where it is invisible: in another container, on another host."""
 
 
 class HostDiskFullError(CloudError):
-    """The machine stands still since the host has no room for what it wrote to its disk.
+    """The machine is paused since the host's disk has no space for what it wrote.
 
-    It goes on with the next call once there is room.
-
-    Attributes:
-        path: Where there is no room.
-        free: Bytes that are free there.
+    The next call resumes it once there is space.
     """
 
     def __init__(self, name: str, path: Path, free: int) -> None:
-        self.path = path
-        self.free = free
         super().__init__(
-            f"{name} stands still: no room for its disk in {path.parent}, where {free >> 20} MiB "
-            f"are free; it needs {NEEDED_SPACE >> 20} MiB to go on"
+            f"{name} is paused: no space for its disk in {path.parent}, where {free >> 20} MiB "
+            f"are free; it needs {NEEDED_SPACE >> 20} MiB to continue"
         )
 
 
 class MachineEndedError(PycloudlibTimeoutError, CloudError):
-    """The machine is gone, so that what was waited for can never happen.
+    """The machine has ended, so that what was waited for cannot happen.
 
-    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+    It is a time-out, only sooner, to programs that catch one for an unreachable machine.
 
     Attributes:
         end: How the process ended; None when it was not running in the first place.
@@ -93,23 +87,18 @@ class MachineEndedError(PycloudlibTimeoutError, CloudError):
 
 
 class MachineElsewhereError(QmpError):
-    """The machine runs, or may run, where this program cannot reach its QEMU.
-
-    Attributes:
-        process: That QEMU.
-    """
+    """The machine runs, or may run, where this program cannot reach its QEMU."""
 
     def __init__(self, name: str, process: ProcessIdentity) -> None:
-        self.process = process
         super().__init__(
             f"{name} runs elsewhere: its QEMU is {process.place}, and cannot be reached from here"
         )
 
 
 class MachinePausedError(PycloudlibTimeoutError, CloudError):
-    """The machine is paused and stays so, so that what was waited for does not happen.
+    """The machine stays paused, so that what was waited for does not happen.
 
-    A time-out to programs that catch one for a machine that cannot be reached; only sooner.
+    It is a time-out, only sooner, to programs that catch one for an unreachable machine.
 
     Attributes:
         status: QEMU's own word for its state (`paused`, `prelaunch`, `postmigrate` …).
@@ -123,7 +112,7 @@ class MachinePausedError(PycloudlibTimeoutError, CloudError):
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """Give a callback that calls a method as long as somebody else holds on to its object."""
+    """Return a callback that calls a method as long as others hold its object."""
     weak = weakref.WeakMethod(method)
 
     def call(*arguments: object) -> None:
@@ -135,30 +124,28 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunningQemu:
-    """One QEMU process and what it tells. Safe to use from several threads.
+    """One QEMU process and what it reports. Safe to use from several threads.
 
-    The process that started it keeps a QMP session and hears its events; others open a short
+    The process that started it keeps a QMP session and receives its events; others open a short
     session for each command.
 
-    Args:
+    Attributes:
         name: The machine's name, for messages.
-        rundir: The machine's directory.
         process: The process.
         state: What it is doing.
-
-    Attributes:
-        process: The process.
+        end: How it ended; None while it runs.
+        disk_full: Whether it is paused since the host has no space for its disk.
         on_change: Called when its state has changed or an event came, in any thread.
     """
 
     def __init__(self, name: str, rundir: RunDirectory, process: QemuProcess, state: State) -> None:
+        self.name = name
         self.process = process
-        self.on_change: Callable[[], None] = _nobody
-        self._name = name
+        self.state = state
+        self.end: ProcessEnd | None = None
+        self.disk_full = False
+        self.on_change: Callable[[], None] = lambda: None
         self._rundir = rundir
-        self._state = state
-        self._end: ProcessEnd | None = None
-        self._disk_full = False
         self._paused_since: float | None = None
         self._looked = -_LOOK_INTERVAL
         self._session: QmpSession | None = None
@@ -168,21 +155,21 @@ class RunningQemu:
         self._events: list[Event] = []
         self._changed = threading.Condition()
         renew_in_children(self, _changed=threading.Condition, _opening=threading.Lock)
-        # The loop holds on to the process, but not to a QEMU that nobody else knows any more.
+        # The loop keeps the process alive, but not a RunningQemu that nobody else has.
         on_end = weakly(self.note_end)
 
-        def tell(_held: QemuProcess = process) -> None:
+        def report_end(_held: QemuProcess = process) -> None:
             on_end()
 
-        LoopThread.get().watch(process.fileno(), tell)
-        # Last: it is what `__del__` gives up.
+        LoopThread.get().watch(process.fileno(), report_end)
+        # Last: `__del__` undoes the watching.
         self._owner_pid = os.getpid()
 
     @classmethod
     def start(
         cls, binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
     ) -> RunningQemu:
-        """Start QEMU and talk to it.
+        """Start QEMU and connect to it.
 
         Raises:
             LaunchError: QEMU ended at once; carries its command line, exit status and stderr.
@@ -192,41 +179,13 @@ class RunningQemu:
         started = start_qemu(binary, spec, rundir, origin)
         try:
             qemu = cls(spec.name, rundir, started.process, State.STARTING)
-        except BaseException:
-            # As where no thread can be had to watch it.
-            started.discard()
-            started.process.kill()
-            started.process.end()
-            raise
-        try:
-            # Before the session: a QEMU that others cannot find is one that is leaked.
+            # Before the session: a QEMU that others cannot find would be leaked.
             started.publish()
             qemu._open_session(started, spec)
         except BaseException:
             started.discard()
-            qemu.kill()
             raise
         return qemu
-
-    @property
-    def name(self) -> str:
-        """The machine's name."""
-        return self._name
-
-    @property
-    def state(self) -> State:
-        """What it is doing."""
-        return self._state
-
-    @property
-    def end(self) -> ProcessEnd | None:
-        """How it ended; None while it runs."""
-        return self._end
-
-    @property
-    def disk_full(self) -> bool:
-        """Whether it stands still since the host had no room for its disk."""
-        return self._disk_full
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -241,21 +200,17 @@ class RunningQemu:
         *,
         timeout: float = ANSWER_LIMIT,
     ) -> Any:
-        """Execute a QMP command and give what it returns.
-
-        Raises:
-            QmpError: QEMU refused the command, or did not answer.
-        """
+        """Execute a QMP command; arguments and errors are those of `QmpSession.execute`."""
         with self.session(timeout) as session:
             return session.execute(command, arguments, timeout=timeout)
 
     @contextlib.contextmanager
     def session(self, timeout: float = ANSWER_LIMIT) -> Iterator[QmpSession]:
-        """Give a QMP session: the one that is kept, or one for this block.
+        """Yield a QMP session: the one that is kept, or one for this block.
 
         Raises:
             MachineEndedError: QEMU is gone.
-            QmpError: It did not answer in time; says who is in the way.
+            QmpError: It did not answer in time; names the programs that are connected.
         """
         kept = self._kept_session
         if kept is not None:
@@ -268,9 +223,9 @@ class RunningQemu:
             self._leave_session(opened)
 
     def _share_session(self, timeout: float) -> QmpSession:
-        """Open a session, or join in the one that somebody else of this process has open."""
+        """Open a session, or share the one that another thread has open."""
         if not self._opening.acquire(timeout=timeout):
-            raise QmpError(f"No QMP session with {self._name} within {timeout:g} s")
+            raise QmpError(f"No QMP session with {self.name} within {timeout:g} s")
         try:
             if self._opened is None or self._opened.ended:
                 self._opened, self._users = self._open_another(timeout), 0
@@ -291,7 +246,7 @@ class RunningQemu:
 
     @property
     def _kept_session(self) -> QmpSession | None:
-        """The session that is kept; none of a program that is at its end."""
+        """The session that is kept; None when this program is ending."""
         session = self._session
         return None if session is None or session.ended else session
 
@@ -304,17 +259,17 @@ class RunningQemu:
         except (OSError, QmpError) as error:
             if deadline.expired:
                 raise QmpError(
-                    f"No QMP session with {self._name} within {timeout:g} s"
+                    f"No QMP session with {self.name} within {timeout:g} s"
                     f"{sockets.describe_clients(path)}"
                 ) from error
             # Nearly always because QEMU is gone.
             if self.process.wait(deadline.capped(1.0)):
                 self.note_end()
-                raise MachineEndedError(self._name, self._end) from error
-            raise QmpError(f"No QMP session with {self._name}: {error}") from error
+                raise MachineEndedError(self.name, self.end) from error
+            raise QmpError(f"No QMP session with {self.name}: {error}") from error
 
     def wait_for_event(self, wanted: Callable[[Event], bool], deadline: Deadline) -> Event:
-        """Wait for an event that came, or comes, since it was started.
+        """Return the first wanted event since the start; wait for it if none has come yet.
 
         Raises:
             MachineEndedError: QEMU ended before.
@@ -325,53 +280,48 @@ class RunningQemu:
             return next(filter(wanted, self._events), None)
 
         with self._changed:
-            self._changed.wait_for(
-                lambda: find() is not None or self._end is not None, deadline.remaining
-            )
+            self._changed.wait_for(lambda: find() or self.end, deadline.remaining)
             found = find()
         if found is not None:
             return found
-        if self._end is not None:
-            raise MachineEndedError(self._name, self._end)
+        if self.end is not None:
+            raise MachineEndedError(self.name, self.end)
         raise PycloudlibTimeoutError(
-            f"QEMU of {self._name} did not tell of it within {deadline.limit:.0f} s"
+            f"QEMU of {self.name} did not report it within {deadline.limit:.0f} s"
         )
 
     def refresh(self, timeout: float = _LOOK_LIMIT) -> None:
-        """Ask what it is doing, where another process hears its events.
-
-        Args:
-            timeout: Seconds that QEMU may take to answer.
+        """Ask QEMU for its state, where another process receives its events.
 
         Raises:
-            QmpError: QEMU did not answer.
+            QmpError: QEMU did not answer within `timeout` seconds.
         """
         if self._kept_session is not None:
             return
         self._looked = time.monotonic()
         status = self.execute("query-status", timeout=timeout)
-        self._disk_full = status["status"] == "io-error"
+        self.disk_full = status["status"] == "io-error"
         self._follow(running=status["running"])
 
     def check_pause(self, patience: float, is_meant: Callable[[], bool]) -> None:
-        """Raise when it is paused, and has been for so long that nobody is about to resume it.
+        """Raise when it has been paused for so long that nobody is about to resume it.
 
         Args:
-            patience: Seconds for which it may be.
-            is_meant: Says whether it is paused by something that resumes it.
+            patience: Seconds for which it may be paused.
+            is_meant: Returns whether what has paused it will resume it.
 
         Raises:
-            MachinePausedError: It is; names QEMU's status.
+            MachinePausedError: It has; names QEMU's status.
             MachineEndedError: It is gone.
         """
         if self._kept_session is None and time.monotonic() - self._looked >= _LOOK_INTERVAL:
             with contextlib.suppress(QmpError):
                 self.refresh(_LOOK_INTERVAL)
         since = self._paused_since
-        if since is None or self._disk_full:
+        if since is None or self.disk_full:
             return
         if is_meant():
-            # What comes after it has its own time.
+            # A pause that follows is counted from its own beginning.
             self._paused_since = time.monotonic()
             return
         paused = time.monotonic() - since
@@ -384,22 +334,21 @@ class RunningQemu:
         if status["running"]:
             self._follow(running=True)
         else:
-            raise MachinePausedError(self._name, status["status"], paused)
+            raise MachinePausedError(self.name, status["status"], paused)
 
     def check_disk(self) -> None:
-        """Let it go on that stood still for want of room on the host, if there is some now.
+        """Resume it when it is paused since the host's disk was full, and there is space now.
 
         Raises:
-            HostDiskFullError: There is none still.
+            HostDiskFullError: There is still none.
         """
-        if not self._disk_full:
+        if not self.disk_full:
             return
         disk = self._rundir.disk
-        facts = os.statvfs(disk.parent)
-        free = facts.f_bavail * facts.f_frsize
+        free = shutil.disk_usage(disk.parent).free
         if free < NEEDED_SPACE:
-            raise HostDiskFullError(self._name, disk, free)
-        _log.info("%s goes on: there is room for its disk again", self._name)
+            raise HostDiskFullError(self.name, disk, free)
+        _log.info("%s continues: there is space for its disk again", self.name)
         self.execute("cont")
 
     def kill(self) -> None:
@@ -409,22 +358,19 @@ class RunningQemu:
             CloudError: The kernel did not end it.
         """
         self.process.kill()
-        # Asked of the kernel, not of the loop's thread, which may not watch it yet.
-        if not self.process.wait(_KILL_LIMIT):
-            raise CloudError(f"QEMU of {self._name}, pid {self.process.pid}, did not end")
         self.note_end()
 
     def note_end(self) -> None:
-        """Take note of its end; called in the loop's thread, or by whoever saw to it."""
+        """Record its end; called in the loop's thread, or by whoever ended it."""
         with self._changed:
-            if self._end is not None:
+            if self.end is not None:
                 return
-            self._end = self.process.end()
-            _log.debug("%s: %s", self._name, self._end)
+            self.end = self.process.end()
+            _log.debug("%s: %s", self.name, self.end)
             if self._session is not None:
                 self._session.close_soon()
                 self._session = None
-            self._state = State.OFF
+            self.state = State.OFF
             self._changed.notify_all()
         self.on_change()
 
@@ -440,25 +386,25 @@ class RunningQemu:
             if not self.process.wait(1.0):
                 raise
             self.note_end()
-            assert self._end is not None
-            raise launch_error(started.argv, self._end, spec) from error
+            assert self.end is not None
+            raise launch_error(started.argv, self.end, spec) from error
 
     def _on_event(self, event: Event) -> None:
-        """Take note of a QMP event; called in the loop's thread."""
-        _log.debug("%s: %s %s", self._name, event.name, event.data)
+        """Record a QMP event; called in the loop's thread."""
+        _log.debug("%s: %s %s", self.name, event.name, event.data)
         with self._changed:
             self._events = [*self._events[1 - _KEPT_EVENTS :], event]
             self._changed.notify_all()
         if event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
-            self._disk_full = True
+            self.disk_full = True
         if event.name in ("STOP", "RESUME"):
-            self._disk_full = self._disk_full and event.name == "STOP"
+            self.disk_full = self.disk_full and event.name == "STOP"
             self._follow(running=event.name == "RESUME")
 
     def _follow(self, running: bool) -> None:
         with self._changed:
-            if self._state is not State.OFF:
-                self._state = State.RUNNING if running else State.PAUSED
+            if self.state is not State.OFF:
+                self.state = State.RUNNING if running else State.PAUSED
                 if running:
                     self._paused_since = None
                 elif self._paused_since is None:
@@ -467,15 +413,8 @@ class RunningQemu:
         self.on_change()
 
     def __del__(self) -> None:
-        process = getattr(self, "process", None)
-        if sys.is_finalizing():
-            return
-        if process is not None and getattr(self, "_owner_pid", None) == os.getpid():
-            if not self._end:
-                LoopThread.get().forget(process, process.fileno())
+        if not sys.is_finalizing() and getattr(self, "_owner_pid", None) == os.getpid():
+            if not self.end:
+                LoopThread.get().forget(self.process, self.process.fileno())
             if self._session is not None:
                 self._session.close_soon()
-
-
-def _nobody() -> None:
-    """Nobody wants to know."""
