@@ -251,10 +251,6 @@ def _find(session: Session, image: str) -> str:
     return found
 
 
-for _command in (list_images, pull, build, export, delete_images, prune, lock):
-    images.add_command(_command)
-
-
 @command("snapshot", short_help="Make an image of a machine.")
 @click.argument("name", type=MachineName())
 @click.option("--memory", is_flag=True, help="Save the running machine; its copies do not boot.")
@@ -322,3 +318,7 @@ def rollback(session: Session, name: str, snapshot: str | None) -> None:
             )
         image = str(latest)
     instance.rollback(image)
+
+
+for _command in (list_images, pull, build, export, delete_images, prune, lock):
+    images.add_command(_command)

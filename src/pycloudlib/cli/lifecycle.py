@@ -111,8 +111,8 @@ class LaunchOptions:
     is_flag=True,
     help="Give a copy a new hostname, machine-id and host key.",
 )
-@click.option("-w", "--wait", is_flag=True, help="Return when the machine is ready.")
-@click.option("--timeout", type=Minutes(), metavar="MINUTES", help="Limit of --wait.")
+@_wait
+@_timeout
 @json_option
 def launch(
     session: Session,
