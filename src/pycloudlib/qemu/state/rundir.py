@@ -1,4 +1,4 @@
-"""An instance's directory: every file name in one place, and its state on disk."""
+"""An instance's directory: all its file names, and its state on disk."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _log = logging.getLogger(__name__)
 
 _SPEC_FILE = "machine.json"
 _ID_SEPARATOR = "::"
-# How often a directory is removed to which somebody adds something at the same time.
+# How often the removal of a directory is tried while another program adds files to it.
 _REMOVALS = 100
 _FRESH = re.compile(r"\.[0-9a-f]{16}\.qcow2")
 
 
 @dataclass(frozen=True, slots=True)
 class LoginFacts:
-    """What another process needs to log in, kept with the machine."""
+    """What another process needs to log in, written beside the machine."""
 
     username: str
     public_key_path: str | None
@@ -51,7 +51,7 @@ class LoginFacts:
 
     @classmethod
     def of(cls, username: str, key_pair: KeyPair) -> LoginFacts:
-        """Name a user and a key by whole paths: others read them in other directories."""
+        """Describe a user and a key by absolute paths: others read them in other directories."""
         public, private = key_pair.public_key_path, key_pair.private_key_path
         return cls(
             username,
@@ -60,11 +60,54 @@ class LoginFacts:
         )
 
 
+class _File:
+    """The path of a file in a run directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, rundir: RunDirectory, _owner: type) -> Path:
+        return rundir.path / self.name
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The directory of one instance, readable by its owner alone."""
 
     path: Path
+
+    seed = _File(SEED_FILE)
+    """The NoCloud volume."""
+    known_hosts = _File("known_hosts")
+    """The machine's SSH host keys."""
+    console_log = _File(CONSOLE_LOG)
+    """What the machine wrote to its serial console, over all its boots."""
+    qemu_log = _File("qemu.log")
+    """What QEMU itself wrote to stdout and stderr, over all its starts."""
+    qmp_socket = _File(QMP_SOCKET)
+    """Where any program may connect to the machine's QMP."""
+    attach_socket = _File(ATTACH_SOCKET)
+    """Where processes that did not start the machine control it."""
+    helper_socket = _File(HELPER_SOCKET)
+    """Where programs connect to the helper in the guest."""
+    helper_mark = _File("helper")
+    """Exists as long as the helper is believed to run in the guest; holds its user's name."""
+    fix_up = _File("fix-up.json")
+    """What has to be fixed up in a copy before it is used; removed when that is done."""
+    fixed_up = _File("fixed-up.json")
+    """What was fixed up in it."""
+    first_run = _File("first-run")
+    """A script that has to run once in a copy."""
+    first_boot = _File("first-boot.py")
+    """Fixes up a machine whose first boot began in the middle; removed when it has."""
+    base_state = _File("base-state")
+    """A whole state of a machine of this description: the one that it was started from."""
+    _lock_file = _File("power.lock")
+    _spec_file = _File(_SPEC_FILE)
+    _process_file = _File("process.json")
+    _saving_file = _File("saving")
+    _console_start_file = _File("console-start")
+    _login_file = _File("login.json")
 
     @classmethod
     def list_in(cls, parent: Path) -> list[RunDirectory]:
@@ -90,7 +133,7 @@ class RunDirectory:
         return rundir, spec
 
     def instance_id(self, spec: MachineSpec) -> str:
-        """Give the id of the instance: `<path of its disk>::<ssh port>::<telnet port>`."""
+        """Return the instance's id: `<path of its disk>::<ssh port>::<telnet port>`."""
         return _ID_SEPARATOR.join((str(self.disk), str(spec.ssh_port), str(spec.telnet_port)))
 
     @property
@@ -107,92 +150,8 @@ class RunDirectory:
         """The overlay that is the root disk."""
         return self.path / f"{self.path.name}.qcow2"
 
-    @property
-    def seed(self) -> Path:
-        """The NoCloud volume."""
-        return self.path / SEED_FILE
-
-    @property
-    def known_hosts(self) -> Path:
-        """The machine's SSH host keys."""
-        return self.path / "known_hosts"
-
-    @property
-    def console_log(self) -> Path:
-        """What the machine wrote to its serial console, over all its boots."""
-        return self.path / CONSOLE_LOG
-
-    @property
-    def qemu_log(self) -> Path:
-        """What QEMU itself said on stdout and stderr, over all its starts."""
-        return self.path / "qemu.log"
-
-    @property
-    def qmp_socket(self) -> Path:
-        """Where anybody may talk QMP to the machine."""
-        return self.path / QMP_SOCKET
-
-    @property
-    def attach_socket(self) -> Path:
-        """Where processes that did not start the machine control it."""
-        return self.path / ATTACH_SOCKET
-
-    @property
-    def helper_socket(self) -> Path:
-        """Where the helper in the guest is talked to."""
-        return self.path / HELPER_SOCKET
-
-    @property
-    def helper_mark(self) -> Path:
-        """There as long as the helper is believed to run in the guest; holds its user's name."""
-        return self.path / "helper"
-
-    @property
-    def fix_up(self) -> Path:
-        """What is to be put right in a copy before it is used; gone when that is done."""
-        return self.path / "fix-up.json"
-
-    @property
-    def fixed_up(self) -> Path:
-        """What was put right in it."""
-        return self.path / "fixed-up.json"
-
-    @property
-    def first_run(self) -> Path:
-        """A script that is to run once in a copy."""
-        return self.path / "first-run"
-
-    @property
-    def first_boot(self) -> Path:
-        """What puts a machine right whose first boot began in the middle; gone when it has."""
-        return self.path / "first-boot.py"
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / "power.lock"
-
-    @property
-    def _spec_file(self) -> Path:
-        return self.path / _SPEC_FILE
-
-    @property
-    def _process_file(self) -> Path:
-        return self.path / "process.json"
-
-    @property
-    def _saving_file(self) -> Path:
-        return self.path / "saving"
-
-    @property
-    def _console_start_file(self) -> Path:
-        return self.path / "console-start"
-
-    @property
-    def _login_file(self) -> Path:
-        return self.path / "login.json"
-
     def write_spec(self, spec: MachineSpec) -> None:
-        """Keep what machine this is."""
+        """Write what machine this is."""
         _write(self._spec_file, spec.to_json())
 
     def read_spec(self) -> MachineSpec:
@@ -201,11 +160,11 @@ class RunDirectory:
         Raises:
             InstanceNotFoundError: There is no machine in this directory.
         """
-        with self._named(self._spec_file):
+        with self._naming(self._spec_file):
             return MachineSpec.from_json(self._read(self._spec_file))
 
     def write_login(self, login: LoginFacts) -> None:
-        """Keep how to log in."""
+        """Write how to log in."""
         facts = {name: getattr(login, name) for name in LoginFacts.__slots__}
         _write(self._login_file, json.dumps(facts, indent=1))
 
@@ -215,36 +174,39 @@ class RunDirectory:
         Raises:
             InstanceNotFoundError: There is no machine in this directory.
         """
-        with self._named(self._login_file):
+        with self._naming(self._login_file):
             return decode(LoginFacts, parse_json(self._read(self._login_file)))
 
     def write_process(self, identity: ProcessIdentity) -> None:
-        """Keep which process runs the machine."""
-        # No process survives the host. And this one may stand still while it is written down.
-        _write(self._process_file, _identity_text(identity), synced=False)
+        """Write which process runs the machine."""
+        # Not synced: no process survives the host, and this one may be paused meanwhile.
+        _write(self._process_file, json.dumps(identity.to_plain()), synced=False)
 
     def find_process(self) -> ProcessIdentity | None:
-        """Read which process runs the machine, or ran it last."""
-        return _find_identity(self._process_file)
+        """Read which process runs the machine, or ran it last; None, and a log, if damaged."""
+        file = self._process_file
+        try:
+            return decode(ProcessRecord, parse_json(file.read_bytes())).identity()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            # As after a crash of the host, which no process survives.
+            _log.warning("%s is damaged (%s): it tells of no process", file, error)
+            return None
 
     def write_console_start(self, offset: int) -> None:
-        """Keep where in the console log the machine's present run begins, in bytes."""
+        """Write where the machine's present run begins in the console log, in bytes."""
         _write(self._console_start_file, str(offset), synced=False)
 
     def read_console_start(self) -> int:
-        """Read where in the console log the machine's present run begins; 0 if that is not told."""
+        """Read where the machine's present run begins in the console log; 0 if unknown."""
         try:
             return max(0, int(self._console_start_file.read_bytes()))
         except (OSError, ValueError):
             return 0
 
-    @property
-    def base_state(self) -> Path:
-        """A whole state of a machine of this description: the one that it was started from."""
-        return self.path / "base-state"
-
     def write_saving(self, fresh: Path) -> None:
-        """Keep that the machine is being saved, and which overlay its disk goes on in."""
+        """Mark that the machine is being saved, and to which overlay its disk is switched."""
         _write(self._saving_file, fresh.name, synced=False)
 
     @property
@@ -253,7 +215,7 @@ class RunDirectory:
         return self._saving_file.exists()
 
     def find_fresh_overlay(self) -> Path | None:
-        """Find the overlay that the disk goes on in of a machine that is being saved."""
+        """Find the overlay to which the disk of a machine that is being saved is switched."""
         with contextlib.suppress(OSError, ValueError):
             name = self._saving_file.read_text(encoding="utf-8").strip()
             if _FRESH.fullmatch(name):
@@ -261,7 +223,7 @@ class RunDirectory:
         return None
 
     def forget_saving(self) -> None:
-        """Take note that the machine is being saved no more."""
+        """Remove the mark that the machine is being saved."""
         self._saving_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -269,21 +231,21 @@ class RunDirectory:
         """Keep other threads and processes from switching on or deleting the machine.
 
         Raises:
-            InstanceNotFoundError: The instance is deleted, or just being so.
+            InstanceNotFoundError: The instance is deleted, or is being deleted.
         """
         with self.lock():
-            # Who deletes it removes the lock, too, while it is held; this may be another.
+            # Deleting removes the lock's file while it is held: this may be another file.
             if not self._spec_file.exists():
                 raise self._deleted()
             yield
 
     def is_locked(self) -> bool:
-        """Whether somebody holds the power lock, as who saves or copies the machine does."""
+        """Whether the power lock is held, as it is while the machine is saved or copied."""
         return is_locked(self._lock_file)
 
     @contextlib.contextmanager
     def try_lock(self) -> Iterator[bool]:
-        """Have the lock of `power_lock` if nobody has it now; yield whether we have.
+        """Take the lock of `power_lock` if it is free now; yield whether it was.
 
         Raises:
             InstanceNotFoundError: The instance is deleted.
@@ -297,7 +259,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Do as `power_lock` does, for what is no machine (any more), too.
+        """Take the lock as `power_lock` does, also of a directory without a machine.
 
         Raises:
             InstanceNotFoundError: The directory does not exist.
@@ -312,8 +274,8 @@ class RunDirectory:
     def remove(self) -> None:
         """Remove the directory and all in it; one that is gone already is no error.
 
-        From the first moment on it is no machine, so whoever comes then for its lock lets it be.
-        Until the last one it is known whose it is: so what is cut off in between is found.
+        Its description goes first: who waits for its lock then sees that it is deleted. Its owner's
+        mark goes last: so `prune` finds a directory whose removal was cut off.
         """
         if self.path.is_symlink():
             raise NotADirectoryError(errno.ENOTDIR, "a link, not a directory", str(self.path))
@@ -331,7 +293,7 @@ class RunDirectory:
             except OSError as error:
                 if not self.path.exists() or self._spec_file.exists():
                     return  # another removed it; it may be a new machine's by now
-                # Somebody came meanwhile, or removes it, too.
+                # Another program has added something meanwhile, or removes it, too.
                 if not tries_left or error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                     raise
             else:
@@ -353,8 +315,8 @@ class RunDirectory:
         return InstanceNotFoundError(str(self.path), message=f"{self.path.name} is deleted")
 
     @contextlib.contextmanager
-    def _named(self, file: Path) -> Iterator[None]:
-        """Name a file that holds something else than what was written there."""
+    def _naming(self, file: Path) -> Iterator[None]:
+        """Name a file that does not hold what was written there."""
         try:
             yield
         except ValueError as error:
@@ -376,12 +338,12 @@ class RunDirectory:
 
 @dataclass(frozen=True, slots=True)
 class StagedSocket:
-    """A listening unix socket under another name than it is to have.
+    """A listening unix socket under a temporary name.
 
     Attributes:
         listener: The socket.
-        staged: The name that it has.
-        file: The name that it is to have.
+        staged: Its temporary name.
+        file: Its final name.
     """
 
     listener: socket.socket
@@ -390,7 +352,7 @@ class StagedSocket:
 
     @classmethod
     def listen(cls, file: Path) -> StagedSocket:
-        """Make a socket beside the file that it is to be, and listen on it."""
+        """Make a socket beside its final name, and listen on it."""
         staged = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         listener = make_socket(socket.AF_UNIX)
         try:
@@ -406,45 +368,26 @@ class StagedSocket:
         return cls(listener, staged, file)
 
     def publish(self) -> None:
-        """Give it its name, in place of a socket that had it before."""
+        """Give it its final name, in place of a socket that had it before."""
         self.staged.replace(self.file)
 
     def discard(self) -> None:
-        """Take its name away, if it has only the staged one."""
+        """Remove its temporary name, if it still has that."""
         self.staged.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield another name for a file, for a moment: short and plain, whatever its path is.
+    """Yield a short name in text for a file, in the block; the file's own name has to be text.
 
-    Such a name fits a unix socket's address, and can be said in QMP, whose JSON has no words for a
-    path that is no text. It is good for other processes of this user, too.
-
-    Args:
-        path: The file, whose own name has to be plain.
+    It fits a unix socket's address, and QMP, whose JSON cannot have a path that is no text. Other
+    processes of this user can use it, too.
     """
     descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"{find_proc_directory(os.getpid())}/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
-
-
-def _identity_text(identity: ProcessIdentity) -> str:
-    return json.dumps(identity.to_plain())
-
-
-def _find_identity(file: Path) -> ProcessIdentity | None:
-    """Read which process a file tells of; None when it tells of none, which is logged."""
-    try:
-        return decode(ProcessRecord, parse_json(file.read_bytes())).identity()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        # As after a crash of the host, which no process survives.
-        _log.warning("%s is damaged (%s): it tells of no process", file, error)
-        return None
 
 
 def _write(file: Path, text: str, *, synced: bool = True) -> None:
