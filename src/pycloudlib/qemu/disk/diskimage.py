@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pycloudlib._base.documents import decode, parse_json, safe_repr
-from pycloudlib._base.files import temporary_name
+from pycloudlib._base.files import is_not_found, temporary_name
 from pycloudlib._base.tools import run_tool, run_tool_streaming
 from pycloudlib.errors import ToolError, describe_exit
 from pycloudlib.progress import Progress, ProgressCallback
@@ -20,7 +20,7 @@ from pycloudlib.progress import Progress, ProgressCallback
 _T = TypeVar("_T")
 
 _SECTOR = 512
-QCOW_MAGIC = b"QFI\xfb"
+_QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_VERSIONS = (2, 3)
 _QCOW2_SIZE_AT = 24  # docs/interop/qcow2.txt: the virtual size, 8 bytes, big-endian
 # `check` exits with 3 for leaked clusters: wasted space, no damage (qemu-img(1)).
@@ -38,8 +38,10 @@ _GIB = 1 << 30
 _LARGEST_GIB = 64 * 1024
 MINIMUM_DISK_SIZE = 10 * _GIB
 """The default minimum size of a machine's disk, in bytes."""
-LONGEST_BACKING_NAME = 1023
-"""The maximum length, in bytes, of the path of a backing file (docs/interop/qcow2.txt)."""
+# The maximum length, in bytes, of the path of a backing file (docs/interop/qcow2.txt).
+_LONGEST_BACKING_NAME = 1023
+_QCOW2_HEADER = struct.Struct(">4sIQI")
+_LAST_OFFSET = 1 << 60  # beyond the end of any file, and still valid for pread(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def inspect_image(path: Path, trusted_dir: Path | None = None) -> BaseImage:
         return read_layer(path)
     with path.open("rb") as file:
         start = file.read(2 * _SECTOR)
-    if start.startswith(QCOW_MAGIC) and int.from_bytes(start[4:8], "big") in _QCOW2_VERSIONS:
+    if start.startswith(_QCOW2_MAGIC) and int.from_bytes(start[4:8], "big") in _QCOW2_VERSIONS:
         return _inspect_qcow2(path)
     _check_is_raw(path, start)
     return BaseImage(path, "raw", path.stat().st_size)
@@ -87,7 +89,7 @@ def read_layer(path: Path) -> BaseImage:
     """
     with path.open("rb") as file:
         header = file.read(_QCOW2_SIZE_AT + 8)
-    if not header.startswith(QCOW_MAGIC) or len(header) < _QCOW2_SIZE_AT + 8:
+    if not header.startswith(_QCOW2_MAGIC) or len(header) < _QCOW2_SIZE_AT + 8:
         raise ValueError(f"{path} is not an image that was made here")
     return BaseImage(path, "qcow2", int.from_bytes(header[_QCOW2_SIZE_AT:], "big"))
 
@@ -348,13 +350,38 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         temporary.unlink(missing_ok=True)
 
 
+def read_backing_file(image: Path) -> Path | None:
+    """Read the backing file of a qcow2 file; None if it has no valid one, or is another file.
+
+    The header is read directly (docs/interop/qcow2.txt): a chain has many files, and a qemu-img
+    process for each would be slow.
+    """
+    try:
+        with image.open("rb") as file:
+            header = file.read(_QCOW2_HEADER.size)
+            if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
+                return None
+            _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
+            if offset == 0 or not 0 < length <= _LONGEST_BACKING_NAME:
+                return None
+            # Not seek(), which fails with the impossible offset of a damaged header.
+            name = os.pread(file.fileno(), length, min(offset, _LAST_OFFSET))
+    except IsADirectoryError:
+        return None
+    except OSError as error:
+        if not is_not_found(error):
+            raise
+        return None
+    return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None
+
+
 def _check_backing_name(path: Path) -> None:
     length = len(os.fsencode(path))
-    if length > LONGEST_BACKING_NAME:
+    if length > _LONGEST_BACKING_NAME:
         raise ValueError(
             f"No disk can be built on {path}: its path has {length} bytes, and a qcow2 disk's "
-            f"backing file at most {LONGEST_BACKING_NAME}. Set image_dir and working_dir in [qemu] "
-            "to shorter paths"
+            f"backing file at most {_LONGEST_BACKING_NAME}. Set image_dir and working_dir in "
+            "[qemu] to shorter paths"
         )
 
 
@@ -376,4 +403,4 @@ def _percent_reader(on_progress: ProgressCallback) -> Callable[[str], None]:
 
 def _is_qcow2(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(QCOW_MAGIC)) == QCOW_MAGIC
+        return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC

@@ -16,12 +16,11 @@ import errno
 import logging
 import os
 import secrets
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycloudlib._base.files import create_private_directory, is_file, is_not_found
+from pycloudlib._base.files import create_private_directory, is_file
 from pycloudlib._base.locks import directory_lock
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
@@ -36,8 +35,6 @@ _log = logging.getLogger(__name__)
 MAXIMUM_DEPTH = 16
 """The number of layers from which on they are merged into the disk; see `performance.md`."""
 
-_QCOW2_HEADER = struct.Struct(">4sIQI")
-_LAST_OFFSET = 1 << 60  # beyond the end of any file, and still valid for pread(2)
 _CLOUD_PREFIX = "pycl-qemu-"
 # The lock file of earlier versions.
 _OLD_LOCK = ".lock"
@@ -100,8 +97,9 @@ class LayerStore:
         layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
         frozen = FrozenDisk(overlay, layer, image, overlay.with_name(f".{layer.name}"))
         with self.keeping_all(), contextlib.ExitStack() as undo:
-            if not in_use:
-                _limit_depth(overlay)
+            lowest = None if in_use else too_deep(overlay)
+            if lowest is not None:
+                diskimage.rebase(overlay, lowest)
             # After the image is removed: another program may record it as long as it exists.
             undo.callback(uses.forget, image)
             link_file(overlay, layer)
@@ -127,12 +125,7 @@ class LayerStore:
         return image
 
     def complete(self, image: Path, machine: Path) -> None:
-        """Record that an image is complete; it gets the policy for orphans of its machine.
-
-        Args:
-            image: The image.
-            machine: The directory of the machine of which it was made.
-        """
+        """Record that an image is complete; it gets the policy for orphans of its machine."""
         found = Ownership.find(machine)
         claim(image, Orphans.REAP_AFTER_CRASH if found is None else found.orphans)
 
@@ -159,11 +152,7 @@ class LayerStore:
                     directory.rmdir()
 
     def remove_cloud_directory(self) -> None:
-        """Remove the cloud's directory, unless other programs have files in it.
-
-        Raises:
-            OSError: It could not be removed.
-        """
+        """Remove the cloud's directory, unless other programs have files in it."""
         self.remove_if_empty()
         try:
             self.parent_dir.rmdir()
@@ -241,12 +230,9 @@ def too_deep(overlay: Path) -> Path | None:
 
 
 def record_uses(tip: Path) -> None:
-    """Record a disk as a user, beside each image on which it is built.
+    """Record a machine's or snapshot's disk as a user, beside each image on which it is built.
 
     Layers are left out: only `LayerStore.collect` deletes them.
-
-    Args:
-        tip: The machine's disk, or the snapshot's.
     """
     uses.record(tip, (file for file in _list_needed(tip) if file.parent.name != LAYERS))
 
@@ -271,12 +257,8 @@ def deleting(image: Path, working_dir: Path) -> Iterator[None]:
     Raises:
         ImageInUseError: Machines or snapshots use it; names them.
     """
-    files = _list_deleted(image)
-    with uses.removing(
-        *files,
-        by_name=shares_file(image),
-        find_more=lambda: find_users(image, working_dir),
-    ):
+    files, by_name = _list_deleted(image), shares_file(image)
+    with uses.removing(*files, by_name=by_name, find_more=lambda: find_users(image, working_dir)):
         yield
 
 
@@ -368,38 +350,13 @@ def chain(tip: Path) -> list[Path]:
     files = [tip]
     # A damaged disk may have itself as its backing file, by any of its names.
     seen = {os.path.realpath(tip)}
-    while (below := read_backing_file(files[-1])) is not None:
+    while (below := diskimage.read_backing_file(files[-1])) is not None:
         path = os.path.realpath(below)
         if path in seen:
             break
         seen.add(path)
         files.append(below)
     return files
-
-
-def read_backing_file(image: Path) -> Path | None:
-    """Read the backing file of a qcow2 file; None if it has no valid one, or is another file.
-
-    The header is read directly (docs/interop/qcow2.txt): a chain has many files, and a qemu-img
-    process for each would be slow.
-    """
-    try:
-        with image.open("rb") as file:
-            header = file.read(_QCOW2_HEADER.size)
-            if len(header) < _QCOW2_HEADER.size or not header.startswith(diskimage.QCOW_MAGIC):
-                return None
-            _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
-            if offset == 0 or not 0 < length <= diskimage.LONGEST_BACKING_NAME:
-                return None
-            # Not seek(), which fails with the impossible offset of a damaged header.
-            name = os.pread(file.fileno(), length, min(offset, _LAST_OFFSET))
-    except IsADirectoryError:
-        return None
-    except OSError as error:
-        if not is_not_found(error):
-            raise
-        return None
-    return image.parent / os.fsdecode(name) if len(name) == length and b"\0" not in name else None
 
 
 def cloud_directory(working_dir: Path, tag: str) -> Path:
@@ -434,13 +391,6 @@ def _tips(working_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
             for disk_file in (rundir.disk, rundir.find_fresh_overlay() if fresh else None):
                 if disk_file is not None and disk_file.exists():
                     yield disk_file
-
-
-def _limit_depth(overlay: Path) -> None:
-    """Merge the layers below a disk into it if they are too many."""
-    lowest = too_deep(overlay)
-    if lowest is not None:
-        diskimage.rebase(overlay, lowest)
 
 
 def _is_same(one: Path, other: Path) -> bool:
