@@ -26,6 +26,7 @@ _MAGIC = b"openssh-key-v1\0"
 _OPENSSH = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 _OPENSSH_END = b"-----END OPENSSH PRIVATE KEY-----"
 _LEAST_RSA_BITS = 1024  # sshd_config(5), RequiredRSASize
+_DSA = "a DSA key, which no SSH server accepts any more"
 # Signed to try an agent. It cannot be a request to log in, which begins differently.
 _TRIAL = b"pycloudlib looks whether this agent signs"
 # The SSH agent's protocol.
@@ -154,7 +155,7 @@ def _read_public(key_pair: KeyPair) -> PublicHalf:
             "public_key_path name the plain public key"
         )
     if public.kind == "ssh-dss":
-        raise _is_dsa(path)
+        raise _unusable(path, _DSA)
     return public
 
 
@@ -169,13 +170,6 @@ def _parse_public(text: bytes) -> PublicHalf | None:
         return PublicHalf(kind.decode("ascii"), blob) if kind == words[0] else None
     except ValueError:
         return None
-
-
-def _is_dsa(path: Path) -> InvalidKeyError:
-    return InvalidKeyError(
-        f"{str(path)!r} is a DSA key, which no SSH server accepts any more: make another, "
-        "ssh-keygen -t ed25519"
-    )
 
 
 def _read_private(key_pair: KeyPair, public: PublicHalf | None) -> bytes | None:
@@ -193,7 +187,7 @@ def _read_private(key_pair: KeyPair, public: PublicHalf | None) -> bytes | None:
             f"{str(path)!r} is a key of PuTTY's: puttygen {quoted} -O private-openssh -o FILE"
         )
     if b"BEGIN DSA PRIVATE KEY" in text:
-        raise _is_dsa(path)
+        raise _unusable(path, _DSA)
     if b"PRIVATE KEY-----" not in text:
         what = "is a public key" if _parse_public(text) else "is not a private key"
         raise InvalidKeyError(f"{str(path)!r} {what}, and a private key is wanted")
@@ -218,6 +212,10 @@ def _parse_openssh(path: Path, text: bytes) -> tuple[bytes, bytes]:
         return cipher, next(unpack(blob[at:]))
     except (ValueError, StopIteration, RuntimeError) as error:
         raise _is_damaged(path, error) from error
+
+
+def _unusable(path: Path, what: str) -> InvalidKeyError:
+    return InvalidKeyError(f"{str(path)!r} is {what}: make another, ssh-keygen -t ed25519")
 
 
 def _is_damaged(path: Path, error: Exception) -> InvalidKeyError:
@@ -258,7 +256,7 @@ def _load(key_pair: KeyPair, secret: bytes, public: PublicHalf | None) -> Any:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _is_damaged(path, error) from error
     if isinstance(key, dsa.DSAPrivateKey):
-        raise _is_dsa(path)
+        raise _unusable(path, _DSA)
     known = isinstance(key, (ed25519.Ed25519PrivateKey, rsa.RSAPrivateKey)) or (
         isinstance(key, ec.EllipticCurvePrivateKey)
         and isinstance(key.curve, (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1))
@@ -266,19 +264,12 @@ def _load(key_pair: KeyPair, secret: bytes, public: PublicHalf | None) -> Any:
     if not known:
         kind = type(key).__name__.lstrip("_").removesuffix("PrivateKey")
         curve = f" on the curve {key.curve.name}" if hasattr(key, "curve") else ""
-        raise InvalidKeyError(
-            f"{str(path)!r} is a key ({kind}{curve}) that SSH does not know: make another, "
-            "ssh-keygen -t ed25519"
-        )
+        raise _unusable(path, f"a key ({kind}{curve}) that SSH does not know")
     if isinstance(key, rsa.RSAPrivateKey) and key.key_size < _LEAST_RSA_BITS:
-        raise InvalidKeyError(
-            f"{str(path)!r} is an RSA key of {key.key_size} bits, which SSH servers refuse: make "
-            "another, ssh-keygen -t ed25519"
-        )
+        raise _unusable(path, f"an RSA key of {key.key_size} bits, which SSH servers refuse")
     if public is not None:
         line = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
-        own = _parse_public(line)
-        if own is None or own.blob != public.blob:
+        if _parse_public(line) != public:
             raise _mismatch(key_pair)
     return key
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline, command_limit, use_deadline
-from pycloudlib._base.documents import to_bytes
 from pycloudlib.errors import CloudError, KernelPanicError, PycloudlibTimeoutError
 from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access.commands import encode_stdin
 from pycloudlib.guest.access.hostkeys import MachineHostKeys
 from pycloudlib.guest.access.sessions import Connections
 from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
@@ -354,7 +354,7 @@ class Guest:
         with self.naming_end():
             # Nobody answers on a connection that is kept then, for as long as it is waited.
             self.machine.check_kernel()
-            data = to_bytes(stdin) if isinstance(stdin, str) else bytes(stdin or b"")
+            data = encode_stdin(stdin)
             limit = command_limit(timeout)
             result = None if get_pty else self.helper.execute(command, username, data, limit)
             if result is None:

@@ -13,7 +13,8 @@ import paramiko
 import pytest
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib.guest.access.commands import stream
+from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.access.commands import run, stream
 from pycloudlib.guest.access.sessions import close_if_unanswered, open_session
 from tests.unit.sshserver import LocalInstance
 
@@ -129,6 +130,17 @@ def test_what_is_found_while_waiting_ends_the_command(
 
     with pytest.raises(RuntimeError, match="the machine is gone"):
         outputs.run(client, "sleep 60", on_wait=find)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_what_ends_the_wait_is_the_error(local: LocalInstance, timeout: float | None) -> None:
+    """Also where it is a time-out itself, as for a boot that never ends."""
+
+    def find() -> None:
+        raise PycloudlibTimeoutError("the guest is gone")
+
+    with pytest.raises(PycloudlibTimeoutError, match=r"^the guest is gone$"):
+        run(local._connections, "sleep 60", timeout=timeout, on_wait=find)
 
 
 def test_lost_connection_has_no_status(client: paramiko.SSHClient, outputs: Outputs) -> None:
