@@ -109,7 +109,7 @@ def test_copy_is_given_no_balloon_while_it_runs(
     saved = save(eager)
     before = facts(saved.memory)
     copy = cloud.launch(str(saved.image))
-    with pytest.raises(KeptMemoryError, match=f"{copy.name} goes on from memory that is kept"):
+    with pytest.raises(KeptMemoryError, match=f"{copy.name} runs on saved memory"):
         copy.machine.execute(command, arguments)
     with pytest.raises(KeptMemoryError):
         cloud.get_instance(copy.id).machine.execute(command, arguments)

@@ -14,15 +14,7 @@ def build_command(
     features: Features,
     origin: Origin = POWER_ON,
 ) -> list[str]:
-    """Build the command line: what each part of the machine adds, and the caller's arguments.
-
-    Args:
-        binary: The QEMU binary.
-        spec: The machine.
-        channels: How we talk to it.
-        features: What the binary can do.
-        origin: What it begins with.
-    """
+    """Build the command line: what each part of the machine adds, and the caller's arguments."""
     start = Start(spec.disk, channels, features, origin)
     # fmt: off
     return [
@@ -37,5 +29,5 @@ def build_command(
 
 
 def _incoming(launch_args: tuple[str, ...]) -> list[str]:
-    """Let QEMU wait for a state, which says whether the machine runs: `-S` would overrule it."""
+    """Have QEMU wait for a state, which says whether the machine runs: `-S` would overrule it."""
     return [*(argument for argument in launch_args if argument != "-S"), "-incoming", "defer"]

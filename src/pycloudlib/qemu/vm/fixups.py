@@ -35,12 +35,12 @@ class FixUps:
     """Fixes up one machine's guest, by the helper where it runs, else by SSH.
 
     Args:
-        link: The way to the helper.
+        link: The connection to the helper.
         execute: Runs a command in the guest as the login user, as `BaseInstance.execute` does.
         disconnect: Closes the SSH connections.
 
     Attributes:
-        ssh_restarts: Whether the guest's SSH server was told to restart, and was not seen since.
+        ssh_restarts: Whether the guest's SSH server was restarted, and has not answered since.
     """
 
     def __init__(
@@ -80,22 +80,22 @@ class FixUps:
         return True
 
     def sync(self, username: str) -> bool:
-        """Have the guest write to its disk what it has not yet; return whether the helper did it.
+        """Have the helper sync the guest's disks; return whether it did.
 
-        What the first command of a copy needs is in the guest's memory then, too, and a copy that
-        cannot be restored boots from that disk.
+        The first command of a copy then has what it needs in memory, and a copy that cannot be
+        restored boots from that disk.
         """
         return self._link.execute(["sync"], username, b"", _SYNC_LIMIT) is not None
 
     def correct_clock(self) -> None:
-        """Give the guest's clock what it has lost to saves, once that is a tenth of a second."""
+        """Correct the guest's clock once it has lost a tenth of a second to saves."""
         if self._link.expected and self._machine.paused_by_saves >= _CLOCK_TOLERANCE:
             with contextlib.suppress(CloudError, PycloudlibTimeoutError):
                 self._link.fix(FixUp())
                 self._machine.paused_by_saves = 0.0
 
     def fix_up_soon(self) -> None:
-        """Fix up a copy at once if its helper answers; a wait sees to it otherwise."""
+        """Fix up a copy at once if its helper answers; else the next wait does it."""
         import paramiko  # noqa: PLC0415 - heavy
 
         try:
@@ -105,7 +105,7 @@ class FixUps:
             _log.warning("%s will be fixed up by wait(): %s", self._name, error)
 
     def fix_up(self) -> None:
-        """Fix up a copy that is not yet: its clock, its random numbers, its identity."""
+        """Fix up a copy if that is not done yet: its clock, random numbers, and identity."""
         rundir = self._machine.rundir
         if not rundir.fix_up.exists():
             return
@@ -116,7 +116,7 @@ class FixUps:
                 return  # another thread was first
             except (OSError, ValueError) as error:
                 raise CloudError(
-                    f"{rundir.fix_up} is damaged, so that {self._name} cannot be put right: {error}"
+                    f"{rundir.fix_up} is damaged, so that {self._name} cannot be fixed up: {error}"
                 ) from error
             try:
                 self._link.fix(fix_up, cap_by_wait(_FIX_LIMIT))
@@ -125,7 +125,7 @@ class FixUps:
                 self._fix_up_by_ssh(fix_up)
             rundir.fix_up.replace(rundir.fixed_up)
         if fix_up.identity is not None:
-            # Its SSH server restarts with the new key, and is not there for a moment.
+            # Its SSH server restarts with the new key, and does not answer for a moment.
             self._disconnect()
             self.ssh_restarts = True
 
@@ -136,10 +136,10 @@ class FixUps:
             helper.once_command(),
             stdin=json.dumps({**fix_up.request(), "ahead": ahead}) + "\n",
             use_sudo=True,
-            description="putting a copy right",
+            description="fixing up a copy",
         )
         if result.failed or '"error"' in result:
-            problem = f"{self._name} could not be put right: {result}{result.stderr}"
+            problem = f"{self._name} could not be fixed up: {result}{result.stderr}"
             if fix_up.identity is not None or fix_up.new_key is not None:
                 raise CloudError(problem)
             # A guest without Python or sudo: only its clock and random numbers are the old ones.
@@ -159,7 +159,7 @@ class FixUps:
                 helper.first_boot_check(), stdin=text, description="checking the first boot"
             )
         except (paramiko.SSHException, PycloudlibTimeoutError) as error:
-            # Its user-data may have it boot again; then the next wait looks at it.
+            # Its user-data may reboot it; then the next wait checks it.
             _log.info("The first boot of %s is not checked yet: %s", self._name, error)
             return
         if result.return_code < 0:
@@ -168,7 +168,7 @@ class FixUps:
         program.unlink(missing_ok=True)
         if result.failed or result.stdout:
             _log.warning(
-                "%s began its first boot where another machine was stopped, and was not put right "
+                "%s began its first boot where another machine was stopped, and was not fixed up "
                 "in time: %s%s",
                 self._name,
                 result.stdout,

@@ -44,7 +44,7 @@ _REBOOT_LIMIT = 60.0
 
 
 class GuestRebootedError(Exception):
-    """The guest has begun to boot anew, and its end of the connection is no more."""
+    """The guest has begun to reboot, which ends the connection."""
 
 
 def _weakly(method: Callable[..., Result]) -> Callable[..., Result]:
@@ -69,10 +69,10 @@ class Guest:
             method, whose object this does not keep alive.
 
     Attributes:
-        helper: The way to the helper in the guest.
+        helper: The connection to the helper in the guest.
         execute: Runs a command in the guest as the login user; see `BaseInstance.execute`.
-        fixes: What fixes up a copy, by the helper or by SSH.
-        watch: What follows the boot that is waited for; None when none is.
+        fixes: Fixes up a copy, by the helper or by SSH.
+        watch: Follows the boot that is waited for; None when none is.
         timeline: The phases of the boot that was followed last.
     """
 
@@ -87,7 +87,7 @@ class Guest:
         self.execute = _weakly(execute)
         self.fixes = FixUps(self.helper, self.execute, connections.close)
         self._may_go_down = False
-        # Where on the console, and when, it was last told to reboot.
+        # The console's position and the time when a reboot was last requested.
         self._reboot = (0, 0.0)
 
     @property
@@ -97,27 +97,24 @@ class Guest:
 
     @property
     def is_reachable(self) -> bool:
-        """Whether commands can be run without a connection that has to be made first."""
+        """Whether commands can be run without making a connection first."""
         return self._connections.any_open or self.helper.expected
 
     def forget(self) -> None:
-        """Close the connections and forget the helper: the guest they were with is gone."""
+        """Close the connections and forget the helper: the guest that had them is gone."""
         self._connections.close()
         self.helper.forget()
 
     @contextlib.contextmanager
     def following_boot(self, on_progress: ProgressCallback | None) -> Iterator[BootWatch]:
-        """Have the console decide the outcome of what is waited for in the block.
+        """Follow the boot on the console in the block, so that its outcome ends waits.
 
         Args:
             on_progress: Called every quarter of a second; see `BaseInstance.wait`.
-
-        Yields:
-            What follows the console, inside its own block.
         """
         machine = self.machine
         boots = (self._reboot, (machine.console_start, machine.powered_on))
-        # The latest: a machine that was never told to reboot has been so at 0, in no time at all.
+        # The latest; (0, 0.0) where no reboot was requested.
         console_start, begun = max(boots)
 
         def report(phase: Phase | None, line: str) -> None:
@@ -163,11 +160,11 @@ class Guest:
         _log.info("%s is off (%s)", self.name, how.value)
 
     def run_user_data(self, follow_cloudinit: Callable[[], object]) -> None:
-        """Run what a copy was given as user-data; a failure is logged as one of cloud-init is.
+        """Run the user-data of a copy; a failure is logged as one of cloud-init is.
 
         Args:
-            follow_cloudinit: Waits until cloud-init has ended: the user-data may have the guest
-                boot again, as in a boot.
+            follow_cloudinit: Waits until cloud-init has ended, since the user-data may reboot the
+                guest.
 
         Raises:
             PycloudlibTimeoutError: It did not end in time.
@@ -232,7 +229,7 @@ class Guest:
             self.fixes.fix_up()
 
     def _wait_for_banner(self) -> None:
-        """Wait for an SSH server that was told to restart."""
+        """Wait for an SSH server that was restarted."""
         if not self.fixes.ssh_restarts:
             return
         deadline = Deadline.after(cap_by_wait(_BANNER_LIMIT))
@@ -271,18 +268,18 @@ class Guest:
             self.machine.check_boot(self.watch.offset)
 
     def has_settled(self) -> object:
-        """Tell whether cloud-init has ended in the present boot; see `Readiness`."""
+        """Return whether cloud-init has ended in the present boot; see `Readiness`."""
         watch = self.watch
         return watch.position if watch and watch.phase is Phase.CLOUD_INIT_DONE else None
 
     @property
     def was_followed(self) -> bool:
         """Whether the present boot was followed to its end before."""
-        # The helper came with what was saved, or will be: a machine that was ready.
+        # The helper comes with a machine that was ready when it was saved, or will be.
         return self.helper.expected and not self._may_go_down
 
     def explain_refusal(self, username: str) -> str:
-        """Say who can log in, by the user-data and the console."""
+        """Describe who can log in, by the user-data and the console."""
         try:
             user_data = read_iso(self.machine.rundir.seed).user_data
         except (OSError, ValueError) as error:
@@ -309,11 +306,11 @@ class Guest:
         return look
 
     def host_keys(self) -> ssh.HostKeys:
-        """Return which host keys the guest may show."""
+        """Return the host keys that the guest may have."""
         return MachineHostKeys(self.machine.rundir.known_hosts, self._ends_in_machine)
 
     def _ends_in_machine(self, connection: socket.socket) -> bool:
-        """Whether QEMU has the other end of a connection: it hands that on to the guest's sshd."""
+        """Whether QEMU has the other end of a connection, which it forwards to the guest's sshd."""
         process = self.machine.rundir.find_process()
         return process is not None and processes.ends_in(connection, process)
 
@@ -335,7 +332,7 @@ class Guest:
         *,
         get_pty: bool = False,
     ) -> Result:
-        """Run an argument vector: by the helper where that can be, else by SSH.
+        """Run an argument vector: by the helper where that is possible, else by SSH.
 
         Args:
             command: The arguments.
@@ -343,16 +340,16 @@ class Guest:
             stdin: What the command reads.
             timeout: Seconds it may take.
             by_ssh: Runs it over SSH.
-            get_pty: Whether it needs a terminal, which SSH alone gives.
+            get_pty: Whether it needs a terminal, which only SSH has.
 
         Returns:
-            Its result; the exit status is -1 where the guest went away meanwhile.
+            Its result; the exit status is -1 where the guest ended meanwhile.
 
         Raises:
             paramiko.SSHException: The machine is gone; says how it ended.
         """
         with self.naming_end():
-            # Nobody answers on a connection that is kept then, for as long as it is waited.
+            # After a panic, nobody answers on a connection that is kept.
             self.machine.check_kernel()
             data = encode_stdin(stdin)
             limit = command_limit(timeout)
@@ -379,7 +376,7 @@ class Guest:
         except (MachineEndedError, KernelPanicError) as error:
             raise paramiko.SSHException(str(error)) from error
         except GuestRebootedError as error:
-            raise paramiko.SSHException(f"{self.name} has begun to boot anew") from error
+            raise paramiko.SSHException(f"{self.name} has begun to reboot") from error
         except paramiko.SSHException as error:
             if self.machine.wait_for_end(Deadline.after(_END_GRACE)):
                 raise paramiko.SSHException(

@@ -1,4 +1,4 @@
-"""The way to the helper in a machine's guest: whether it is there, one user at a time."""
+"""The connection to the helper in a machine's guest, one user at a time."""
 
 from __future__ import annotations
 
@@ -31,65 +31,58 @@ _log = logging.getLogger(__name__)
 
 _FIX_LIMIT = 60.0
 _APPEAR_LIMIT = 60.0
-_APPEAR_LOOK = 0.05
-_WAKING_LIMIT = 2.0
-# QEMU takes note in a moment that a client has left.
+_APPEAR_INTERVAL = 0.05
+# A copy that was just restored sees its helper in a moment.
+_RESTORE_LIMIT = 2.0
+_RESTORE_INTERVAL = 0.005
+# QEMU notices in a moment that a client has left.
 _LEAVING_LIMIT = 0.5
-_WAKING_LOOK = 0.005
 
 
 class HelperLink:
-    """Talks to the helper of one machine, if it runs there. Safe to use from several threads.
-
-    Args:
-        machine: The machine.
-    """
+    """Talks to the helper of one machine, if it runs there. Safe to use from several threads."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     @property
     def expected(self) -> bool:
-        """Whether it is believed to run: it was started, and the guest has not been rebooted."""
+        """Whether it should run: it was started, and the guest has not been rebooted."""
         return self.machine.rundir.helper_mark.exists()
 
     def is_up(self, timeout: float = ANSWER_LIMIT) -> bool:
-        """Say whether something in the guest has the helper's port open.
+        """Whether a program in the guest has the helper's port open.
 
         Args:
-            timeout: Seconds that QEMU may take to tell.
+            timeout: Seconds that QEMU may take to answer.
         """
         return bool(self._chardev(timeout)["frontend-open"])
 
     def wait_until_up(self, user: str) -> bool:
-        """Wait for a helper that was just started; say whether it came.
+        """Wait for a helper that was just started; return whether it came.
 
         Args:
             user: The login user, as which its commands run.
         """
         deadline = Deadline.after(_APPEAR_LIMIT)
-        # Looked at, because an event of it would come only to who started the QEMU.
+        # Polled, since only the program that started the QEMU would receive an event.
         while not self.is_up():
             if deadline.expired:
                 return False
-            time.sleep(_APPEAR_LOOK)
+            time.sleep(_APPEAR_INTERVAL)
         write_private(self.machine.rundir.helper_mark, user)
         return True
 
     def forget(self) -> None:
-        """Take note that it runs no more."""
+        """Record that it runs no more."""
         self.machine.rundir.helper_mark.unlink(missing_ok=True)
 
     def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:
-        """Put a copy right.
-
-        Args:
-            fix_up: What is put right.
-            limit: Seconds that it may take.
+        """Fix up a copy.
 
         Raises:
             HelperError: It could not be done.
-            PycloudlibTimeoutError: The helper did not answer in time.
+            PycloudlibTimeoutError: The helper did not answer within `limit` seconds.
         """
         deadline = Deadline.after(min(limit, _FIX_LIMIT))
         with self._connection(wait=True, deadline=deadline) as connection:
@@ -106,11 +99,11 @@ class HelperLink:
         """Run a command by the helper.
 
         Returns:
-            Its result; None when SSH has to do it: the helper is not there, is busy, or runs
-            commands as another user. The exit status is -1 when the guest went away meanwhile.
+            Its result; None when SSH has to do it: the helper does not run, is busy, or runs
+            commands as another user. The exit status is -1 when the guest ended meanwhile.
 
         Raises:
-            PycloudlibTimeoutError: It went on past `timeout`; it is hung up on.
+            PycloudlibTimeoutError: It did not end within `timeout` seconds; it is hung up on.
         """
         if len(stdin) > LARGEST_STDIN or not self._serves(user):
             return None
@@ -141,22 +134,22 @@ class HelperLink:
             return False
 
     def _is_ready(self, limit: Deadline, deadline: Deadline | None) -> bool:
-        """Wait until it is there and free; a machine that has just woken up knows it in a moment.
+        """Wait until it runs and is free; return whether it does.
 
-        Its socket may be another program's, behind which QEMU would let us wait unheard.
+        While another program has its socket, a connection would wait without an answer.
 
         Args:
             limit: Until when it has to be free.
-            deadline: Until when QEMU has to have told.
+            deadline: Until when QEMU has to have answered.
         """
-        appearing = Deadline.after(_WAKING_LIMIT)
+        appearing = Deadline.after(_RESTORE_LIMIT)
         try:
             while True:
                 chardev = self._chardev(_answer_limit(deadline))
                 if not chardev["frontend-open"]:
                     if appearing.expired:
                         _log.debug("The helper of %s is gone", self.machine.spec.name)
-                        # Of a copy that is not put right yet it is expected still: SSH may not do.
+                        # In a copy that is not fixed up yet it is still expected: SSH may fail.
                         if not self.machine.rundir.fix_up.exists():
                             self.forget()
                         return False
@@ -164,9 +157,9 @@ class HelperLink:
                     return True
                 elif limit.expired:
                     return False
-                time.sleep(_WAKING_LOOK)
+                time.sleep(_RESTORE_INTERVAL)
         except CloudError:
-            # Whoever uses SSH next is told how the machine ended.
+            # SSH, which is used next, reports how the machine ended.
             return False
 
     def _still_there(self, deadline: Deadline | None) -> bool:
@@ -175,14 +168,14 @@ class HelperLink:
         try:
             return self.is_up(_answer_limit(deadline))
         except CloudError:
-            # Whether it is gone is not known where QEMU had no time to tell.
+            # Where QEMU had no time to answer, that is unknown.
             return deadline is not None and deadline.expired
 
     @contextlib.contextmanager
     def _connection(
         self, *, wait: bool, deadline: Deadline | None
     ) -> Iterator[HelperConnection | None]:
-        """Connect; None when it is not there, or somebody else is connected and not waited for."""
+        """Connect; yield None when it does not run, or is busy and not waited for."""
         limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
         if deadline is not None and (wait or deadline.remaining < limit.remaining):
             limit = deadline

@@ -1,4 +1,4 @@
-"""Network interfaces plugged into a running machine, and pulled out again."""
+"""Network interfaces that are plugged into a running machine, and unplugged again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.qmp import QmpError
 from pycloudlib.result import Result
 
-# A guest lets go of a device when its kernel gets to it.
+# A guest releases a device when its kernel gets to it.
 _UNPLUG_LIMIT = 60.0
-_UNPLUG_LOOK = 0.2
+_UNPLUG_INTERVAL = 0.2
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _NAME = re.compile(r"hotnet(?P<number>[0-9]+)")
 # Networks 10.0.3.0/24 and up; QEMU's own for the first interface is 10.0.2.0/24.
@@ -30,7 +30,7 @@ class PluggedInterface:
     """An interface that was plugged in.
 
     Attributes:
-        name: QEMU's id of it, the same for device and back end.
+        name: QEMU's id for both its device and its back end.
         mac: Its address.
     """
 
@@ -105,7 +105,7 @@ def add_interface(machine: Machine, execute: Callable[..., Result]) -> str:
 
 
 def remove_interface(machine: Machine, ip_address: str, execute: Callable[..., Result]) -> None:
-    """Pull out the interface that `add_interface` has plugged in.
+    """Unplug the interface that `add_interface` has plugged in.
 
     Args:
         machine: The machine.
@@ -126,7 +126,7 @@ def find_plugged(machine: Machine, mac: str) -> PluggedInterface:
     """Find a plugged-in interface by its address.
 
     Raises:
-        CloudError: There is none; the machine's first interface is not one.
+        CloudError: There is none; the machine's first interface was not plugged in.
     """
     for name in list_plugged(machine):
         found = machine.execute(
@@ -138,10 +138,10 @@ def find_plugged(machine: Machine, mac: str) -> PluggedInterface:
 
 
 def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
-    """Pull an interface out, and wait until the guest has let go of it.
+    """Unplug an interface, and wait until the guest has released it.
 
     Raises:
-        PycloudlibTimeoutError: The guest did not let go of it.
+        PycloudlibTimeoutError: The guest did not release it in time.
     """
     with machine.changing():
         _unplug_interface(machine, interface)
@@ -150,25 +150,25 @@ def unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
 def _unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     machine.execute("device_del", {"id": interface.name})
     deadline = Deadline.after(_UNPLUG_LIMIT)
-    # Looked at, not waited for as an event: another process's machine tells us no events.
+    # Polled, since only the program that started the QEMU would receive an event.
     while interface.name in list_plugged(machine):
         if deadline.expired:
             raise PycloudlibTimeoutError(
                 f"{machine.spec.name} did not let go of {interface.name} within "
                 f"{deadline.limit:.0f} s"
             )
-        time.sleep(_UNPLUG_LOOK)
+        time.sleep(_UNPLUG_INTERVAL)
     machine.execute("netdev_del", {"id": interface.name})
 
 
 def list_plugged(machine: Machine) -> list[str]:
-    """Name the interfaces that are plugged in."""
+    """List the names of the interfaces that are plugged in."""
     children = machine.execute("qom-list", {"path": "/machine/peripheral"})
     return [child["name"] for child in children if _NAME.fullmatch(child["name"])]
 
 
 def list_added(machine: Machine) -> list[str]:
-    """Name the devices that were added while the machine ran, by whomever (`device_add`)."""
+    """List the names of the devices that any program added while the machine ran (`device_add`)."""
     with machine.session() as session:
         places = [
             (f"{container}/{child['name']}", child["name"])
@@ -189,4 +189,4 @@ def find_free_number(machine: Machine) -> int:
     for number in range(_FIRST_NETWORK, _LAST_NETWORK + 1):
         if f"hotnet{number}" not in taken:
             return number
-    raise CloudError(f"{machine.spec.name} has no room for another network interface")
+    raise CloudError(f"{machine.spec.name} has the largest number of network interfaces already")

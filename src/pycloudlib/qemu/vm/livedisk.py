@@ -1,4 +1,4 @@
-"""The disk of a machine that runs: the overlay that it goes on in, and layers merged into it."""
+"""The disk of a machine that runs: it is switched to a new overlay, and layers are merged."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _MERGE_LIMIT = 600.0
 
 @contextlib.contextmanager
 def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
-    """Let QEMU open an overlay, and go on in it when the function is called that is yielded.
+    """Have QEMU open an overlay; yield the function that switches the disk to it.
 
-    QEMU opens it by descriptors, since it opens the file anew, for reading alone, when the next
-    overlay comes; by then it has another name. What goes wrong is to be settled (`finish_switch`).
+    QEMU opens it by descriptors, since it opens the file again, for reading only, when the next
+    overlay comes; by then it has another name. Call `finish_switch` after an error.
 
     Args:
         session: A session with the QEMU.
         fresh: The overlay, on the disk that it has.
 
     Raises:
-        QmpError: It did not.
+        QmpError: QEMU refused.
     """
-    # Asked now: while the guest stands still, each answer takes time of it.
+    # Asked now: while the guest is paused, each answer prolongs that.
     node, active = _name_node(fresh), find_active(session)
     # Of several descriptors, it takes the one that is open as it wants the file.
     with _opened(fresh, os.O_RDONLY) as reading, _opened(fresh, os.O_RDWR) as writing:
-        # By this one it is opened anew.
+        # By this one it is opened again.
         lent = session.lend(reading, keep=True)
         try:
             to_write = session.lend(writing, lent.fdset)
@@ -62,7 +62,7 @@ def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
         try:
             yield switch
         finally:
-            # With it, the file would stay locked for all others.
+            # As long as QEMU has it, the file is locked for all others.
             session.take_back(to_write)
 
 
@@ -76,12 +76,12 @@ def _opened(file: Path, mode: int) -> Iterator[int]:
 
 
 def finish_switch(session: QmpSession, fresh: Path) -> bool:
-    """Settle what `switching` has begun and did not bring to its end, in this program or another.
+    """Finish or undo a switch that `switching` began, in this program or another.
 
     QEMU is asked: an answer may have been lost.
 
     Returns:
-        Whether the machine goes on in the fresh overlay. Else it is let go.
+        Whether the machine writes to the fresh overlay. Else QEMU closes that.
 
     Raises:
         QmpError: It could not be asked.
@@ -95,7 +95,7 @@ def finish_switch(session: QmpSession, fresh: Path) -> bool:
 
 
 def merge_layers(qemu: RunningQemu, disk: Path) -> None:
-    """Take the layers below a running machine's disk into it when they have become many.
+    """Merge the layers below a running machine's disk into it when they have become many.
 
     Raises:
         MachineEndedError: It ended meanwhile.
@@ -119,7 +119,7 @@ def merge_layers(qemu: RunningQemu, disk: Path) -> None:
 
 
 def _forget_merged(session: QmpSession) -> None:
-    """Let QEMU close the overlays that the disk is built on no more."""
+    """Have QEMU close the overlays that the disk is no longer built on."""
     active = find_active(session)
     names = [name for name in list_nodes(session) if _OVERLAY.fullmatch(name)]
     for name in names:
@@ -135,12 +135,12 @@ def _name_node(fresh: Path) -> str:
 
 
 def _close_node(session: QmpSession, name: str) -> None:
-    """Let QEMU close an overlay, and what it was lent to open that by."""
+    """Have QEMU close an overlay, and the descriptors that it was lent for that."""
     opened = list_nodes(session)[f"{name}-file"]["file"]
     session.execute("blockdev-del", {"node-name": name})
     lent = _FDSET.fullmatch(opened)
     if lent is not None:
-        with contextlib.suppress(QmpError):  # all of it is taken back already
+        with contextlib.suppress(QmpError):  # all of them are taken back already
             session.execute("remove-fd", {"fdset-id": int(lent[1])})
 
 
@@ -157,7 +157,7 @@ def _find_lowest(session: QmpSession) -> str:
     image = _find_root(session)["image"]
     while "backing-image" in image:
         image = image["backing-image"]
-    # In both answers QEMU shows the path alike.
+    # QEMU writes the path alike in both answers.
     return next(
         name
         for name, node in list_nodes(session).items()

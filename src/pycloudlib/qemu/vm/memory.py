@@ -1,8 +1,8 @@
-"""Where a guest's memory is: what kinds there are, and which one a machine gets.
+"""The kinds of guest memory, and which one a machine gets.
 
-A machine that boots has memory of its own, shared or anonymous. Machines that go on from a saved
-state map the kept memory privately, so that all of them share what none has changed. Each kind can
-be saved while the machine runs; how it is read is in `guestmemory.py`.
+A machine that boots has memory of its own, shared or anonymous. Machines that are restored map the
+saved memory privately, so that all of them share what none has changed. Each kind can be saved
+while the machine runs; `guestmemory.py` reads it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _NAME = "pycloudlib-guest-memory"
 def choose_memory(accelerator: Accelerator, huge_shared: Path = HUGE_SHARED) -> Memory:
     """Choose the memory of a machine that boots.
 
-    Shared memory can be read whoever asks, and compared in place. Under KVM, however, guests are
-    faster with huge pages, which most hosts give to anonymous memory only.
+    Any of our programs can read shared memory, and compare it in place. Under KVM, however, guests
+    are faster with huge pages, which most hosts have for anonymous memory only.
 
     Args:
         accelerator: What executes the guest.
@@ -42,7 +42,7 @@ def choose_memory(accelerator: Accelerator, huge_shared: Path = HUGE_SHARED) -> 
 
 
 def _shared_memory_has_huge_pages(setting: Path) -> bool:
-    """Tell by the chosen word: "always within_size advise [never] deny force" (admin-guide/mm)."""
+    """Whether the chosen word allows it: "always within_size advise [never] deny force"."""
     with contextlib.suppress(OSError):
         chosen = read_kernel_file(setting).partition("[")[2].partition("]")[0]
         return chosen in ("always", "within_size", "advise", "force")
@@ -50,13 +50,10 @@ def _shared_memory_has_huge_pages(setting: Path) -> bool:
 
 
 def create_shared_memory(size: int) -> int:
-    """Make memory to be shared: a file without a name that goes with whoever has it open.
+    """Create shared memory, a file without a name, and return its descriptor.
 
-    QEMU is to take it for a file (`memory-backend-file`), not to make one itself
+    QEMU gets it as a file (`memory-backend-file`), and does not create it itself
     (`memory-backend-memfd`): from 8.1 on it leaves only files out of a state.
-
-    Returns:
-        Its descriptor.
     """
     descriptor = moved(os.memfd_create(_NAME, os.MFD_CLOEXEC))
     os.ftruncate(descriptor, size)
@@ -65,13 +62,13 @@ def create_shared_memory(size: int) -> int:
 
 _DEVICES = re.compile(r"balloon|virtio-mem|vhost-user|vfio-user|x-pci-proxy|ivshmem")
 _NETDEVS = re.compile(r"type=vhost-user")
-# By which one of them comes into a machine that runs, or is put to use.
+# The commands that add such a device to a machine that runs, or use it.
 _COMMANDS = ("balloon", "device_add", "netdev_add", "human-monitor-command")
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 
 
 class KeptMemoryError(CloudError):
-    """A machine has a device that would change the memory of others: it cannot have kept memory."""
+    """A machine has a device that would change saved memory, which other machines share."""
 
 
 class Executor(Protocol):
@@ -82,7 +79,7 @@ class Executor(Protocol):
 
 
 def check_machine(name: str, qemu: Executor) -> None:
-    """Make sure that a machine leaves memory alone that is kept for others.
+    """Make sure that a machine cannot change saved memory, which other machines share.
 
     Args:
         name: The machine's name.
@@ -95,29 +92,19 @@ def check_machine(name: str, qemu: Executor) -> None:
     found = _find_device(qemu) or _find_memory(qemu)
     if found is not None:
         raise KeptMemoryError(
-            f"{name} has {found}. It can neither be saved with its memory nor go on from memory "
-            "that is kept: leave it out (launch_args), or let the machine boot"
+            f"{name} has {found}. It can neither be saved with its memory nor run on memory that "
+            "was saved: leave it out (launch_args), or let the machine boot"
         )
 
 
 def check_command(
     name: str, qemu: Executor, command: str, arguments: Mapping[str, Any] | None
 ) -> None:
-    """Make sure that a QMP command adds no such device to a machine on kept memory.
-
-    Args:
-        name: The machine's name.
-        qemu: Its QEMU.
-        command: The command.
-        arguments: Its arguments.
-
-    Raises:
-        KeptMemoryError: It would.
-    """
+    """Raise KeptMemoryError if a QMP command adds such a device to a machine on saved memory."""
     words = json.dumps([command, dict(arguments or {})], default=str)
     if command in _COMMANDS and _DEVICES.search(words) and _is_on_kept_memory(qemu):
         raise KeptMemoryError(
-            f"{name} goes on from memory that is kept for others, too, and {command} would let it "
+            f"{name} runs on saved memory, which other machines share, and {command} would let it "
             "change that: do it in a machine that has booted"
         )
 
@@ -137,7 +124,7 @@ def _find_device(qemu: Executor) -> str | None:
 def _find_memory(qemu: Executor) -> str | None:
     for memory in qemu.execute("query-memdev"):
         if memory.get("share") and memory.get("id") != BACKEND:
-            return f"shared memory beside its own ({memory.get('id')}), which is not kept"
+            return f"shared memory beside its own ({memory.get('id')}), which is not saved"
     return None
 
 

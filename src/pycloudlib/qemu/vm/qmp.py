@@ -1,7 +1,7 @@
-"""QMP behind a synchronous, thread-safe face.
+"""QMP as a synchronous, thread-safe interface.
 
-`qemu.qmp`, the QEMU project's own client, is asyncio: one loop in one thread of ours runs all of
-its sessions, and nobody else sees it. A caller with a running event loop of its own may call us.
+`qemu.qmp`, the QEMU project's own client, is asyncio: one hidden loop in one thread runs all of its
+sessions. A caller may have an event loop of its own.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _STOP_LIMIT = 2.0
-# Kept by QEMU with a descriptor that it was lent; another program can tell by that what is ours.
+# QEMU keeps this with a descriptor that it was lent, so that another program knows what is ours.
 _FOR_A_MOMENT = "pycloudlib: for a moment"
 _CLIENT_LOG = logging.getLogger(f"{__name__}.client")
 _CLIENT_LOG.setLevel(logging.CRITICAL)
 
 
 class QmpError(CloudError):
-    """QEMU refused a QMP command, or could not be talked to."""
+    """QEMU refused a QMP command, or could not be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Event:
     """A QMP event.
 
     Attributes:
-        name: QEMU's name of it (`SHUTDOWN`, `RESET`, `BLOCK_IO_ERROR` …).
-        data: What comes with it.
+        name: QEMU's name for it (`SHUTDOWN`, `RESET`, `BLOCK_IO_ERROR` …).
+        data: Its data.
         timestamp: When it happened, in seconds since the epoch.
     """
 
@@ -80,7 +80,7 @@ class LoopThread:
 
     @classmethod
     def get(cls) -> LoopThread:
-        """Give this process's thread; a forked child gets one of its own."""
+        """Return this process's thread; a forked child gets one of its own."""
         with cls._lock:
             if cls._instance is None:
                 cls._instance = cls()
@@ -115,7 +115,7 @@ class LoopThread:
         self.loop.call_soon_threadsafe(self.loop.add_reader, descriptor, fire)
 
     def end_sessions(self) -> None:
-        """End the sessions that are open; others may be opened still."""
+        """End the sessions that are open; others may still be opened."""
         import asyncio  # noqa: PLC0415 - heavy
 
         async def end_sessions() -> None:
@@ -128,7 +128,7 @@ class LoopThread:
             self.run(end_sessions(), 2 * _STOP_LIMIT)
 
     def forget(self, process: object, descriptor: int) -> None:
-        """Watch a descriptor no more; its owner is kept until that has happened."""
+        """Stop watching a descriptor; its owner is kept until that has happened."""
 
         def remove(_owner: object) -> None:
             self.loop.remove_reader(descriptor)
@@ -139,8 +139,8 @@ class LoopThread:
 def _end_sessions() -> None:
     """End the sessions before the interpreter ends; the machines run on.
 
-    A program's exit handlers that were registered earlier come later. So the loop runs on, and
-    tells of processes that end: who wants something of a QEMU then opens a session for it.
+    A program's exit handlers that were registered earlier run later. So the loop keeps running and
+    reports processes that end; a handler that needs a QEMU opens a session.
     """
     thread = LoopThread._instance
     if thread is not None:
@@ -162,8 +162,8 @@ class Lent:
     """A file descriptor that QEMU was lent.
 
     Attributes:
-        fdset: The set of descriptors of one file that it is in.
-        number: The number that it has in QEMU's process.
+        fdset: The set of descriptors of one file that contains it.
+        number: Its number in QEMU's process.
     """
 
     fdset: int
@@ -171,7 +171,7 @@ class Lent:
 
     @property
     def path(self) -> str:
-        """By which QEMU opens the file."""
+        """The path by which QEMU opens the file."""
         return f"/dev/fdset/{self.fdset}"
 
 
@@ -215,7 +215,7 @@ class QmpSession:
 
         async def connect() -> QmpSession:
             client = QMPClient("pycloudlib")
-            # It would log each lost connection as an error; here that is how each machine ends.
+            # It would log each lost connection as an error, which here is how a machine ends.
             client.logger = _CLIENT_LOG
             await client.connect(sock)
             return cls(client, asyncio.ensure_future(_deliver(client, on_event)), thread)
@@ -247,7 +247,7 @@ class QmpSession:
             )
 
     def send_descriptor(self, name: str, descriptor: int) -> None:
-        """Give QEMU a file descriptor, to be named in the next commands of this session.
+        """Send QEMU a file descriptor, to be named in the next commands of this session.
 
         Raises:
             QmpError: QEMU is gone, or did not take it.
@@ -262,13 +262,13 @@ class QmpSession:
             self._thread.run(send(), 30)
 
     def lend(self, descriptor: int, fdset: int | None = None, *, keep: bool = False) -> Lent:
-        """Lend QEMU a file descriptor, to open the file by.
+        """Lend QEMU a file descriptor, by which it opens the file.
 
         Args:
             descriptor: The descriptor.
-            fdset: QEMU's set of descriptors of the same file that it is added to; None for a new
-                one. QEMU takes the one that is open in the way that it wants the file.
-            keep: Whether `take_back_all` leaves it to QEMU.
+            fdset: QEMU's set of descriptors of the same file to which it is added; None for a new
+                one. QEMU uses the one that is open in the mode that it needs.
+            keep: Whether `take_back_all` leaves it with QEMU.
 
         Raises:
             QmpError: QEMU is gone, or did not take it.
@@ -286,15 +286,15 @@ class QmpSession:
             return self._thread.run(send(), 30)
 
     def take_back(self, lent: Lent) -> None:
-        """Let QEMU close a descriptor that it was lent; what it has opened by that stays open.
+        """Have QEMU close a descriptor that it was lent; what it has opened by that stays open.
 
-        Before version 9, QEMU closes none while the machine stands still: see `take_back_all`.
+        Before version 9, QEMU closes none while the machine is paused: see `take_back_all`.
         """
         with contextlib.suppress(QmpError):
             self.execute("remove-fd", {"fdset-id": lent.fdset, "fd": lent.number})
 
     def take_back_all(self) -> None:
-        """Let QEMU close what it was lent for a moment, by this program or one before, and kept."""
+        """Have QEMU close what it still has of all that any program has lent it for a moment."""
         with contextlib.suppress(QmpError):
             for fdset in self.execute("query-fdsets"):
                 for lent in fdset["fds"]:
@@ -312,7 +312,7 @@ class QmpSession:
         loop.call_soon_threadsafe(lambda: loop.create_task(self.disconnect()))
 
     async def disconnect(self) -> None:
-        """End the session, within the loop's thread; one that is ending already is let end."""
+        """End the session, within the loop's thread, unless it is ending already."""
         from qemu.qmp import QMPError  # noqa: PLC0415 - heavy
 
         if self._ending:
@@ -327,22 +327,18 @@ class QmpSession:
 
 
 def _check_is_text(command: str, arguments: Mapping[str, Any] | None) -> None:
-    """Refuse what QEMU cannot read, for which it would break the session off.
-
-    Raises:
-        QmpError: A text among the arguments is none.
-    """
+    """Raise QmpError for arguments that are not text: QEMU would end the session."""
     try:
         json.dumps(arguments, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise QmpError(
-            f"{command} cannot be said in QMP: {safe_repr(arguments)} is not text"
+            f"{command} cannot be sent by QMP: {safe_repr(arguments)} is not text"
         ) from error
 
 
 @contextlib.contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """Turn the library's errors into ours."""
+    """Translate the library's errors into ours."""
     from qemu.qmp import QMPError  # noqa: PLC0415 - heavy
 
     try:
@@ -356,18 +352,14 @@ async def _deliver(client: QMPClient, on_event: Callable[[Event], None]) -> None
         try:
             event = parse_event(message)
         except ValueError as error:
-            # Those that come after it are waited for.
+            # Others follow, which may be waited for.
             _log.warning("An event of QEMU cannot be read: %s", error)
         else:
             on_event(event)
 
 
 def parse_event(message: Mapping[str, Any]) -> Event:
-    """Read an event as QEMU sends it.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Read an event as QEMU sends it; raise ValueError if it is none."""
     try:
         stamp = message["timestamp"]
         seconds = stamp["seconds"] + stamp["microseconds"] / 1e6

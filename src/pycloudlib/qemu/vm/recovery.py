@@ -1,7 +1,7 @@
-"""The QEMUs that a machine's notes name: found and ended by any program, and set right.
+"""The QEMU that a run directory records: any program can find, end and recover it.
 
-A program may end in the middle of saving a machine (`checkpoint.py`), while the guest stands still.
-Whoever comes next then lets it go on, on the disk that its QEMU writes to.
+A program may end in the middle of saving a machine (`checkpoint.py`), while the guest is paused.
+The next program then resumes it, with the disk that its QEMU writes to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_process(rundir: RunDirectory) -> QemuProcess | None:
-    """Find the QEMU that runs the machine of a directory, by what is written there alone."""
+    """Find the QEMU that runs the machine of a directory, by the record there alone."""
     identity = rundir.find_process()
     if identity is None:
         return None
@@ -31,7 +31,7 @@ def find_process(rundir: RunDirectory) -> QemuProcess | None:
 
 
 def find_elsewhere(rundir: RunDirectory) -> ProcessIdentity | None:
-    """Find a QEMU that runs the machine of a directory, or may, where it cannot be seen."""
+    """Find a QEMU that runs the machine of a directory, or may, where it is invisible."""
     identity = rundir.find_process()
     if identity is not None and is_open_elsewhere(identity, rundir.disk):
         return identity
@@ -39,9 +39,7 @@ def find_elsewhere(rundir: RunDirectory) -> ProcessIdentity | None:
 
 
 def end_process(rundir: RunDirectory) -> None:
-    """End whatever runs the machine of a directory, and wait until it is gone.
-
-    The caller has the machine's lock.
+    """End the QEMU that runs the machine of a directory; the caller has the machine's lock.
 
     Raises:
         CloudError: It did not end.
@@ -56,19 +54,19 @@ def end_process(rundir: RunDirectory) -> None:
 
 
 def recover_abandoned(rundir: RunDirectory) -> None:
-    """Let a machine go on whose save was cut off; one that is under way goes on."""
+    """Resume a machine whose save was cut off; leave a save alone that is under way."""
     if not rundir.is_being_saved:
         return
-    # Whoever saves it has the lock until that is done.
+    # A program that saves it has the lock until that is done.
     with contextlib.suppress(InstanceNotFoundError), rundir.try_lock() as ours:
         if ours:
             recover(rundir)
 
 
 def recover(rundir: RunDirectory, session: QmpSession | None = None) -> None:
-    """Let a machine go on whose save was cut off, if one was; the caller has the lock.
+    """Resume a machine whose save was cut off, if one was; the caller has the lock.
 
-    What goes wrong is logged, and is tried again by whoever comes next.
+    Errors are logged, and the next program tries again.
 
     Args:
         rundir: The machine's directory.
@@ -90,15 +88,15 @@ def recover(rundir: RunDirectory, session: QmpSession | None = None) -> None:
         else:
             with RunningQemu(name, rundir, process, State.RUNNING).session() as opened:
                 _recover_running(rundir, fresh, opened)
-            _log.warning("Let %s go on, whose save was cut off", name)
+            _log.warning("Resumed %s, whose save was cut off", name)
     except (OSError, CloudError, MachineEndedError) as error:
-        _log.error("%s cannot go on after a save that was cut off: %s", name, error)
+        _log.error("%s cannot be resumed after a save that was cut off: %s", name, error)
     else:
         rundir.forget_saving()
 
 
 def _recover_running(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
-    """Settle the save of a machine that runs, or stands still."""
+    """End the save of a machine whose QEMU runs."""
     if fresh is not None:
         taken = livedisk.finish_switch(session, fresh)
         if fresh.exists():
@@ -111,9 +109,9 @@ def _recover_running(rundir: RunDirectory, fresh: Path | None, session: QmpSessi
 
 
 def _take_unless_lost(fresh: Path | None, disk: Path) -> None:
-    """Let a machine that is off go on in the fresh overlay, which is right whether or not it did.
+    """Give a machine that is off the fresh overlay, whether or not its QEMU had switched to it.
 
-    If it had not been taken, there is nothing in it, and below it is the very disk.
+    If it had not, the overlay is empty, and built on that same disk.
     """
     if fresh is None or not fresh.exists():
         return

@@ -1,4 +1,4 @@
-"""A machine's sockets: QEMU serves one client of each at a time; others wait their turn."""
+"""A machine's sockets: QEMU serves one client of each at a time; others queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pycloudlib._base.files import make_socket
 from pycloudlib.qemu.host.processes import find_inode, inode_of
 from pycloudlib.qemu.state.rundir import short_path
 
-# A connection that is waited for: the kernel keeps no more of them than QEMU's listen(2) says.
+# The queue is full: the kernel keeps no more connections than QEMU's listen(2) says.
 _FULL = (errno.EAGAIN, errno.EINTR, errno.ENOTCONN)
 _SHORTEST_WAIT = 0.001
 
@@ -35,19 +35,17 @@ _TCP_CLIENT = re.compile(r"<-> ([0-9.]+):([0-9]+)$")
 
 
 def connect(path: Path, deadline: Deadline) -> socket.socket:
-    """Connect, after those who came before.
-
-    The server may still serve another client first: that it says something is to be waited for.
+    """Connect, in turn with other clients; the server may serve others first, and answer late.
 
     Raises:
-        TimeoutError: Others were waiting still when the time was over; says who, if that is known.
+        TimeoutError: Others were still waiting at the deadline; names them, if known.
         OSError: Nobody listens there.
     """
     while True:
         sock = make_socket(socket.AF_UNIX)
         try:
-            # A blocking connect(2) waits until there is room, and this is how long. Without
-            # blocking it says EAGAIN at once, which asyncio takes for a connection under way.
+            # A blocking connect(2) waits this long for a place in the queue. Without blocking it
+            # fails with EAGAIN at once, which asyncio takes for a connection under way.
             _set_limit(sock, max(deadline.remaining, _SHORTEST_WAIT))
             with short_path(path) as address:
                 sock.connect(address)
@@ -70,26 +68,26 @@ def connect(path: Path, deadline: Deadline) -> socket.socket:
 
 
 def is_free(chardev: Mapping[str, Any]) -> bool:
-    """Say whether no client is connected to a socket, by what `query-chardev` tells of it."""
+    """Whether no client is connected to a socket, by what `query-chardev` returns for it."""
     return str(chardev["filename"]).startswith("disconnected:")
 
 
 def describe_clients(path: Path) -> str:
-    """Tell, as the end of a sentence, which processes are connected to a unix socket.
+    """Describe, as the end of a sentence, which processes are connected to a unix socket.
 
-    Those that wait for it, too. Empty when the kernel does not say.
+    This includes those that wait for it. Empty when the kernel does not say.
     """
     try:
         return _describe_users(set(_peers(path.stat().st_ino)))
-    except OSError:  # not every kernel tells
+    except OSError:  # not every kernel can say
         return ""
 
 
 def describe_tcp_client(chardev: Mapping[str, Any], server: tuple[str, int]) -> str:
-    """Tell the same of a TCP socket's client.
+    """Describe the client of a TCP socket likewise.
 
     Args:
-        chardev: What `query-chardev` tells of it.
+        chardev: What `query-chardev` returns for it.
         server: Its address and port.
     """
     address = _TCP_CLIENT.search(str(chardev["filename"]))
@@ -120,11 +118,7 @@ def _describe_users(inodes: set[int]) -> str:
 
 
 def _peers(file: int) -> Iterator[int]:
-    """Find the sockets whose other end is one of a server that is bound to a file.
-
-    Args:
-        file: The file's inode.
-    """
+    """Find the sockets that are connected to a server whose socket is a file with this inode."""
     body = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, _ALL_STATES, 0, _SHOW_FILE_AND_PEER, 0, 0)
     header = struct.pack("=IHHII", 16 + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:

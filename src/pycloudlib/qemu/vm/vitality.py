@@ -1,4 +1,4 @@
-"""Whether a dead end that the console tells of is one: others than the guest can write there."""
+"""Whether a dead end that the console shows is real: not only the guest can write there."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from pycloudlib.guest.access import ssh
 from pycloudlib.guest.boot.console import Console, DeadEnd
 from pycloudlib.qemu.host.resources import LOOPBACK
 
-# Seconds for which a machine that is at its end does nothing at all.
+# Seconds for which a dead machine does nothing at all.
 _SILENCE = 2.0
 # Seconds that its SSH server may take to answer, and QEMU.
 _SSH_LIMIT = 1.0
 _QMP_LIMIT = 2.0
-# Seconds in which it is decided whether a guest is dead, and between two looks.
+# Seconds in which it is decided whether a guest is dead, and between two checks.
 _DOUBT_LIMIT = 6.0
 _DOUBT_INTERVAL = 0.1
 
 
 @enum.unique
 class Verdict(enum.Enum):
-    """What is thought of a dead end."""
+    """Whether a dead end is real."""
 
     UNDECIDED = "it may be one"
     CONFIRMED = "nothing happens in the machine any more"
@@ -41,18 +41,18 @@ class Verdict(enum.Enum):
 
 
 class DeadEndCheck:
-    """Holds what the console says against what only the machine can do.
+    """Checks what the console says against what only the machine can do.
 
-    A machine at its end prints nothing more, neither reads nor writes its disk, and answers to no
-    connection. So words that somebody types on the console, or that a program in the guest prints,
-    end no wait for a machine that does anything. Safe to use from several threads.
+    A dead machine prints nothing more, neither reads nor writes its disk, and answers no
+    connection. So words that are typed on the console, or that a program in the guest prints, end
+    no wait for a machine that does anything. Safe to use from several threads.
 
     Args:
         name: The machine's name.
         console: The machine's console.
         port: The local port of its SSH server.
         answer_limit: Seconds that its SSH server may take to show that the machine lives.
-        clock: Tells the time in seconds, from some moment on.
+        clock: Returns the time in seconds, from some moment on.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class DeadEndCheck:
         return found if is_panic else None
 
     def check_boot(self, since: int, execute: Callable[..., Any]) -> None:
-        """Raise when the boot goes no further by itself.
+        """Raise when the boot cannot continue by itself.
 
         Args:
-            since: Where in the console's log that has to be told, at the earliest.
+            since: The position in the console's log from which on it has to say so.
             execute: Executes a QMP command of the machine.
 
         Raises:
-            BootFailedError: It does not, by the console and by what else can be seen.
+            BootFailedError: It cannot, by the console and by all else that can be seen.
         """
         found = self._console.look().find_dead_end(since)
         if found is not None and self.judge(found, execute) is Verdict.CONFIRMED:
@@ -125,7 +125,7 @@ class DeadEndCheck:
             MachineEndedError: The machine is off.
         """
         if not self._lock.acquire(blocking=False):
-            return Verdict.UNDECIDED  # another thread is at it
+            return Verdict.UNDECIDED  # another thread is deciding
         try:
             return self._judge(found, execute)
         finally:
@@ -142,7 +142,7 @@ class DeadEndCheck:
         if self._verdict is Verdict.CONFIRMED and self._activity == printed:
             return self._verdict
         activity = (printed, _count_disk_operations(execute))
-        # One that is paused cannot do anything, whatever is the matter with it.
+        # A paused machine cannot do anything, dead or not.
         if not _runs(execute):
             self._activity = None
             return Verdict.UNDECIDED
@@ -158,31 +158,32 @@ class DeadEndCheck:
         return self._verdict
 
     def _answers(self, found: DeadEnd) -> bool:
-        """Whether the guest answers to a connection."""
+        """Whether the guest answers a connection."""
         try:
             ssh.open_with_banner(LOOPBACK, self._port, self._answer_limit).close()
         except TimeoutError:
             return False
         except OSError:
-            # Its kernel has refused the connection, which one that has ended does not.
+            # Its kernel has refused the connection, which a dead one cannot.
             return found.is_kernels
         return True
 
 
 def _runs(execute: Callable[..., Any]) -> bool:
-    try:
-        return bool(execute("query-status", timeout=_QMP_LIMIT)["running"])
-    except PycloudlibTimeoutError:
-        raise  # the machine is off
-    except CloudError:
-        return True  # nobody can tell just now
+    answer = _query(execute, "query-status")
+    return answer is None or bool(answer["running"])
 
 
 def _count_disk_operations(execute: Callable[..., Any]) -> tuple[int, ...]:
+    stats = [drive["stats"] for drive in _query(execute, "query-blockstats") or ()]
+    return tuple(each["rd_operations"] + each["wr_operations"] for each in stats)
+
+
+def _query(execute: Callable[..., Any], command: str) -> Any:
+    """Execute a QMP command; None where QEMU cannot answer now. Errors of a time-out are raised."""
     try:
-        stats = [drive["stats"] for drive in execute("query-blockstats", timeout=_QMP_LIMIT)]
+        return execute(command, timeout=_QMP_LIMIT)
     except PycloudlibTimeoutError:
         raise  # the machine is off
     except CloudError:
-        return ()  # nobody can tell just now
-    return tuple(each["rd_operations"] + each["wr_operations"] for each in stats)
+        return None
