@@ -99,7 +99,7 @@ def generate_key_pair(directory: Path, name: str) -> KeyPair:
     return KeyPair(public_path, private_path, name)
 
 
-def bring_along(path: str | None, kept: Path, target: Path) -> str | None:
+def copy_kept_file(path: str | None, kept: Path, target: Path) -> str | None:
     """Copy a key's file from one directory to another, unless it is the user's own elsewhere.
 
     Args:

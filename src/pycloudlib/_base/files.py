@@ -253,7 +253,7 @@ def allocated_size(*files: Path) -> int:
 
 
 def is_private_directory(path: Path) -> bool:
-    """Whether something is a directory of this user's, to which nobody else can write.
+    """Whether something is a directory of this user's, to which no other user can write.
 
     Raises:
         FileNotFoundError: There is nothing.

@@ -373,8 +373,8 @@ class _Transfer:
 
     def _describe_expected(self) -> str:
         size, sha256 = self._expected.size, self._expected.sha256
-        told = f"at most {self._limit}" if size is None else str(size)
-        return f"{told} bytes with SHA-256 {sha256}"
+        length = f"at most {self._limit}" if size is None else str(size)
+        return f"{length} bytes with SHA-256 {sha256}"
 
     def _restart(self) -> None:
         self.resumed = False

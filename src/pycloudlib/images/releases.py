@@ -91,7 +91,7 @@ def find_stored(
         if image.stem == image_name(stream, image.parent.parent.name, minimal=minimal)
         and (record := _find_whole(image)) is not None
         and release in (record.release, image.parent.parent.name, *record.names)
-        and _is_believed(record, source)
+        and _is_trusted(record, source)
         and (pinned or not record.pinned)
     ]
     return max(stored)[1] if stored else None
@@ -115,7 +115,7 @@ def find_unverified(
         image
         for image in (image_dir / directory).glob(f"*/{name}")
         if store.is_serial(image.parent.name)
-        and not ((record := _find_whole(image)) and _is_believed(record, source))
+        and not ((record := _find_whole(image)) and _is_trusted(record, source))
     ]
     unverified.sort(key=lambda image: store.serial_order(image.parent.name), reverse=True)
     return unverified
@@ -251,8 +251,8 @@ def is_complete(entry: CatalogEntry, source: ImageSource, image_dir: Path) -> bo
     record = _find_whole(image)
     if record is None or record.sha256 != entry.sha256:
         return False
-    believed = not source.verified or _is_believed(record, source)
-    return believed and store.kernel_path(image).is_file()
+    trusted = not source.verified or _is_trusted(record, source)
+    return trusted and store.kernel_path(image).is_file()
 
 
 def is_stored_as_pinned(pin: CatalogEntry, name: str, source: ImageSource, image_dir: Path) -> bool:
@@ -277,14 +277,14 @@ def is_stored_as_pinned(pin: CatalogEntry, name: str, source: ImageSource, image
     )
 
 
-def _is_believed(record: store.ImageRecord, source: ImageSource) -> bool:
+def _is_trusted(record: store.ImageRecord, source: ImageSource) -> bool:
     """Whether the publisher vouches for an image that would have to vouch for a download now.
 
     Older versions recorded no vouchers, and trusted locks as well as signed catalogs. An image that
     they fetched from its place on the mirror is the mirror's all the same.
     """
     if record.vouchers or record.names:
-        return source.believes(record.vouchers)
+        return source.trusts(record.vouchers)
     return not store.is_future_serial(record.serial) and source.has_build_at(
         record.source, record.serial
     )

@@ -108,8 +108,8 @@ class ImageSource:
         """
         return load_trusted_keys(self.keyring).name if self.verified else UNVERIFIED
 
-    def believes(self, vouchers: Collection[str]) -> bool:
-        """Whether an image is believed for which these vouch."""
+    def trusts(self, vouchers: Collection[str]) -> bool:
+        """Whether an image with these vouchers is trusted."""
         return self.voucher in vouchers if self.verified else bool(vouchers)
 
     def has_build_at(self, url: str, serial: str) -> bool:

@@ -261,8 +261,7 @@ def find_serial(image: Path) -> str:
         return image.parent.name
     raise ImageNotFoundError(
         str(image),
-        message=f"Nothing tells the serial of {image}: it was not downloaded or built by this "
-        "package",
+        message=f"The serial of {image} is unknown: it was not downloaded or built by this package",
     )
 
 

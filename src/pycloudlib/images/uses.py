@@ -228,9 +228,9 @@ def _record(disk: Path, file: Path, directory: Path) -> None:
             if error.errno not in _NO_LINKS:
                 raise
             beside = beside.with_name(f"{_start(file)}{token}.{_ELSEWHERE}")
-            said = _Record(str(disk), str(beside), _host())
-            said.write(kept)
-            said.write(beside)
+            content = _Record(str(disk), str(beside), _host())
+            content.write(kept)
+            content.write(beside)
     except OSError:
         kept.unlink(missing_ok=True)
         raise
@@ -285,12 +285,12 @@ def _counts(found: Path) -> bool:
     if found.suffix == f".{_LINKED}":
         return facts.st_nlink > 1 or _was_copied(found)
     try:
-        said = _Record.read(found)
-        os.lstat(said.disk)
+        content = _Record.read(found)
+        os.lstat(content.disk)
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.lexists(found):
             return False
-        if said.host == _host():
+        if content.host == _host():
             return False
     except (OSError, ValueError):
         pass  # another user's, or damaged
@@ -305,9 +305,9 @@ def _was_copied(found: Path) -> bool:
     As `rsync -a` and `cp -r` do with a home. A copy of only the images has no users.
     """
     try:
-        said = _Record.read(found)
-        kept = _kept_with(Path(said.disk)) / found.name.split(".")[-2]
-        return found.samefile(said.record) and os.path.lexists(kept)
+        content = _Record.read(found)
+        kept = _kept_with(Path(content.disk)) / found.name.split(".")[-2]
+        return found.samefile(content.record) and os.path.lexists(kept)
     except (OSError, ValueError):
         return False
 

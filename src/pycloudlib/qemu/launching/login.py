@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycloudlib.guest.access import loginkey
 from pycloudlib.guest.helper import NewKey
-from pycloudlib.key import KeyPair, bring_along, generate_key_pair
+from pycloudlib.key import KeyPair, copy_kept_file, generate_key_pair
 from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -130,7 +130,8 @@ class Keys:
 def _bring_along(key: KeyPair, kept: Path, rundir: RunDirectory) -> KeyPair:
     """Return a key, copied into a machine's directory if it is kept in one of ours."""
     public, private = (
-        bring_along(path, kept, rundir.path) for path in (key.public_key_path, key.private_key_path)
+        copy_kept_file(path, kept, rundir.path)
+        for path in (key.public_key_path, key.private_key_path)
     )
     return KeyPair(public, private, key.name)
 

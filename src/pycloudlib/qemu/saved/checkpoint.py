@@ -25,7 +25,7 @@ from pycloudlib._base.files import copy_private
 from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.images import uses
-from pycloudlib.key import bring_along
+from pycloudlib.key import copy_kept_file
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.saved import capture
 from pycloudlib.qemu.saved.capture import Capture
@@ -258,7 +258,7 @@ def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
             copy_private(source, target)
     login = saved.login
     for key in (login.public_key_path, login.private_key_path):
-        bring_along(key, rundir.path, saved.directory)
+        copy_kept_file(key, rundir.path, saved.directory)
     return savedmachine.write_facts(
         saved, savedmachine.relocate(saved, saved.directory, saved.directory)
     )
