@@ -260,6 +260,7 @@ class LocalInstance(BaseInstance):
 
     Attributes:
         transports: The server's side of all connections.
+        clients: The other side of them.
         sizes: The sizes that terminals were given.
     """
 
@@ -268,6 +269,7 @@ class LocalInstance(BaseInstance):
         self.directory = directory
         self.sizes: list[tuple[int, int]] = []
         self.transports: list[paramiko.Transport] = []
+        self.clients: list[paramiko.SSHClient] = []
         self._most_sessions = most_sessions
 
     @property
@@ -295,6 +297,7 @@ class LocalInstance(BaseInstance):
         client.connect(
             "web", username="me", password="x", sock=ours, look_for_keys=False, allow_agent=False
         )
+        self.clients.append(client)
         return client
 
     def check_answers(self) -> None:

@@ -137,7 +137,7 @@ def test_command_in_a_guest_that_boots_anew_is_not_waited_for(
         monkeypatch.setattr(type(running.machine), "last_reset", 0.0)
 
     def boot_anew(vm: QemuInstance, command: Sequence[str], *_more: object) -> Result:
-        look = vm._lookout()
+        look = vm.guest.watchdog()
         look()
         vm.machine.execute("system_reset")
 
@@ -150,7 +150,9 @@ def test_command_in_a_guest_that_boots_anew_is_not_waited_for(
 
     monkeypatch.setattr(BaseInstance, "_ssh", boot_anew)
     assert becomes(lambda: "Booting from Hard Disk" in running.console_log())
-    with running._following_boot(None, "") if by == "console" else contextlib.nullcontext():
+    with contextlib.ExitStack() as following:
+        if by == "console":
+            following.enter_context(following.enter_context(running.guest.following_boot(None)))
         result = running.execute("sleep 1000")
     assert (result.stdout, result.return_code) == ("", -1)
 

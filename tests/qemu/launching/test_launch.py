@@ -445,7 +445,8 @@ def test_execute_on_a_dead_machine_raises_at_once_with_the_cause(unstarted: Qemu
 def test_phases_of_the_boot_are_counted_from_its_power_on(unstarted: QemuInstance) -> None:
     """Also when the wait begins before anything was printed."""
     with (
-        unstarted._following_boot(None, "a minute"),
+        unstarted.guest.following_boot(None) as watch,
+        watch,
         unstarted.machine.rundir.console_log.open("a") as log,
     ):
         log.write("SeaBIOS (version 1.16)\n")

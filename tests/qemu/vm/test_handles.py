@@ -30,11 +30,12 @@ from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory, short_path
-from pycloudlib.qemu.vm import helperlink, sockets
+from pycloudlib.qemu.vm import sockets
 from pycloudlib.qemu.vm.machine import PowerOff
 from pycloudlib.qemu.vm.process import LaunchError, PortTakenError, QemuProcess
 from pycloudlib.qemu.vm.qmp import QmpError
 from pycloudlib.qemu.vm.running import MachineEndedError, State
+from tests.pythonlocks import holding_locks
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.machines import SMALL
 
@@ -473,17 +474,16 @@ def test_a_helper_whose_socket_others_hold_is_not_waited_for(
     """SSH does its work then; what it alone can do says who is in the way."""
     link, rundir = unstarted.guest.helper, unstarted.machine.rundir
     rundir.helper_mark.write_text("ubuntu")
-    look = link._chardev
+    look = link.chardev
     # Nothing in this guest can open the port.
-    monkeypatch.setattr(link, "_chardev", lambda limit: {**look(limit), "frontend-open": True})
-    monkeypatch.setattr(helperlink, "_FIX_LIMIT", 0.3)
+    monkeypatch.setattr(link, "chardev", lambda limit: {**look(limit), "frontend-open": True})
     with holding(rundir.helper_socket):
         seen = Deadline.after(60)
         while sockets.is_free(look(30)):
             assert not seen.expired
         assert link.execute(["true"], "ubuntu", b"", None) is None
         with pytest.raises(HelperError, match=f"process {os.getpid()} "):
-            link.fix(FixUp())
+            link.fix(FixUp(), 0.3)
     assert link.expected
 
 
@@ -599,10 +599,12 @@ def test_child_forked_while_another_thread_uses_the_machine_can_use_it(
 ) -> None:
     """A lock that a thread holds at a fork would stay held in the child for ever."""
     machine = unstarted.machine
+    machine.console.look()
     used, over = threading.Event(), threading.Event()
 
     def use() -> None:
-        with machine._changed, machine.qemu()._changed, machine.console._lock:
+        with holding_locks(machine) as number:
+            assert number >= 3, "the machine's, its QEMU's and its console's"
             used.set()
             over.wait()
 

@@ -276,11 +276,11 @@ def test_boot_is_followed_alike_in_any_pieces(
     whole.write_bytes(content)
     split.write_bytes(b"")
     watches = [BootWatch(Console(path), 0, 0) for path in (whole, split)]
-    watches[0]._look()
+    watches[0].look()
     for start in range(0, len(content), size):
         with split.open("ab") as file:
             file.write(content[start : start + size])
-        watches[1]._look()
+        watches[1].look()
     order = list(Phase)
     for watch in watches:
         numbers = [order.index(start.phase) for start in watch.timeline]
@@ -306,7 +306,7 @@ def test_console_that_never_ends_its_line_is_followed(
     log.write_bytes(line + end)
     watch = BootWatch(Console(log), 0, 0)
     begun = os.times().user
-    watch._look()
+    watch.look()
     find_phase(line)
     clean_line(line)
     assert os.times().user - begun < 2

@@ -72,7 +72,7 @@ WAITS = (
         ),
         (
             ("guest.boot.readiness:_ATTEMPT_LIMIT", 2.0),
-            ("guest.boot.readiness:_SERVER_GRACE", 120.0),
+            ("guest.boot.readiness:SERVER_GRACE", 120.0),
         ),
     ),
     Wait(

@@ -195,11 +195,10 @@ def test_small_requests_are_not_held_back(instance: Instance, guest_port: int) -
 
 
 def test_connection_uses_the_cipher_that_is_quickest(instance: Instance) -> None:
-    with instance._connections.session() as session:
-        transport = session.channel.get_transport()
-
-    assert transport is not None
-    assert transport.local_cipher == "aes128-gcm@openssh.com"
+    with instance._ssh_connect() as client:
+        transport = client.get_transport()
+        assert transport is not None
+        assert transport.local_cipher == "aes128-gcm@openssh.com"
 
 
 def test_ciphers_are_all_offered_in_their_order_but_for_the_first() -> None:
@@ -755,10 +754,10 @@ def test_an_instance_whose_id_is_a_method_is_shown() -> None:
 
 def test_connections_are_closed_by_whoever_is_done_with_an_instance(instance: Instance) -> None:
     assert instance.execute("echo once") == "once"
-    assert instance._connections.any_open
+    assert instance._is_connected()
 
     instance.__del__()
     instance.__del__()
 
-    assert not instance._connections.any_open
+    assert not instance._is_connected()
     assert instance.execute("echo again") == "again"

@@ -28,9 +28,8 @@ DEFAULT_READY_MINUTES = 20.0
 # own attempt to reach the guest at growing intervals, so a new attempt finds a new sshd sooner.
 _ATTEMPT_LIMIT = 2.0
 _ATTEMPT_PAUSE = 0.2
-# Seconds without any visible event in which an SSH server that is not there at cloud-init's end may
-# still come.
-_SERVER_GRACE = 120.0
+SERVER_GRACE = 120.0
+"""Seconds without any visible event in which an SSH server may still come at cloud-init's end."""
 # The console's file is read this often; only the bytes that are new.
 _LOOK_SECONDS = 0.25
 
@@ -78,6 +77,7 @@ class Readiness(ABC):
     """The hooks of waiting, which clients of an instance override and call."""
 
     _log: logging.Logger
+    _server_grace = SERVER_GRACE
 
     @property
     @abstractmethod
@@ -204,7 +204,7 @@ class Readiness(ABC):
             if ssh.is_refusal(error):
                 lasts = 0.0
             elif isinstance(error, ConnectionError):
-                lasts = _SERVER_GRACE
+                lasts = self._server_grace
             return _Obstacle(str(error) or type(error).__name__, lasts, error)
         if not boot_id or " " in boot_id:
             # A login shell that runs nothing, or a key that only prints whom to log in as.
@@ -344,14 +344,14 @@ class BootWatch:
 
     def __enter__(self) -> BootWatch:
         # What is there already is known at once.
-        self._look()
+        self.look()
         self._thread.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self.look()
 
     @property
     def timeline(self) -> tuple[PhaseStart, ...]:
@@ -398,7 +398,7 @@ class BootWatch:
 
     def _follow(self) -> None:
         while not self._stop.wait(_LOOK_SECONDS):
-            self._look()
+            self.look()
             if self._on_line is not None:
                 try:
                     self._on_line(self.phase, self.last_line)
@@ -406,7 +406,8 @@ class BootWatch:
                     _log.exception("The callback for progress failed and is not called any more")
                     self._on_line = None
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Read what has come on the console."""
         self._seen = self._console.look()
         if self._seen.position < self.offset:
             self.offset = 0  # the log was truncated

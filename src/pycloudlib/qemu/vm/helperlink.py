@@ -56,7 +56,7 @@ class HelperLink:
         Args:
             timeout: Seconds that QEMU may take to answer.
         """
-        return bool(self._chardev(timeout)["frontend-open"])
+        return bool(self.chardev(timeout)["frontend-open"])
 
     def wait_until_up(self, user: str) -> bool:
         """Wait for a helper that was just started; return whether it came.
@@ -145,7 +145,7 @@ class HelperLink:
         appearing = Deadline.after(_RESTORE_LIMIT)
         try:
             while True:
-                chardev = self._chardev(_answer_limit(deadline))
+                chardev = self.chardev(_answer_limit(deadline))
                 if not chardev["frontend-open"]:
                     if appearing.expired:
                         _log.debug("The helper of %s is gone", self.machine.spec.name)
@@ -188,7 +188,12 @@ class HelperLink:
             with HelperConnection(sock, lambda: self._still_there(deadline)) as connection:
                 yield connection
 
-    def _chardev(self, timeout: float) -> Mapping[str, Any]:
+    def chardev(self, timeout: float) -> Mapping[str, Any]:
+        """Ask QEMU who has the helper's port open.
+
+        Args:
+            timeout: Seconds that QEMU may take to answer.
+        """
         chardevs = self.machine.execute("query-chardev", timeout=timeout)
         return next(dev for dev in chardevs if dev["label"] == "helper")
 

@@ -308,8 +308,8 @@ def test_command_whose_status_never_comes_is_not_waited_for(tmp_path: Path) -> N
             raise PycloudlibTimeoutError("it is gone")
 
     machine = LocalInstance(tmp_path)
-    with contextlib.closing(machine), machine._connections.session() as session:
-        channel = session.channel
+    with contextlib.closing(machine), machine._ssh_connect() as client:
+        channel = sessions.open_session(client)
         channel.exec_command = lambda command: channel.event.set()  # type: ignore[method-assign]
         channel.in_buffer.close()
         channel.in_stderr_buffer.close()

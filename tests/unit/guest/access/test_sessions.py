@@ -18,6 +18,7 @@ import pytest
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access.commands import Announcement
+from tests.pythonlocks import holding_locks
 from tests.unit.sshserver import LocalInstance
 
 Maker = Callable[..., LocalInstance]
@@ -41,6 +42,11 @@ def wait_until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert not deadline.expired
         time.sleep(0.01)
+
+
+def is_open(client: paramiko.SSHClient) -> bool:
+    transport = client.get_transport()
+    return transport is not None and transport.is_active()
 
 
 def ends(pid_file: Path) -> bool:
@@ -165,7 +171,7 @@ def test_a_lost_connection_is_replaced(make: Maker) -> None:
     local = make()
     local.execute("true")
     local.transports[0].close()
-    wait_until(lambda: not local._connections._find_free())
+    wait_until(lambda: not is_open(local.clients[0]))
     assert local.execute("echo again") == "again"
 
 
@@ -181,8 +187,8 @@ def test_all_lost_connections_are_replaced_at_the_first_use(
         raise EOFError
 
     # Lost, and nobody knows before something is sent: as after a reboot of the guest.
-    for connection in local._connections._connections:
-        transport = connection.client.get_transport()
+    for client in local.clients:
+        transport = client.get_transport()
         assert transport is not None
         monkeypatch.setattr(transport.packetizer, "write_all", lost)
     assert local.execute("echo again") == "again"
@@ -211,7 +217,8 @@ def test_forked_child_has_connections_of_its_own(make: Maker) -> None:
     local.execute("true")
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
-    with local._connections._changed:  # another thread may hold the lock just then
+    with holding_locks(local) as number:
+        assert number == 1, "that of its connections"
         child = context.Process(target=_execute_in_child, args=(local, answers))
         child.start()
     child.join(60)

@@ -14,6 +14,7 @@ from pycloudlib.cli import reports
 from pycloudlib.diagnosis import Cause
 from pycloudlib.guest.boot.bootlines import Phase
 from pycloudlib.guest.boot.console import Console, find_last_lines
+from tests.pythonlocks import holding_locks
 
 FIRMWARE = b"\x1bc\x1b[2JSeaBIOS (version 1.16.2-debian-1.16.2-1)\r\n"
 KERNEL = b"[    0.000000] Linux version 6.1.0-13-amd64 (debian-kernel@lists.debian.org)\r\n"
@@ -278,7 +279,8 @@ def test_forked_child_reads_though_the_parent_was_reading(log: Path) -> None:
     log.write_bytes(BOOT + EMERGENCY)
     console = Console(log)
     console.look()
-    with console._lock:
+    with holding_locks(console) as number:
+        assert number == 1
         pid = os.fork()
         if pid == 0:
             os._exit(0 if cause_of(console) is Cause.EMERGENCY_SHELL else 1)

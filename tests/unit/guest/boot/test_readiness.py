@@ -15,7 +15,6 @@ import pytest
 
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access import ssh
-from pycloudlib.guest.boot import readiness
 from pycloudlib.guest.boot.cloudinit import BRIEF_WAIT_COMMAND, GOING_DOWN_COMMAND, WAIT_COMMAND
 from pycloudlib.result import Result
 from tests.unit.public.test_base_classes import Instance
@@ -76,6 +75,8 @@ class Scripted(Instance):
         answers = self.answers[kind]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         return Result(answer) if isinstance(answer, str) else answer()
+
+    _server_grace = 0.5
 
     def _has_settled(self) -> object:
         return self.settled()
@@ -175,10 +176,7 @@ def test_refusal_before_another_boot_is_waited_out() -> None:
     assert machine.asked[-1] == WAIT
 
 
-def test_server_that_is_not_there_is_waited_for_as_long_as_something_happens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(readiness, "_SERVER_GRACE", 0.5)
+def test_server_that_is_not_there_is_waited_for_as_long_as_something_happens() -> None:
     closed = raising(ConnectionError("the connection was closed before SSH's banner"))
     machine = Scripted(boot_id=[closed] * 8 + ["boot-1"])
     positions = iter(range(1000))
