@@ -258,7 +258,6 @@ def test_host_s_programs_get_what_they_need_of_the_environment_alone(
     environ = Path(f"/proc/{watcher.pid}/environ").read_bytes()
     os.kill(watcher.pid, signal.SIGKILL)
     os.waitpid(watcher.pid, 0)
-    os.close(watcher.lifeline)
     got = [file.read_text() for file in said.iterdir()]
     got.append(from_bytes(environ))
     assert len(got) >= 6, "two looks at QEMU, two QEMUs, the disk's overlay, its export"

@@ -57,8 +57,11 @@ def peek(machine: QemuInstance, address: int) -> str:
 
 def facts(file: Path) -> tuple[int, int, str]:
     """Say what a file takes on disk, when it was changed, and what is in it."""
-    found = file.stat()
-    return found.st_blocks, found.st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as opened:
+        # A file system may change its mind on the blocks until they are written.
+        os.fsync(opened.fileno())
+        found = os.fstat(opened.fileno())
+        return found.st_blocks, found.st_mtime_ns, hashlib.sha256(opened.read()).hexdigest()
 
 
 def plug_by_others(machine: QemuInstance) -> None:
