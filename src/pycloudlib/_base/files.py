@@ -39,7 +39,7 @@ def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
         target: The file.
         synced: Whether it has to survive a crash of the host.
     """
-    temporary = temporary_name(target, "tmp")
+    temporary = temporary_name(target)
     try:
         yield temporary
         if synced:
@@ -50,11 +50,11 @@ def replace_atomically(target: Path, *, synced: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def temporary_name(target: Path, suffix: str) -> Path:
+def temporary_name(target: Path) -> Path:
     """Return a hidden name beside a file; it is short enough however long the file's name is."""
     # The limit is in bytes, of which a character may have four.
     start = target.name.encode("utf-8", "surrogateescape")[:80].decode("utf-8", "ignore")
-    return target.with_name(f".{start}.{secrets.token_hex(4)}.{suffix}")
+    return target.with_name(f".{start}.{secrets.token_hex(4)}.tmp")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -141,7 +141,7 @@ def _create_beside(target: Path, found: os.stat_result | None) -> Path | None:
             return None
         if _is_open_file(target) or _has_attributes(place):
             return None
-    temporary = temporary_name(place, "part")
+    temporary = temporary_name(place)
     try:
         temporary.touch(exist_ok=False)
     except OSError as error:

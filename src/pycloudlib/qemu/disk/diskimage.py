@@ -338,7 +338,7 @@ def export(source: Path, target: Path, *, compress: bool, on_progress: ProgressC
         source,
     ]
     # fmt: on
-    temporary = temporary_name(target, "tmp")
+    temporary = temporary_name(target)
     try:
         _create_private(temporary)
         run_tool_streaming(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.files import make_socket_pair, private_opener
+from pycloudlib._base.files import make_socket_pair, private_opener, replace_atomically
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.ownership import Orphans, create_owned_directory
@@ -160,12 +160,8 @@ class InPlace(Reading):
         base = self._machine.rundir.base_state
         if base.exists():
             return
-        temporary = base.with_name(f".{base.name}.{secrets.token_hex(4)}")
-        try:
+        with replace_atomically(base, synced=False) as temporary:
             write_base_state(self._machine, temporary)
-            temporary.replace(base)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def read_state(self) -> None:
         """Save the state of the devices, while the guest is paused."""
