@@ -336,6 +336,16 @@ def moved(descriptor: int) -> int:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def opened(path: Path | str, flags: int) -> Iterator[int]:
+    """Yield a file's descriptor in the block; only its owner can read a new file."""
+    descriptor = moved(os.open(path, flags | os.O_CLOEXEC, 0o600))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def opener(path: str, flags: int) -> int:
     """Open a file for `open()`, with a descriptor above those of standard input and outputs."""
     return moved(os.open(path, flags | os.O_CLOEXEC, 0o666))

@@ -615,7 +615,7 @@ def test_guest_goes_on_when_it_stood_still_for_too_long(
 
     with monkeypatch.context() as patch:
         patch.setattr(capture.Reading, "read_memory", hang)
-        with pytest.raises(CloudError, match="goes on unsaved"):
+        with pytest.raises(CloudError, match="continues unsaved"):
             save(running, pause_limit=0.2)
     assert runs(running)
     assert list(cloud.parent_dir.glob("snapshots/*")) == []

@@ -1,11 +1,11 @@
-"""How memory and state of a running machine come into files: three ways, chosen by asking its QEMU.
+"""Writes memory and state of a running machine to files, in one of three ways that its QEMU allows.
 
-- **In place**: the state of the devices is read by itself, and put together with that of a machine
-  like it. The guest stands still for milliseconds, of whatever kind its memory is.
+- **In place**: the state of the devices is read by itself, and composed with that of a machine like
+  it. The guest is paused for milliseconds, whatever kind its memory is.
 - **By a migration without memory**, of a machine whose memory is shared. It takes some milliseconds
-  more, and QEMU needs to know nothing new.
+  more, and works with any QEMU.
 - **By a twin**, for all others: a machine like it takes over the whole state, memory included, and
-  is what is read. The guest stands still for about a second for a gigabyte.
+  is read instead. The guest is paused for about a second for a gigabyte.
 """
 
 from __future__ import annotations
@@ -54,27 +54,27 @@ class Capture(Protocol):
         """Do what can be done while the guest runs."""
 
     def read_memory(self) -> None:
-        """Read the memory of the guest that stands still."""
+        """Read the memory of the paused guest."""
 
     def read_state(self) -> None:
-        """Read the state of the guest that stands still, whose disk is exchanged by now.
+        """Read the state of the paused guest, whose disk is exchanged by now.
 
-        After the memory: what comes for a device meanwhile (from the helper's socket) may then be
-        in the state and not in the memory, where the guest misses it. The other way round, QEMU
-        refuses to go on from it.
+        After the memory: what a device receives meanwhile (from the helper's socket) may then be in
+        the state and not in the memory, and is lost to the guest. The other way round, QEMU refuses
+        to load it.
         """
 
     def finish(self) -> None:
-        """Do what is left when the guest runs on."""
+        """Do the rest when the guest runs again."""
 
 
 @contextlib.contextmanager
 def choose(machine: Machine, directory: Path) -> Iterator[Capture]:
-    """Choose how a machine is read, and open for the block what that takes.
+    """Choose how a machine is read, and open in the block what that needs.
 
     Args:
-        machine: The machine; its caller keeps others from changing it.
-        directory: Where its memory and state go.
+        machine: The machine; the caller keeps others from changing it.
+        directory: Where its memory and state are written.
 
     Raises:
         MachineEndedError: It is off.
@@ -98,7 +98,7 @@ def choose(machine: Machine, directory: Path) -> Iterator[Capture]:
 
 
 def _find_obstacle(machine: Machine, qemu: RunningQemu) -> str | None:
-    """Say why a machine cannot be saved in place; None when it can."""
+    """Return why a machine cannot be saved in place; None when it can."""
     with qemu.session() as session:
         obstacle = devicestate.find_obstacle(session)
     if obstacle is None and not machine.rundir.base_state.exists():
@@ -109,12 +109,7 @@ def _find_obstacle(machine: Machine, qemu: RunningQemu) -> str | None:
 
 
 class Reading:
-    """What reads the memory where it is.
-
-    Args:
-        memory: The memory.
-        kept: What it is written to.
-    """
+    """Reads the memory where it is, and writes it to the file `kept`."""
 
     def __init__(self, memory: GuestMemory, kept: MemoryFile) -> None:
         self._memory = memory
@@ -176,7 +171,7 @@ class InPlace(Reading):
 
 
 class _ByMigration(Reading):
-    """Lets QEMU migrate everything but the memory."""
+    """Has QEMU migrate everything but the memory."""
 
     def __init__(
         self, qemu: RunningQemu, memory: GuestMemory, kept: MemoryFile, directory: Path
@@ -191,13 +186,13 @@ class _ByMigration(Reading):
         devicestate.write_state(self._qemu, self._state)
 
     def finish(self) -> None:
-        """Nothing is left."""
+        """There is no rest."""
 
 
 class _ByTwin:
-    """Lets QEMU migrate everything to a twin, and reads that."""
+    """Has QEMU migrate everything to a twin, and reads that."""
 
-    way = "from a twin that all was migrated to"
+    way = "from a twin to which everything was migrated"
 
     def __init__(
         self, qemu: RunningQemu, twin_qemu: RunningQemu, stream: int, directory: Path, size: int
@@ -209,7 +204,7 @@ class _ByTwin:
         self._size = size
 
     def prepare(self) -> None:
-        """Nothing can be done yet: a guest that runs may write faster than is migrated."""
+        """Nothing can be done yet: a guest that runs may write faster than QEMU migrates."""
 
     def read_memory(self) -> None:
         """It comes with the state."""
@@ -234,13 +229,13 @@ def _by_twin(machine: Machine, directory: Path) -> Iterator[_ByTwin]:
 
 
 def write_whole(qemu: RunningQemu, directory: Path, size: int) -> None:
-    """Write state and memory of a machine that stands still, and whose memory is shared.
+    """Write state and memory of a paused machine whose memory is shared.
 
-    Not to be interrupted, as threads of it read that memory.
+    It must not be interrupted, since its threads read that memory.
 
     Args:
-        qemu: Its QEMU, which is not to go on with it.
-        directory: Where they go: that of a saved machine.
+        qemu: Its QEMU, which is not resumed.
+        directory: The directory of the saved machine.
         size: The length of the memory in bytes.
 
     Raises:
@@ -261,7 +256,7 @@ def running_twin(machine: Machine, state: int | None = None) -> Iterator[Running
 
     Args:
         machine: The machine.
-        state: Descriptor that it is to take a state from, if any.
+        state: Descriptor from which it loads a state, if any.
 
     Raises:
         CloudError: It could not be started.
@@ -281,10 +276,10 @@ def running_twin(machine: Machine, state: int | None = None) -> Iterator[Running
 
 
 def write_base_state(machine: Machine, file: Path) -> None:
-    """Write a whole state of a machine like another that has booted, as it is when it is off.
+    """Write a whole state of a machine like another that has booted, before its own boot.
 
     Raises:
-        CloudError: It could not be had, or is not that of such a machine.
+        CloudError: It could not be written, or is not that of such a machine.
     """
     with running_twin(machine) as twin:
         with machine.session() as session, twin.session() as other:
@@ -292,13 +287,13 @@ def write_base_state(machine: Machine, file: Path) -> None:
             ours, theirs = list_blocks(session), list_blocks(other)
         if [version["major"], version["minor"]] != [today["major"], today["minor"]]:
             raise CloudError(
-                f"{machine.spec.name} runs in QEMU {_say(version)}, which is {_say(today)} here by "
-                "now, and would not take its state: power it off and on first"
+                f"{machine.spec.name} runs in QEMU {_text(version)}, which is {_text(today)} here by "
+                "now, and could not load its state: power it off and on first"
             )
         if ours != theirs:
             raise CloudError(f"{machine.spec.name} has other memory than a machine like it")
         write_state(twin, file)
 
 
-def _say(version: dict[str, int]) -> str:
+def _text(version: dict[str, int]) -> str:
     return ".".join(str(version[part]) for part in ("major", "minor", "micro"))

@@ -1,12 +1,12 @@
-"""Saving a machine while it runs: its disk, its memory and its state, all of one moment.
+"""Saves a machine while it runs: its disk, its memory and its state, all of one moment.
 
-The machine is read where it is, and goes on in the same process. What takes long is done while it
-runs; so the guest stands still for what has changed meanwhile.
+The machine is read where it is, and continues in the same process. What takes long is done while it
+runs; the guest is paused only for what has changed meanwhile.
 
-    guest    runs ──────────────────────────────┤ stands still ├ runs on ──────────▶
+    guest    runs ──────────────────────────────┤ is paused ├ runs ────────────▶
     memory   copied ──────────────────────▶ what has changed
-    disk     the next overlay is opened ────────────▶ taken
-    state    that of a machine like it, once ─────────▶ read ──────▶ put together
+    disk     the next overlay is opened ──────────▶ switched
+    state    that of a machine like it, once ───────▶ read ────▶ composed
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from pycloudlib.qemu.vm.running import NEEDED_SPACE, MachineEndedError, RunningQ
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which a guest that stands still goes on, whatever else has happened; and for each
-# GiB of its memory, which may all have to be moved.
+# Seconds after which a paused guest is resumed, whatever else has happened; and for each GiB of its
+# memory, which may all have to be copied.
 PAUSE_LIMIT = 60.0
 _PAUSE_LIMIT_OF_GIB = 10.0
 _EVENT_LIMIT = 5.0
@@ -55,19 +55,19 @@ def save(
     ask_helper: Callable[[], bool] | None,
     pause_limit: float = PAUSE_LIMIT,
 ) -> SavedMachine:
-    """Save a running machine; it goes on.
+    """Save a running machine, which then continues.
 
     Args:
         machine: The machine.
         image_name: The name of the image's file, without its directory.
-        ask_helper: Asks the helper in its guest for what is to be done there before it stands
-            still, and returns whether it did; None where there is none.
-        pause_limit: Seconds that it may stand still, and some more for each GiB of memory.
+        ask_helper: Has the helper in its guest prepare for the pause, and returns whether it did;
+            None where there is none.
+        pause_limit: Seconds for which it may be paused, and some more for each GiB of memory.
 
     Raises:
         MachineEndedError: It is off.
         KeptMemoryError: It has a device that would change the memory of its copies.
-        CloudError: It could not be saved, and goes on; says why.
+        CloudError: It could not be saved, and continues; says why.
     """
     store = layers.LayerStore(machine.rundir.path.parent)
     limit = pause_limit + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
@@ -83,12 +83,12 @@ def save(
                 pause = uninterrupted(lambda: _freeze(machine, image, reading, undo, limit))
                 uninterrupted(reading.finish)
             saved = _write(_describe(machine, image, helper), machine.rundir)
-            # By now it is known which kernel it needs.
+            # The saved facts say which kernel it needs.
             layers.record_uses(image)
             store.complete(image, machine.rundir.path)
         undo.pop_all()
-    stood = "" if pause is None else f"; the guest stood still for {pause * 1000:.0f} ms"
-    _log.info("Saved %s as %s, its memory read %s%s", machine.spec.name, image, reading.way, stood)
+    took = "" if pause is None else f"; the guest was paused for {pause * 1000:.0f} ms"
+    _log.info("Saved %s as %s, its memory read %s%s", machine.spec.name, image, reading.way, took)
     return saved
 
 
@@ -106,11 +106,7 @@ def _prepare(reading: Capture, ask_helper: Callable[[], bool] | None) -> bool:
 def _freeze(
     machine: Machine, image: Path, reading: Capture, undo: contextlib.ExitStack, limit: float
 ) -> float | None:
-    """Let the guest stand still for the moment that is saved.
-
-    Returns:
-        For how many seconds it did, as QEMU says; None if it does not say.
-    """
+    """Pause the guest and save that moment; return the seconds of the pause, if known."""
     rundir, qemu = machine.rundir, machine.qemu()
     store = layers.LayerStore(rundir.path.parent)
     seen = qemu.events
@@ -119,7 +115,7 @@ def _freeze(
         qemu.session() as session,
     ):
         _check_runs(machine, session)
-        # So that whoever comes next lets the machine go on, if this program is killed.
+        # So that the next program resumes the machine, if this one is killed.
         rundir.write_saving(frozen.fresh)
         try:
             with (
@@ -144,10 +140,10 @@ def _freeze(
 
 @contextlib.contextmanager
 def paused(machine: Machine, session: QmpSession, limit: float) -> Iterator[None]:
-    """Let the guest stand still in the block; it goes on whatever happens.
+    """Pause the guest in the block; it is resumed whatever happens.
 
     Raises:
-        CloudError: It took too long: then it went on before the block had ended.
+        CloudError: The block took too long: the guest was resumed before its end.
     """
     too_late = threading.Event()
 
@@ -168,19 +164,19 @@ def paused(machine: Machine, session: QmpSession, limit: float) -> Iterator[None
         _resume(machine, session)
         raise
     if too_late.is_set():
-        raise CloudError(f"{machine.spec.name} stood still for {limit:.0f} s, and goes on unsaved")
+        raise CloudError(f"{machine.spec.name} was paused for {limit:.0f} s, and continues unsaved")
 
 
 def _resume(machine: Machine, session: QmpSession) -> None:
-    """Let the guest go on after something went wrong, which is to be told, not this."""
+    """Resume the guest after an error, which is raised: an error of this is only logged."""
     try:
         session.execute("cont")
     except (QmpError, MachineEndedError) as error:
-        _log.error("%s cannot go on: %s", machine.spec.name, error)
+        _log.error("%s cannot be resumed: %s", machine.spec.name, error)
 
 
 def measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
-    """Tell how long the guest stood still, by QEMU's own timestamps."""
+    """Return how long the guest was paused, by QEMU's own timestamps."""
 
     def is_resume(event: Event) -> bool:
         return event.name == "RESUME" and event not in seen
@@ -193,17 +189,17 @@ def measure_pause(qemu: RunningQemu, seen: tuple[Event, ...]) -> float | None:
 
 
 def check_space(directory: Path) -> None:
-    """Make sure that there is room for what the guest changes meanwhile, before it stands still."""
+    """Make sure, before the guest is paused, that there is space for what it changes meanwhile."""
     free = shutil.disk_usage(directory).free
     if free < NEEDED_SPACE:
         raise CloudError(
-            f"No room for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
+            f"No space for a saved machine in {directory.parent}: {free >> 20} MiB are free beside "
             f"its memory, and {NEEDED_SPACE >> 20} MiB are needed"
         )
 
 
 def _check_runs(machine: Machine, session: QmpSession) -> None:
-    """Make sure that nobody has paused it since it was looked at: it would be let go on."""
+    """Make sure that no other program has paused it since the first check: it would be resumed."""
     status = session.execute("query-status")
     if not status["running"]:
         raise CloudError(
@@ -219,9 +215,9 @@ def _check_can_be_saved(machine: Machine) -> None:
             f"{machine.spec.name} is {machine.state.value}; it can be saved when it runs"
         )
     if machine.rundir.is_being_saved:
-        # Which disk it is on is known by the mark of that save alone.
+        # Only the mark of that save says which disk it uses.
         raise CloudError(
-            f"{machine.spec.name} cannot be saved before a save that was cut off is settled, for "
+            f"{machine.spec.name} cannot be saved before a save that was cut off is undone, for "
             "which its QEMU did not answer"
         )
     for part in machine.spec.parts:
@@ -249,7 +245,7 @@ def _describe(machine: Machine, image: Path, helper: bool) -> SavedMachine:
 
 
 def _write(saved: SavedMachine, rundir: RunDirectory) -> SavedMachine:
-    """Put beside the memory what goes with it."""
+    """Write all other files of a saved machine beside its memory."""
     for source, target in (
         *((rundir.path / name, saved.directory / name) for name in saved.spec.kept_files),
         (rundir.known_hosts, saved.known_hosts),

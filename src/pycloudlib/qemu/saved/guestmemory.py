@@ -1,13 +1,13 @@
-"""A guest's memory, read while its QEMU has it: where it is, what of it is its own, how it is read.
+"""A guest's memory while its QEMU has it: its address, its own pages, and how to read it.
 
-QEMU has the memory as one mapping, `gpa2hva` says where. /proc/PID/maps says what is mapped there,
-and /proc/PID/pagemap which pages of a private mapping are its own: those that are present or
-swapped, and not the file's (Documentation/admin-guide/mm/pagemap.rst). Shared memory is read from
-its file, other memory from /proc/PID/mem. That takes the rights of a debugger (ptrace(2)), which a
-host may give to a process's ancestors alone (Yama). Without them, QEMU writes ranges by itself
-(`pmemsave`), which takes a millisecond for each, all of them where even the maps must not be read
-(of a QEMU that has capabilities of its own), and shows what the guest's processors see: not the
-memory behind a display.
+QEMU has the memory as one mapping; `gpa2hva` returns its address. /proc/PID/maps says what is
+mapped there, and /proc/PID/pagemap which pages of a private mapping are its own: those that are
+present or swapped, and not the file's (Documentation/admin-guide/mm/pagemap.rst). Shared memory is
+read from its file, other memory from /proc/PID/mem. That needs the rights of a debugger
+(ptrace(2)), which a host may reserve for a process's ancestors (Yama). Without them, QEMU writes
+ranges by itself (`pmemsave`), a millisecond for each; all of them where even the maps cannot be
+read (of a QEMU that has capabilities). It writes what the guest's processors see: not the memory
+behind a display.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _THERE = 0xC0
 _OF_FILE = 0x20
 _OWN = [value for value in range(256) if value & _THERE and not value & _OF_FILE]
 _OWN_CLASS = b"[" + b"".join(re.escape(bytes([value])) for value in _OWN) + b"]"
-# Pages between two runs that are read with them, as a call costs more than they do.
+# Pages between two runs that are read with them, since a call costs more.
 _GAP = 8
 _GAP_OF_CALLS = 1024
 _BLOCK = 1 << 20
 _BLOCK_OF_CALLS = 16 << 20
-# Where a PC's memory goes on that does not fit below the devices.
+# The address of a PC's memory that does not fit below the devices.
 _HIGH = 1 << 32
-# There a processor may see a display or the firmware, not memory; by pieces of this size.
+# Where a processor may see a display or the firmware, not memory; in pieces of this size.
 _HIDDEN = range(0xA0000, 0x100000, 0x4000)
 
 
 class GuestMemory(Content, Protocol):
-    """The memory of a guest that runs, or stands still."""
+    """The memory of a guest that runs, or is paused."""
 
     @property
     def way(self) -> str:
@@ -70,7 +70,7 @@ class GuestMemory(Content, Protocol):
 
     @property
     def base(self) -> int | None:
-        """Descriptor of the file that holds what is not its own; None where there is none."""
+        """Descriptor of the file that has the pages that are not its own; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,10 @@ class Mapping:
     """What a QEMU has mapped as its guest's memory.
 
     Attributes:
-        address: Where, in its process.
+        address: Its address in the process.
         size: Its length in bytes.
         shared: Whether others can write to it, too.
-        inode: That of what is mapped; None for memory without a file, or if that is unknown.
+        inode: The inode of the file; None for memory without a file, or if that is unknown.
     """
 
     address: int
@@ -92,18 +92,14 @@ class Mapping:
 
 @contextlib.contextmanager
 def opened(qemu: RunningQemu, size: int) -> Iterator[GuestMemory]:
-    """Open the memory of a guest for the block.
-
-    Args:
-        qemu: Its QEMU.
-        size: Its length in bytes.
+    """Open the memory of a guest, of `size` bytes, in the block.
 
     Raises:
         MachineEndedError: QEMU is gone.
-        CloudError: It cannot be found.
+        CloudError: The memory cannot be found.
     """
     with contextlib.ExitStack() as stack:
-        # QEMU serves one program at a time: others wait until it is closed.
+        # QEMU serves one program at a time: others wait until this session is closed.
         asking = stack.enter_context(contextlib.ExitStack())
         session = asking.enter_context(qemu.session())
         address = _find_address(session, 0)
@@ -158,25 +154,25 @@ def find_mapping(process: Path, address: int, size: int) -> Mapping:
 
 
 def _find_address(session: QmpSession, physical: int) -> int | None:
-    """Find where QEMU's process has a physical address of the guest; None if there is no memory."""
+    """Return where QEMU has a physical address of the guest; None if there is no memory."""
     said = session.execute("human-monitor-command", {"command-line": f"gpa2hva {physical:#x}"})
     found = re.search(rf"\({BACKEND}\) is (0x[0-9a-f]+)", said)
     return None if found is None else int(found[1], 16)
 
 
 def _find_file(process: Path, mapping: Mapping) -> Path:
-    """Find a file that a process has mapped among those that it has open: it may have no name."""
+    """Find a file that a process has mapped among its open files: it may have no name."""
     for link in (process / "fd").iterdir():
         with contextlib.suppress(OSError):
             facts = link.stat()
-            # Not by the device, which maps and stat(2) tell in two ways on some file systems.
+            # Without the device, in which maps and stat(2) differ on some file systems.
             if (facts.st_ino, facts.st_size) == (mapping.inode, mapping.size):
                 return link
-    raise CloudError(f"QEMU, {process.name}, has not open what it has mapped as its guest's memory")
+    raise CloudError(f"QEMU, {process.name}, has no open file that is its guest's memory")
 
 
 class _View:
-    """A reader of what is mapped here."""
+    """A reader of what this process has mapped."""
 
     block = 1 << 40
 
@@ -191,7 +187,7 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Memory that is a shared mapping of a file: the same file is mapped here."""
+    """Memory that is a shared mapping of a file, which is mapped here, too."""
 
     memory: int
     view: _View
@@ -215,14 +211,14 @@ def open_shared(memory: int, size: int) -> _Shared:
         memory: Its descriptor.
         size: Its length in bytes.
     """
-    # It is unmapped with the last view of it.
+    # It is unmapped when its last view is gone.
     content = map_to_read(memory, size)
     return _Shared(memory, _View(address_of(content), memoryview(content)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """Private memory, read from QEMU's process: what is not its own is its base's, or nothing."""
+    """Private memory, read from QEMU's process: other pages are those of its base, or zero."""
 
     mapping: Mapping
     pages: int
@@ -297,7 +293,7 @@ class _OwnByQemu:
     """Memory that QEMU writes for us, range by range, as its guest's processors see it.
 
     Attributes:
-        pages: The page table; None if it must not be read: then all of it is written.
+        pages: The page table; None if it cannot be read: then all of the memory is written.
     """
 
     session: QmpSession
@@ -346,7 +342,7 @@ class _QemuReader:
         start, end = run
         piece = next(piece for piece in self.seen if piece.start <= start < piece.end)
         physical = start - piece.start + piece.physical
-        # QEMU gives the file the length of what it writes.
+        # QEMU truncates the file to the length of what it writes.
         arguments = {"val": physical, "size": end - start, "filename": self.file}
         self.session.execute("pmemsave", arguments)
         return self.address, self.buffer[: end - start]
@@ -365,10 +361,9 @@ def list_own(pages: int, mapping: Mapping, gap: int) -> list[Run]:
     count = -(-mapping.size // _PAGE)
     entries = os.pread(pages, 8 * count, mapping.address // _PAGE * 8)
     if len(entries) != 8 * count:
-        # Of a process that has ended; else the rest would be taken for its base's.
+        # The process has ended. Other pages would be taken for its base's.
         raise CloudError(
-            f"The kernel says of {len(entries) // 8} pages of a guest's {count} whether they are "
-            "its own"
+            f"The kernel has entries for {len(entries) // 8} pages of a guest's {count} only"
         )
     # The flags are in the last byte of each entry; a search over them is one loop of C.
     flags = entries[7::8]

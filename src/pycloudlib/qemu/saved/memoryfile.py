@@ -1,4 +1,4 @@
-"""The file that a guest's memory is kept in."""
+"""The file to which a guest's memory is saved."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pycloudlib.errors import CloudError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What is compared at once, and left out where it has nothing in it.
+# Bytes that are compared at once, and left out where they are zero.
 _CHUNK = 256 << 10
-# What is written where something in a chunk has changed.
+# Bytes that are written where a chunk has changed.
 _PART = 16 << 10
-# More would only wait for the host's memory.
+# More threads would only wait for the host's memory.
 _MOST_THREADS = 8
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# By these it is known that a file system copies no ranges by itself.
+# Errors of a file system that copies no ranges by itself.
 _NO_RANGES = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
-# MAP_NORESERVE: as nothing is written there, nothing is set aside for it.
+# MAP_NORESERVE: as nothing is written there, no memory is reserved for it.
 _NO_RESERVE = 0x4000
 _ZEROS = bytearray(_CHUNK)
 
@@ -41,32 +41,32 @@ class Reader(Protocol):
 
     @property
     def block(self) -> int:
-        """Bytes that it reads at once, at most."""
+        """The largest number of bytes that it reads at once."""
 
     def read(self, run: Run) -> tuple[int, memoryview]:
-        """Read a piece; return its address in this process, and the piece: until the next one."""
+        """Read a piece; return its address in this process, and itself, valid until the next."""
 
 
 class Content(Protocol):
-    """What is in a guest's memory."""
+    """The content of a guest's memory."""
 
     @property
     def parallel(self) -> bool:
         """Whether several readers may read at once."""
 
     def list_runs(self) -> Sequence[Run]:
-        """List the pieces that may hold something else than what the file begins with."""
+        """List the pieces that may differ from what the file begins with."""
 
     def open_reader(self) -> contextlib.AbstractContextManager[Reader]:
-        """Open a reader for the block."""
+        """Open a reader in the block."""
 
 
 class MemoryFile:
-    """The file that a guest's memory is kept in, without what has nothing in it.
+    """The file to which a guest's memory is saved, with holes where that is zero.
 
-    It can be brought up to date again and again: what it has is compared with the memory, which
-    takes a tenth of the time that writing takes. So nearly all of it is written while the guest
-    runs, and the rest while it stands still.
+    It can be updated again and again: its content is compared with the memory, which takes a tenth
+    of the time that writing takes. So nearly all of it is written while the guest runs, and the
+    rest while it is paused.
 
     Args:
         path: The new file; only its owner can read it, since it holds the guest's secrets.
@@ -86,7 +86,7 @@ class MemoryFile:
             os.close(self._file)
             raise
         self._address = address_of(self._content)
-        # Of a chunk that has nothing in it, no page is to be made by a look.
+        # Comparing must not allocate pages for chunks that are holes.
         self._filled = bytearray(-(-size // _CHUNK))
         self._runs: list[Run] = []
 
@@ -104,7 +104,7 @@ class MemoryFile:
             base: Its descriptor.
 
         Raises:
-            CloudError: There is no room for it.
+            CloudError: There is no space for it.
         """
         with self._naming_full_disk():
             for start, end in list_data(base):
@@ -113,15 +113,12 @@ class MemoryFile:
                 self._filled[first:last] = b"\1" * (last - first)
 
     def update(self, memory: Content) -> int:
-        """Write what the memory holds, and the file does not.
-
-        Returns:
-            How many bytes it was.
+        """Write what has changed in the memory; return how many bytes that was.
 
         Raises:
-            CloudError: There is no room for it.
+            CloudError: There is no space for it.
         """
-        # What was listed before may have been given back since: then it is as it was at first.
+        # What was listed before may have been freed since: then it is as it was at first.
         self._runs = _unite([*self._runs, *memory.list_runs()])
         shares = _share_out(self._runs, _count_threads() if memory.parallel else 1)
         with self._naming_full_disk():
@@ -152,7 +149,7 @@ class MemoryFile:
         return _compare()(address, here, end - start) == 0
 
     def _list_changed(self, origin: int, start: int, end: int) -> Iterator[Run]:
-        """List what is to be written of a chunk that is not as it was."""
+        """List what has to be written of a chunk that has changed."""
         if not self._filled[start // _CHUNK]:
             yield start, end
             return
@@ -162,7 +159,7 @@ class MemoryFile:
 
     def _write(self, data: memoryview, position: int) -> None:
         while data:
-            # A disk that is nearly full takes a part of it; the rest is told as the error then.
+            # A disk that is nearly full takes a part of it; then the rest raises the error.
             done = os.pwrite(self._file, data, position)
             data, position = data[done:], position + done
 
@@ -174,12 +171,12 @@ class MemoryFile:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise CloudError(
-                f"No room for the guest's memory in {self._path.parent}: {error}"
+                f"No space for the guest's memory in {self._path.parent}: {error}"
             ) from error
 
 
 def list_data(file: int) -> Iterator[Run]:
-    """List the pieces of a sparse file that have something in them."""
+    """List the pieces of a sparse file that are not holes."""
     end = 0
     while True:
         try:
@@ -193,16 +190,16 @@ def list_data(file: int) -> Iterator[Run]:
 
 
 def map_to_read(file: int, size: int) -> mmap.mmap:
-    """Map a file so that changes of the file are seen, and none can be made.
+    """Map a file so that its changes are seen, and none can be made.
 
-    It may be written to, which `address_of` asks for; what would be written stays in this process.
+    The mapping is writable, as `address_of` needs; what is written stays in this process.
     """
     flags = mmap.MAP_PRIVATE | _NO_RESERVE
     return mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def address_of(content: mmap.mmap | bytearray) -> int:
-    """Find where the content of a buffer is in this process, for functions of the C library."""
+    """Return the address of a buffer's content in this process, for the C library's functions."""
     return ctypes.addressof(ctypes.c_char.from_buffer(content))
 
 
@@ -216,7 +213,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
             except OSError as error:
                 if error.errno not in _NO_RANGES:
                     raise
-            # Some kernels say 0 of a file that they cannot copy.
+            # Some kernels return 0 for a file that they cannot copy.
             by_range = done > 0
         if not done:
             os.lseek(target, start, os.SEEK_SET)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.files import copy_private, make_socket_pair, moved, write_private
+from pycloudlib._base.files import copy_private, make_socket_pair, opened, write_private
 from pycloudlib._base.tools import uninterrupted
 from pycloudlib.errors import CloudError
 from pycloudlib.guest.helper import FixUp
@@ -31,11 +31,11 @@ _RESTORE_LIMIT = 60.0
 
 
 def restore(machine: Machine, saved: SavedMachine) -> None:
-    """Let a machine that is off go on from where another was saved.
+    """Power on a machine with the state of a saved one.
 
     Raises:
-        MachineEndedError: QEMU did not take the state.
-        CloudError: It did not come to run.
+        MachineEndedError: QEMU did not load the state.
+        CloudError: The machine did not run.
     """
     with prepared_restore(saved, machine.rundir) as (origin, load_state):
         machine.power_on(origin, load_state)
@@ -45,12 +45,12 @@ def restore(machine: Machine, saved: SavedMachine) -> None:
 def prepared_restore(
     saved: SavedMachine, rundir: RunDirectory, *, held: bool = False
 ) -> Iterator[tuple[Origin, Callable[[RunningQemu], None]]]:
-    """Give what a QEMU begins with that goes on from a saved machine, and how it comes to that.
+    """Yield what a QEMU that is restored begins with, and a function that loads its state.
 
     Args:
         saved: The saved machine.
-        rundir: The directory of the one that goes on.
-        held: Whether it is left as its state says, which may be that it stands still.
+        rundir: The directory of the one that is restored.
+        held: Whether it stays as its state says, which may be paused.
     """
     ours, theirs = make_socket_pair()
     with ours, theirs:
@@ -63,7 +63,7 @@ def prepared_restore(
             wait_for_state(qemu, Deadline.after(_RESTORE_LIMIT))
             _keep_base_state(saved, rundir)
             if not held:
-                # By the state it may stand still, as the saved one did when it was written.
+                # Its state may be paused, as the saved machine was when that was written.
                 qemu.execute("cont")
 
         yield Origin(memory, state=number), load_state
@@ -78,12 +78,7 @@ def _keep_base_state(saved: SavedMachine, rundir: RunDirectory) -> None:
 
 
 def check_has_booted(saved: SavedMachine, kind: type[Exception]) -> None:
-    """Make sure that a saved machine is not where first boots begin.
-
-    Args:
-        saved: The saved machine.
-        kind: The error that is raised.
-    """
+    """Make sure that a saved machine is no starting point, or raise an error of a kind."""
     if saved.is_starting_point:
         base = layers.chain(saved.image)[-1]
         launchable = base if base != saved.image else "the image that it was made from"
@@ -105,13 +100,13 @@ def check_runs_here(saved: SavedMachine, binary: Path, accelerator: Accelerator)
 
 
 def roll_back(machine: Machine, saved: SavedMachine) -> None:
-    """Let a machine go on from where it was saved; what happened since is forgotten.
+    """Restore a machine to the moment at which it was saved; later changes are lost.
 
     Raises:
-        CloudError: It did not work; the machine is off, and its disk is as it was.
+        CloudError: It failed; the machine is off, and its disk is as it was.
     """
     store = layers.LayerStore(machine.rundir.path.parent)
-    # What the disk of before is built on is needed until the machine runs.
+    # The layers of the old disk are needed until the machine runs.
     with machine.changing(), uses.holding(saved.image), store.keeping_all():
         uninterrupted(lambda: _roll_back(machine, saved))
         layers.record_uses(machine.rundir.disk)
@@ -123,7 +118,7 @@ def _roll_back(machine: Machine, saved: SavedMachine) -> None:
 
     def exchange_disk() -> None:
         os.link(rundir.disk, before)
-        # One rename: at any moment there is a whole disk under that name.
+        # One rename: at any moment there is a complete disk under that name.
         fresh.replace(rundir.disk)
 
     with contextlib.ExitStack() as undo, prepared_restore(saved, rundir) as (origin, load_state):
@@ -142,7 +137,7 @@ def _put_back(before: Path, disk_file: Path) -> None:
 
 
 def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
-    """Note what is to be put right: who it is goes with it, as it was put right before."""
+    """Write what to fix up: the same as before, with the identity that the machine was given."""
     if rundir.fixed_up.exists():
         rundir.fixed_up.replace(rundir.fix_up)
     elif not rundir.fix_up.exists():
@@ -156,11 +151,7 @@ def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
 
 
 def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
-    """Make sure that a machine can be rolled back to a saved one.
-
-    Raises:
-        CloudError: It is another machine; says in what.
-    """
+    """Raise CloudError, which names the difference, unless a saved machine is of this machine."""
     places = ("name", "disk", "seed", "ssh_port", "telnet_port")
     for field in dataclasses.fields(MachineSpec):
         ours, theirs = getattr(spec, field.name), getattr(saved.spec, field.name)
@@ -172,13 +163,13 @@ def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
 
 
 def copy_beside(saved: SavedMachine, image: Path, linked_for: Path | None = None) -> None:
-    """Put what is kept of a saved machine beside another image of the same disk.
+    """Copy what is kept of a saved machine beside another image of the same disk.
 
     Args:
         saved: The machine.
         image: The image.
-        linked_for: The name that the image is going to have, when the large file is shared with
-            the first one's; None for a copy of it.
+        linked_for: The final name of the image, when the large file is a hard link; None for a
+            copy.
     """
     with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
         for file in sorted(saved.directory.iterdir()):
@@ -194,15 +185,13 @@ def copy_beside(saved: SavedMachine, image: Path, linked_for: Path | None = None
 
 
 def _copy_memory(source: Path, target: Path) -> None:
-    descriptor = moved(os.open(source, os.O_RDONLY | os.O_CLOEXEC))
-    try:
-        with MemoryFile(target, os.fstat(descriptor).st_size) as copy:
-            copy.begin_with(descriptor)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-    # By this a change is noticed.
+    with opened(source, os.O_RDONLY) as descriptor:
+        try:
+            with MemoryFile(target, os.fstat(descriptor).st_size) as copy:
+                copy.begin_with(descriptor)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    # A change is noticed by the time of modification.
     facts = source.stat()
     os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))

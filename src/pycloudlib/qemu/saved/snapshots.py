@@ -57,7 +57,7 @@ class Instance(Protocol):
 
 
 def snapshot_disk(instance: Instance, on_saved: Callable[[str], None], *, clean: bool) -> str:
-    """Make an image of an instance's disk; the instance is off then.
+    """Power an instance off and make an image of its disk.
 
     Args:
         instance: The instance.
@@ -77,7 +77,7 @@ def snapshot_disk(instance: Instance, on_saved: Callable[[str], None], *, clean:
     instance.shutdown()
     machine = instance.machine
     disk = machine.rundir.disk
-    # Who switches it on meanwhile would have it write into the image.
+    # Were it switched on meanwhile, it would write to the image.
     with machine.staying_off():
         base = layers.chain(disk)[-1]
         image = layers.LayerStore(machine.rundir.path.parent).freeze(
@@ -90,7 +90,7 @@ def snapshot_disk(instance: Instance, on_saved: Callable[[str], None], *, clean:
 
 
 def _clean_running(instance: Instance) -> bool:
-    """Clean an instance; False when it is off, or was told to go off and does so meanwhile."""
+    """Clean an instance; return False when it is off, or powers off meanwhile."""
     if instance.machine.state is State.OFF:
         return False
     try:
@@ -120,11 +120,7 @@ def save_running(instance: Instance, on_saved: Callable[[str], None]) -> SavedMa
     has_helper = fixes.start_helper(username)
     ask = (lambda: fixes.sync(username)) if has_helper else None
     base = layers.chain(machine.rundir.disk)[-1]
-    saved = checkpoint.save(
-        machine,
-        f"{make_name(instance.name)}.img",
-        ask_helper=ask,
-    )
+    saved = checkpoint.save(machine, f"{make_name(instance.name)}.img", ask_helper=ask)
     on_saved(str(saved.image))
     fixes.correct_clock()
     store.inherit(saved.image, base, source=f"saved from {instance.name}")

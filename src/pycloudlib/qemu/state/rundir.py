@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
-from pycloudlib._base.files import is_not_found, make_socket, replace_atomically, write_private
+from pycloudlib._base.files import (
+    is_not_found,
+    make_socket,
+    opened,
+    replace_atomically,
+    write_private,
+)
 from pycloudlib._base.locks import exclusive_lock, is_locked, try_lock
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.images import uses
@@ -383,11 +389,8 @@ def short_path(path: Path) -> Iterator[str]:
     It fits a unix socket's address, and QMP, whose JSON cannot have a path that is no text. Other
     processes of this user can use it, too.
     """
-    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(path.parent, os.O_PATH | os.O_DIRECTORY) as descriptor:
         yield f"{find_proc_directory(os.getpid())}/fd/{descriptor}/{path.name}"
-    finally:
-        os.close(descriptor)
 
 
 def _write(file: Path, text: str, *, synced: bool = True) -> None:

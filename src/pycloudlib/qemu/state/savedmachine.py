@@ -1,4 +1,4 @@
-"""Saved machines: what is kept of a running machine so that others can go on from that moment.
+"""Saved machines: what is kept of a running machine so that others can continue from that moment.
 
 Beside the image of its disk, `NAME.img`, stands a directory, `NAME.img.live`:
 
@@ -8,9 +8,9 @@ Beside the image of its disk, `NAME.img`, stands a directory, `NAME.img.live`:
     known_hosts  its SSH host keys
     console.log  what it had written to its console, of one that was stopped in its first boot
     id_*         the SSH key to log in with, if it is one that goes with the machine
-    saved.json   what machine it is, and what is needed to go on with it
+    saved.json   what machine it is, and what is needed to restore it
 
-Memory and state hold the guest's secrets: only their owner can read them.
+Memory and state contain the guest's secrets: only their owner can read them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pycloudlib.qemu.state.spec import MachineSpec
 _log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Changes with whatever decides whether a saved machine can go on: the devices above all."""
+"""Changes with all that decides whether a saved machine can be restored: above all the devices."""
 
 _SUFFIX = ".live"
 _FACTS = "saved.json"
@@ -50,20 +50,19 @@ _FACTS = "saved.json"
 
 @dataclass(frozen=True, slots=True)
 class SavedMachine:
-    """A machine that others can go on from.
+    """A machine that was saved, from which others can continue.
 
     Attributes:
         image: The image of its disk.
         spec: What machine it was.
         login: How to log in.
-        host: What it has to run on; see `host_fingerprint`.
+        host: The host that it needs; see `host_fingerprint`.
         helper: Whether the helper runs in it.
         saved_at: When it was saved, in seconds since the epoch.
-        rtc_lag: Seconds that its real-time clock is behind the host's, of a machine that was
-            stopped before it read its seed: each that goes on from it has a first boot of its own.
-            None of any other.
-        memory_mark: By which a change of its memory is noticed: size and time, since reading
-            all of it would take longer than all else together.
+        rtc_lag: Seconds by which its real-time clock is behind the host's, for a starting point: a
+            machine that was stopped before it read its seed. None for any other.
+        memory_mark: Shows a change of its memory: size and time, since reading all of it would take
+            longer than all else together.
         state_mark: The same of its state.
         disk_mark: The same of the image; empty of one that was saved by an older version.
     """
@@ -115,7 +114,7 @@ class SavedMachine:
         return self.directory / "known_hosts"
 
     def find_obstacle(self, host: str) -> str | None:
-        """Say why it cannot go on here; None when it can."""
+        """Return why it cannot be restored here; None when it can."""
         if host != self.host:
             return "it was saved by another QEMU, on another processor or with another accelerator"
         marks = {
@@ -137,7 +136,7 @@ class SavedMachine:
 
 @dataclass(frozen=True, slots=True)
 class _KeptFacts:
-    """What is written down of a saved machine; see `SavedMachine`."""
+    """What is written in its file of a saved machine; see `SavedMachine`."""
 
     spec: MachineSpec
     login: LoginFacts
@@ -151,7 +150,7 @@ class _KeptFacts:
 
 
 def directory_of(image: Path) -> Path:
-    """Name the directory of what is kept beside an image; it need not exist."""
+    """Return the directory of what is kept beside an image; it need not exist."""
     return image.with_name(f"{image.name}{_SUFFIX}")
 
 
@@ -174,7 +173,7 @@ def find(image: Path) -> SavedMachine | None:
 
 
 def _is_own(directory: Path) -> bool:
-    """Say whether a directory is this user's alone: what it tells of is run as this user."""
+    """Whether a directory is this user's alone: what is in it is run as this user."""
     facts = directory.lstat()
     own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
     if not own or facts.st_mode & 0o022:
@@ -184,7 +183,7 @@ def _is_own(directory: Path) -> bool:
 
 
 def host_fingerprint(binary: Path, accelerator: Accelerator) -> str:
-    """Tell apart what a saved state depends on: the QEMU build, the accelerator, the processor."""
+    """Return a digest of what a saved state depends on: QEMU build, accelerator, processor."""
     build = binary.stat()
     facts = [str(binary.resolve()), build.st_size, build.st_mtime_ns, accelerator.value]
     for line in read_kernel_file("/proc/cpuinfo").splitlines():
@@ -208,7 +207,7 @@ def delete(image: Path) -> None:
 
 
 def relocate(saved: SavedMachine, directory: Path, final: Path) -> LoginFacts:
-    """Name the keys that are kept in a directory by the name that it is going to have."""
+    """Return how to log in with the keys in a directory, by the name that it is going to have."""
 
     def there(path: str | None) -> str | None:
         kept = path is not None and (directory / Path(path).name).exists()
@@ -224,7 +223,7 @@ def _mark(file: Path) -> str:
 
 
 def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
-    """Keep what machine it is; give it as it is kept."""
+    """Write what machine it is; return it as it was written."""
     marked = dataclasses.replace(
         saved,
         login=login,
@@ -232,21 +231,11 @@ def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
         state_mark=_mark(saved.state),
         disk_mark=_mark(saved.image),
     )
-    facts = {
-        "format": FORMAT,
-        "spec": json.loads(saved.spec.to_json()),
-        "login": dataclasses.asdict(login),
-        "host": saved.host,
-        "helper": saved.helper,
-        "saved_at": saved.saved_at,
-        "rtc_lag": saved.rtc_lag,
-        "memory_mark": marked.memory_mark,
-        "state_mark": marked.state_mark,
-        "disk_mark": marked.disk_mark,
-    }
-    # Written last: with it, the saved machine is whole.
+    plain = {"spec": json.loads(saved.spec.to_json()), "login": dataclasses.asdict(login)}
+    facts = {key: plain.get(key, getattr(marked, key)) for key in _KeptFacts.__slots__}
+    # Written last: with it, the saved machine is complete.
     with replace_atomically(saved.directory / _FACTS) as temporary:
-        write_private(temporary, json.dumps(facts, indent=1) + "\n")
+        write_private(temporary, json.dumps({"format": FORMAT, **facts}, indent=1) + "\n")
     return marked
 
 

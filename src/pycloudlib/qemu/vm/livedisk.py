@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib._base.files import moved
+from pycloudlib._base.files import opened
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.vm.qmp import QmpError, QmpSession
@@ -41,7 +41,7 @@ def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
     # Asked now: while the guest is paused, each answer prolongs that.
     node, active = _name_node(fresh), find_active(session)
     # Of several descriptors, it takes the one that is open as it wants the file.
-    with _opened(fresh, os.O_RDONLY) as reading, _opened(fresh, os.O_RDWR) as writing:
+    with opened(fresh, os.O_RDONLY) as reading, opened(fresh, os.O_RDWR) as writing:
         # By this one it is opened again.
         lent = session.lend(reading, keep=True)
         try:
@@ -64,15 +64,6 @@ def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
         finally:
             # As long as QEMU has it, the file is locked for all others.
             session.take_back(to_write)
-
-
-@contextlib.contextmanager
-def _opened(file: Path, mode: int) -> Iterator[int]:
-    descriptor = moved(os.open(file, mode | os.O_CLOEXEC))
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def finish_switch(session: QmpSession, fresh: Path) -> bool:

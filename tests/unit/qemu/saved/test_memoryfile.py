@@ -173,7 +173,7 @@ def test_no_room_is_told(guest: int, target: Path, monkeypatch: pytest.MonkeyPat
 
     os.pwrite(guest, b"x", 0)
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CloudError, match="No room for the guest's memory"):
+    with pytest.raises(CloudError, match="No space for the guest's memory"):
         keep(guest, target)
 
 
