@@ -287,8 +287,8 @@ def write_base_state(machine: Machine, file: Path) -> None:
             ours, theirs = list_blocks(session), list_blocks(other)
         if [version["major"], version["minor"]] != [today["major"], today["minor"]]:
             raise CloudError(
-                f"{machine.spec.name} runs in QEMU {_text(version)}, which is {_text(today)} here by "
-                "now, and could not load its state: power it off and on first"
+                f"{machine.spec.name} runs in QEMU {_text(version)}, which is {_text(today)} here "
+                "by now, and could not load its state: power it off and on first"
             )
         if ours != theirs:
             raise CloudError(f"{machine.spec.name} has other memory than a machine like it")
