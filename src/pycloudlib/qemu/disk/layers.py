@@ -401,7 +401,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a layer another name, by a hard link."""
+    """Add a name to a layer, as a hard link."""
     try:
         os.link(source, target)
     except OSError as error:

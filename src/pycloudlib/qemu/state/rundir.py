@@ -374,7 +374,7 @@ class StagedSocket:
         return cls(listener, staged, file)
 
     def publish(self) -> None:
-        """Give it its final name, in place of a socket that had it before."""
+        """Rename it to its final name, in place of a socket that had it before."""
         self.staged.replace(self.file)
 
     def discard(self) -> None:

@@ -52,19 +52,19 @@ class QemuSettings:
     Attributes:
         image_dir: Where images are looked up and stored.
         working_dir: Where instance directories go.
-        state_dir: Where all else goes that is kept.
-        cache_dir: Where what is kept goes that can be found out again.
+        state_dir: Where all other lasting files go.
+        cache_dir: Where files go that can be made again.
         qemu_binary: Path or name of the QEMU binary.
         accelerator: `auto`, `kvm` or `tcg`.
         image_mirror: Base URL of the image server; None for Ubuntu's.
         image_keyring: File of the keys to trust for it; None for Ubuntu's, which are shipped.
-        image_verification: `signed`, or `disabled`: then whatever a server says is believed.
+        image_verification: `signed`, or `disabled`: then any server is believed.
         image_lock: File that pins builds; it need not exist. None for `pycloudlib.lock` in the
             directory that the program runs in.
         warm_cache_mib: MiB of disk that machines kept ready (`launch(..., warm=True)` and
-            `fast_boot=True`) may take.
-        fast_boot: Whether first boots begin at cloud-init where `launch` is not told.
-        offline: Whether no image server may be asked.
+            `fast_boot=True`) may use.
+        fast_boot: Whether first boots begin at cloud-init, by default of `launch`.
+        offline: Whether image servers are not asked.
         orphans: What becomes of a program's machines when it ends without deleting them.
         artifacts_dir: Where logs go when something fails; it need not exist. None for nowhere.
     """
@@ -94,8 +94,8 @@ class QemuSettings:
             source: The file it comes from, for messages.
 
         Raises:
-            ValueError: A value is of a wrong type, is not among those that are possible, or names
-                a directory or file that does not exist; names the key, the value and the file.
+            ValueError: A value is of a wrong type, is none of the possible ones, or names a
+                directory or file that does not exist; names the key, the value and the file.
             CloudSetupError: A directory is not configured, and there is no home where it would be.
         """
         _warn_of_unknown(section, source)
@@ -124,7 +124,7 @@ class QemuSettings:
         """Name the key to set where an error is due to a directory that cannot be used.
 
         Args:
-            keys: The directories that are written to in the block, by their keys.
+            keys: The keys of the directories that the block writes to.
 
         Raises:
             CloudSetupError: One of them cannot be written to.
@@ -144,7 +144,7 @@ class QemuSettings:
 
 
 def _may_concern(error: OSError | CloudSetupError, directory: Path) -> bool:
-    """Say whether an error may be of a directory: what it names is in it, or above it."""
+    """Whether an error may be of a directory: it names a path inside or above it."""
     named = getattr(error, "filename", None)
     if not isinstance(named, (str, bytes, os.PathLike)):
         return True
@@ -157,7 +157,7 @@ DIRECTORIES = ("image_dir", "working_dir", "state_dir")
 
 
 def _find_directories(reader: _Reader) -> tuple[Path, Path, Path, Path]:
-    """Find where things go: all that has no place of its own below `state_dir`, if that is set."""
+    """Find the four directories: those without a key of their own are below `state_dir`, if set."""
     image_dir, working_dir, state_dir = map(reader.directory, DIRECTORIES)
     if state_dir is not None:
         return (
@@ -192,7 +192,7 @@ class _Reader:
         from pycloudlib.images.download import shown_url  # noqa: PLC0415 - seldom
 
         value = safe_repr(self.section[key])
-        # A wrong kind of value may hold a right one, with its password.
+        # A value of a wrong type may contain a right one, with its password.
         told = shown_url(value) if key == "image_mirror" else value
         return ValueError(f"{key} in [qemu] of {self.source} is {told}, expected {expected}")
 
@@ -237,9 +237,9 @@ class _Reader:
         return path
 
     def trusted_file(self, key: str) -> Path | None:
-        """Read the name of a file that decides what is trusted.
+        """Read the path of a file that decides what is trusted.
 
-        A relative one would let the directory decide that a program happens to run in.
+        With a relative one, the directory in which a program happens to run would decide.
         """
         path = self.file(key)
         if path is not None and not path.is_absolute():
@@ -252,11 +252,7 @@ class _Reader:
 
 
 def parse_orphans(value: str) -> Orphans:
-    """Read what becomes of a program's machines.
-
-    Raises:
-        ValueError: It is none of the possible values.
-    """
+    """Parse what becomes of a program's machines; raise ValueError for any other value."""
     if value not in _ORPHANS:
         raise ValueError(f"orphans is {value!r}, expected one of {', '.join(_ORPHANS)}")
     return Orphans(value)
@@ -274,7 +270,7 @@ APPLICATION = "pycloudlib"
 
 
 def find_home() -> Path:
-    """Find the home directory of whoever runs this; it need not exist.
+    """Find the home directory of this user; it need not exist.
 
     Raises:
         CloudSetupError: There is none; says why.
@@ -320,7 +316,7 @@ def _find(variable: str, below_home: str) -> Path:
 
 
 def find_obstacle(directory: Path) -> str | None:
-    """Say why files cannot be made in a directory, which need not exist; None if they can."""
+    """Return why files cannot be made in a directory, which need not exist; None if they can."""
     try:
         place = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
         if not place.is_dir():

@@ -27,7 +27,7 @@ from pycloudlib.qemu.parts.standard import (
 
 DEFAULT_INSTANCE_TYPE = "c1m1500"
 _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
-# What stands beside the directories of instances; see layers.py.
+# The directories beside those of instances; see layers.py.
 LAYERS = "layers"
 SNAPSHOTS = "snapshots"
 _RESERVED = (LAYERS, SNAPSHOTS)
@@ -47,7 +47,7 @@ class MachineSpec:
         accelerator: How guest instructions are executed.
         disk: The overlay that is the root disk.
         seed: The NoCloud volume; None without one.
-        ssh_port: The host's port that leads to the guest's port 22.
+        ssh_port: The host's port that is forwarded to the guest's port 22.
         telnet_port: The host's port of the serial console.
         mac: The network card's address.
         kernel_boot: The kernel to load directly; None to boot from the disk.
@@ -69,8 +69,8 @@ class MachineSpec:
     def parts(self) -> tuple[Part, ...]:
         """What the machine is made of, in the order of QEMU's command line.
 
-        That order decides which machines saved before can be restored: new parts come where they
-        change nothing of a machine that has none.
+        That order decides which machines saved before can be restored: new parts are added where
+        they change nothing for a machine that has none.
         """
         return (
             self.processor,
@@ -105,16 +105,12 @@ class MachineSpec:
         return self.processor.memory_kib
 
     def to_json(self) -> str:
-        """Write it as text, for the run directory."""
+        """Return it as text, for the run directory."""
         return json.dumps(dataclasses.asdict(self), default=_plain, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> MachineSpec:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: It is something else; says in what.
-        """
+        """Parse what `to_json` returned; raise ValueError, which says what is wrong, for others."""
         return decode(cls, parse_json(text))
 
 
@@ -129,11 +125,11 @@ def make_name(tag: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Make sure that a name that was chosen for an instance can be one: it is a host name, too.
+    """Return a name that was chosen for an instance, which has to be a host name, too.
 
     Raises:
         TypeError: It is no text.
-        ValueError: It cannot be one; says what can.
+        ValueError: It cannot be an instance's name; says what can.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, not {name!r}")
@@ -148,9 +144,9 @@ def check_name(name: str) -> str:
 
 
 def may_be_machine(directory: str) -> bool:
-    """Whether a directory of this name, in a cloud's, is a machine's: all but those of the cloud.
+    """Whether a directory of this name, in a cloud's, is a machine's and not the cloud's own.
 
-    What is hidden is a cloud's, too: its keys, and what is not finished.
+    Hidden files are the cloud's, too: its keys, and what is not finished.
     """
     return directory not in _RESERVED and not directory.startswith(".")
 

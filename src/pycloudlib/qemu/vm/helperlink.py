@@ -74,7 +74,7 @@ class HelperLink:
         return True
 
     def forget(self) -> None:
-        """Record that it runs no more."""
+        """Record that it does not run any more."""
         self.machine.rundir.helper_mark.unlink(missing_ok=True)
 
     def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:

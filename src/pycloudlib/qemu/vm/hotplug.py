@@ -154,7 +154,7 @@ def _unplug_interface(machine: Machine, interface: PluggedInterface) -> None:
     while interface.name in list_plugged(machine):
         if deadline.expired:
             raise PycloudlibTimeoutError(
-                f"{machine.spec.name} did not let go of {interface.name} within "
+                f"{machine.spec.name} did not release {interface.name} within "
                 f"{deadline.limit:.0f} s"
             )
         time.sleep(_UNPLUG_INTERVAL)

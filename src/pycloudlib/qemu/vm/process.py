@@ -286,19 +286,19 @@ class StartedQemu:
     rundir: RunDirectory
 
     def publish(self) -> None:
-        """Let other programs find it as the machine's QEMU."""
+        """Publish it to other programs as the machine's QEMU."""
         self.rundir.write_process(self.process.identity)
         for staged in self.sockets:
             staged.publish()
 
     def queue_clients(self) -> None:
-        """Let clients of its sockets queue; QEMU's own listen(2), when it begins, lets one wait."""
+        """Make the queues of its sockets longer: QEMU's own listen(2) lets one client wait."""
         for listener in self.listeners:
             listener.listen(_WAITING)
             listener.close()
 
     def discard(self) -> None:
-        """Give up what it has, and end its process."""
+        """Close and remove its sockets, and end its process."""
         self.control.close()
         for listener in self.listeners:
             listener.close()

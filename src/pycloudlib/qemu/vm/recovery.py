@@ -109,7 +109,7 @@ def _recover_running(rundir: RunDirectory, fresh: Path | None, session: QmpSessi
 
 
 def _take_unless_lost(fresh: Path | None, disk: Path) -> None:
-    """Give a machine that is off the fresh overlay, whether or not its QEMU had switched to it.
+    """Make the fresh overlay the disk of a machine that is off, had its QEMU switched to it or not.
 
     If it had not, the overlay is empty, and built on that same disk.
     """
