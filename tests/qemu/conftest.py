@@ -16,7 +16,7 @@ from pycloudlib.key import generate_ecdsa, generate_ed25519, generate_rsa
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from tests.qemu.machines import run, save
+from tests.qemu.machines import run, save, track
 from tests.qemu.reader import write_reader
 
 UNSTARTED = ("-S",)
@@ -81,7 +81,7 @@ def make_cloud(working_dir: Path) -> Iterator[CloudMaker]:
         config = f'[qemu]\nworking_dir = "{working_dir}"\n' + (more or 'accelerator = "tcg"\n')
         cloud = Qemu(tag, timestamp_suffix=timestamp_suffix, config_file=io.StringIO(config))
         clouds.append(cloud)
-        return cloud
+        return track(cloud)
 
     yield make
     errors = [error for cloud in clouds for error in cloud.clean()]

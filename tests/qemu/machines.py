@@ -6,13 +6,18 @@ import itertools
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
+from pycloudlib.guest.access.hostkeys import HostKeyPool
+from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.spec import make_name
@@ -22,9 +27,18 @@ SMALL = "c1m64"
 """A size whose memory is copied in no time."""
 
 
+_clouds: weakref.WeakSet[Qemu] = weakref.WeakSet()
+
+
+def track(cloud: Qemu) -> Qemu:
+    """Let `save` find the cloud that is to delete what it saves."""
+    _clouds.add(cloud)
+    return cloud
+
+
 def run(cloud: Qemu, image: Path) -> QemuInstance:
     """Start a machine whose guest halts at once, and has nothing that could be reached."""
-    return hurry(cloud.launch(str(image), SMALL))
+    return hurry(track(cloud).launch(str(image), SMALL))
 
 
 def hurry(instance: QemuInstance) -> QemuInstance:
@@ -39,9 +53,16 @@ def save(
     """Save a machine, without looking for a helper first; its cloud cleans up."""
     file_name = f"{name or make_name(instance.name)}.img"
     saved = checkpoint.save(instance.machine, file_name, ask_helper=None, pause_limit=pause_limit)
-    assert isinstance(instance._owner, Qemu)
-    instance._owner.created_images.append(str(saved.image))
+    owner = next(cloud for cloud in _clouds if cloud.parent_dir == instance.instance_dir.parent)
+    owner.created_images.append(str(saved.image))
     return saved
+
+
+def host_of(cloud: Qemu) -> Host:
+    """Return what the machines of a cloud run on, in emulation."""
+    state = cloud.settings.state_dir
+    ports, host_keys = PortRegistry(state / "ports"), HostKeyPool(state / "host-keys")
+    return Host(Path(cloud.qemu_binary), Accelerator.TCG, ports, host_keys)
 
 
 def qemus(directory: Path) -> list[int]:

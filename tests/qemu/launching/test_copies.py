@@ -509,7 +509,7 @@ def leases(cloud: Qemu) -> list[str]:
     """List the ports that are leased to the machines of a cloud."""
     return sorted(
         file.name
-        for file in cloud._ports.directory.iterdir()
+        for file in (cloud.settings.state_dir / "ports").iterdir()
         if file.is_file() and os.fsencode(cloud.parent_dir) in file.read_bytes()
     )
 

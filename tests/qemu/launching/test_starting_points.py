@@ -20,7 +20,7 @@ from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import vitality
 from tests.conftest import MakeImage
 from tests.qemu.conftest import CloudMaker
-from tests.qemu.machines import mode, qemus, runs, touch
+from tests.qemu.machines import host_of, mode, qemus, runs, touch
 from tests.qemu.reader import begins_there, launch, machines_in, prints, starts
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("emptied")]
@@ -79,7 +79,7 @@ def test_state_that_does_not_fit_ends_in_an_ordinary_boot(
 ) -> None:
     launch(cloud, reader_image).delete()
     (start,) = starts(cloud)
-    saved = cache.find(start.key, cloud._host)
+    saved = cache.find(start.key, host_of(cloud))
     assert saved is not None
     saved.state.write_bytes(saved.state.read_bytes()[: 1 << 16])
     savedmachine.write_facts(saved, saved.login)

@@ -15,6 +15,7 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host import ownership
+from pycloudlib.qemu.host.accelerator import find_features
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import beginning
@@ -110,7 +111,7 @@ def test_qemu_that_cannot_be_watched_is_ended(
     def no_thread() -> None:
         raise RuntimeError("can't start new thread")
 
-    cloud._host  # noqa: B018 - which tries the accelerator
+    find_features(Path(cloud.qemu_binary))  # which is asked of QEMU once
     with monkeypatch.context() as patch:
         patch.setattr(process.subprocess, "Popen", Popen)  # type: ignore[attr-defined]
         if what == "thread":
@@ -177,13 +178,12 @@ def test_program_that_ends_leaves_what_another_has_taken_over(
 
 
 def test_image_that_is_written_is_the_callers_though_the_clean_up_fails(
+    cloud: Qemu,
     running: QemuInstance,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cloud = running._owner
-    assert isinstance(cloud, Qemu)
     real = savedmachine.delete
 
     def fail(image: Path) -> None:

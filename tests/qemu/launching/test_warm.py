@@ -22,7 +22,7 @@ from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from tests.qemu.conftest import CloudMaker
-from tests.qemu.machines import SMALL, hurry, mode, runs, save, touch
+from tests.qemu.machines import SMALL, host_of, hurry, mode, runs, save, touch
 
 pytestmark = pytest.mark.qemu
 
@@ -56,7 +56,7 @@ def keys(cache: WarmCache) -> list[str]:
 
 
 def find(cloud: Qemu, cache: WarmCache, key: str) -> SavedMachine:
-    saved = cache.find(key, cloud._host)
+    saved = cache.find(key, host_of(cloud))
     assert saved is not None
     return saved
 
@@ -82,7 +82,7 @@ def emptied(cloud: Qemu, cache: WarmCache) -> Iterator[None]:
 
 
 def test_nothing_is_found_in_an_empty_cache(cloud: Qemu, cache: WarmCache) -> None:
-    assert cache.find("key", cloud._host) is None
+    assert cache.find("key", host_of(cloud)) is None
     assert cache.entries() == []
     assert cache.prune(0) == []
     assert not cache.directory.exists()
@@ -92,7 +92,7 @@ def test_what_is_kept_is_found_and_runs(cloud: Qemu, cache: WarmCache, add: AddE
     add("key")
     saved = find(cloud, cache, "key")
     assert runs(cloud.launch(str(saved.image)))
-    assert cache.find("other", cloud._host) is None
+    assert cache.find("other", host_of(cloud)) is None
 
 
 def test_it_is_listed(cache: WarmCache, add: AddEntry, tiny_image: Path) -> None:
@@ -200,7 +200,7 @@ def test_one_that_does_not_fit_is_dropped_with_a_warning(
     add("key")
     touch(find(cloud, cache, "key").state)
     with caplog.at_level(logging.WARNING):
-        assert cache.find("key", cloud._host) is None
+        assert cache.find("key", host_of(cloud)) is None
     assert "state was changed since" in caplog.text
     assert not (cache.directory / "key").exists()
     add("key")
@@ -212,7 +212,7 @@ def test_one_of_another_qemu_is_not_found(
 ) -> None:
     add("key")
     monkeypatch.setattr(savedmachine, "host_fingerprint", lambda *_: "another")
-    assert cache.find("key", cloud._host) is None
+    assert cache.find("key", host_of(cloud)) is None
 
 
 def test_one_whose_image_is_gone_is_not_found(
@@ -220,7 +220,7 @@ def test_one_whose_image_is_gone_is_not_found(
 ) -> None:
     add("key")
     tiny_image.unlink()
-    assert cache.find("key", cloud._host) is None
+    assert cache.find("key", host_of(cloud)) is None
     assert keys(cache) == []
 
 
@@ -308,7 +308,7 @@ def test_one_that_is_used_and_does_not_fit_any_more_stays_for_who_uses_it(
     saved = find(cloud, cache, "key")
     copy = cloud.launch(str(saved.image))
     touch(saved.state)
-    assert cache.find("key", cloud._host) is None
+    assert cache.find("key", host_of(cloud)) is None
     with contextlib.suppress(CloudError, OSError):  # it need not be kept
         cache.add("key", save(running))
     assert all(file.exists() for file in chain(copy.instance_path))
@@ -325,7 +325,7 @@ def test_one_that_was_cut_off_while_it_was_added_is_no_obstacle_and_is_pruned(
     left = cache.directory / ".key.new"
     left.mkdir(parents=True, mode=0o700)
     os.link(saved.image, left / "disk.img")
-    assert cache.find("key", cloud._host) is None
+    assert cache.find("key", host_of(cloud)) is None
     cache.add("key", saved)
     find(cloud, cache, "key")
     assert not left.exists()

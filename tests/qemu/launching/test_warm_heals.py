@@ -21,7 +21,7 @@ from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from tests.qemu.machines import SMALL, hurry, qemus, runs, save
+from tests.qemu.machines import SMALL, host_of, hurry, qemus, runs, save
 from tests.qemu.reader import begins_there, launch, prints, starts
 
 pytestmark = pytest.mark.qemu
@@ -35,7 +35,7 @@ def ready_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(cloud: Qemu) -> Iterator[WarmCache]:
-    cache = cloud._warm_cache
+    cache = WarmCache(cloud.working_dir, cloud.settings.warm_cache_mib << 20)
     yield cache
     for instance in list(cloud.created_instances):
         instance.delete()
@@ -199,7 +199,7 @@ def test_one_that_goes_while_it_is_looked_at_is_not_there(
     monkeypatch.setattr(savedmachine, "find", find_and_drop)
     assert cloud.warm_images() == []
     monkeypatch.undo()
-    assert cache.find(key, cloud._host) is None
+    assert cache.find(key, host_of(cloud)) is None
 
 
 @pytest.mark.parametrize("gone", ["entry", "cache"])
@@ -215,7 +215,7 @@ def test_one_that_goes_before_its_use_is_noted_is_not_there(
         return found
 
     monkeypatch.setattr(savedmachine, "find", find_and_drop)
-    assert cache.find(key, cloud._host) is None
+    assert cache.find(key, host_of(cloud)) is None
 
 
 @pytest.mark.thorough
@@ -250,7 +250,7 @@ def test_one_of_two_that_are_kept_alike_without_the_lock_is_whole(
     monkeypatch.setattr(restoring, "copy_beside", copy_and_add)
     with pytest.raises(OSError, match="No such file"):
         cache.add("key", saved)
-    found = cache.find("key", cloud._host)
+    found = cache.find("key", host_of(cloud))
     assert found is not None
     assert runs(cloud.launch(str(found.image)))
     assert [file.name for file in cache.directory.iterdir()] == ["key"]

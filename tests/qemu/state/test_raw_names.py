@@ -16,7 +16,7 @@ from pycloudlib import Qemu
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.artifacts import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
-from tests.qemu.machines import SMALL, alive, becomes, hurry, run, runs, save
+from tests.qemu.machines import SMALL, alive, becomes, hurry, run, runs, save, track
 
 pytestmark = pytest.mark.qemu
 
@@ -65,7 +65,7 @@ def user(raw: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def raw_cloud(user: Path) -> Iterator[Qemu]:
     cloud = Qemu("cli", timestamp_suffix=False, orphans="reap-after-crash")
-    yield cloud
+    yield track(cloud)
     assert cloud.clean() == []
 
 

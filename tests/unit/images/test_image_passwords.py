@@ -25,6 +25,8 @@ from pycloudlib.images.catalog import find_entry
 from pycloudlib.images.download import fetch_bytes, open_client
 from pycloudlib.images.recipe import BuildRecipe
 from pycloudlib.images.source import ImageSource, Stream
+from pycloudlib.qemu.imageshelf import ImageShelf
+from pycloudlib.qemu.launching.warmcache import WarmCache
 from tests.unit.imageserver import (
     QUICK,
     ImageServer,
@@ -94,7 +96,8 @@ def test_password_of_the_mirror_is_seen_nowhere(
         "pycloudlib.lock",
         "noble-server-cloudimg-amd64.img.json",
     }
-    told += [caplog.text, repr(cloud.settings), repr(cloud._shelf.source)]
+    shelf = ImageShelf(cloud.settings, WarmCache(tmp_path, 0), [])
+    told += [caplog.text, repr(cloud.settings), repr(shelf.source)]
     told += [repr(image) for image in cloud.images()]
     told += [path.read_bytes().decode("latin-1") for path in files]
     assert [part for part in PARTS for text in told if part in text] == []

@@ -15,7 +15,7 @@ import pytest
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access.commands import run, stream
-from pycloudlib.guest.access.sessions import close_if_unanswered, open_session
+from pycloudlib.guest.access.sessions import Connections, close_if_unanswered, open_session
 from tests.unit.sshserver import LocalInstance
 
 
@@ -139,8 +139,9 @@ def test_what_ends_the_wait_is_the_error(local: LocalInstance, timeout: float | 
     def find() -> None:
         raise PycloudlibTimeoutError("the guest is gone")
 
+    connections = Connections(lambda _deadline: local._ssh_connect())
     with pytest.raises(PycloudlibTimeoutError, match=r"^the guest is gone$"):
-        run(local._connections, "sleep 60", timeout=timeout, on_wait=find)
+        run(connections, "sleep 60", timeout=timeout, on_wait=find)
 
 
 def test_lost_connection_has_no_status(client: paramiko.SSHClient, outputs: Outputs) -> None:
