@@ -137,7 +137,7 @@ class Machine:
             CloudError: It runs already, or does not answer.
         """
         with self.changing():
-            self._power_on(origin or Origin(choose_memory(self.spec.accelerator)), load_state)
+            self._power_on(origin, load_state)
 
     def power_on_again(self) -> None:
         """Start QEMU of a machine that has run before on its known ports, unless it runs.
@@ -147,8 +147,7 @@ class Machine:
         with self.changing():
             if self.state in (State.RUNNING, State.PAUSED):
                 return  # another program was quicker
-            origin = Origin(choose_memory(self.spec.accelerator))
-            retry_taken_ports(lambda: self._power_on(origin, None))
+            retry_taken_ports(lambda: self._power_on(None, None))
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -163,12 +162,7 @@ class Machine:
 
     @contextlib.contextmanager
     def staying_off(self) -> Iterator[None]:
-        """Keep others from switching the machine on in the block.
-
-        Raises:
-            InstanceNotFoundError: It is deleted.
-            CloudError: It is on, as another program has switched it on.
-        """
+        """Keep others from switching the machine on in the block; raise CloudError if it is on."""
         with self.changing():
             self.check_here()
             state = self.state
@@ -221,12 +215,7 @@ class Machine:
         return self.qemu().session(timeout)
 
     def qemu(self) -> RunningQemu:
-        """Return the QEMU that runs it now.
-
-        Raises:
-            MachineEndedError: The machine is off.
-            MachineElsewhereError: It runs where it cannot be reached from here.
-        """
+        """Return the QEMU that runs it now; raises as `check_on` and `check_here` do."""
         self.check_on()
         self.check_here()
         if self._qemu is None:
@@ -302,11 +291,7 @@ class Machine:
             self._qemu.check_pause(self.pause_patience, self.rundir.is_locked)
 
     def wait_for_end(self, deadline: Deadline) -> bool:
-        """Wait until QEMU is gone; return whether it was in time.
-
-        Raises:
-            MachineElsewhereError: It runs where its end cannot be seen.
-        """
+        """Wait until QEMU is gone; return whether it was in time; raises as `check_here` does."""
         self.check_here()
         with self._changed:
             return self._changed.wait_for(lambda: self.state is State.OFF, deadline.remaining)
@@ -340,12 +325,7 @@ class Machine:
         return PowerOff.KILL
 
     def kill(self) -> None:
-        """End QEMU at once and wait until it is gone; no error when it is gone already.
-
-        Raises:
-            CloudError: The kernel did not end it.
-            MachineElsewhereError: It runs where it cannot be ended from here.
-        """
+        """End QEMU as `QemuProcess.kill` does; raises as `check_here` does, too."""
         self.check_here()
         if self._qemu:
             self._qemu.kill()
@@ -361,8 +341,11 @@ class Machine:
             recovery.end_process(self.rundir)
             self.rundir.remove()
 
-    def _power_on(self, origin: Origin, load_state: Callable[[RunningQemu], None] | None) -> None:
+    def _power_on(
+        self, origin: Origin | None, load_state: Callable[[RunningQemu], None] | None
+    ) -> None:
         name = self.spec.name
+        origin = origin or Origin(choose_memory(self.spec.accelerator))
         with self._changed:
             state = self.state
             if state is not State.OFF:

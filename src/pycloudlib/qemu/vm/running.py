@@ -352,11 +352,7 @@ class RunningQemu:
         self.execute("cont")
 
     def kill(self) -> None:
-        """End the process at once and wait until it is gone; no error when it is gone already.
-
-        Raises:
-            CloudError: The kernel did not end it.
-        """
+        """End the process as `QemuProcess.kill` does, and record its end."""
         self.process.kill()
         self.note_end()
 
