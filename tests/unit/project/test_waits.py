@@ -286,7 +286,7 @@ WAITS = (
         (("qemu.vm.running:ANSWER_LIMIT", 30.0), ("qemu.vm.running:_GREETING_LIMIT", 30.0)),
     ),
     Wait(
-        "an event of QEMU: a state that is written, merged layers, a copy that wakes up",
+        "an event of QEMU: a state that is written, merged layers, a copy that is restored",
         "300 s and 30 s, 600 s, 60 s",
         _END,
         (
