@@ -63,9 +63,15 @@ class HostDiskFullError(CloudError):
     """The machine is paused since the host's disk has no space for what it wrote.
 
     The next call resumes it once there is space.
+
+    Attributes:
+        path: The disk that has no space.
+        free: Bytes that are free there.
     """
 
     def __init__(self, name: str, path: Path, free: int) -> None:
+        self.path = path
+        self.free = free
         super().__init__(
             f"{name} is paused: no space for its disk in {path.parent}, where {free >> 20} MiB "
             f"are free; it needs {NEEDED_SPACE >> 20} MiB to continue"
@@ -87,9 +93,14 @@ class MachineEndedError(PycloudlibTimeoutError, CloudError):
 
 
 class MachineElsewhereError(QmpError):
-    """The machine runs, or may run, where this program cannot reach its QEMU."""
+    """The machine runs, or may run, where this program cannot reach its QEMU.
+
+    Attributes:
+        process: That QEMU.
+    """
 
     def __init__(self, name: str, process: ProcessIdentity) -> None:
+        self.process = process
         super().__init__(
             f"{name} runs elsewhere: its QEMU is {process.place}, and cannot be reached from here"
         )
