@@ -14,14 +14,20 @@ from tests.qemu.machines import SMALL, becomes, hurry
 USER_DATA_SECTOR = ROOT_DIRECTORY_SECTOR + 3 * 4
 
 
-def write_reader(image: Path) -> None:
-    """Write a disk whose boot sector reads the seed's directory, then prints its user-data."""
+def write_reader(image: Path, further_disks: int = 0) -> None:
+    """Write a disk whose boot sector reads the seed's directory, then prints its user-data.
+
+    Args:
+        image: The disk.
+        further_disks: How many disks the firmware finds between this one and the seed.
+    """
+    drive = 0x81 + further_disks
     program = bytes.fromhex(
         "fc"  # cld
         "31c0 8ed8 8ed0 bc007c"  # ds = ss = 0, sp = 0x7c00
-        "be407c b442 b281 cd13"  # read the sector that the packet at 0x7c40 names, of drive 0x81
+        f"be407c b442 b2{drive:02x} cd13"  # read the sector that the packet at 0x7c40 names, of it
         f"c706487c{USER_DATA_SECTOR:02x}00"  # let the packet name another one
-        "be407c b442 b281 cd13"  # read it, too
+        f"be407c b442 b2{drive:02x} cd13"  # read it, too
         "fa be0080 baf803 b03e ee"  # undisturbed, print ">" and, from there on,
         "ac 84c0 7403 ee ebf8"  # print each byte up to a zero
         "b00a ee"  # print a line end

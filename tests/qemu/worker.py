@@ -23,6 +23,7 @@ from types import TracebackType
 
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
+from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.machine import PowerOff
 from pycloudlib.qemu.vm.running import State
@@ -109,20 +110,38 @@ _PROGRAM = bytes.fromhex(
     "0000000000000000 ffff00000092cf00"  # gdt
     "1000 0100 00900000 0100000000000000"  # packet: one sector, buffer, sector's number
 )
+# The beginning of `disk`, for drive 0x80 and for drive 0x81.
+_DISK = bytes.fromhex("be0280 b280 cd13 fa")
+_SECOND_DISK = bytes.fromhex("be0280 b281 cd13 fa")
 _ROUND = re.compile(rb">([0-9A-F]{8})\n")
 # Far more than a busy host needs for a few rounds.
 _LIMIT = 60
 
 
-def write_worker(image: Path) -> Path:
-    """Write a disk that a worker boots from."""
-    image.write_bytes(_BOOT.ljust(510, b"\0") + b"\x55\xaa" + _PROGRAM.ljust(1 << 20, b"\0"))
+def write_worker(image: Path, *, works_on_second: bool = False) -> Path:
+    """Write a disk that a worker boots from.
+
+    Args:
+        image: The disk.
+        works_on_second: Whether it reads and writes the machine's second disk, not this one.
+    """
+    program = _PROGRAM
+    if works_on_second:
+        assert program.count(_DISK) == 1
+        program = program.replace(_DISK, _SECOND_DISK)
+    image.write_bytes(_BOOT.ljust(510, b"\0") + b"\x55\xaa" + program.ljust(1 << 20, b"\0"))
     return image
 
 
-def start_worker(cloud: Qemu, image: Path, launch_args: list[str] | None = None) -> QemuInstance:
-    """Start a machine with a worker, and wait until it works."""
-    worker = hurry(cloud.launch(str(write_worker(image)), SMALL, launch_args=launch_args))
+def start_worker(
+    cloud: Qemu,
+    image: Path,
+    launch_args: list[str] | None = None,
+    disks: list[int | Disk] | None = None,
+) -> QemuInstance:
+    """Start a machine with a worker, and wait until it works: on its second disk if it has one."""
+    write_worker(image, works_on_second=bool(disks))
+    worker = hurry(cloud.launch(str(image), SMALL, launch_args=launch_args, disks=disks))
     assert works(worker)
     return worker
 

@@ -25,6 +25,7 @@ from pycloudlib.cli.common import (
     print_json,
 )
 from pycloudlib.cli.machines import (
+    AddedDisk,
     ImageName,
     MachineName,
     Minutes,
@@ -40,6 +41,7 @@ from pycloudlib.cli.machines import (
 from pycloudlib.errors import ImageInUseError, InstanceExistsError, InstanceNotFoundError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu import imagenames
+from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine
@@ -63,6 +65,7 @@ class LaunchOptions:
     cpus: int | None
     memory: int | None
     disk: int | None
+    disks: tuple[Disk, ...]
     user_data: bytes | None
     network_config: bytes | None
     username: str | None
@@ -89,6 +92,7 @@ class LaunchOptions:
             fresh_identity=self.fresh_identity or None,
             name=name,
             disk_size_gib=self.disk,
+            disks=self.disks or None,
         )
 
 
@@ -98,6 +102,9 @@ class LaunchOptions:
 @click.option("-c", "--cpus", type=click.IntRange(1, 999), help="Processors; 1 by default.")
 @click.option("-m", "--memory", type=Size("M"), help="Memory, such as 2G; 1500M by default.")
 @click.option("-d", "--disk", type=Size("G"), help="Disk, such as 20G; 10G by default.")
+@click.option(
+    "--add-disk", "disks", type=AddedDisk(), multiple=True, help="A further disk, such as 20G."
+)
 @click.option("-u", "--user-data", type=_FILE, help="File for cloud-init; - for standard input.")
 @click.option("--network-config", type=_FILE, help="Network configuration for cloud-init.")
 @click.option("--username", help="Login user; by default the image's own.")

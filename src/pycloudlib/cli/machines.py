@@ -24,6 +24,7 @@ from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.host.ownership import Ownership
 from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.instance import QemuInstance
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     _Integer = click.ParamType[int]
     _Number = click.ParamType[float]
     _Text = click.ParamType[str]
+    _Disk = click.ParamType[Disk]
 else:  # older versions of click are not generic
-    _Integer = _Number = _Text = click.ParamType
+    _Integer = _Number = _Text = _Disk = click.ParamType
 
 _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+_DISK_OPTION = re.compile(r"(?P<what>.*),(?:serial=(?P<serial>[^,]+)|write)")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
 
 
@@ -243,6 +246,28 @@ class Size(_Integer):
         if whole != int(whole) or whole < 1:
             self.fail(f"{value!r} is not a whole number of {self._unit}iB, 1 at least", param, ctx)
         return int(whole)
+
+
+class AddedDisk(_Disk):
+    """A further disk: a size or the path of an image, then `,serial=NAME` and `,write`."""
+
+    name = "size|path[,serial=NAME][,write]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Disk:
+        """Convert it."""
+        if isinstance(value, Disk):
+            return value
+        what, serial, write = str(value), None, False
+        # From the end, as a path may have commas.
+        while (match := _DISK_OPTION.fullmatch(what)) is not None:
+            what = match["what"]
+            write = write or match["serial"] is None
+            serial = match["serial"] or serial
+        if _SIZE.fullmatch(what.strip()):
+            return Disk(Size("G").convert(what, param, ctx), serial, write=write)
+        if not what:
+            self.fail(f"{value!r} is no disk: expected a size such as 20G, or a path", param, ctx)
+        return Disk(serial=serial, path=what, write=write)
 
 
 class Minutes(_Number):

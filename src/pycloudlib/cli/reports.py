@@ -7,9 +7,10 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,6 +41,7 @@ from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.resources import LOOPBACK
 from pycloudlib.qemu.imagenames import short_name
 from pycloudlib.qemu.state.rundir import LoginFacts
+from pycloudlib.qemu.state.spec import MachineSpec
 
 # Seconds between two reads of a log that is followed.
 _FOLLOW_INTERVAL = 0.2
@@ -73,6 +75,9 @@ class MachineFacts:
         pid: The process id of its QEMU; null if it is off.
         created: When it was launched, as ISO 8601 in UTC.
         directory: The directory of all its files.
+        disks: Its further disks, each with `serial`, `bytes`, `used_bytes`, `image` (the path of
+            the image that it began with; empty without one), `write` (whether it is that image
+            itself), and `device` (its path in the guest).
     """
 
     name: str
@@ -95,6 +100,18 @@ class MachineFacts:
     pid: int | None
     created: str
     directory: str
+    disks: list[dict[str, Any]]
+
+
+# What the parts of a machine add, of one whose parts cannot be known.
+_OF_PARTS = {
+    "cpus": 0,
+    "memory_mib": 0,
+    "accelerator": "",
+    "ssh_port": 0,
+    "telnet_port": 0,
+    "disks": [],
+}
 
 
 def collect(entry: MachineEntry, state: str = "") -> MachineFacts:
@@ -121,20 +138,25 @@ def collect(entry: MachineEntry, state: str = "") -> MachineFacts:
         place=entry.place,
         problem=entry.problem,
         image=_find_image(rundir.disk),
-        cpus=spec.instance_type.cpus if spec else 0,
-        memory_mib=spec.instance_type.memory_mib if spec else 0,
         disk_bytes=length,
         disk_used_bytes=used,
-        ssh_port=spec.ssh_port if spec else 0,
-        telnet_port=spec.telnet_port if spec else 0,
-        accelerator=spec.accelerator.value if spec else "",
         username=login.username,
         private_key=login.private_key_path or "",
         public_key=login.public_key_path or "",
         pid=entry.pid,
         created=timestamp(created_at(entry)),
         directory=str(rundir.path),
+        **_ask_parts(spec, rundir.disk),
     )
+
+
+def _ask_parts(spec: MachineSpec | None, disk: Path) -> dict[str, Any]:
+    """Return what the parts of a machine tell of themselves; lists of several parts are joined."""
+    told: dict[str, Any] = dict(_OF_PARTS)
+    for part in () if spec is None else spec.parts:
+        for key, value in part.tell(disk).items():
+            told[key] = [*told[key], *value] if isinstance(value, list) else value
+    return told
 
 
 def created_at(entry: MachineEntry) -> float:
@@ -184,6 +206,13 @@ def _row(facts: MachineFacts, name: str, image_dir: Path, created: float) -> tup
     )
 
 
+def _disk_in_words(disk: Mapping[str, Any]) -> str:
+    used = f"{size_in_words(disk['bytes'])}, {size_in_words(disk['used_bytes'])} on this host"
+    if not disk["image"]:
+        return used
+    return f"{used}, {'writes to' if disk['write'] else 'from'} {disk['image']}"
+
+
 def _lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[str, object]]:
     """Return the names and values that `info` prints."""
     if facts.problem or not facts.cpus:
@@ -206,6 +235,7 @@ def _lines(facts: MachineFacts, image_dir: Path, created: float) -> list[tuple[s
         ("Image", f"{image_in_words(facts.image, image_dir)} ({facts.image})"),
         ("Size", size.replace("1 CPUs", "1 CPU") if facts.cpus == 1 else size),
         ("Disk", f"{size_in_words(facts.disk_bytes)}, {used} on this host"),
+        *((f"Disk {disk['serial']}", _disk_in_words(disk)) for disk in facts.disks),
         ("Accel", facts.accelerator),
         ("Process", facts.pid),
         ("SSH", ssh.login_command(endpoint, facts.name)),

@@ -19,6 +19,7 @@ from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store, uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.failure.explaining import explaining_launch
 from pycloudlib.qemu.host.accelerator import choose_accelerator
 from pycloudlib.qemu.host.resources import PortRegistry
@@ -137,6 +138,7 @@ class Qemu(BaseCloud):
         fresh_identity: bool | None = None,
         name: str | None = None,
         disk_size_gib: int | None = None,
+        disks: Sequence[int | Disk] | None = None,
         **kwargs: Any,
     ) -> QemuInstance:
         """Start a machine from an image, without waiting for its boot.
@@ -167,6 +169,8 @@ class Qemu(BaseCloud):
             name: Its name and its guest's host name: 1 to 63 characters of a-z, 0-9 and '-'. By
                 default one is made from the tag.
             disk_size_gib: GiB of its disk, not less than the image. By default 10, or the image's.
+            disks: Further disks: a number of GiB for an empty one, or a `Disk`
+                (`pycloudlib.qemu.disks`).
             **kwargs: Accepted for older programs, and logged.
 
         Raises:
@@ -174,8 +178,9 @@ class Qemu(BaseCloud):
             InstanceExistsError: This cloud has an instance of that name.
             ValueError, TypeError: An argument is malformed, or the image is damaged or unsafe.
             InvalidKeyError: A file of the cloud's SSH key is missing, or is no key.
-            MissingKernelError, FileNotFoundError: There is no kernel for `kernel_cmdline`, or none
-                at `kernel_path`.
+            MissingKernelError, FileNotFoundError: There is no kernel for `kernel_cmdline`, none at
+                `kernel_path`, or no image at the path of a disk.
+            ImageInUseError: A disk is to write to an image that others are built on.
             CloudSetupError: KVM is asked for in the configuration and does not work.
             CloudError: No free port, or QEMU refused (`LaunchError`, with its own words).
         """
@@ -194,6 +199,7 @@ class Qemu(BaseCloud):
             launch_args=launch_args,
             name=None if name is None else self._check_name(name),
             disk_size_gib=disk_size_gib,
+            disks=disks,
         )
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
         with (

@@ -285,7 +285,7 @@ class ImageShelf:
         image = store.locate(image_id, settings.image_dir)
         if is_file(image):
             with layers.deleting(image, settings.working_dir):
-                store.delete(image, settings.image_dir)
+                layers.delete(image, settings.image_dir)
         if layers.is_snapshot(image):
             uses.forget(image)
             layers.LayerStore(image.parent.parent).collect()
@@ -399,7 +399,8 @@ def check_new(path: str | Path) -> Path:
         FileNotFoundError: Its directory does not exist.
     """
     target = expand_user(path).absolute()
-    for file in (target, savedmachine.directory_of(target)):
+    beside = layers.list_kept_disks(target)
+    for file in (target, savedmachine.directory_of(target), *beside):
         if file.exists():
             raise FileExistsError(errno.EEXIST, "an image does not overwrite a file", str(file))
     if not target.parent.is_dir():

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from pycloudlib.qemu.disk.layers import LayerStore
 from pycloudlib.qemu.failure.explaining import Explainer
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.resources import LOOPBACK, PortLease, PortRegistry
+from pycloudlib.qemu.launching.request import look_at
+from pycloudlib.qemu.parts.furtherdisk import Disk, parse_disk
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.vm import hotplug
 from pycloudlib.qemu.vm.guest import SHUTDOWN_LIMIT, Guest
@@ -350,6 +353,52 @@ class QemuInstance(BaseInstance):
             CloudError: No plugged-in interface has that address.
         """
         hotplug.remove_interface(self.machine, ip_address, self.execute)
+
+    def add_disk(self, disk: int | Disk) -> Disk:
+        """Plug a further disk into the running machine.
+
+        It is a disk of the machine from then on, as one of `launch(disks=[...])`: it stays when the
+        machine reboots or is powered off and on, and is saved, copied and rolled back with it.
+
+        Args:
+            disk: A number of GiB for an empty disk, or a `Disk`.
+
+        Returns:
+            The disk: its `serial` names it for `remove_disk`, its `device` is its path in the
+            guest, which is there when the guest has found it.
+
+        Raises:
+            MachineEndedError: The machine is off.
+            TypeError: The disk, or a part of it, is of a wrong type.
+            ValueError: It cannot be: its size, its serial, its image; says why.
+            FileNotFoundError: There is no image at its path.
+            ImageInUseError: It is to write to an image that others are built on.
+            CloudError: QEMU refused.
+        """
+        self.check_exists()
+        look = partial(look_at, working_dir=self.instance_dir.parent.parent)
+        added = hotplug.plug_disk(self.machine, lambda others: parse_disk(disk, look, others))
+        self._log.info("Added the disk %s to %s", added.serial, self.name)
+        return added.asked
+
+    def remove_disk(self, serial: str) -> None:
+        """Pull a further disk out of the running machine, and wait until it is gone.
+
+        What is on it is removed, but an image that the machine writes to itself (`write=True`). The
+        guest is not asked: unmount what is mounted of it first.
+
+        Args:
+            serial: The disk's serial.
+
+        Raises:
+            MachineEndedError: The machine is off.
+            CloudError: It has no such disk.
+            PycloudlibTimeoutError: It is not gone in time.
+        """
+        self.check_exists()
+        hotplug.unplug_disk(self.machine, serial)
+        LayerStore(self.instance_dir.parent).collect()
+        self._log.info("Removed the disk %s from %s", serial, self.name)
 
     def wait_for_delete(self, **kwargs: Any) -> None:
         """Check that the machine is gone: `delete` has waited for that.

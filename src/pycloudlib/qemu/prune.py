@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.images import store, uses
+from pycloudlib.images import uses
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.ownership import OWNER_SUFFIX, Ownership, disown, is_abandoned
 from pycloudlib.qemu.host.resources import PortRegistry
@@ -87,7 +87,7 @@ class Pruning:
             for image in sorted(free):
                 with _reporting(image):
                     with layers.deleting(image, self.working_dir):
-                        store.delete(image, self.image_dir)
+                        layers.delete(image, self.image_dir)
                     savedmachine.delete(image)
                     uses.forget(image)
                     disown(image)

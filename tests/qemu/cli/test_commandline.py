@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,22 @@ def test_machine_lives_across_commands_until_it_is_deleted(cli: Cli, tiny_image:
     assert not alive(pid)
     assert cli.names() == []
     assert cli.run("info", "web").returncode == 3
+
+
+def test_further_disks_are_shown(cli: Cli, tiny_image: Path) -> None:
+    data = tiny_image.with_name("data.img")
+    data.write_bytes(tiny_image.read_bytes())
+    cli.launch(tiny_image, "--name", "web", "--add-disk", "2G", "--add-disk", f"{data},serial=data")
+
+    empty, other = cli.info("web")["disks"]
+    assert (empty["serial"], empty["bytes"], empty["image"]) == ("disk1", 2 << 30, "")
+    assert (other["serial"], other["image"], other["write"]) == ("data", str(data), False)
+    assert 0 < empty["used_bytes"] < 1 << 20
+    told = cli.ok("info", "web")
+    assert re.search(r"Disk disk1: +2 GiB, .* on this host\n", told)
+    assert re.search(rf"Disk data: +.* on this host, from {data}\n", told)
+    refused = cli.run("images", "delete", str(data))
+    assert (refused.returncode != 0, "web" in refused.stderr) == (True, True)
 
 
 def test_machine_is_switched_off_and_on(cli: Cli, tiny_image: Path) -> None:

@@ -345,7 +345,7 @@ def test_overlay_that_cannot_be_taken_is_let_go(
 
     opened = list_nodes()
     with monkeypatch.context() as patch:
-        patch.setattr(livedisk, "find_active", lambda _session: "no-such-node")
+        patch.setattr(livedisk, "find_active", lambda *_arguments: "no-such-node")
         with pytest.raises(QmpError, match="no-such-node"):
             save(running)
     before.check()
@@ -822,7 +822,7 @@ def test_freezing_that_fails_gives_the_disk_back(running: QemuInstance) -> None:
     def fail(*, late: bool) -> None:
         with (
             contextlib.ExitStack() as undo,
-            store.freezing(disk, store.reserve("broken.img", undo)) as frozen,
+            store.freezing({disk: store.reserve("broken.img", undo)}) as (frozen,),
         ):
             assert frozen.image.stat().st_ino == before
             if late:

@@ -22,6 +22,7 @@ from pycloudlib.cli.common import (
     exit_code_of,
     print_error,
 )
+from pycloudlib.cli.machines import AddedDisk
 from pycloudlib.diagnosis import Audience, Cause, Diagnosis
 from pycloudlib.errors import (
     CleanupError,
@@ -31,6 +32,7 @@ from pycloudlib.errors import (
     MissingPrerequisiteError,
     PycloudlibTimeoutError,
 )
+from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.failure.explaining import explain
 from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.unit.clirun import make_machine, run
@@ -92,6 +94,8 @@ def test_version_is_told(capsys: Capture) -> None:
         (["launch", "noble", "--memory", "2"], "'2' is no size"),
         (["launch", "noble", "--memory", "1.3M"], "not a whole number of MiB"),
         (["launch", "noble", "--disk", "500M"], "not a whole number of GiB"),
+        (["launch", "noble", "--add-disk", "500M"], "not a whole number of GiB"),
+        (["launch", "noble", "--add-disk", ",serial=a"], "expected a size such as 20G, or a path"),
         (["launch", "noble", "--name", "My_VM"], "expected a host name"),
         (["launch", "noble", "--name", "layers"], "directory of theirs"),
         (["launch", "noble", "--user-data", "/no/such"], "does not exist"),
@@ -121,6 +125,23 @@ def test_wrong_input_explains_itself(capsys: Capture, arguments: list[str], word
     assert done.code == ExitCode.USAGE
     assert words in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("20G", Disk(20)),
+        ("2T,serial=a.b", Disk(2048, serial="a.b")),
+        ("data.img", Disk(path="data.img")),
+        ("a,b.img,serial=x", Disk(path="a,b.img", serial="x")),
+        ("./20G", Disk(path="./20G")),
+        ("/a.img,write", Disk(path="/a.img", write=True)),
+        ("/a.img,serial=x,write", Disk(path="/a.img", serial="x", write=True)),
+        ("/a.img,write,serial=x", Disk(path="/a.img", serial="x", write=True)),
+    ],
+)
+def test_added_disks_are_read(text: str, disk: Disk) -> None:
+    assert AddedDisk().convert(text, None, None) == disk
 
 
 @pytest.mark.parametrize(
@@ -229,6 +250,7 @@ def test_json_has_the_documented_keys(
         "created": told["created"],
         "directory": str(web.path),
         "place": "",
+        "disks": [],
     }
 
 

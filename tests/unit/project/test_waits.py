@@ -339,7 +339,7 @@ WAITS = (
         "a guest to give a network interface back",
         "60 s",
         _END,
-        ("qemu.vm.hotplug:_unplug_interface",),
+        ("qemu.vm.hotplug:_pull_out",),
         ("guest/test_life.py::test_an_interface_is_plugged_in_and_pulled_out",),
         (("qemu.vm.hotplug:_UNPLUG_LIMIT", 60.0),),
     ),

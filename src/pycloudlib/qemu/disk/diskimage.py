@@ -16,6 +16,7 @@ from pycloudlib._base.files import is_not_found, temporary_name
 from pycloudlib._base.tools import run_tool, run_tool_streaming
 from pycloudlib.errors import ToolError, describe_exit
 from pycloudlib.progress import Progress, ProgressCallback
+from pycloudlib.qemu.parts.part import OwnDisk
 
 _T = TypeVar("_T")
 
@@ -151,13 +152,34 @@ def create_overlay(
         raise
 
 
-def create_empty(path: Path) -> None:
-    """Make an empty disk of the default size."""
+def create_on_layer(layer: Path, path: Path) -> None:
+    """Make a disk of the same length on a layer, which a running QEMU may still write to."""
+    base = read_layer(layer)
+    create_overlay(base, path, unopened=True, size=base.virtual_size)
+
+
+def create_own(own: OwnDisk, path: Path) -> None:
+    """Make a disk of a machine as it is at its first start.
+
+    Args:
+        own: The disk, whose length is known.
+        path: Its file.
+    """
+    if own.image is None:
+        create_empty(path, own.size)
+    else:
+        create_overlay(BaseImage(own.image, own.image_format, own.size), path, size=own.size)
+
+
+def create_empty(path: Path, size: int = MINIMUM_DISK_SIZE) -> None:
+    """Make an empty disk.
+
+    Args:
+        path: The new disk.
+        size: Its length in bytes.
+    """
     _create_private(path)
-    run_tool(
-        "making an empty disk",
-        ["qemu-img", "create", "-q", "-f", "qcow2", path, str(MINIMUM_DISK_SIZE)],
-    )
+    run_tool("making an empty disk", ["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)])
 
 
 def _inspect_qcow2(path: Path) -> BaseImage:

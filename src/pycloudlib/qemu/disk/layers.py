@@ -15,8 +15,9 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.images import store, uses
 from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, disown
+from pycloudlib.qemu.parts.part import SUFFIX
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import LAYERS, SNAPSHOTS, MachineSpec
@@ -76,49 +78,57 @@ class LayerStore:
         return image
 
     @contextlib.contextmanager
-    def freezing(self, overlay: Path, image: Path, *, in_use: bool = False) -> Iterator[FrozenDisk]:
-        """Make an image of a machine's overlay; the machine continues in a new one.
+    def freezing(
+        self, disks: Mapping[Path, Path], *, in_use: bool = False
+    ) -> Iterator[list[FrozenDisk]]:
+        """Make images of a machine's overlays; the machine continues in new ones.
 
         It does so from `FrozenDisk.exchange` on; an error before that changes nothing. The caller
         keeps others from changing the machine.
 
         Args:
-            overlay: The machine's disk.
-            image: The image, which is reserved.
-            in_use: Whether a QEMU writes to the disk: it has to switch to the new overlay before
-                that is exchanged, and then the machine stays on it even after an error.
+            disks: The machine's disks, each with the image that is made of it; first the root disk,
+                whose image is reserved.
+            in_use: Whether a QEMU writes to the disks: it has to switch to the new overlays before
+                they are exchanged, and then the machine stays on them even after an error.
 
         Yields:
-            The disk. The image is complete at the end of the block.
+            The disks, in the same order. The images are complete at the end of the block.
 
         Raises:
             CloudError: The file system has no hard links.
         """
-        layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
-        frozen = FrozenDisk(overlay, layer, image, overlay.with_name(f".{layer.name}"))
+        root, image = next(iter(disks.items()))
         with self.keeping_all(), contextlib.ExitStack() as undo:
-            lowest = None if in_use else too_deep(overlay)
-            if lowest is not None:
-                diskimage.rebase(overlay, lowest)
             # After the image is removed: another program may record it as long as it exists.
             undo.callback(uses.forget, image)
-            link_file(overlay, layer)
-            undo.callback(frozen.undo, in_use=in_use)
-            link_file(overlay, image)
-            undo.callback(image.unlink, missing_ok=True)
-            undo.callback(frozen.discard_fresh)
-            diskimage.create_overlay(diskimage.read_layer(layer), frozen.fresh, unopened=True)
-            yield frozen
+            yield [self._freeze(*disk, undo, in_use=in_use) for disk in disks.items()]
             record_uses(image)
             undo.pop_all()
             # A disk does not use layers any more that were merged into it.
-            record_uses(overlay)
+            record_uses(root)
+
+    def _freeze(
+        self, overlay: Path, image: Path, undo: contextlib.ExitStack, *, in_use: bool
+    ) -> FrozenDisk:
+        layer = self.layers / f"{secrets.token_hex(8)}.qcow2"
+        frozen = FrozenDisk(overlay, layer, image, overlay.with_name(f".{layer.name}"))
+        lowest = None if in_use else too_deep(overlay)
+        if lowest is not None:
+            diskimage.rebase(overlay, lowest)
+        link_file(overlay, layer)
+        undo.callback(frozen.undo, in_use=in_use)
+        link_file(overlay, image)
+        undo.callback(image.unlink, missing_ok=True)
+        undo.callback(frozen.discard_fresh)
+        diskimage.create_on_layer(layer, frozen.fresh)
+        return frozen
 
     def freeze(self, overlay: Path, image_name: str) -> Path:
         """Make an image of a powered-off machine's overlay; see `freezing`."""
         with contextlib.ExitStack() as undo:
             image = self.reserve(image_name, undo)
-            with self.freezing(overlay, image) as frozen:
+            with self.freezing({overlay: image}) as (frozen,):
                 frozen.exchange()
             undo.pop_all()
         self.complete(image, overlay.parent)
@@ -136,7 +146,7 @@ class LayerStore:
             needed = {
                 _find_name(file)
                 for tip in _tips(self.parent_dir.parent, fresh=True)
-                for file in chain(tip)[1:]
+                for file in _list_built_on(tip)
             }
             for layer in self.layers.glob("*.qcow2"):
                 if _find_name(layer) not in needed:
@@ -294,17 +304,58 @@ def shares_file(image: Path) -> bool:
 
 def _list_deleted(image: Path) -> list[Path]:
     """List an image, and the files deleted with it that may be used without it."""
-    beside = (store.kernel_path(image), store.initrd_path(image))
+    beside = (store.kernel_path(image), store.initrd_path(image), *list_kept_disks(image))
     # Those of a snapshot are links to its base's.
     return [image, *(file for file in beside if is_file(file) and not file.is_symlink())]
 
 
 def _list_needed(tip: Path) -> Iterable[Path]:
     """List the files that a machine, or a machine launched from a snapshot, needs."""
-    yield from chain(tip)[1:]
+    yield from _list_built_on(tip)
     spec = _find_spec(tip)
     if spec is not None:
         yield from (file for part in spec.parts for file in part.needs)
+
+
+def _list_built_on(tip: Path) -> Iterable[Path]:
+    """List the files that the disks of a machine, or of a saved one, are built on."""
+    for disk_file in list_disks(tip):
+        yield from chain(disk_file)[1:]
+
+
+def list_disks(tip: Path) -> list[Path]:
+    """List the disks of a machine, or of a saved one, by their names alone.
+
+    What machine it is may be damaged, and its disks are still not to be lost.
+
+    Args:
+        tip: The machine's root disk, or its image.
+    """
+    names = re.compile(f"{re.escape(tip.stem)}{SUFFIX}{re.escape(tip.suffix)}")
+    try:
+        beside = [file for file in tip.parent.iterdir() if names.fullmatch(file.name)]
+    except OSError:
+        beside = []
+    return [tip, *sorted(beside), *list_kept_disks(tip)]
+
+
+def list_kept_disks(image: Path) -> list[Path]:
+    """List the disks that a saved machine has beside the image of its root disk."""
+    names = re.compile(f"{re.escape(image.name)}{SUFFIX}")
+    try:
+        return sorted(file for file in image.parent.iterdir() if names.fullmatch(file.name))
+    except OSError:
+        return []
+
+
+def delete(image: Path, image_dir: Path) -> None:
+    """Remove an image, what stands beside it, and the other disks of a saved machine.
+
+    Arguments are those of `images.store.delete`.
+    """
+    for disk_file in list_kept_disks(image):
+        disk_file.unlink(missing_ok=True)
+    store.delete(image, image_dir)
 
 
 def _find_spec(tip: Path) -> MachineSpec | None:
@@ -388,9 +439,8 @@ def _tips(working_dir: Path, *, fresh: bool = False) -> Iterator[Path]:
     for parent_dir in cloud_directories(working_dir):
         yield from parent_dir.glob(f"{SNAPSHOTS}/*.img")
         for rundir in RunDirectory.list_in(parent_dir):
-            for disk_file in (rundir.disk, rundir.find_fresh_overlay() if fresh else None):
-                if disk_file is not None and disk_file.exists():
-                    yield disk_file
+            overlays = rundir.find_fresh_overlays().values() if fresh else ()
+            yield from (file for file in (rundir.disk, *overlays) if file.exists())
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -139,8 +139,8 @@ class PowerOn:
         return Login(username or default, keys.for_machine(rundir))
 
     def write_files(self, host: Host, rundir: RunDirectory, login: Login) -> None:
-        """Make its disk and its seed."""
-        diskimage.create_overlay(self.request.image, rundir.disk, size=self.request.disk_size)
+        """Make its disks and its seed."""
+        create_disks(rundir, self.request)
         if self.request.seed is not None:
             supply_seed(host, rundir, self.request)
 
@@ -151,6 +151,14 @@ class PowerOn:
     def switch_on(self, machine: Machine) -> None:
         """Start it."""
         machine.power_on()
+
+
+def create_disks(rundir: RunDirectory, request: LaunchRequest) -> None:
+    """Make the disks of a machine that boots."""
+    diskimage.create_overlay(request.image, rundir.disk, size=request.disk_size)
+    for part in request.parts:
+        for own in part.disks:
+            diskimage.create_own(own, own.beside(rundir.disk))
 
 
 def create_run_directory(path: Path, stack: contextlib.ExitStack, orphans: Orphans) -> RunDirectory:
@@ -267,4 +275,5 @@ def describe_machine(
         mac=make_mac(),
         kernel_boot=request.kernel_boot,
         launch_args=request.launch_args,
+        disks=request.disks,
     )

@@ -14,7 +14,6 @@ from pycloudlib.guest.access import hostkeys
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.guest.helper import FixUp, Identity
 from pycloudlib.images import uses
-from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.resources import PortLease
 from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.login import Keys, Login
@@ -71,13 +70,17 @@ class Copy:
     def write_files(self, host: Host, rundir: RunDirectory, login: Login) -> None:
         """Make the copy's disk and seed, and note what is to be fixed up in it."""
         saved = self.saved
-        diskimage.create_overlay(diskimage.read_layer(saved.image), rundir.disk, unopened=True)
+        restoring.create_overlays(saved, rundir)
+        for name in saved.spec.kept_files:
+            if (saved.directory / name).exists():
+                copy_private(saved.directory / name, rundir.path / name)
         identity = _make_identity(host, self.name) if self.fresh_identity else None
         # Another instance-id on the seed makes a boot a first one, which does by itself what is to
         # be done with user-data; otherwise that is done after the boot, and not in it, too.
         booted = self.boots and identity is not None
         user_data = self.user_data if booted or not self.boots else None
-        _write_seed(rundir, saved, identity, user_data)
+        if identity is not None or user_data is not None:
+            _rewrite_seed(rundir, identity, user_data)
         if identity is not None:
             hostkeys.pin(rundir.known_hosts, identity.host_keys)
         elif saved.known_hosts.exists():
@@ -118,16 +121,11 @@ def _make_identity(host: Host, name: str) -> Identity:
     return Identity(name, secrets.token_hex(16), f"iid-{uuid.uuid4()}", host_keys)
 
 
-def _write_seed(
-    rundir: RunDirectory, saved: SavedMachine, identity: Identity | None, user_data: bytes | None
-) -> None:
+def _rewrite_seed(rundir: RunDirectory, identity: Identity | None, user_data: bytes | None) -> None:
     """Write the seed that later boots read: with the new identity, and with its own user-data."""
-    if not saved.seed.exists():
+    if not rundir.seed.exists():
         return
-    if identity is None and user_data is None:
-        copy_private(saved.seed, rundir.seed)
-        return
-    seed = nocloud.read_iso(saved.seed)
+    seed = nocloud.read_iso(rundir.seed)
     if identity is not None:
         seed = nocloud.rename(
             seed,
@@ -137,4 +135,6 @@ def _write_seed(
         )
     if user_data is not None:
         seed = dataclasses.replace(seed, user_data=user_data)
-    nocloud.write_iso(seed, rundir.seed, length=saved.seed.stat().st_size)
+    length = rundir.seed.stat().st_size
+    rundir.seed.unlink()
+    nocloud.write_iso(seed, rundir.seed, length)

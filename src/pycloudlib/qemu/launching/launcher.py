@@ -336,7 +336,12 @@ class Ready(Generic[Kept]):
         if not cache.bound:
             _log.info("No machines are kept ready (warm_cache_mib = 0 in [qemu])")
             return launch_new(image, options)
-        key = build_key(image, options, host)
+        parts = options.find_parts(image, self.launcher.working_dir).all
+        for part in parts:
+            if part.save_obstacle is not None:
+                _log.warning("Nothing is kept ready: %s", part.save_obstacle)
+                return launch_new(image, options)
+        key = build_key(image, options, host, parts)
         refused: SavedMachine | None = None
         for _ in range(_TRIES):
             saved = cache.find(key, host)

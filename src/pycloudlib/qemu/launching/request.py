@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pycloudlib._base.files import expand_user, is_file
@@ -15,7 +16,8 @@ from pycloudlib.guest.access import hostkeys, loginkey
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store
 from pycloudlib.key import KeyPair
-from pycloudlib.qemu.disk import diskimage
+from pycloudlib.qemu.disk import diskimage, layers
+from pycloudlib.qemu.parts.furtherdisk import Disk, FurtherDisk, parse_disks
 from pycloudlib.qemu.parts.part import Part
 from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state.spec import (
@@ -49,6 +51,24 @@ class SeedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class AskedParts:
+    """The parts that are asked for, beside those that every machine has; checked.
+
+    Attributes:
+        kernel_boot: The kernel to load directly; None to boot from the disk.
+        disks: Disks beside the root disk.
+    """
+
+    kernel_boot: KernelBoot | None = None
+    disks: tuple[FurtherDisk, ...] = ()
+
+    @property
+    def all(self) -> tuple[Part, ...]:
+        """All of them."""
+        return (*self.disks, *(() if self.kernel_boot is None else (self.kernel_boot,)))
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchOptions:
     """What the caller of a launch asks for, as it was given; see `Qemu.launch`."""
 
@@ -64,6 +84,7 @@ class LaunchOptions:
     launch_args: Sequence[str] | None = None
     name: str | None = None
     disk_size_gib: int | None = None
+    disks: Sequence[int | Disk] | None = None
 
     def __post_init__(self) -> None:
         if self.username is not None and not isinstance(self.username, str):
@@ -77,6 +98,24 @@ class LaunchOptions:
     def name_with(self, tag: str) -> str:
         """Return the machine's name: the chosen one, or one made from its cloud's tag."""
         return make_name(tag) if self.name is None else self.name
+
+    def find_parts(self, image: Path, working_dir: Path) -> AskedParts:
+        """Check the parts that are asked for, beside those that every machine has.
+
+        Args:
+            image: The image of the root disk.
+            working_dir: Where the directories of clouds are; see `look_at`.
+
+        Raises:
+            ValueError: One of them cannot be.
+            FileNotFoundError: A file of one is not there.
+            MissingKernelError: There is no kernel for `kernel_cmdline`.
+        """
+        look = partial(look_at, working_dir=working_dir, root=image)
+        return AskedParts(
+            find_kernel_boot(image, self.kernel_cmdline, self.kernel_path),
+            parse_disks(self.disks, look),
+        )
 
     def changes_to(self, spec: MachineSpec) -> list[str]:
         """Name the options that ask for another machine than one that exists already."""
@@ -95,6 +134,7 @@ _MACHINE_OPTIONS = (
     "no_seed_iso",
     "launch_args",
     "disk_size_gib",
+    "disks",
 )
 
 
@@ -110,6 +150,7 @@ class LaunchRequest:
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU.
         disk_size: Length of its disk in bytes; None for the usual one.
+        disks: Disks beside the root disk.
     """
 
     name: str
@@ -119,16 +160,45 @@ class LaunchRequest:
     kernel_boot: KernelBoot | None
     launch_args: tuple[str, ...]
     disk_size: int | None = None
+    disks: tuple[FurtherDisk, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that are asked for, beside those that every machine has."""
-        return () if self.kernel_boot is None else (self.kernel_boot,)
+        return AskedParts(self.kernel_boot, self.disks).all
 
     @property
     def needs(self) -> tuple[Path, ...]:
         """The files that must not be deleted meanwhile, beside the image."""
         return tuple(file for part in self.parts for file in part.needs)
+
+
+def look_at(
+    image: Path, write: bool, *, working_dir: Path, root: Path | None = None
+) -> diskimage.BaseImage:
+    """Look at the image of a further disk before it is trusted.
+
+    Args:
+        image: The image.
+        write: Whether the machine is to write to it.
+        working_dir: Where the directories of clouds are.
+        root: The image of the root disk, if the disk is one of a new machine.
+
+    Raises:
+        ValueError: It is damaged or unsafe, or machines are made of it and it would change.
+        ImageInUseError: It would change under instances or snapshots that are built on it.
+    """
+    if write:
+        place = image.resolve()
+        kept = store.find_record(image) is not None or place.is_relative_to(working_dir.resolve())
+        if kept or (root is not None and place == root.resolve()):
+            raise ValueError(
+                f"The image {image} is one that machines are made of, and with write=True it would "
+                "change: leave that out, or copy the image and give the copy"
+            )
+        with layers.deleting(image, working_dir):
+            pass  # nothing is built on it, which is what the deletion of an image needs, too
+    return diskimage.inspect_image(image, working_dir)
 
 
 def parse_launch_args(launch_args: Sequence[str] | None) -> tuple[str, ...]:
@@ -259,14 +329,16 @@ def check_request(
         loginkey.prove(key, "the cloud's SSH key")
     seed = SeedRequest(key.public_key_line, *data)
     base = diskimage.inspect_image(image, working_dir)
+    asked = options.find_parts(image, working_dir)
     return LaunchRequest(
         name=options.name_with(tag),
         instance_type=InstanceType.parse(
             DEFAULT_INSTANCE_TYPE if options.instance_type is None else options.instance_type
         ),
         launch_args=parse_launch_args(options.launch_args),
-        kernel_boot=find_kernel_boot(image, options.kernel_cmdline, options.kernel_path),
         seed=None if options.no_seed_iso else seed,
         image=base,
         disk_size=diskimage.parse_size(options.disk_size_gib, base),
+        kernel_boot=asked.kernel_boot,
+        disks=asked.disks,
     )

@@ -29,13 +29,13 @@ from pycloudlib.guest.boot.bootlines import Phase
 from pycloudlib.guest.boot.readiness import BootWatch
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.guest.data import userdata
-from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.ownership import Orphans
 from pycloudlib.qemu.host.resources import PortLease
 from pycloudlib.qemu.launching.beginning import (
     Host,
     PowerOn,
+    create_disks,
     create_run_directory,
     describe_machine,
     start_machine,
@@ -46,7 +46,7 @@ from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, make_s
 from pycloudlib.qemu.parts.part import SHARED, Origin
 from pycloudlib.qemu.parts.standard import SEED_NODE
 from pycloudlib.qemu.saved.capture import write_whole
-from pycloudlib.qemu.saved.restoring import prepared_restore
+from pycloudlib.qemu.saved.restoring import create_overlays, prepared_restore
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -148,7 +148,7 @@ def make_starting_point(
     request = dataclasses.replace(request, launch_args=())
     with contextlib.ExitStack() as stack:
         rundir = create_run_directory(parent_dir / request.name, stack, Orphans.REAP)
-        diskimage.create_overlay(request.image, rundir.disk, size=request.disk_size)
+        create_disks(rundir, request)
         nocloud.write_iso(nocloud.Seed(b"", b""), rundir.seed, make_seed(request).volume_length)
 
         def switch_on(machine: Machine) -> None:
@@ -245,6 +245,9 @@ def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
             (machine.rundir.console_log, saved.console_log),
         ):
             copy_private(source, target)
+        for own in machine.spec.own_disks:
+            if own.suffix:
+                own.beside(saved.image).rename(own.kept_beside(saved.image))
         return savedmachine.write_facts(saved, saved.login)
 
 
@@ -263,7 +266,7 @@ class FirstBoot(PowerOn):
         """Make its disk and its seed."""
         start = self.start
         assert start.rtc_lag is not None
-        diskimage.create_overlay(diskimage.read_layer(start.image), rundir.disk, unopened=True)
+        create_overlays(start, rundir)
         program = helper.first_boot_program(saved_at=start.saved_at, rtc_lag=start.rtc_lag)
         write_private(rundir.first_boot, program)
         supply_seed(

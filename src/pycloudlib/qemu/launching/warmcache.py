@@ -31,7 +31,6 @@ from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.request import (
     LaunchOptions,
     LaunchRequest,
-    find_kernel_boot,
     make_seed,
 )
 from pycloudlib.qemu.parts.part import Part
@@ -73,10 +72,15 @@ class WarmImage:
     first_boot: bool = False
 
 
-def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
-    """Digest everything that decides what a machine is like when it has booted."""
-    boot = find_kernel_boot(image, options.kernel_cmdline, options.kernel_path)
-    parts = () if boot is None else (boot,)
+def build_key(image: Path, options: LaunchOptions, host: Host, parts: Sequence[Part]) -> str:
+    """Digest everything that decides what a machine is like when it has booted.
+
+    Args:
+        image: The image.
+        options: What was asked for.
+        host: What it runs on.
+        parts: The parts that are asked for, checked.
+    """
     return _digest(image, host, parts, options=options.to_plain())
 
 
@@ -190,7 +194,8 @@ class WarmCache:
             saved = savedmachine.find(image)
             if saved is None:
                 continue
-            missing = [str(file) for file in layers.chain(image) if not file.is_file()]
+            files = (file for tip in layers.list_disks(image) for file in layers.chain(tip))
+            missing = [str(file) for file in files if not file.is_file()]
             obstacle = saved.find_obstacle(
                 savedmachine.host_fingerprint(host.binary, host.accelerator)
             ) or (f"{missing[0]} is missing" if missing else None)
@@ -211,7 +216,7 @@ class WarmCache:
             TooLargeError: It is larger than the cache may be.
             OSError: It could not be written.
         """
-        size = _size(saved.image, saved.directory)
+        size = _size(saved.image)
         if size > self.bound:
             raise TooLargeError(size, self.bound)
         self.prune(self.bound - size)
@@ -396,11 +401,12 @@ def _describe(image: Path, saved: SavedMachine) -> WarmImage:
         image_id=str(image),
         base=str(layers.chain(image)[-1]),
         instance_type=str(saved.spec.instance_type),
-        size=_size(image, saved.directory),
+        size=_size(image),
         last_used=image.parent.stat().st_mtime,
         first_boot=saved.is_starting_point,
     )
 
 
-def _size(image: Path, directory: Path) -> int:
-    return allocated_size(image, *directory.iterdir())
+def _size(image: Path) -> int:
+    directory = savedmachine.directory_of(image)
+    return allocated_size(image, *layers.list_kept_disks(image), *directory.iterdir())

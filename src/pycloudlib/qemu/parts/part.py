@@ -128,6 +128,10 @@ class Start:
         return self.disk.parent
 
 
+SUFFIX = r"\+[0-9A-Za-z._-]+"
+"""What a disk's `OwnDisk.suffix` looks like, unless it is the root disk's."""
+
+
 @dataclass(frozen=True, slots=True)
 class OwnDisk:
     """A disk whose file is the machine's own, and is saved and rolled back with the machine.
@@ -136,10 +140,16 @@ class OwnDisk:
         device: QEMU's name of the drive or its device, by which it is found in a running QEMU.
         suffix: What tells its file from that of the machine's root disk, or of a saved one; empty
             for the root disk itself.
+        size: Its length in bytes; 0 where the launch decides, as with the root disk.
+        image: The image that it begins with; None for one that begins empty.
+        image_format: The image's format.
     """
 
     device: str
     suffix: str = ""
+    size: int = 0
+    image: Path | None = None
+    image_format: str = ""
 
     def beside(self, disk: Path) -> Path:
         """Name its file in the directory of a machine.

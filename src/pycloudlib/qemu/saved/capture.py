@@ -267,7 +267,8 @@ def running_twin(machine: Machine, state: int | None = None) -> Iterator[Running
         # No other program takes it for a machine, and `prune` removes it if this one is killed.
         create_owned_directory(rundir.path, Orphans.REAP)
         stack.callback(rundir.remove)
-        diskimage.create_empty(rundir.disk)
+        for disk in machine.spec.own_disks:
+            diskimage.create_empty(disk.beside(rundir.disk))
         spec = dataclasses.replace(machine.spec, disk=rundir.disk, telnet_port=_ANY_PORT)
         origin = Origin(SHARED, state=state, is_twin=True)
         twin = RunningQemu.start(machine.binary, spec, rundir, origin)

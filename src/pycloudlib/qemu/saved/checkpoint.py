@@ -74,7 +74,8 @@ def save(
     with machine.changing(), contextlib.ExitStack() as undo:
         _check_can_be_saved(machine)
         qemu = machine.qemu()
-        livedisk.merge_layers(qemu, machine.rundir.disk)
+        for disk in machine.spec.own_disks:
+            livedisk.merge_layers(qemu, disk.device, disk.beside(machine.rundir.disk))
         image = store.reserve(image_name, undo)
         with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
             with capture.choose(machine, directory) as reading:
@@ -110,21 +111,23 @@ def _freeze(
     rundir, qemu = machine.rundir, machine.qemu()
     store = layers.LayerStore(rundir.path.parent)
     seen = qemu.events
-    with (
-        store.freezing(rundir.disk, image, in_use=True) as frozen,
-        qemu.session() as session,
-    ):
+    disks = machine.spec.own_disks
+    images = {disk.beside(rundir.disk): disk.kept_beside(image) for disk in disks}
+    with store.freezing(images, in_use=True) as frozen, qemu.session() as session:
         _check_runs(machine, session)
+        fresh = [(disk, layer.fresh) for disk, layer in zip(disks, frozen, strict=True)]
         # So that the next program resumes the machine, if this one is killed.
-        rundir.write_saving(frozen.fresh)
+        rundir.write_saving({disk.suffix: file for disk, file in fresh})
+        by_device = {disk.device: file for disk, file in fresh}
         try:
             with (
-                livedisk.switching(session, frozen.fresh) as switch_disk,
+                livedisk.switching(session, by_device) as switch_disks,
                 paused(machine, session, limit),
             ):
                 reading.read_memory()
-                switch_disk()
-                frozen.exchange()
+                switch_disks()
+                for layer in frozen:
+                    layer.exchange()
                 reading.read_state()
             session.take_back_all()
         except BaseException:
@@ -134,7 +137,8 @@ def _freeze(
         pause = measure_pause(qemu, seen)
         machine.paused_by_saves += pause or 0.0
     undo.callback(uses.forget, image)
-    undo.callback(image.unlink)
+    for file in images.values():
+        undo.callback(file.unlink)
     return pause
 
 
@@ -231,7 +235,9 @@ def _check_can_be_saved(machine: Machine) -> None:
             f"{machine.spec.name} cannot be saved while network interfaces are plugged in "
             f"({', '.join(plugged)}): remove_network_interface() first"
         )
-    added = list_added(machine)
+    # Disks are among the machine's parts, whenever they were added.
+    known = {disk.device for disk in machine.spec.own_disks}
+    added = [name for name in list_added(machine) if name not in known]
     if added:
         raise CloudError(
             f"{machine.spec.name} cannot be saved while it has devices that were added to it "

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
@@ -17,13 +18,13 @@ from pycloudlib.guest.helper import FixUp
 from pycloudlib.images import uses
 from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.parts.part import Memory, Origin
+from pycloudlib.qemu.parts.part import Memory, Origin, OwnDisk
 from pycloudlib.qemu.saved.devicestate import accept_state, send_saved_state, wait_for_state
 from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
-from pycloudlib.qemu.state.spec import MachineSpec
+from pycloudlib.qemu.state.spec import PLUGGED, MachineSpec
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.running import RunningQemu
 
@@ -99,6 +100,12 @@ def check_runs_here(saved: SavedMachine, binary: Path, accelerator: Accelerator)
         raise CloudError(f"{saved.image} cannot be restored here: {obstacle}")
 
 
+def create_overlays(saved: SavedMachine, rundir: RunDirectory) -> None:
+    """Make the disks of a machine that begins where another was saved, on the disks of that."""
+    for own in saved.spec.own_disks:
+        diskimage.create_on_layer(own.kept_beside(saved.image), own.beside(rundir.disk))
+
+
 def roll_back(machine: Machine, saved: SavedMachine) -> None:
     """Restore a machine to the moment at which it was saved; later changes are lost.
 
@@ -113,27 +120,66 @@ def roll_back(machine: Machine, saved: SavedMachine) -> None:
 
 
 def _roll_back(machine: Machine, saved: SavedMachine) -> None:
-    rundir = machine.rundir
-    fresh, before = (rundir.disk.with_name(f".{secrets.token_hex(8)}.qcow2") for _ in range(2))
+    rundir, spec = machine.rundir, machine.spec
+    # A disk that was added since goes, and one that was removed is there again.
+    ours, theirs = ({disk.suffix: disk for disk in one.own_disks} for one in (spec, saved.spec))
+    exchanges = [_DiskExchange.of(rundir, disk) for disk in (ours | theirs).values()]
 
-    def exchange_disk() -> None:
-        os.link(rundir.disk, before)
-        # One rename: at any moment there is a complete disk under that name.
-        fresh.replace(rundir.disk)
+    def exchange() -> None:
+        for each in exchanges:
+            each.exchange()
+        machine.change_spec(saved.spec.at_place_of(spec))
 
     with contextlib.ExitStack() as undo, prepared_restore(saved, rundir) as (origin, load_state):
-        undo.callback(fresh.unlink, missing_ok=True)
-        undo.callback(_put_back, before, rundir.disk)
-        diskimage.create_overlay(diskimage.read_layer(saved.image), fresh, unopened=True)
-        machine.restart_with(exchange_disk, origin, load_state)
+        for each in exchanges:
+            undo.callback(each.undo)
+            if each.own.suffix in theirs:
+                diskimage.create_on_layer(each.own.kept_beside(saved.image), each.fresh)
+        undo.callback(machine.change_spec, spec)
+        machine.restart_with(exchange, origin, load_state)
         undo.pop_all()
-    before.unlink()
+    for each in exchanges:
+        each.before.unlink(missing_ok=True)
     _expect_fix_up(rundir, saved)
 
 
-def _put_back(before: Path, disk_file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        before.replace(disk_file)
+@dataclass(frozen=True, slots=True)
+class _DiskExchange:
+    """A disk of a machine that is exchanged for that of a saved one.
+
+    Attributes:
+        own: Which disk it is.
+        disk: Its file.
+        fresh: What takes its place; not there for a disk that the saved machine does not have.
+        before: The name that it keeps meanwhile.
+    """
+
+    own: OwnDisk
+    disk: Path
+    fresh: Path
+    before: Path
+
+    @classmethod
+    def of(cls, rundir: RunDirectory, own: OwnDisk) -> _DiskExchange:
+        """Choose names for the exchange of a machine's disk."""
+        fresh, before = (rundir.path / f".{secrets.token_hex(8)}.qcow2" for _ in range(2))
+        return cls(own, own.beside(rundir.disk), fresh, before)
+
+    def exchange(self) -> None:
+        """Give the fresh disk the name of the machine's."""
+        with contextlib.suppress(FileNotFoundError):  # it was removed since
+            os.link(self.disk, self.before)
+        if self.fresh.exists():
+            # One rename: at any moment there is a whole disk under that name.
+            self.fresh.replace(self.disk)
+        else:
+            self.disk.unlink()
+
+    def undo(self) -> None:
+        """Give the machine back the disk that it had."""
+        self.fresh.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was not exchanged
+            self.before.replace(self.disk)
 
 
 def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
@@ -152,10 +198,10 @@ def _expect_fix_up(rundir: RunDirectory, saved: SavedMachine) -> None:
 
 def check_is_of(saved: SavedMachine, spec: MachineSpec) -> None:
     """Raise CloudError, which names the difference, unless a saved machine is of this machine."""
-    places = ("name", "disk", "seed", "ssh_port", "telnet_port")
+    there = saved.spec.at_place_of(spec)
     for field in dataclasses.fields(MachineSpec):
-        ours, theirs = getattr(spec, field.name), getattr(saved.spec, field.name)
-        if field.name not in places and ours != theirs:
+        ours, theirs = getattr(spec, field.name), getattr(there, field.name)
+        if field.name not in PLUGGED and ours != theirs:
             raise CloudError(
                 f"{spec.name} cannot be rolled back to {saved.image}: that is another machine "
                 f"(its {field.name} is {theirs}, not {ours})"
@@ -171,7 +217,15 @@ def copy_beside(saved: SavedMachine, image: Path, linked_for: Path | None = None
         linked_for: The final name of the image, when the large file is a hard link; None for a
             copy.
     """
-    with savedmachine.new_directory(savedmachine.directory_of(image)) as directory:
+    with (
+        savedmachine.new_directory(savedmachine.directory_of(image)) as directory,
+        contextlib.ExitStack() as undo,
+    ):
+        for own in saved.spec.own_disks:
+            if own.suffix:
+                source, target = own.kept_beside(saved.image), own.kept_beside(image)
+                undo.callback(target.unlink, missing_ok=True)
+                _copy_disk(source, target, linked=linked_for is not None)
         for file in sorted(saved.directory.iterdir()):
             if file != saved.memory:
                 copy_private(file, directory / file.name)
@@ -182,6 +236,15 @@ def copy_beside(saved: SavedMachine, image: Path, linked_for: Path | None = None
         final = savedmachine.directory_of(linked_for or image)
         relocated = dataclasses.replace(saved, image=image)
         savedmachine.write_facts(relocated, savedmachine.relocate(saved, directory, final))
+        undo.pop_all()
+
+
+def _copy_disk(source: Path, target: Path, *, linked: bool) -> None:
+    if linked:
+        os.link(source, target)
+    else:
+        # As one file that needs no other, as the image of the root disk is.
+        diskimage.export(source, target, compress=False, on_progress=lambda _progress: None)
 
 
 def _copy_memory(source: Path, target: Path) -> None:

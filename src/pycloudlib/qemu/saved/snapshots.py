@@ -79,6 +79,13 @@ def snapshot_disk(instance: Instance, on_saved: Callable[[str], None], *, clean:
     disk = machine.rundir.disk
     # Were it switched on meanwhile, it would write to the image.
     with machine.staying_off():
+        left_out = [file.name for file in layers.list_disks(disk)[1:]]
+        if left_out:
+            _log.warning(
+                "The snapshot of %s is of its root disk alone, without %s (memory=True saves all)",
+                instance.name,
+                ", ".join(left_out),
+            )
         base = layers.chain(disk)[-1]
         image = layers.LayerStore(machine.rundir.path.parent).freeze(
             disk, f"{make_name(instance.name)}.img"

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.host.ownership import owner_file
 from pycloudlib.qemu.host.processes import ProcessIdentity, ProcessRecord, find_proc_directory
+from pycloudlib.qemu.parts.part import SUFFIX
 from pycloudlib.qemu.parts.standard import (
     ATTACH_SOCKET,
     CONSOLE_LOG,
@@ -44,7 +45,7 @@ _SPEC_FILE = "machine.json"
 _ID_SEPARATOR = "::"
 # How often the removal of a directory is tried while another program adds files to it.
 _REMOVALS = 100
-_FRESH = re.compile(r"\.[0-9a-f]{16}\.qcow2")
+_FRESH = re.compile(rf"(?P<name>\.[0-9a-f]{{16}}\.qcow2)(?: (?P<suffix>{SUFFIX}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +157,17 @@ class RunDirectory:
         """The overlay that is the root disk."""
         return self.path / f"{self.path.name}.qcow2"
 
-    def write_spec(self, spec: MachineSpec) -> None:
-        """Write what machine this is."""
-        _write(self._spec_file, spec.to_json())
+    def write_spec(self, spec: MachineSpec, *, created: float | None = None) -> None:
+        """Write what machine this is.
+
+        Args:
+            spec: The machine.
+            created: When it was made, in seconds since the epoch, if that was not just now.
+        """
+        with replace_atomically(self._spec_file) as temporary:
+            write_private(temporary, spec.to_json() + "\n")
+            if created is not None:
+                os.utime(temporary, (created, created))
 
     def read_spec(self) -> MachineSpec:
         """Read what machine this is.
@@ -211,22 +220,31 @@ class RunDirectory:
         except (OSError, ValueError):
             return 0
 
-    def write_saving(self, fresh: Path) -> None:
-        """Mark that the machine is being saved, and to which overlay its disk is switched."""
-        _write(self._saving_file, fresh.name, synced=False)
+    def write_saving(self, fresh: Mapping[str, Path]) -> None:
+        """Mark that the machine is being saved, and to which overlays its disks are switched.
+
+        Args:
+            fresh: The overlays, by the suffixes of the disks (`OwnDisk.suffix`).
+        """
+        lines = (f"{file.name} {suffix}".rstrip() for suffix, file in fresh.items())
+        _write(self._saving_file, "\n".join(lines), synced=False)
 
     @property
     def is_being_saved(self) -> bool:
         """Whether the machine is being saved, or was when that was cut off."""
         return self._saving_file.exists()
 
-    def find_fresh_overlay(self) -> Path | None:
-        """Find the overlay to which the disk of a machine that is being saved is switched."""
+    def find_fresh_overlays(self) -> dict[str, Path]:
+        """Find the overlays to which the disks of a machine that is being saved are switched.
+
+        Returns:
+            The overlays, by the suffixes of the disks.
+        """
         with contextlib.suppress(OSError, ValueError):
-            name = self._saving_file.read_text(encoding="utf-8").strip()
-            if _FRESH.fullmatch(name):
-                return self.path / name
-        return None
+            lines = self._saving_file.read_text(encoding="utf-8").splitlines()
+            found = filter(None, map(_FRESH.fullmatch, lines))
+            return {match["suffix"] or "": self.path / match["name"] for match in found}
+        return {}
 
     def forget_saving(self) -> None:
         """Remove the mark that the machine is being saved."""

@@ -65,6 +65,7 @@ class SavedMachine:
             longer than all else together.
         state_mark: The same of its state.
         disk_mark: The same of the image; empty of one that was saved by an older version.
+        further_marks: The same of its other disks, in the order of its parts.
     """
 
     image: Path
@@ -77,6 +78,7 @@ class SavedMachine:
     memory_mark: str = ""
     state_mark: str = ""
     disk_mark: str = ""
+    further_marks: tuple[str, ...] = ()
 
     @property
     def is_starting_point(self) -> bool:
@@ -104,6 +106,11 @@ class SavedMachine:
         return self.directory / SEED_FILE
 
     @property
+    def further_disks(self) -> tuple[Path, ...]:
+        """Its disks beside the root disk."""
+        return tuple(disk.kept_beside(self.image) for disk in self.spec.own_disks if disk.suffix)
+
+    @property
     def console_log(self) -> Path:
         """What it had written to its console, where that is part of what comes after."""
         return self.directory / CONSOLE_LOG
@@ -121,6 +128,7 @@ class SavedMachine:
             self.memory: self.memory_mark,
             self.state: self.state_mark,
             self.image: self.disk_mark,
+            **dict(zip(self.further_disks, self.further_marks, strict=False)),
         }
         for file, mark in marks.items():
             try:
@@ -147,6 +155,7 @@ class _KeptFacts:
     memory_mark: str
     state_mark: str
     disk_mark: str = ""
+    further_marks: tuple[str, ...] = ()
 
 
 def directory_of(image: Path) -> Path:
@@ -230,6 +239,7 @@ def write_facts(saved: SavedMachine, login: LoginFacts) -> SavedMachine:
         memory_mark=_mark(saved.memory),
         state_mark=_mark(saved.state),
         disk_mark=_mark(saved.image),
+        further_marks=tuple(map(_mark, saved.further_disks)),
     )
     plain = {"spec": json.loads(saved.spec.to_json()), "login": dataclasses.asdict(login)}
     facts = {key: plain.get(key, getattr(marked, key)) for key in _KeptFacts.__slots__}

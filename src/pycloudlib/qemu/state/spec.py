@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pycloudlib._base.documents import decode, parse_json
 from pycloudlib.qemu.host.accelerator import Accelerator
+from pycloudlib.qemu.parts.furtherdisk import FurtherDisk
 from pycloudlib.qemu.parts.part import OwnDisk, Part
 from pycloudlib.qemu.parts.standard import (
     Board,
@@ -31,6 +32,10 @@ _HOSTNAME_LIMIT = 63  # RFC 1035: octets of a label
 LAYERS = "layers"
 SNAPSHOTS = "snapshots"
 _RESERVED = (LAYERS, SNAPSHOTS)
+# The fields of a description that tell apart machines which are alike otherwise.
+_PLACES = ("name", "disk", "seed", "ssh_port", "telnet_port")
+PLUGGED = ("disks",)
+"""The fields of a description that change while the machine runs."""
 # Only an initrd finds a file system by its label; without one the kernel wants a device.
 _ROOT_BY_LABEL = "root=LABEL=cloudimg-rootfs ro"
 _ROOT_BY_DEVICE = "root=/dev/sda1 ro"
@@ -52,6 +57,7 @@ class MachineSpec:
         mac: The network card's address.
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU, from the caller.
+        disks: Its disks beside the root disk.
     """
 
     name: str
@@ -64,6 +70,7 @@ class MachineSpec:
     mac: str
     kernel_boot: KernelBoot | None = None
     launch_args: tuple[str, ...] = ()
+    disks: tuple[FurtherDisk, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -78,11 +85,16 @@ class MachineSpec:
             Console(self.telnet_port),
             RandomNumbers(),
             RootDisk(),
+            *self.disks,
             *(() if self.seed is None else (Seed(self.seed),)),
             Card(self.mac, self.ssh_port),
             HelperPort(),
             *(() if self.kernel_boot is None else (self.kernel_boot,)),
         )
+
+    def at_place_of(self, other: MachineSpec) -> MachineSpec:
+        """Return this machine with the name, the ports, the disk and the seed of another."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in _PLACES})
 
     @property
     def own_disks(self) -> tuple[OwnDisk, ...]:

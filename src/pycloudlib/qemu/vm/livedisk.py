@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import opened
 from pycloudlib.errors import CloudError
 from pycloudlib.qemu.disk import layers
+from pycloudlib.qemu.state.spec import LAYERS
 from pycloudlib.qemu.vm.qmp import QmpError, QmpSession
 from pycloudlib.qemu.vm.running import RunningQemu
 
-_ROOT = "root"
 _NODE = "overlay-"
 _OVERLAY = re.compile(rf"{_NODE}[0-9a-f]+")
 _FDSET = re.compile(r"/dev/fdset/([0-9]+)")
@@ -25,51 +25,99 @@ _MERGE_LIMIT = 600.0
 
 
 @contextlib.contextmanager
-def switching(session: QmpSession, fresh: Path) -> Iterator[Callable[[], None]]:
-    """Have QEMU open an overlay; yield the function that switches the disk to it.
+def switching(session: QmpSession, fresh: Mapping[str, Path]) -> Iterator[Callable[[], None]]:
+    """Have QEMU open overlays; yield the function that switches the disks to them.
 
-    QEMU opens it by descriptors, since it opens the file again, for reading only, when the next
-    overlay comes; by then it has another name. Call `finish_switch` after an error.
+    It switches all of them at one moment, or none. Call `finish_switch` after an error.
 
     Args:
         session: A session with the QEMU.
-        fresh: The overlay, on the disk that it has.
+        fresh: The overlays, by QEMU's names of the disks that they are on.
 
     Raises:
         QmpError: QEMU refused.
     """
     # Asked now: while the guest is paused, each answer prolongs that.
-    node, active = _name_node(fresh), find_active(session)
+    switches = [
+        {"node": find_active(session, device), "overlay": name_node(file)}
+        for device, file in fresh.items()
+    ]
+
+    def switch() -> None:
+        if len(switches) == 1:
+            session.execute("blockdev-snapshot", switches[0])
+        else:
+            actions = [{"type": "blockdev-snapshot", "data": each} for each in switches]
+            session.execute("transaction", {"actions": actions})
+
+    with contextlib.ExitStack() as stack:
+        for file in fresh.values():
+            stack.enter_context(opened_node(session, file, {"backing": None}))
+        yield switch
+
+
+@contextlib.contextmanager
+def opened_node(
+    session: QmpSession,
+    file: Path,
+    how: Mapping[str, Any],
+    *,
+    node: str = "",
+    flushed: bool = False,
+) -> Iterator[str]:
+    """Let QEMU open a disk's file by descriptors; that to write by is taken back after the block.
+
+    By descriptors, since QEMU opens the file again, for reading only, when the next overlay comes;
+    by then it has another name. And QMP takes no path that is not text.
+
+    Args:
+        session: A session with the QEMU.
+        file: The file.
+        how: Options of the node that are others than those of an overlay.
+        node: Its name; by default by that of the file, which is that of a fresh overlay.
+        flushed: Whether what the guest flushes outlives a crash of the host.
+
+    Yields:
+        QEMU's name of the node, which stays when the block ends.
+    """
+    node = node or name_node(file)
     # Of several descriptors, it takes the one that is open as it wants the file.
-    with opened(fresh, os.O_RDONLY) as reading, opened(fresh, os.O_RDWR) as writing:
+    with opened(file, os.O_RDONLY) as reading, opened(file, os.O_RDWR) as writing:
         # By this one it is opened again.
         lent = session.lend(reading, keep=True)
         try:
             to_write = session.lend(writing, lent.fdset)
-            how = {"discard": "unmap", "cache": {"no-flush": True}}
-            file = {"driver": "file", "node-name": f"{node}-file", "filename": lent.path, **how}
+            common = {"discard": "unmap", "cache": {"no-flush": not flushed}}
+            protocol = {"driver": "file", "node-name": f"{node}-file", "filename": lent.path}
             session.execute(
                 "blockdev-add",
-                {"driver": "qcow2", "node-name": node, "backing": None, "file": file, **how},
+                {
+                    "driver": "qcow2",
+                    "node-name": node,
+                    "file": {**protocol, **common},
+                    **common,
+                    **how,
+                },
             )
         except BaseException:
             session.take_back(lent)
             raise
-
-        def switch() -> None:
-            session.execute("blockdev-snapshot", {"node": active, "overlay": node})
-
         try:
-            yield switch
+            yield node
         finally:
             # As long as QEMU has it, the file is locked for all others.
             session.take_back(to_write)
 
 
-def finish_switch(session: QmpSession, fresh: Path) -> bool:
+def finish_switch(session: QmpSession, device: str, fresh: Path) -> bool:
     """Finish or undo a switch that `switching` began, in this program or another.
 
     QEMU is asked: an answer may have been lost.
+
+    Args:
+        session: A session with the QEMU.
+        device: Its name of the disk.
+        fresh: The overlay.
 
     Returns:
         Whether the machine writes to the fresh overlay. Else QEMU closes that.
@@ -77,28 +125,39 @@ def finish_switch(session: QmpSession, fresh: Path) -> bool:
     Raises:
         QmpError: It could not be asked.
     """
-    node = _name_node(fresh)
-    if find_active(session) == node:
+    node = name_node(fresh)
+    if find_active(session, device) == node:
         return True
     if node in list_nodes(session):
         _close_node(session, node)
     return False
 
 
-def merge_layers(qemu: RunningQemu, disk: Path) -> None:
-    """Merge the layers below a running machine's disk into it when they have become many.
+def merge_layers(qemu: RunningQemu, device: str, disk: Path) -> None:
+    """Merge the layers below a disk of a running machine into it when they have become many.
+
+    Args:
+        qemu: The machine's QEMU.
+        device: Its name of the disk.
+        disk: The disk.
 
     Raises:
         MachineEndedError: It ended meanwhile.
         CloudError: It did not work.
     """
-    if layers.too_deep(disk) is None:
+    lowest = layers.too_deep(disk)
+    if lowest is None:
         return
     deadline = Deadline.after(_MERGE_LIMIT)
     job = f"merge-{time.monotonic_ns()}"
     with qemu.session() as session:
         session.execute(
-            "block-stream", {"job-id": job, "device": _ROOT, "base-node": _find_lowest(session)}
+            "block-stream",
+            {
+                "job-id": job,
+                "device": find_active(session, device),
+                **_choose_base(session, device, lowest),
+            },
         )
         event = qemu.wait_for_event(
             lambda event: event.name == "BLOCK_JOB_COMPLETED" and event.data["device"] == job,
@@ -106,21 +165,43 @@ def merge_layers(qemu: RunningQemu, disk: Path) -> None:
         )
         if "error" in event.data:
             raise CloudError(f"{qemu.name}: merging its layers failed: {event.data['error']}")
-        _forget_merged(session)
+        close_unused(session)
 
 
-def _forget_merged(session: QmpSession) -> None:
-    """Have QEMU close the overlays that the disk is no longer built on."""
-    active = find_active(session)
+def _choose_base(session: QmpSession, device: str, lowest: Path) -> dict[str, str]:
+    """Choose what a disk whose layers are merged stays on: the lowest file, or nothing at all."""
+    base = {"base-node": _find_lowest(session, device)}
+    if lowest.parent.name != LAYERS:
+        return base
+    # It began as the machine's own disk, and QEMU knows it by the name that it had then: by that
+    # name it would write the disk to be built on itself.
+    try:
+        str(lowest).encode()
+    except UnicodeEncodeError:  # a path that QMP has no words for
+        return {}
+    return {**base, "backing-file": str(lowest)}
+
+
+def close_unused(session: QmpSession) -> None:
+    """Have QEMU close the overlays that no disk is built on any more."""
     names = [name for name in list_nodes(session) if _OVERLAY.fullmatch(name)]
-    for name in names:
-        if name == active:
-            continue
-        with contextlib.suppress(QmpError):  # one below is still in use
-            _close_node(session, name)
+    while True:
+        kept = [name for name in names if not _try_close(session, name)]
+        # One that was closed may have been what another was in use by.
+        if kept in ([], names):
+            return
+        names = kept
 
 
-def _name_node(fresh: Path) -> str:
+def _try_close(session: QmpSession, name: str) -> bool:
+    try:
+        _close_node(session, name)
+    except QmpError:  # a disk, or an overlay, is in use of it
+        return False
+    return True
+
+
+def name_node(fresh: Path) -> str:
     """Choose QEMU's name of an overlay: it has at most 31 characters."""
     return f"{_NODE}{fresh.name.split('.')[1]}"
 
@@ -135,17 +216,17 @@ def _close_node(session: QmpSession, name: str) -> None:
             session.execute("remove-fd", {"fdset-id": int(lent[1])})
 
 
-def find_active(session: QmpSession) -> str:
+def find_active(session: QmpSession, device: str) -> str:
     """Find QEMU's name of the overlay that the machine writes to."""
-    return str(_find_root(session)["node-name"])
+    return str(_find_inserted(session, device)["node-name"])
 
 
-def _find_lowest(session: QmpSession) -> str:
+def _find_lowest(session: QmpSession, device: str) -> str:
     """Find QEMU's name of the lowest file of a machine's disk.
 
     Not the file's own: that is a path, which need not be text, and QMP takes nothing else.
     """
-    image = _find_root(session)["image"]
+    image = _find_inserted(session, device)["image"]
     while "backing-image" in image:
         image = image["backing-image"]
     # QEMU writes the path alike in both answers.
@@ -156,10 +237,13 @@ def _find_lowest(session: QmpSession) -> str:
     )
 
 
-def _find_root(session: QmpSession) -> dict[str, Any]:
-    (root,) = (block for block in session.execute("query-block") if block["device"] == _ROOT)
-    inserted: dict[str, Any] = root["inserted"]
-    return inserted
+def _find_inserted(session: QmpSession, device: str) -> dict[str, Any]:
+    """Find what a disk is, by the name of its drive or, without one, by that of its device."""
+    for block in session.execute("query-block"):
+        if device in (block["device"], block.get("qdev")):
+            inserted: dict[str, Any] = block["inserted"]
+            return inserted
+    raise QmpError(f"QEMU has no disk {device}")
 
 
 def list_nodes(session: QmpSession) -> dict[str, dict[str, Any]]:

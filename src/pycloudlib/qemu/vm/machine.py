@@ -158,7 +158,15 @@ class Machine:
         """
         with self.rundir.power_lock():
             recovery.recover(self.rundir)
+            # Another program may have added a disk, or removed one.
+            self.spec = self.rundir.read_spec()
             yield
+
+    def change_spec(self, spec: MachineSpec) -> None:
+        """Let it be another machine from its next start on; the caller is `changing` it."""
+        if spec != self.spec:
+            self.rundir.write_spec(spec, created=self.rundir.created)
+            self.spec = spec
 
     @contextlib.contextmanager
     def staying_off(self) -> Iterator[None]:

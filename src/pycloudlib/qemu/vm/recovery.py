@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib.qemu.parts.part import OwnDisk
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.process import QemuProcess, is_open_elsewhere
@@ -77,17 +79,20 @@ def recover(rundir: RunDirectory, session: QmpSession | None = None) -> None:
     """
     if not rundir.is_being_saved or find_elsewhere(rundir) is not None:
         return
-    name = rundir.read_spec().name
-    fresh = rundir.find_fresh_overlay()
+    spec = rundir.read_spec()
+    name = spec.name
+    fresh = rundir.find_fresh_overlays()
+    disks = [(disk, fresh[disk.suffix]) for disk in spec.own_disks if disk.suffix in fresh]
     process = find_process(rundir)
     try:
         if process is None:
-            _take_unless_lost(fresh, rundir.disk)
+            for disk, file in disks:
+                _take_unless_lost(file, disk.beside(rundir.disk))
         elif session is not None:
-            _recover_running(rundir, fresh, session)
+            _recover_running(rundir, disks, session)
         else:
             with RunningQemu(name, rundir, process, State.RUNNING).session() as opened:
-                _recover_running(rundir, fresh, opened)
+                _recover_running(rundir, disks, opened)
             _log.warning("Resumed %s, whose save was cut off", name)
     except (OSError, CloudError, MachineEndedError) as error:
         _log.error("%s cannot be resumed after a save that was cut off: %s", name, error)
@@ -95,25 +100,33 @@ def recover(rundir: RunDirectory, session: QmpSession | None = None) -> None:
         rundir.forget_saving()
 
 
-def _recover_running(rundir: RunDirectory, fresh: Path | None, session: QmpSession) -> None:
-    """End the save of a machine whose QEMU runs."""
-    if fresh is not None:
-        taken = livedisk.finish_switch(session, fresh)
+def _recover_running(
+    rundir: RunDirectory, disks: Sequence[tuple[OwnDisk, Path]], session: QmpSession
+) -> None:
+    """End the save of a machine whose QEMU runs.
+
+    Args:
+        rundir: The machine's directory.
+        disks: Its disks that were to be frozen, each with the overlay that takes its place.
+        session: A session with its QEMU.
+    """
+    for disk, fresh in disks:
+        taken = livedisk.finish_switch(session, disk.device, fresh)
         if fresh.exists():
             if taken:
-                fresh.replace(rundir.disk)
+                fresh.replace(disk.beside(rundir.disk))
             else:
                 fresh.unlink()
     session.execute("cont")
     session.take_back_all()
 
 
-def _take_unless_lost(fresh: Path | None, disk: Path) -> None:
+def _take_unless_lost(fresh: Path, disk: Path) -> None:
     """Make the fresh overlay the disk of a machine that is off, had its QEMU switched to it or not.
 
     If it had not, the overlay is empty, and built on that same disk.
     """
-    if fresh is None or not fresh.exists():
+    if not fresh.exists():
         return
     if any(file.exists() and file.samefile(disk) for file in layers.chain(fresh)[1:2]):
         fresh.replace(disk)

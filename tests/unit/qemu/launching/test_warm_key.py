@@ -13,8 +13,12 @@ from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.launching import warmcache
 from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.request import LaunchOptions
-from pycloudlib.qemu.launching.warmcache import build_key
 from pycloudlib.qemu.state import savedmachine
+
+
+def build_key(image: Path, options: LaunchOptions, host: Host) -> str:
+    parts = options.find_parts(image, image.parent / "work").all
+    return warmcache.build_key(image, options, host, parts)
 
 
 @pytest.fixture
