@@ -558,3 +558,12 @@ def test_machine_saved_by_a_program_that_was_killed_is_found(
     assert again.machine.spec.disks == machine.machine.spec.disks
     assert qemus(machine.instance_dir) == [machine.machine.pid]
     assert time.time() - machine.machine.rundir.created < 600
+
+
+def test_machine_whose_description_was_damaged_can_be_powered_off(machine: QemuInstance) -> None:
+    before = machine.machine.spec
+    (machine.instance_dir / "machine.json").write_text("{")
+    with machine.machine.changing():
+        assert machine.machine.spec == before
+        machine.machine.kill()
+    assert machine.machine.state is State.OFF

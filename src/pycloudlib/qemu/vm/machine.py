@@ -158,8 +158,10 @@ class Machine:
         """
         with self.rundir.power_lock():
             recovery.recover(self.rundir)
-            # Another program may have added a disk, or removed one.
-            self.spec = self.rundir.read_spec()
+            # Another program may have added a disk, or removed one. A file that is damaged by now
+            # is no reason not to power the machine off.
+            with contextlib.suppress(InstanceNotFoundError):
+                self.spec = self.rundir.read_spec()
             yield
 
     def change_spec(self, spec: MachineSpec) -> None:
