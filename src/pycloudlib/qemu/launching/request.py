@@ -291,7 +291,7 @@ def make_seed(
 ) -> nocloud.Seed:
     """Build the seed of a machine that has one; errors are those of `build_seed`."""
     assert request.seed is not None
-    return nocloud.build_seed(
+    seed = nocloud.build_seed(
         instance_id=f"iid-{uuid.uuid4()}",
         hostname=request.name,
         host_keys=host_keys,
@@ -302,6 +302,9 @@ def make_seed(
         network_config=request.seed.network_config,
         boothook=boothook,
     )
+    for part in request.parts:
+        seed = part.complete_seed(seed)
+    return seed
 
 
 def check_request(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pycloudlib.guest.data.seed import Seed
 from pycloudlib.qemu.host.accelerator import Features
 
 
@@ -196,6 +197,10 @@ class Part:
     def kept_files(self) -> tuple[str, ...]:
         """The names of its files in the machine's directory that a saved machine has, too."""
         return ()
+
+    def complete_seed(self, seed: Seed) -> Seed:
+        """Return the seed of a machine that is launched with it, with what cloud-init is to do."""
+        return seed
 
     @property
     def needs(self) -> tuple[Path, ...]:

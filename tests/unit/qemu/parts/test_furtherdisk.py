@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from pycloudlib.guest.data.seed import Seed
 from pycloudlib.qemu.disk.diskimage import BaseImage
 from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.host.accelerator import Features
 from pycloudlib.qemu.launching import warmcache
 from pycloudlib.qemu.launching.beginning import Host
-from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, look_at
+from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, look_at, make_seed
 from pycloudlib.qemu.launching.startingpoint import find_obstacle
 from pycloudlib.qemu.parts.furtherdisk import FurtherDisk, parse_disk, parse_disks
 from pycloudlib.qemu.parts.part import SUFFIX
@@ -203,6 +204,21 @@ def test_first_boots_begin_where_the_guest_saw_the_same_disks(
     assert len(set(keys)) == len(keys)
     image.write_bytes(b"other data")
     assert warmcache.build_start_key(requests[5], host) != keys[5]
+
+
+class _Mounted(FurtherDisk):
+    """A disk that the guest is told of."""
+
+    __slots__ = ()
+
+    def complete_seed(self, seed: Seed) -> Seed:
+        return dataclasses.replace(seed, user_data=seed.user_data + self.serial.encode())
+
+
+def test_parts_complete_the_seed_in_their_order(request_: LaunchRequest) -> None:
+    mounted = (_Mounted("a", 1, GIB), EMPTY, _Mounted("b", 3, GIB))
+    plain = make_seed(request_).user_data
+    assert make_seed(dataclasses.replace(request_, disks=mounted)).user_data == plain + b"ab"
 
 
 def test_machine_that_writes_to_an_image_boots_from_its_beginning(
