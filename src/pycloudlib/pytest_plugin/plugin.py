@@ -217,19 +217,20 @@ def pytest_runtest_makereport(
         for machine in in_use.machines:
             try:
                 if machine.instance_dir.is_dir():  # the test has not deleted it
-                    _report_machine(machine, in_use, report, call.excinfo.value, item.config)
+                    report_machine(machine, in_use, report, call.excinfo.value, item.config)
             except Exception as problem:  # noqa: BLE001 - the test's failure is what is reported
                 text = f"{type(problem).__name__}: {problem}"
                 report.sections.append((f"machine {machine.name}: incomplete report", text))
 
 
-def _report_machine(
+def report_machine(
     machine: QemuInstance,
     in_use: InUse,
     report: pytest.TestReport,
     error: BaseException,
     config: pytest.Config,
 ) -> None:
+    """Add what is known of a machine to the report of a test, and keep its artifacts."""
     # An error of the only machine contains its diagnosis already.
     if len(in_use.machines) > 1 or getattr(error, "diagnosis", None) is None:
         add_diagnosis(machine, report)

@@ -331,7 +331,7 @@ def test_failed_test_is_told_whatever_happens_to_its_artifacts(
             def fail(*_):
                 raise RuntimeError("nothing can be told")
 
-            plugin._report_machine = fail
+            plugin.report_machine = fail
             """
         )
     pytester.makepyfile(

@@ -182,8 +182,9 @@ def test_watcher_that_was_killed_is_replaced_with_the_next_machine(
     text = PROGRAM.replace(
         "if end",
         "from pycloudlib.qemu.host import ownership as guardian\n"
-        "os.kill(guardian._guardian.pid, signal.SIGKILL)\n"
-        "os.waitpid(guardian._guardian.pid, os.WNOHANG | os.WUNTRACED)\n"
+        "watcher = guardian.find_guardian().pid\n"
+        "os.kill(watcher, signal.SIGKILL)\n"
+        "os.waitpid(watcher, os.WNOHANG | os.WUNTRACED)\n"
         "time.sleep(0.2)\n"
         "second = cloud.launch(image)\n"
         "if end",

@@ -132,7 +132,7 @@ def test_interrupted_making_leaves_nothing(
     def interrupted(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(startingpoint, "_wait_for_seed", interrupted)
+    monkeypatch.setattr(startingpoint, "wait_for_seed", interrupted)
     with pytest.raises(type(error)):
         launch(cloud, reader_image)
     assert qemus(cloud.working_dir) == []
@@ -153,8 +153,8 @@ def test_guest_that_dies_before_its_seed_boots_ordinarily(
         machine.kill()  # type: ignore[attr-defined]
         wait_for_seed(machine, deadline)  # type: ignore[arg-type]
 
-    wait_for_seed = startingpoint._wait_for_seed
-    monkeypatch.setattr(startingpoint, "_wait_for_seed", kill_and_wait)
+    wait_for_seed = startingpoint.wait_for_seed
+    monkeypatch.setattr(startingpoint, "wait_for_seed", kill_and_wait)
     instance = launch(cloud, reader_image, "mine")
     assert waited.is_set()
     assert "SIGKILL" in caplog.text

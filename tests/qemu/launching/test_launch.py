@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import pytest
@@ -32,6 +33,7 @@ from pycloudlib.qemu.host import accelerator, ownership, resources
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import short_path
 from pycloudlib.qemu.vm.process import LaunchError
+from pycloudlib.qemu.vm.qmp import QmpSession
 from pycloudlib.qemu.vm.running import State
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.machines import becomes, mode, run, runs, save
@@ -236,8 +238,9 @@ def test_host_s_programs_get_what_they_need_of_the_environment_alone(
     monkeypatch.setenv("QEMU_MODULE_DIR", str(tmp_path))
     monkeypatch.setenv("LC_TIME", "C.UTF-8")
     # Another one begins when it is needed.
-    os.kill(ownership.find_guardian().pid, signal.SIGKILL)
-    os.waitpid(ownership.find_guardian().pid, 0)
+    earlier = ownership.find_guardian().pid
+    os.kill(earlier, signal.SIGKILL)
+    os.waitpid(earlier, 0)
     accelerator.find_features.cache_clear()
     # Each says what it has got, and is what it is called after.
     said = tmp_path / "said"
@@ -374,13 +377,17 @@ def test_a_port_taken_in_the_last_moment_is_given_up_for_another(
 def test_an_interrupt_in_the_middle_of_a_launch_leaves_nothing(
     cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[int] = []
+    started: list[bool] = []
+    execute = QmpSession.execute
 
-    def interrupted(_machine: object, running: bool) -> None:
-        started.append(running)
-        raise KeyboardInterrupt
+    def interrupted(session: QmpSession, command: str, *more: Any, **options: Any) -> Any:
+        answer = execute(session, command, *more, **options)
+        if command == "query-status":
+            started.append(answer["running"])
+            raise KeyboardInterrupt
+        return answer
 
-    monkeypatch.setattr("pycloudlib.qemu.vm.running.RunningQemu._follow", interrupted)
+    monkeypatch.setattr(QmpSession, "execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     assert started

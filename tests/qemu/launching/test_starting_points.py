@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib._base.deadline import Deadline
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.host.accelerator import Accelerator
-from pycloudlib.qemu.launching import launcher, startingpoint
+from pycloudlib.qemu.launching import startingpoint
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.state import savedmachine
-from pycloudlib.qemu.vm import vitality
+from pycloudlib.qemu.vm.machine import Machine
 from tests.conftest import MakeImage
 from tests.qemu.conftest import CloudMaker
 from tests.qemu.machines import host_of, mode, qemus, runs, touch
@@ -107,12 +108,17 @@ def test_guest_that_never_opens_its_seed_is_waited_for_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(startingpoint, "_LIMITS", dict.fromkeys(Accelerator, 1.0))
+    wait_for_seed = startingpoint.wait_for_seed
+
+    def wait_shortly(machine: Machine, _deadline: Deadline) -> None:
+        wait_for_seed(machine, Deadline.after(1.0))
+
+    monkeypatch.setattr(startingpoint, "wait_for_seed", wait_shortly)
     first = launch(cloud, tiny_image)
     assert "did not open the seed within 1 s" in caplog.text
     assert runs(first)
     waits: list[object] = []
-    monkeypatch.setattr(startingpoint, "_wait_for_seed", lambda *arguments: waits.append(arguments))
+    monkeypatch.setattr(startingpoint, "wait_for_seed", lambda *arguments: waits.append(arguments))
     caplog.clear()
     second = launch(cloud, tiny_image)
     assert waits == []
@@ -165,18 +171,18 @@ def test_too_large_one_is_made_once(
 def test_guest_that_took_too_long_is_tried_again_later(
     cloud: Qemu, tiny_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startingpoint, "_LIMITS", dict.fromkeys(Accelerator, 0.2))
-    monkeypatch.setattr(launcher, "_TRY_AGAIN", 0.0)
-    made: list[object] = []
-    wait_for_seed = startingpoint._wait_for_seed
+    made: list[Machine] = []
+    wait_for_seed = startingpoint.wait_for_seed
 
-    def wait(*arguments: object) -> None:
-        made.append(arguments)
-        wait_for_seed(*arguments)  # type: ignore[arg-type]
+    def wait_shortly(machine: Machine, _deadline: Deadline) -> None:
+        made.append(machine)
+        wait_for_seed(machine, Deadline.after(0.2))
 
-    monkeypatch.setattr(startingpoint, "_wait_for_seed", wait)
-    for instance in [launch(cloud, tiny_image) for _ in range(2)]:
-        instance.delete()
+    monkeypatch.setattr(startingpoint, "wait_for_seed", wait_shortly)
+    launch(cloud, tiny_image).delete()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 25 * 3600)
+    launch(cloud, tiny_image).delete()
     assert len(made) == 2
 
 
@@ -187,7 +193,6 @@ def test_guest_whose_boot_fails_is_tried_again_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It may have been chance, as a kernel's panic may; and nobody waits for it to the limit."""
-    monkeypatch.setattr(vitality, "_SILENCE", 0.2)
     instance = launch(cloud, make_image(content=b""))
     assert "boots from its beginning" in caplog.text
     assert Cause.NO_BOOTABLE_DISK.value in caplog.text

@@ -293,7 +293,7 @@ def test_start_that_qemu_refuses_is_made_anew(
 def test_start_that_never_works_is_made_once(
     cloud: Qemu, cache: WarmCache, reader_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = startingpoint._save
+    make = startingpoint.save_start
     made: list[SavedMachine] = []
 
     def make_unfit_one(*arguments: object) -> SavedMachine:
@@ -302,7 +302,7 @@ def test_start_that_never_works_is_made_once(
         saved.state.write_bytes(saved.state.read_bytes()[: 1 << 12])
         return savedmachine.write_facts(saved, saved.login)
 
-    monkeypatch.setattr(startingpoint, "_save", make_unfit_one)
+    monkeypatch.setattr(startingpoint, "save_start", make_unfit_one)
     for word in ("first", "second"):
         assert prints(launch(cloud, reader_image, word), word)
     assert len(made) == 1
@@ -346,6 +346,6 @@ def test_full_disk_is_no_obstacle_where_first_boots_cannot_begin(
     def give_up(*_arguments: object) -> None:
         raise startingpoint.UnfitImageError("did not open the seed", timed_out=False)
 
-    monkeypatch.setattr(startingpoint, "_wait_for_seed", give_up)
+    monkeypatch.setattr(startingpoint, "wait_for_seed", give_up)
     monkeypatch.setattr("pycloudlib.qemu.launching.warmcache.write_private", fail)
     assert prints(launch(cloud, reader_image, "mine"), "mine")

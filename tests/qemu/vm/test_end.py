@@ -105,7 +105,7 @@ def test_processes_that_outlive_a_lock_do_not_have_it(
         with Qemu("locks", timestamp_suffix=False, config_file=config) as cloud:
             with exclusive_lock(Path({str(tmp_path / "lock")!r})):
                 machine = cloud.launch({str(tiny_image)!r}, launch_args={UNSTARTED!r})
-                for pid in (machine.machine.pid, guardian._guardian.pid):
+                for pid in (machine.machine.pid, guardian.find_guardian().pid):
                     print(*(os.readlink(file) for file in Path(f"/proc/{{pid}}/fd").iterdir()))
         '''
     )

@@ -325,7 +325,7 @@ WAITS = (
         "180 s with KVM, 600 s in emulation",
         f"{_END}, a dead end of the boot, a boot that is past it",
         (
-            "qemu.launching.startingpoint:_wait_for_seed",
+            "qemu.launching.startingpoint:wait_for_seed",
             "qemu.launching.startingpoint:_measure_rtc_lag",
         ),
         (

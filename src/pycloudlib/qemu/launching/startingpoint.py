@@ -162,11 +162,11 @@ def make_starting_point(
             switch_on,
         )
         rtc_lag = _measure_rtc_lag(machine)
-        _wait_for_seed(machine, Deadline.after(_LIMITS[host.accelerator]))
-        yield _save(host, machine, rtc_lag)
+        wait_for_seed(machine, Deadline.after(_LIMITS[host.accelerator]))
+        yield save_start(host, machine, rtc_lag)
 
 
-def _wait_for_seed(machine: Machine, deadline: Deadline) -> None:
+def wait_for_seed(machine: Machine, deadline: Deadline) -> None:
     """Wait until the machine has stopped before it reads its seed.
 
     Raises:
@@ -225,7 +225,7 @@ def _measure_rtc_lag(machine: Machine) -> float:
     raise CloudError(f"The real-time clock of {machine.spec.name} does not advance")
 
 
-def _save(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
+def save_start(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
     """Save the paused machine, and end it."""
     saved = SavedMachine(
         machine.rundir.disk,
