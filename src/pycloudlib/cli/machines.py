@@ -31,7 +31,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.settings import QemuSettings
 from pycloudlib.qemu.state.spec import MachineSpec, check_name, may_be_machine
-from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm import livedisk
 
 if TYPE_CHECKING:
     _Integer = click.ParamType[int]
@@ -81,13 +81,13 @@ class MachineEntry:
     @property
     def pid(self) -> int | None:
         """The process id of its QEMU; None if it is off."""
-        process = recovery.find_process(self.rundir)
+        process = livedisk.find_process(self.rundir)
         return None if process is None else process.pid
 
     @property
     def place(self) -> str:
         """Where it runs, or may run, if that cannot be seen from here; else empty."""
-        process = recovery.find_elsewhere(self.rundir)
+        process = livedisk.find_elsewhere(self.rundir)
         return "" if process is None else process.place
 
     @property
@@ -122,7 +122,7 @@ def _directories(parent: Path) -> Iterator[Path]:
 def _describe(tag: str, path: Path) -> MachineEntry:
     rundir = RunDirectory(path)
     try:
-        recovery.recover_abandoned(rundir)
+        livedisk.recover_abandoned(rundir)
         return MachineEntry(tag, rundir, rundir.read_spec())
     except InstanceNotFoundError as error:
         owner = Ownership.find(path)
@@ -202,7 +202,7 @@ def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
         return errors
     try:
         with found.rundir.lock():
-            recovery.end_process(found.rundir)
+            livedisk.end_process(found.rundir)
             found.rundir.remove()
     except InstanceNotFoundError:
         pass  # another process was quicker

@@ -16,7 +16,7 @@ from pycloudlib import Qemu
 from pycloudlib.images import store
 from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.failure.artifacts import keep_artifacts
+from pycloudlib.qemu.failure.explaining import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine

@@ -31,13 +31,13 @@ from pycloudlib.qemu.launching.login import Keys, Login, OwnKeys
 from pycloudlib.qemu.launching.request import LaunchOptions
 from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
 from pycloudlib.qemu.prune import Pruning
-from pycloudlib.qemu.saved import snapshots
+from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
 from pycloudlib.qemu.state.settings import QemuSettings, parse_orphans
 from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, check_name
-from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.machine import Machine
 
 P = ParamSpec("P")
@@ -225,7 +225,7 @@ class Qemu(BaseCloud):
         """
         rundir, spec = RunDirectory.find(instance_id)
         login = rundir.read_login()
-        recovery.recover_abandoned(rundir)
+        livedisk.recover_abandoned(rundir)
         machine = Machine(rundir, spec, Path(self.qemu_binary))
         key_pair = KeyPair(login.public_key_path, login.private_key_path, self._key_name)
         return self._make_instance(machine, Login(username or login.username, key_pair))
@@ -272,11 +272,11 @@ class Qemu(BaseCloud):
         keep = self.created_images.append
         with instance.explaining(f"a snapshot of {instance.name}"):
             if not memory:
-                return snapshots.snapshot_disk(instance, keep, clean=clean)
+                return checkpoint.snapshot_disk(instance, keep, clean=clean)
             if path is None:
-                return str(snapshots.save_running(instance, keep).image)
+                return str(checkpoint.save_running(instance, keep).image)
             target = check_new(path)
-            image = str(snapshots.save_running(instance, keep).image)
+            image = str(checkpoint.save_running(instance, keep).image)
             try:
                 self.export_image(image, target, compress=False)
             finally:
@@ -292,7 +292,7 @@ class Qemu(BaseCloud):
     ) -> list[QemuInstance]:
         """Start copies of a running instance; see `QemuInstance.fork`."""
         chosen = [self._check_name(name) for name in names]
-        saved = snapshots.save_running(instance, self.created_images.append)
+        saved = checkpoint.save_running(instance, self.created_images.append)
         try:
             copies = self._launcher.fork(saved, count, chosen, fresh_identity=fresh_identity)
         except BaseException:
@@ -416,7 +416,7 @@ class Qemu(BaseCloud):
     @contextlib.contextmanager
     def _saving(self, instance: QemuInstance) -> Iterator[SavedMachine]:
         """Save a running instance until the block ends."""
-        saved = snapshots.save_running(instance, self.created_images.append)
+        saved = checkpoint.save_running(instance, self.created_images.append)
         try:
             yield saved
         finally:

@@ -15,7 +15,7 @@ from pycloudlib.qemu.host.ownership import OWNER_SUFFIX, Ownership, disown, is_a
 from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
-from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm import livedisk
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ class Pruning:
                 continue
             rundir = RunDirectory(directory)
             with _reporting(directory):
-                recovery.recover_abandoned(rundir)
+                livedisk.recover_abandoned(rundir)
                 if not self._is_over(directory):
                     continue
                 with rundir.lock():
                     # Another program may have taken it over before the lock was ours.
                     if not self._is_over(directory):
                         continue
-                    recovery.end_process(rundir)
+                    livedisk.end_process(rundir)
                     rundir.remove()
                 yield directory
 
@@ -101,10 +101,10 @@ class Pruning:
             return True
         rundir = RunDirectory(directory)
         owner = Ownership.find(directory)
-        if owner is None or recovery.find_elsewhere(rundir) is not None:
+        if owner is None or livedisk.find_elsewhere(rundir) is not None:
             return False
         return owner.is_orphaned or (
-            self.stopped and not owner.process.alive and recovery.find_process(rundir) is None
+            self.stopped and not owner.process.alive and livedisk.find_process(rundir) is None
         )
 
 

@@ -21,7 +21,7 @@ from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import BootFailedError, CloudSetupError, PycloudlibTimeoutError
 from pycloudlib.instance import BaseInstance
-from pycloudlib.qemu.failure import artifacts
+from pycloudlib.qemu.failure import explaining
 from pycloudlib.qemu.failure.examination import Facts
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm import running
@@ -284,7 +284,7 @@ def test_artifacts_that_cannot_be_kept_do_not_replace_the_failure(
         (tmp_path / "victim").mkdir()
         monkeypatch.setattr(Path, "mkdir", exchange)
     else:
-        monkeypatch.setattr(artifacts, "copy_private", lambda *_: 1 / 0)
+        monkeypatch.setattr(explaining, "copy_private", lambda *_: 1 / 0)
     cloud = make_cloud("kept", more=f'accelerator = "tcg"\nartifacts_dir = "{directory}"\n')
     vm = hurry(cloud.launch(str(tiny_image), SMALL))
     with pytest.raises(PycloudlibTimeoutError, match="could not be reached by SSH") as caught:

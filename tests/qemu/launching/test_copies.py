@@ -24,8 +24,7 @@ from pycloudlib.errors import CloudError, ImageInUseError
 from pycloudlib.guest.data.seed import read_iso
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.launching.beginning import Host
-from pycloudlib.qemu.launching.copies import Copy
+from pycloudlib.qemu.launching.beginning import Copy, Host
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory

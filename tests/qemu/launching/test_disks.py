@@ -18,7 +18,7 @@ from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state import savedmachine
-from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.qmp import QmpSession
 from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.qemu import reader
@@ -282,7 +282,7 @@ def test_save_that_is_cut_off_leaves_each_disk_where_it_is_written(
     write(worker, "other", 5)
     with monkeypatch.context() as patch:
         patch.setattr(layers.FrozenDisk, "exchange", exchange)
-        patch.setattr(recovery, "recover", lambda *_arguments: None)
+        patch.setattr(livedisk, "recover", lambda *_arguments: None)
         with pytest.raises(KeyboardInterrupt):
             save(worker)
         write(worker, "other", 6)

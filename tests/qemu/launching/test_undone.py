@@ -21,7 +21,7 @@ from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import beginning
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import process
-from pycloudlib.qemu.vm.fixups import FixUps
+from pycloudlib.qemu.vm.helper import FixUps
 from pycloudlib.qemu.vm.qmp import LoopThread
 from tests.qemu.machines import SMALL, descriptors, qemus
 

@@ -16,7 +16,7 @@ from pycloudlib.qemu.disk import diskimage
 from pycloudlib.qemu.disk.layers import chain
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import startingpoint
-from pycloudlib.qemu.launching.copies import Copy
+from pycloudlib.qemu.launching.beginning import Copy
 from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.state import savedmachine

@@ -479,7 +479,7 @@ def test_disk_of_a_machine_that_ended_before_it_was_settled_is_the_one_it_wrote_
     """It went on in the overlay that has not its disk's name yet, and layers are collected."""
     with monkeypatch.context() as patch:
         patch.setattr(layers.FrozenDisk, "exchange", goes_wrong)
-        patch.setattr("pycloudlib.qemu.vm.recovery.recover", lambda *_arguments: None)
+        patch.setattr("pycloudlib.qemu.vm.livedisk.recover", lambda *_arguments: None)
         with pytest.raises(_BrokenError):
             save(running)
         (fresh,) = running.instance_dir.glob(".*.qcow2")

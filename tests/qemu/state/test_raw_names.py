@@ -14,7 +14,7 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.failure.artifacts import keep_artifacts
+from pycloudlib.qemu.failure.explaining import keep_artifacts
 from pycloudlib.qemu.instance import QemuInstance
 from tests.qemu.machines import SMALL, alive, becomes, hurry, run, runs, save, track
 

@@ -54,7 +54,7 @@ WAITS = (
             "qemu.instance:QemuInstance.start",
             "qemu.instance:QemuInstance.wait",
             "qemu.instance:QemuInstance.wait_until_well",
-            "qemu.saved.snapshots:_clean_running",
+            "qemu.saved.checkpoint:_clean_running",
             "cli.lifecycle:wait_until_ready",
             "pytest_plugin.machines:Machines._make_shared",
             "pytest_plugin.machines:Machines._roll_back",
@@ -197,8 +197,8 @@ WAITS = (
         _GONE + ", a helper that is gone or says what is no answer",
         (
             "guest.helper:HelperConnection._fill",
-            "qemu.vm.helperlink:HelperLink._is_ready",
-            "qemu.vm.helperlink:HelperLink.wait_until_up",
+            "qemu.vm.helper:HelperLink._is_ready",
+            "qemu.vm.helper:HelperLink.wait_until_up",
             "qemu.saved.checkpoint:_prepare",
         ),
         (
@@ -207,7 +207,7 @@ WAITS = (
             "unit/guest/test_helper.py::test_line_without_an_end_is_not_taken_for_ever",
             "qemu/vm/test_pauses.py::test_qemu_that_stands_still_holds_up_no_limit",
         ),
-        (("qemu.vm.helperlink:_FIX_LIMIT", 60.0), ("qemu.vm.helperlink:_APPEAR_LIMIT", 60.0)),
+        (("qemu.vm.helper:_FIX_LIMIT", 60.0), ("qemu.vm.helper:_APPEAR_LIMIT", 60.0)),
     ),
     Wait(
         "the helper, while others use it",
@@ -421,7 +421,7 @@ WAITS = (
             "qemu.launching.warmcache:WarmCache.making",
             "qemu.state.rundir:RunDirectory.lock",
             "qemu.host.resources:PortRegistry._lock",
-            "qemu.vm.fixups:FixUps.fix_up",
+            "qemu.vm.helper:FixUps.fix_up",
         ),
         (
             "unit/images/test_build.py::test_who_comes_second_waits_says_so_and_uses_what_was_built",

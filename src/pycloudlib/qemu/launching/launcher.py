@@ -27,13 +27,13 @@ from pycloudlib.qemu.host.resources import HostLimits
 from pycloudlib.qemu.launching import startingpoint
 from pycloudlib.qemu.launching.beginning import (
     Beginning,
+    Copy,
     Host,
     Launched,
     PowerOn,
     create_run_directory,
     start_machine,
 )
-from pycloudlib.qemu.launching.copies import Copy
 from pycloudlib.qemu.launching.login import Keys, Login
 from pycloudlib.qemu.launching.request import LaunchOptions, LaunchRequest, check_request
 from pycloudlib.qemu.launching.startingpoint import FirstBoot, UnfitImageError
@@ -45,7 +45,7 @@ from pycloudlib.qemu.launching.warmcache import (
     build_start_key,
 )
 from pycloudlib.qemu.saved import restoring
-from pycloudlib.qemu.saved.snapshots import Instance
+from pycloudlib.qemu.saved.checkpoint import Instance
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts
 from pycloudlib.qemu.state.savedmachine import SavedMachine

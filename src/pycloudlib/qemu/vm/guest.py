@@ -24,8 +24,7 @@ from pycloudlib.guest.data.userdata import explain_logins
 from pycloudlib.progress import Progress, ProgressCallback
 from pycloudlib.qemu.host import processes
 from pycloudlib.qemu.host.resources import LOOPBACK
-from pycloudlib.qemu.vm.fixups import FixUps, cap_by_wait
-from pycloudlib.qemu.vm.helperlink import HelperLink
+from pycloudlib.qemu.vm.helper import FixUps, HelperLink, cap_by_wait
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.running import MachineEndedError
 from pycloudlib.result import Result

@@ -21,7 +21,7 @@ from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.parts.part import Origin
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm import recovery
+from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.memory import check_command, choose_memory
 from pycloudlib.qemu.vm.process import ProcessEnd, QemuProcess, is_open_elsewhere, retry_taken_ports
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
@@ -157,7 +157,7 @@ class Machine:
         the machine is deleted.
         """
         with self.rundir.power_lock():
-            recovery.recover(self.rundir)
+            livedisk.recover(self.rundir)
             # Another program may have added a disk, or removed one. A file that is damaged by now
             # is no reason not to power the machine off.
             with contextlib.suppress(InstanceNotFoundError):
@@ -348,7 +348,7 @@ class Machine:
         """
         with contextlib.suppress(InstanceNotFoundError), self.rundir.lock():
             self.kill()
-            recovery.end_process(self.rundir)
+            livedisk.end_process(self.rundir)
             self.rundir.remove()
 
     def _power_on(
@@ -401,7 +401,7 @@ class Machine:
 
     def _catch_up(self) -> None:
         """Adopt the QEMU that another process started, if one runs now."""
-        recovery.recover_abandoned(self.rundir)
+        livedisk.recover_abandoned(self.rundir)
         with self._changed:
             if self._owner_pid != os.getpid():
                 # A forked child does not share its parent's session and threads.

@@ -1,4 +1,4 @@
-"""The QEMU process: its sockets are made and passed to it; it is started, watched and ended."""
+"""The QEMU process: its command line, its sockets made and handed over, its start and its end."""
 
 from __future__ import annotations
 
@@ -21,17 +21,48 @@ from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import make_socket_pair, moved
 from pycloudlib.errors import CloudError, describe_exit
 from pycloudlib.qemu.host import resources
-from pycloudlib.qemu.host.accelerator import find_features
+from pycloudlib.qemu.host.accelerator import Features, find_features
 from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, environment
 from pycloudlib.qemu.host.processes import ProcessIdentity, World, find_proc_directory
-from pycloudlib.qemu.parts.part import POWER_ON, Channels, Origin, UnixListener
+from pycloudlib.qemu.parts.part import POWER_ON, Channels, Origin, Start, UnixListener
 from pycloudlib.qemu.state.rundir import RunDirectory, StagedSocket
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import build_command
 from pycloudlib.qemu.vm.memory import create_shared_memory
 
 _OUTPUT_LIMIT = 16 * 1024
 _KILL_LIMIT = 10.0
+_log = logging.getLogger(__name__)
+# Clients of a socket that wait in the kernel while QEMU serves another.
+_WAITING = 64
+# Seconds for which another program may hold a port that it only tries, and between two attempts.
+_PORT_PATIENCE = 1.0
+_PORT_INTERVAL = 0.05
+
+
+def build_command(
+    binary: str,
+    spec: MachineSpec,
+    channels: Channels,
+    features: Features,
+    origin: Origin = POWER_ON,
+) -> list[str]:
+    """Build the command line: what each part of the machine adds, and the caller's arguments."""
+    start = Start(spec.disk, channels, features, origin)
+    # fmt: off
+    return [
+        binary,
+        "-name", f"guest={spec.name}",
+        "-no-user-config", "-nodefaults",
+        *(argument for part in spec.parts for argument in part.arguments(start)),
+        *(spec.launch_args if origin.state is None else _incoming(spec.launch_args)),
+        *(["-S"] if origin.is_twin else []),
+    ]
+    # fmt: on
+
+
+def _incoming(launch_args: tuple[str, ...]) -> list[str]:
+    """Have QEMU wait for a state, which says whether the machine runs: `-S` would overrule it."""
+    return [*(argument for argument in launch_args if argument != "-S"), "-incoming", "defer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,15 +267,6 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return "unknown"
-
-
-_log = logging.getLogger(__name__)
-
-# Clients of a socket that wait in the kernel while QEMU serves another.
-_WAITING = 64
-# Seconds for which another program may hold a port that it only tries, and between two attempts.
-_PORT_PATIENCE = 1.0
-_PORT_INTERVAL = 0.05
 
 
 class LaunchError(CloudError):

@@ -23,7 +23,7 @@ from pycloudlib.qemu.parts.part import SUFFIX
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import build_command
+from pycloudlib.qemu.vm.process import build_command
 from tests.unit.qemu.vm.test_command import CHANNELS, FULL, GOLDEN, SPEC
 
 GIB = 1 << 30

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pycloudlib.qemu.saved import snapshots
+from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.vm.process import ProcessEnd
 from pycloudlib.qemu.vm.running import MachineEndedError, State
 
@@ -53,7 +53,7 @@ class _ReachedError(Exception):
 
 def asked_for_snapshot(instance: FakeInstance, *, clean: bool) -> list[str]:
     with contextlib.suppress(_ReachedError):
-        snapshots.snapshot_disk(instance, lambda _image: None, clean=clean)  # type: ignore[arg-type]
+        checkpoint.snapshot_disk(instance, lambda _image: None, clean=clean)  # type: ignore[arg-type]
     return instance.asked
 
 

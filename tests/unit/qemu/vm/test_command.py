@@ -11,7 +11,7 @@ from pycloudlib.qemu.host.accelerator import Accelerator, Features
 from pycloudlib.qemu.parts.part import Channels, Memory, Origin
 from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state.spec import MachineSpec
-from pycloudlib.qemu.vm.command import build_command
+from pycloudlib.qemu.vm.process import build_command
 
 CHANNELS = Channels(
     control=5, listeners={"attach": 8, "qmp": 6, "console": 7, "helper": 9}, memory=10
