@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pycloudlib import Qemu
-from pycloudlib.qemu.disks import Disk
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.instance import QemuInstance
 
 pytestmark = pytest.mark.guest

@@ -23,7 +23,7 @@ from types import TracebackType
 
 from pycloudlib import Qemu
 from pycloudlib._base.deadline import Deadline
-from pycloudlib.qemu.disks import Disk
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.machine import PowerOff
 from pycloudlib.qemu.vm.running import State

@@ -41,7 +41,7 @@ from pycloudlib.cli.machines import (
 from pycloudlib.errors import ImageInUseError, InstanceExistsError, InstanceNotFoundError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu import imagenames
-from pycloudlib.qemu.disks import Disk
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine

@@ -23,8 +23,8 @@ from pycloudlib.cli.common import Session
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudError, InstanceNotFoundError
 from pycloudlib.qemu import imagenames
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.host.ownership import Ownership
 from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.instance import QemuInstance

@@ -17,9 +17,9 @@ from pycloudlib.errors import InstanceExistsError
 from pycloudlib.guest.access.hostkeys import HostKeyPool
 from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store, uses
+from pycloudlib.images.store import StoredImage
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.failure.explaining import explaining_launch
 from pycloudlib.qemu.host.accelerator import choose_accelerator
 from pycloudlib.qemu.host.resources import PortRegistry
@@ -30,6 +30,7 @@ from pycloudlib.qemu.launching.launcher import Launcher, Ready
 from pycloudlib.qemu.launching.login import Keys, Login, OwnKeys
 from pycloudlib.qemu.launching.request import LaunchOptions
 from pycloudlib.qemu.launching.warmcache import WarmCache, WarmImage
+from pycloudlib.qemu.parts.furtherdisk import Disk
 from pycloudlib.qemu.prune import Pruning
 from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state import savedmachine
@@ -39,6 +40,10 @@ from pycloudlib.qemu.state.settings import QemuSettings, parse_orphans
 from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, check_name
 from pycloudlib.qemu.vm import livedisk
 from pycloudlib.qemu.vm.machine import Machine
+from pycloudlib.qemu.vm.process import LaunchError
+
+# What programs name beside the cloud: what it takes, returns and raises.
+__all__ = ["Disk", "LaunchError", "Qemu", "StoredImage", "WarmImage"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -169,8 +174,7 @@ class Qemu(BaseCloud):
             name: Its name and its guest's host name: 1 to 63 characters of a-z, 0-9 and '-'. By
                 default one is made from the tag.
             disk_size_gib: GiB of its disk, not less than the image. By default 10, or the image's.
-            disks: Further disks: a number of GiB for an empty one, or a `Disk`
-                (`pycloudlib.qemu.disks`).
+            disks: Further disks: a number of GiB for an empty one, or a `Disk`.
             **kwargs: Accepted for older programs, and logged.
 
         Raises:

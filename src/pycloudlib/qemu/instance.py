@@ -36,8 +36,11 @@ from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.vm import hotplug
 from pycloudlib.qemu.vm.guest import SHUTDOWN_LIMIT, Guest
 from pycloudlib.qemu.vm.machine import Machine
-from pycloudlib.qemu.vm.running import State
+from pycloudlib.qemu.vm.running import MachineEndedError, State
 from pycloudlib.result import Result
+
+# What programs name beside the instance: what it raises.
+__all__ = ["MachineEndedError", "QemuInstance"]
 
 if TYPE_CHECKING:
     import paramiko

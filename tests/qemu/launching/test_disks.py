@@ -12,10 +12,10 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import CloudError, ImageInUseError
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.disk.diskimage import read_layer
 from pycloudlib.qemu.disk.layers import chain
-from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.vm import livedisk

@@ -32,7 +32,7 @@ from pycloudlib.errors import (
     MissingPrerequisiteError,
     PycloudlibTimeoutError,
 )
-from pycloudlib.qemu.disks import Disk
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.failure.explaining import explain
 from pycloudlib.qemu.state.rundir import RunDirectory
 from tests.unit.clirun import make_machine, run

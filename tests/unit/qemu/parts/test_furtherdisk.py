@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pycloudlib.guest.data.seed import Seed
+from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.disk.diskimage import BaseImage
-from pycloudlib.qemu.disks import Disk
 from pycloudlib.qemu.host.accelerator import Features
 from pycloudlib.qemu.launching import warmcache
 from pycloudlib.qemu.launching.beginning import Host
