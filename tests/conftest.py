@@ -83,8 +83,7 @@ def claimed() -> Iterator[range]:
 @pytest.fixture
 def own_ports(claimed: range, monkeypatch: pytest.MonkeyPatch) -> range:
     """Lease ports that nothing else on this host leases, so that they are free again afterwards."""
-    monkeypatch.setattr(resources, "FIRST_PORT", claimed[0])
-    monkeypatch.setattr(resources, "LAST_PORT", claimed[-1])
+    monkeypatch.setattr(resources, "PORTS", claimed)
     return claimed
 
 

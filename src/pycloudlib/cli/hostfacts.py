@@ -26,8 +26,7 @@ from pycloudlib.images.source import DEFAULT_MIRROR, ImageSource, Stream
 from pycloudlib.qemu.host.accelerator import KVM_DEVICE, Accelerator, kvm_problem, try_accelerator
 from pycloudlib.qemu.host.ownership import Ownership
 from pycloudlib.qemu.host.resources import (
-    FIRST_PORT,
-    LAST_PORT,
+    PORTS,
     HostLimits,
     PortRegistry,
     can_listen,
@@ -100,7 +99,7 @@ class HostFacts:
     memory: int = 0
     processors: int = 0
     free_ports: int = 0
-    ports: int = LAST_PORT - FIRST_PORT + 1
+    ports: int = len(PORTS)
     server: str = ""
     server_problem: str = ""
     leftovers: tuple[str, ...] = ()
@@ -246,11 +245,10 @@ def _free(directory: Path) -> int:
 
 def _count_free_ports(state_dir: Path) -> int:
     registry = PortRegistry(state_dir / "ports")
-    ports = range(FIRST_PORT, LAST_PORT + 1)
     try:
-        return sum(not registry.leased(port) and can_listen(port) for port in ports)
+        return sum(not registry.leased(port) and can_listen(port) for port in registry.ports)
     except OSError:  # the check of the leases' directory reports it
-        return sum(can_listen(port) for port in ports)
+        return sum(can_listen(port) for port in registry.ports)
 
 
 def _ask_server(settings: QemuSettings, server: str) -> str:

@@ -23,10 +23,10 @@ WORKER = f"""
 import io, sys
 from concurrent.futures import ThreadPoolExecutor
 from pycloudlib import Qemu
-from pycloudlib.qemu.host import resources as ports
+from pycloudlib.qemu.host import resources
 
 config, image, tag, batches, first, last = sys.argv[1:]
-ports.FIRST_PORT, ports.LAST_PORT = int(first), int(last)
+resources.PORTS = range(int(first), int(last) + 1)
 for batch in range(int(batches)):
     with Qemu(tag, timestamp_suffix=False, config_file=io.StringIO(config)) as cloud:
         # A seed needs host keys, which would cost more than all the rest.

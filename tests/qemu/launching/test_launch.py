@@ -344,8 +344,7 @@ def test_a_full_range_of_ports_is_a_clear_error_and_leaves_nothing(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(resources, "FIRST_PORT", port)
-        monkeypatch.setattr(resources, "LAST_PORT", port)
+        monkeypatch.setattr(resources, "PORTS", range(port, port + 1))
         with pytest.raises(CloudError, match=f"No two free ports in {port}-{port}"):
             cloud.launch(str(tiny_image), launch_args=UNSTARTED)
     assert not list(cloud.parent_dir.glob("t-*"))

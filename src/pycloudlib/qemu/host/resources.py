@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from pycloudlib._base.documents import read_kernel_file
@@ -23,8 +23,8 @@ from pycloudlib._base.locks import exclusive_lock
 from pycloudlib.errors import CloudError
 
 LOOPBACK = "127.0.0.1"
-FIRST_PORT = 18000
-LAST_PORT = 18100
+PORTS = range(18000, 18101)
+"""The ports of machines."""
 
 ROOT = Path("/")
 _MEMORY, _CPU = "memory", "cpu"
@@ -53,9 +53,11 @@ class PortRegistry:
 
     Attributes:
         directory: The directory of the lease files.
+        ports: The ports that are leased.
     """
 
     directory: Path
+    ports: range = field(default_factory=lambda: PORTS)
 
     def acquire(self, owner: Path) -> PortLease:
         """Lease two ports to an instance.
@@ -68,17 +70,17 @@ class PortRegistry:
         """
         with self._lock():
             free: list[int] = []
-            for port in range(FIRST_PORT, LAST_PORT + 1):
+            for port in self.ports:
                 if not self.leased(port) and can_listen(port):
                     free.append(port)
                     if len(free) == 2:
                         break
             else:
-                leased = sum(self.leased(port) for port in range(FIRST_PORT, LAST_PORT + 1))
+                leased = sum(map(self.leased, self.ports))
                 raise CloudError(
-                    f"No two free ports in {FIRST_PORT}-{LAST_PORT} on {LOOPBACK}: {leased} belong "
-                    "to other instances, the rest to other programs. Delete instances that are "
-                    "not needed any more"
+                    f"No two free ports in {self.ports[0]}-{self.ports[-1]} on {LOOPBACK}: "
+                    f"{leased} belong to other instances, the rest to other programs. Delete "
+                    "instances that are not needed any more"
                 )
             for port in free:
                 with replace_atomically(self._file(port)) as temporary:
@@ -95,7 +97,7 @@ class PortRegistry:
     def forget_ended(self) -> None:
         """Remove the files of leases that have ended."""
         with self._lock():
-            for port in range(FIRST_PORT, LAST_PORT + 1):
+            for port in self.ports:
                 if not self.leased(port):
                     self._file(port).unlink(missing_ok=True)
 

@@ -15,26 +15,22 @@ from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.resources import PortLease, PortRegistry
 from tests.portrange import claimed_ports
 
-pytestmark = pytest.mark.usefixtures("own_ports")
-
-REAL_RANGE = (resources.FIRST_PORT, resources.LAST_PORT)
-
 LEASE_IN_ANOTHER_PROCESS = """
 import sys
 from pathlib import Path
-from pycloudlib.qemu.host import resources as ports
+from pycloudlib.qemu.host.resources import PortRegistry
 
-ports.FIRST_PORT, ports.LAST_PORT = map(int, sys.argv[1:3])
-registry, *owners = map(Path, sys.argv[3:])
+first, last = map(int, sys.argv[1:3])
+directory, *owners = map(Path, sys.argv[3:])
 for owner in owners:
-    lease = ports.PortRegistry(registry).acquire(owner)
+    lease = PortRegistry(directory, range(first, last + 1)).acquire(owner)
     print(lease.ssh, lease.telnet)
 """
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> PortRegistry:
-    return PortRegistry(tmp_path / "registry" / "ports")
+def registry(tmp_path: Path, claimed: range) -> PortRegistry:
+    return PortRegistry(tmp_path / "registry" / "ports", claimed)
 
 
 def make_owner(tmp_path: Path, name: str = "vm") -> Path:
@@ -59,17 +55,17 @@ def test_each_process_of_tests_claims_ports_of_its_own(claimed: range) -> None:
         assert not set(one) & set(other)
 
 
-def test_range_is_the_documented_one() -> None:
-    assert REAL_RANGE == (18000, 18100)
+def test_range_is_the_documented_one(tmp_path: Path) -> None:
+    assert PortRegistry(tmp_path).ports == range(18000, 18101)
 
 
 def test_two_ports_of_the_range_are_leased(
-    registry: PortRegistry, tmp_path: Path, own_ports: range
+    registry: PortRegistry, tmp_path: Path, claimed: range
 ) -> None:
     lease = registry.acquire(make_owner(tmp_path))
 
     assert lease.ssh != lease.telnet
-    assert all(port in own_ports for port in ports_of(lease))
+    assert all(port in claimed for port in ports_of(lease))
 
 
 def test_leased_port_can_be_listened_on(registry: PortRegistry, tmp_path: Path) -> None:
@@ -95,12 +91,10 @@ def test_leases_of_threads_differ(registry: PortRegistry, tmp_path: Path) -> Non
     assert len(set(ports_of(*leases))) == 24
 
 
-def test_leases_of_processes_differ(
-    registry: PortRegistry, tmp_path: Path, own_ports: range
-) -> None:
+def test_leases_of_processes_differ(registry: PortRegistry, tmp_path: Path, claimed: range) -> None:
     owners = [make_owner(tmp_path, f"vm-{number}") for number in range(12)]
     command = [sys.executable, "-c", LEASE_IN_ANOTHER_PROCESS]
-    command += [str(own_ports[0]), str(own_ports[-1]), str(registry.directory)]
+    command += [str(claimed[0]), str(claimed[-1]), str(registry.directory)]
     processes = [
         subprocess.Popen(
             [*command, *map(str, owners[first : first + 4])], stdout=subprocess.PIPE, text=True
@@ -187,7 +181,7 @@ def test_port_of_another_program_is_left_alone(
 
 
 def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
-    registry: PortRegistry, own_ports: range, monkeypatch: pytest.MonkeyPatch
+    registry: PortRegistry, claimed: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a machine of another registry does that is switched on at that moment."""
     listened: list[int] = []
@@ -200,19 +194,19 @@ def test_a_look_at_a_port_hinders_nobody_who_listens_there_meanwhile(
             super().close()
 
     monkeypatch.setattr(resources, "make_socket", Looking)
-    assert resources.can_listen(own_ports[0])
-    assert listened == [own_ports[0]]
+    assert resources.can_listen(claimed[0])
+    assert listened == [claimed[0]]
 
 
 def test_range_that_is_used_up_is_an_error(
-    registry: PortRegistry, tmp_path: Path, own_ports: range
+    registry: PortRegistry, tmp_path: Path, claimed: range
 ) -> None:
     leases = []
-    with pytest.raises(CloudError, match=str(own_ports[0])) as caught:  # noqa: PT012 - until it is full
+    with pytest.raises(CloudError, match=str(claimed[0])) as caught:  # noqa: PT012 - until it is full
         for number in range(51):
             leases.append(registry.acquire(make_owner(tmp_path, f"vm-{number}")))
 
-    assert str(own_ports[-1]) in str(caught.value)
+    assert str(claimed[-1]) in str(caught.value)
     assert len(set(ports_of(*leases))) == 2 * len(leases)
     (tmp_path / "vm-0").rmdir()
     assert registry.acquire(make_owner(tmp_path, "next")) == leases[0]

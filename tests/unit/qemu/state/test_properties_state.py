@@ -20,7 +20,7 @@ from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host import accelerator
 from pycloudlib.qemu.host.accelerator import Accelerator, Trial, kvm_problem
 from pycloudlib.qemu.host.processes import ProcessIdentity
-from pycloudlib.qemu.host.resources import FIRST_PORT, LAST_PORT, PortLease, PortRegistry
+from pycloudlib.qemu.host.resources import PORTS, PortLease, PortRegistry
 from pycloudlib.qemu.launching.warmcache import WarmCache
 from pycloudlib.qemu.parts.standard import InstanceType, KernelBoot
 from pycloudlib.qemu.state import savedmachine
@@ -272,13 +272,13 @@ def test_damaged_leases_keep_nobody_from_others(
     owner.mkdir(exist_ok=True)
     registry.directory.mkdir(exist_ok=True, mode=0o700)
     for number, content in enumerate(contents):
-        put(registry.directory / str(FIRST_PORT + number), content)
+        put(registry.directory / str(PORTS[0] + number), content)
     lease = registry.acquire(owner)
-    assert FIRST_PORT <= lease.ssh < lease.telnet <= LAST_PORT
+    assert PORTS[0] <= lease.ssh < lease.telnet <= PORTS[-1]
     registry.release(lease, owner)
-    registry.release(PortLease(FIRST_PORT, FIRST_PORT + 1), owner)
+    registry.release(PortLease(PORTS[0], PORTS[0] + 1), owner)
     for number in range(len(contents)):
-        put(registry.directory / str(FIRST_PORT + number), b"")
+        put(registry.directory / str(PORTS[0] + number), b"")
 
 
 @given(name=PATHS.map(lambda path: path.name).filter(bool))
