@@ -275,6 +275,14 @@ WAITS = (
         (("qemu.vm.process:_KILL_LIMIT", 10.0),),
     ),
     Wait(
+        "a program beside QEMU to end, before it is killed",
+        "5 s",
+        "its end",
+        ("qemu.vm.programs:_end", "qemu.vm.programs:RunningPrograms.end"),
+        ("qemu/vm/test_programs.py::test_program_that_was_left_alone_ends_at_the_next_start",),
+        (("qemu.vm.programs:_END_LIMIT", 5.0),),
+    ),
+    Wait(
         "an answer of QEMU (QMP)",
         "`timeout`, 30 s by default; also in exit handlers",
         _END,

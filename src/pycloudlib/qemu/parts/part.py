@@ -7,7 +7,7 @@ launch, save, copy, roll back or describe a machine ask each of its parts. They 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,20 @@ class TcpListener:
 
 
 @dataclass(frozen=True, slots=True)
+class Program:
+    """A program that serves a machine: started before QEMU, watched, and ended after it.
+
+    Attributes:
+        name: Its name in messages; its output goes to `<name>.log` in the machine's directory.
+        argv: Its command line, in which `{fd}` is the descriptor of a listening unix socket: from
+            it the program accepts the connection that QEMU has; see `Channels.programs`.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Channels:
     """The file descriptors that QEMU inherits.
 
@@ -94,17 +108,19 @@ class Channels:
         control: A connected stream socket for our own QMP session.
         listeners: The sockets that it listens on, by the names that parts give them.
         memory: The file of memory to be shared; None for memory of another kind.
+        programs: Connections to the programs that parts have run, by their names.
     """
 
     control: int
     listeners: Mapping[str, int]
     memory: int | None = None
+    programs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What QEMU inherits."""
         memory = () if self.memory is None else (self.memory,)
-        return (self.control, *self.listeners.values(), *memory)
+        return (self.control, *self.listeners.values(), *memory, *self.programs.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +197,14 @@ class Part:
     @property
     def listeners(self) -> tuple[UnixListener | TcpListener, ...]:
         """What QEMU listens on for it."""
+        return ()
+
+    def programs(self, directory: Path) -> tuple[Program, ...]:
+        """Return what has to run before QEMU, and ends after it.
+
+        Args:
+            directory: The machine's directory.
+        """
         return ()
 
     @property

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,7 @@ class RunDirectory:
     _lock_file = _File("power.lock")
     _spec_file = _File(_SPEC_FILE)
     _process_file = _File("process.json")
+    _programs_file = _File("programs.json")
     _saving_file = _File("saving")
     _console_start_file = _File("console-start")
     _login_file = _File("login.json")
@@ -196,6 +197,24 @@ class RunDirectory:
         """Write which process runs the machine."""
         # Not synced: no process survives the host, and this one may be paused meanwhile.
         _write(self._process_file, json.dumps(identity.to_plain()), synced=False)
+
+    def write_programs(self, identities: Sequence[ProcessIdentity]) -> None:
+        """Write which programs serve the machine beside QEMU."""
+        if identities or self._programs_file.exists():
+            text = json.dumps([identity.to_plain() for identity in identities])
+            _write(self._programs_file, text, synced=False)
+
+    def find_programs(self) -> list[ProcessIdentity]:
+        """Read which programs serve the machine beside QEMU, or did so last."""
+        file = self._programs_file
+        try:
+            records = decode(tuple[ProcessRecord, ...], parse_json(file.read_bytes()))
+            return [record.identity() for record in records]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            _log.warning("%s is damaged (%s): it tells of no programs", file, error)
+            return []
 
     def find_process(self) -> ProcessIdentity | None:
         """Read which process runs the machine, or ran it last; None, and a log, if damaged."""

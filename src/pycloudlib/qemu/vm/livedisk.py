@@ -20,6 +20,7 @@ from pycloudlib.qemu.parts.part import OwnDisk
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.spec import LAYERS
 from pycloudlib.qemu.vm.process import QemuProcess, is_open_elsewhere
+from pycloudlib.qemu.vm.programs import end_recorded
 from pycloudlib.qemu.vm.qmp import QmpError, QmpSession
 from pycloudlib.qemu.vm.running import MachineElsewhereError, MachineEndedError, RunningQemu, State
 
@@ -289,6 +290,7 @@ def end_process(rundir: RunDirectory) -> None:
     process = find_process(rundir)
     if process is not None:
         process.kill()
+    end_recorded(rundir)
 
 
 def recover_abandoned(rundir: RunDirectory) -> None:

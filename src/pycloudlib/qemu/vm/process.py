@@ -216,6 +216,11 @@ class QemuProcess:
         if not self.wait(_KILL_LIMIT):
             raise CloudError(f"QEMU, pid {self.pid}, did not end")
 
+    def terminate(self) -> None:
+        """Ask the process to end (SIGTERM), without waiting for it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+
     def _read_output(self) -> str:
         try:
             with self._log.open("rb") as log:
@@ -331,9 +336,20 @@ class StartedQemu:
 
 
 def start_qemu(
-    binary: Path, spec: MachineSpec, rundir: RunDirectory, origin: Origin = POWER_ON
+    binary: Path,
+    spec: MachineSpec,
+    rundir: RunDirectory,
+    origin: Origin = POWER_ON,
+    programs: Mapping[str, int] | None = None,
 ) -> StartedQemu:
     """Start QEMU.
+
+    Args:
+        binary: The QEMU binary.
+        spec: The machine.
+        rundir: Its directory.
+        origin: What it begins with.
+        programs: Connections to the programs of its parts; see `Channels`.
 
     Raises:
         PortTakenError: Another program listens on the console's port.
@@ -351,19 +367,26 @@ def start_qemu(
             memory = create_shared_memory(spec.memory_kib << 10)
             theirs.callback(os.close, memory)
         numbers = {name: listener.fileno() for name, listener in listeners.items()}
-        channels = Channels(peer.fileno(), numbers, memory)
+        channels = Channels(peer.fileno(), numbers, memory, programs or {})
         argv = build_command(str(binary), spec, channels, find_features(binary), origin)
         _log.debug("Starting %s", argv)
         descriptors = (*channels.descriptors, *origin.descriptors)
-        # Whoever starts it owns it from then on.
-        found = Ownership.find(rundir.path)
-        orphans = Orphans.REAP_AFTER_CRASH if found is None else found.orphans
-        claim(rundir.path, orphans)
         process = QemuProcess.start(
-            argv, pass_fds=descriptors, log=rundir.qemu_log, environment=environment(orphans)
+            argv,
+            pass_fds=descriptors,
+            log=rundir.qemu_log,
+            environment=owned_environment(rundir),
         )
         ours.pop_all()
     return StartedQemu(process, control, argv, sockets, tuple(listeners.values()), rundir)
+
+
+def owned_environment(rundir: RunDirectory) -> Mapping[str, str]:
+    """Return the environment of what runs a machine, which this program owns from now on."""
+    found = Ownership.find(rundir.path)
+    orphans = Orphans.REAP_AFTER_CRASH if found is None else found.orphans
+    claim(rundir.path, orphans)
+    return environment(orphans)
 
 
 def launch_error(argv: list[str], end: ProcessEnd, spec: MachineSpec) -> CloudError:

@@ -30,6 +30,7 @@ from pycloudlib.qemu.vm.process import (
     launch_error,
     start_qemu,
 )
+from pycloudlib.qemu.vm.programs import RunningPrograms
 from pycloudlib.qemu.vm.qmp import Event, LoopThread, QmpError, QmpSession
 
 _log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class RunningQemu:
         self._paused_since: float | None = None
         self._looked = -_LOOK_INTERVAL
         self._session: QmpSession | None = None
+        self._programs: RunningPrograms | None = None
         self._opened: QmpSession | None = None
         self._users = 0
         self._opening = threading.Lock()
@@ -187,14 +189,24 @@ class RunningQemu:
             PortTakenError: Another program listens on one of the machine's ports.
             CloudError: It does not answer.
         """
-        started = start_qemu(binary, spec, rundir, origin)
+        programs = RunningPrograms.start(spec, rundir)
+        try:
+            numbers = {name: one.fileno() for name, one in programs.connections.items()}
+            started = start_qemu(binary, spec, rundir, origin, numbers)
+        except BaseException:
+            programs.end(rundir)
+            raise
+        programs.close()
         try:
             qemu = cls(spec.name, rundir, started.process, State.STARTING)
+            qemu._programs = programs
+            programs.watch()
             # Before the session: a QEMU that others cannot find would be leaked.
             started.publish()
             qemu._open_session(started, spec)
         except BaseException:
             started.discard()
+            programs.end(rundir)
             raise
         return qemu
 
@@ -379,6 +391,8 @@ class RunningQemu:
                 self._session = None
             self.state = State.OFF
             self._changed.notify_all()
+        if self._programs is not None:
+            self._programs.terminate()
         self.on_change()
 
     def _open_session(self, started: StartedQemu, spec: MachineSpec) -> None:
@@ -423,5 +437,7 @@ class RunningQemu:
         if not sys.is_finalizing() and getattr(self, "_owner_pid", None) == os.getpid():
             if not self.end:
                 LoopThread.get().forget(self.process, self.process.fileno())
+                if self._programs is not None:
+                    self._programs.forget()
             if self._session is not None:
                 self._session.close_soon()
