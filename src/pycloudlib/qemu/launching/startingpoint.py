@@ -45,7 +45,6 @@ from pycloudlib.qemu.launching.login import Login
 from pycloudlib.qemu.launching.request import LaunchRequest, SeedRequest, make_seed
 from pycloudlib.qemu.parts.part import SHARED, Origin
 from pycloudlib.qemu.parts.standard import SEED_NODE
-from pycloudlib.qemu.saved.capture import write_whole
 from pycloudlib.qemu.saved.restoring import create_overlays, prepared_restore
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import LoginFacts, RunDirectory
@@ -227,6 +226,8 @@ def _measure_rtc_lag(machine: Machine) -> float:
 
 def save_start(host: Host, machine: Machine, rtc_lag: float) -> SavedMachine:
     """Save the paused machine, and end it."""
+    from pycloudlib.qemu.saved.capture import write_whole  # noqa: PLC0415 - for saves alone
+
     saved = SavedMachine(
         machine.rundir.disk,
         machine.spec,

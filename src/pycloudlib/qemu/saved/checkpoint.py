@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import copy_private
@@ -28,8 +28,6 @@ from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.images import store, uses
 from pycloudlib.key import copy_kept_file
 from pycloudlib.qemu.disk import layers
-from pycloudlib.qemu.saved import capture
-from pycloudlib.qemu.saved.capture import Capture
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -41,6 +39,9 @@ from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.memory import check_machine
 from pycloudlib.qemu.vm.qmp import Event, QmpError, QmpSession
 from pycloudlib.qemu.vm.running import NEEDED_SPACE, MachineEndedError, RunningQemu, State
+
+if TYPE_CHECKING:
+    from pycloudlib.qemu.saved.capture import Capture
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def save(
         KeptMemoryError: It has a device that would change the memory of its copies.
         CloudError: It could not be saved, and continues; says why.
     """
+    from pycloudlib.qemu.saved import capture  # noqa: PLC0415 - for saves alone
+
     store = layers.LayerStore(machine.rundir.path.parent)
     limit = pause_limit + _PAUSE_LIMIT_OF_GIB * machine.spec.instance_type.memory_mib / 1024
     with machine.changing(), contextlib.ExitStack() as undo:

@@ -20,7 +20,6 @@ from pycloudlib.qemu.disk import diskimage, layers
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.parts.part import Memory, Origin, OwnDisk
 from pycloudlib.qemu.saved.devicestate import accept_state, send_saved_state, wait_for_state
-from pycloudlib.qemu.saved.memoryfile import MemoryFile
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
 from pycloudlib.qemu.state.savedmachine import SavedMachine
@@ -248,6 +247,8 @@ def _copy_disk(source: Path, target: Path, *, linked: bool) -> None:
 
 
 def _copy_memory(source: Path, target: Path) -> None:
+    from pycloudlib.qemu.saved.memoryfile import MemoryFile  # noqa: PLC0415 - for saves alone
+
     with opened(source, os.O_RDONLY) as descriptor:
         try:
             with MemoryFile(target, os.fstat(descriptor).st_size) as copy:
