@@ -278,7 +278,7 @@ WAITS = (
         "a program beside QEMU to end, before it is killed",
         "5 s",
         "its end",
-        ("qemu.vm.programs:_end", "qemu.vm.programs:RunningPrograms.end"),
+        ("qemu.vm.programs:_end",),
         ("qemu/vm/test_programs.py::test_program_that_was_left_alone_ends_at_the_next_start",),
         (("qemu.vm.programs:_END_LIMIT", 5.0),),
     ),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pycloudlib._base.deadline import Deadline, current_deadline
+from pycloudlib._base.deadline import Deadline, capped, current_deadline
 from pycloudlib._base.documents import to_bytes
 from pycloudlib._base.files import write_private
 from pycloudlib._base.locks import exclusive_lock, try_lock
@@ -214,7 +214,7 @@ class HelperLink:
 
 def _answer_limit(deadline: Deadline | None) -> float:
     """Return the seconds that QEMU may take for an answer."""
-    return ANSWER_LIMIT if deadline is None else max(deadline.capped(ANSWER_LIMIT), 0.1)
+    return max(capped(ANSWER_LIMIT, deadline), 0.1)
 
 
 def _text(output: bytearray) -> str:
@@ -223,8 +223,7 @@ def _text(output: bytearray) -> str:
 
 def cap_by_wait(seconds: float) -> float:
     """Return the time for a step: at most some seconds, never more than its wait has left."""
-    whole = current_deadline()
-    return seconds if whole is None else max(whole.capped(seconds), 0.1)
+    return max(capped(seconds, current_deadline()), 0.1)
 
 
 class FixUps:

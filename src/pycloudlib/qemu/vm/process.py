@@ -163,13 +163,14 @@ class QemuProcess:
         return cls(identity, child.pid, pidfd, log, log_start, child)
 
     @classmethod
-    def attach(cls, identity: ProcessIdentity, disk: Path, log: Path) -> QemuProcess | None:
+    def attach(cls, identity: ProcessIdentity, disk: Path | None, log: Path) -> QemuProcess | None:
         """Watch a QEMU that another process started; None when it does not run, or not here.
 
         Args:
             identity: Which process it was.
             disk: The machine's disk, which is on its command line: a second proof that this is
-                the machine's own QEMU, where no boot of the host was recorded.
+                the machine's own QEMU, where no boot of the host was recorded. None where the
+                identity alone has to do.
             log: Where its output goes.
         """
         pid = identity.find_pid()
@@ -180,7 +181,7 @@ class QemuProcess:
         except ProcessLookupError:
             return None
         # Checked again: the pidfd is of whatever process had the pid at that moment.
-        if identity.find_pid() != pid or not _has_on_command_line(pid, disk):
+        if identity.find_pid() != pid or not (disk is None or _has_on_command_line(pid, disk)):
             os.close(pidfd)
             return None
         return cls(identity, pid, pidfd, log, 0, None)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
 import signal
 import socket
 from dataclasses import dataclass
 
-from pycloudlib._base.files import make_socket, moved
-from pycloudlib.qemu.host.processes import ProcessIdentity
+from pycloudlib._base.files import make_socket
+from pycloudlib.errors import describe_exit
 from pycloudlib.qemu.parts.part import Program
 from pycloudlib.qemu.state.rundir import RunDirectory, StagedSocket, short_path
 from pycloudlib.qemu.state.spec import MachineSpec
@@ -20,7 +18,7 @@ from pycloudlib.qemu.vm.qmp import LoopThread
 
 _log = logging.getLogger(__name__)
 
-# Seconds that a program has for its own end before it is killed, and that the kernel has then.
+# Seconds that a program has for its own end before it is killed.
 _END_LIMIT = 5.0
 
 
@@ -48,6 +46,9 @@ class RunningPrograms:
         end_recorded(rundir)
         started = cls(spec.name, {}, {})
         wanted = [program for part in spec.parts for program in part.programs(rundir.path)]
+        if not wanted:
+            return started
+        environment = owned_environment(rundir)
         with contextlib.ExitStack() as undo:
             undo.callback(started.end, rundir)
             for program in wanted:
@@ -57,7 +58,7 @@ class RunningPrograms:
                         [word.replace("{fd}", number) for word in program.argv],
                         pass_fds=[listener.fileno()],
                         log=rundir.path / f"{program.name}.log",
-                        environment=owned_environment(rundir),
+                        environment=environment,
                     )
                 # At once: what runs unrecorded would be leaked.
                 rundir.write_programs([one.identity for one in started.processes.values()])
@@ -94,8 +95,9 @@ class RunningPrograms:
 
             def report(name: str = name, process: QemuProcess = process) -> None:
                 end = process.end()
-                if end.exit_status not in (0, -signal.SIGTERM):
-                    _log.error("%s of %s: %s", name, self.machine, end)
+                if end.exit_status not in (None, 0, -signal.SIGTERM):
+                    how = describe_exit(end.exit_status)
+                    _log.error("%s of %s ended with %s: %s", name, self.machine, how, end.stderr)
 
             LoopThread.get().watch(process.fileno(), report)
 
@@ -108,9 +110,7 @@ class RunningPrograms:
         """End them, and wait until they are gone."""
         self.close()
         for process in self.processes.values():
-            process.terminate()
-            if not process.wait(_END_LIMIT):
-                process.kill()
+            _end(process)
             process.end()
         rundir.write_programs([])
 
@@ -124,26 +124,14 @@ def end_recorded(rundir: RunDirectory) -> None:
     """End the programs of a machine whose QEMU has ended, whichever program has started them."""
     recorded = rundir.find_programs()
     for identity in recorded:
-        _end(identity)
+        process = QemuProcess.attach(identity, None, rundir.qemu_log)
+        if process is not None:
+            _end(process)
     if recorded:
         rundir.write_programs([])
 
 
-def _end(identity: ProcessIdentity) -> None:
-    pid = identity.find_pid()
-    if pid is None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = moved(os.pidfd_open(pid))
-        try:
-            # Checked again: the pidfd is of whatever process had the pid at that moment.
-            if identity.find_pid() != pid:
-                return
-            poller = select.poll()
-            poller.register(pidfd, select.POLLIN)
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                signal.pidfd_send_signal(pidfd, number)
-                if poller.poll(_END_LIMIT * 1000):
-                    return
-        finally:
-            os.close(pidfd)
+def _end(process: QemuProcess) -> None:
+    process.terminate()
+    if not process.wait(_END_LIMIT):
+        process.kill()
