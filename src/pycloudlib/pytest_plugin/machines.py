@@ -14,9 +14,9 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.images import store
-from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.explaining import keep_artifacts
+from pycloudlib.qemu.host.budget import Budget, Capacity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine

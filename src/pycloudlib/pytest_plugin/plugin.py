@@ -15,7 +15,6 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError
-from pycloudlib.pytest_plugin.budget import Budget, Capacity
 from pycloudlib.pytest_plugin.machines import (
     InUse,
     Machines,
@@ -26,6 +25,7 @@ from pycloudlib.pytest_plugin.machines import (
     commands_for,
     save_artifacts,
 )
+from pycloudlib.qemu.host.budget import Budget, Capacity
 from pycloudlib.qemu.host.ownership import Orphans, claim
 from pycloudlib.qemu.imagenames import get_image
 from pycloudlib.qemu.instance import QemuInstance

@@ -448,15 +448,21 @@ WAITS = (
         (("images.uses:REMOVAL_LIMIT", 10.0),),
     ),
     Wait(
-        "the plugin's budget of machines",
+        "a part of the budget of machines",
         "3600 s",
-        "a machine that is given back, the end of a process that had one",
-        ("pytest_plugin.budget:Budget._wait", "pytest_plugin.budget:Budget._reserve"),
+        "a part that is given back, the end of a process that had one",
         (
-            "unit/plugin/test_budget.py::test_waiting_has_an_end_that_says_who_has_it",
-            "unit/plugin/test_budget.py::test_process_that_is_killed_gives_back",
+            "qemu.host.budget:Budget._wait",
+            "qemu.host.budget:Budget._waiting_in_line",
+            "qemu.host.budget:Budget.locked",
+            "qemu.host.budget:_Held.__init__",
         ),
-        (("pytest_plugin.budget:_LIMIT", 3600.0),),
+        (
+            "unit/qemu/host/test_budget.py::test_waiting_has_an_end_that_says_who_has_it",
+            "unit/qemu/host/test_budget.py::test_process_that_is_killed_gives_back",
+            "unit/qemu/host/test_budget.py::test_spare_of_another_process_is_given_back_to_who_waits",
+        ),
+        (("qemu.host.budget:_LIMIT", 3600.0),),
     ),
     Wait(
         "the end of a program, by the process that watches for it",

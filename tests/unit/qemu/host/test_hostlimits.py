@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pycloudlib.pytest_plugin.budget import Capacity
+from pycloudlib.qemu.host.budget import Capacity
 from pycloudlib.qemu.host.resources import HostLimits
 
 MIB = 1 << 20
