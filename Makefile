@@ -16,6 +16,8 @@ RELEASE ?= bookworm
 PYTEST_ARGS ?=
 # Handed to the benchmark, e.g. BENCH_ARGS='--rounds 5 --skip many'.
 BENCH_ARGS ?=
+# Handed to the benchmark of a suite of tests, e.g. SUITE_ARGS='--tests 10 --workers 1'.
+SUITE_ARGS ?= --rounds 1
 
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
@@ -86,9 +88,10 @@ measure: wheel  ## Measure the package: size of an installation, time of an impo
 	@$(PYTHON_IN_VENV) -m benchmarks package dist/*.whl
 
 # The original's seeds need genisoimage; nothing else here does.
-bench: wheel  ## Measure the original and this package side by side (BENCH_ARGS='--rounds 1')
+bench: wheel  ## Measure the original and this package side by side, then a suite of tests (BENCH_ARGS='--rounds 1')
 	@EXTRA_REQUIREMENT='genisoimage|genisoimage|writes the seeds of the original' scripts/setup.sh
 	@$(PYTHON_IN_VENV) -m benchmarks compare dist/*.whl $(BENCH_ARGS)
+	@$(PYTHON_IN_VENV) -m benchmarks suite $(SUITE_ARGS)
 
 clean:  ## Remove what was made here: .venv, dist, caches (images and machines are elsewhere)
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

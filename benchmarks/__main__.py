@@ -17,7 +17,7 @@ from benchmarks.driver import Driver
 from benchmarks.plan import Plan
 from benchmarks.report import write_report
 from benchmarks.results import Results
-from benchmarks.scenarios import BY_KEY, PROGRAMS, SAVES, Program
+from benchmarks.scenarios import BY_KEY, PROGRAMS, Program
 from pycloudlib.errors import PycloudlibException
 
 _OF_ALL = ("only", "skip", "output", "append", "report")
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser, program: Program) -> None:
     """Add the options of a program: fields of the plan, with the program's own defaults."""
     names = (*dict.fromkeys(program.courses), *program.scenarios)
-    choices = {"only": names, "skip": names, "side": program.sides, "step": tuple(SAVES)}
+    choices = {"only": names, "skip": names, "side": program.sides, "step": tuple(program.steps)}
     for option in fields(Plan):
         if option.name not in (*program.options, *_OF_ALL):
             continue

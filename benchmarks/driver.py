@@ -27,7 +27,6 @@ from benchmarks.scenarios import (
     OF_GUESTS,
     ORIGINAL,
     PROGRAMS,
-    save_turns,
 )
 from benchmarks.stage import ROOT, Stage, prepare
 from pycloudlib._base.files import replace_atomically
@@ -78,10 +77,10 @@ class Driver:
         for release in plan.release if program.by_release else plan.release[:1]:
             row = release if program.by_release else ""
             plan = replace(plan, image=stage.images.get(release, ""), row=row)
-            if self._name == "saves":
-                for mib in plan.memory:
+            if program.steps:
+                for sized in self._list_sizes(plan):
                     with self._surviving(NOW):
-                        self._measure_saves(stage, plan, mib, sides)
+                        self._measure_steps(stage, sized, sides)
                 continue
             for number, side, course in order:
                 print(f"round {number}, {NAMES[side]}, course {course!r} {row}", flush=True)
@@ -107,21 +106,28 @@ class Driver:
         ):
             collect(process, log, measured)
 
-    def _measure_saves(self, stage: Stage, plan: Plan, mib: int, sides: tuple[str, ...]) -> None:
-        """Boot a machine on each side, then save them in turn."""
-        plan = replace(plan, course="saves", row=f"{mib} MiB", type=f"c1m{mib}")
+    def _list_sizes(self, plan: Plan) -> list[Plan]:
+        """Return a plan for each size of machines."""
+        if not self._program.by_memory:
+            return [plan]
+        return [replace(plan, row=f"{mib} MiB", type=f"c1m{mib}") for mib in plan.memory]
+
+    def _measure_steps(self, stage: Stage, plan: Plan, sides: tuple[str, ...]) -> None:
+        """Boot a machine on each side, then measure each step in turn."""
+        (course,) = self._program.courses
+        plan = replace(plan, course=course)
         steps = [step for step in plan.step if not (plan.bare and step in OF_GUESTS)]
         with contextlib.ExitStack() as stack:
             processes = {}
             for side in sides:
-                log = self._find_log(side, "saves", str(mib))
+                log = self._find_log(side, course, plan.type)
                 process = stack.enter_context(self._starting(stage, side, plan, log, steps=True))
                 processes[side] = process, log
                 do_step(process, "boot", log, [])
-            for number, side, step in save_turns(steps, sides, plan.rounds):
+            for number, side, step in self._program.step_turns(steps, sides, plan.rounds):
                 process, log = processes[side]
-                print(f"round {number}, {NAMES[side]}, {mib} MiB, {step}", flush=True)
-                with self._keeping(side, "saves", number) as measured:
+                print(f"round {number}, {NAMES[side]}, {plan.row or course}, {step}", flush=True)
+                with self._keeping(side, course, number) as measured:
                     do_step(process, step, log, measured)
 
     @contextlib.contextmanager

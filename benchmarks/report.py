@@ -48,7 +48,7 @@ _Cell: TypeAlias = tuple[str, str, str]
 
 
 def gather(runs: Iterable[Run], side: str, scenario: str, row: str = "") -> Figure:
-    """Collect the figures of all rounds, or all values of a single one."""
+    """Collect the figures of all rounds, or all values of a single one, or of all where pooled."""
     found = [
         measurement
         for run in runs
@@ -57,8 +57,8 @@ def gather(runs: Iterable[Run], side: str, scenario: str, row: str = "") -> Figu
         if (measurement.scenario, measurement.row) == (scenario, row)
     ]
     values = tuple(item.figure for item in found if item.figure is not None)
-    if len(found) == 1:
-        values = found[0].values
+    if len(found) == 1 or BY_KEY[scenario].pooled:
+        values = tuple(value for item in found for value in item.values)
     return Figure(values, tuple(dict.fromkeys(item.problem for item in found if item.problem)))
 
 

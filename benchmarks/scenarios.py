@@ -29,6 +29,8 @@ class Scenario:
         bytes: How much is transferred; the report adds the rate.
         base: The scenarios to compare it with: the first of them that was measured beside it. It
             may be the original's, too.
+        pooled: Whether the values of all rounds are put together; otherwise each round counts with
+            its median.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Scenario:
     course: str
     bytes: int = 0
     base: tuple[str, ...] = ()
+    pooled: bool = False
 
 
 _OWN_BOOT = ("ours-boot",)
@@ -109,6 +112,13 @@ SCENARIOS = (
     Scenario("save-disk", "disk", "MiB", "saves"),
     Scenario("save-qemu", "memory of QEMU (Pss)", "MiB", "saves"),
     Scenario("save-python", "of Python", "MiB", "saves"),
+    Scenario("room-all", "until all of {machines} are ready", "s", "room"),
+    Scenario("room-each", "until one is, on average", "s", "room"),
+    Scenario("commands-took", "took", "s", "commands"),
+    Scenario("suite-test", "a test", "s", "suite"),
+    Scenario("suite-wait", "of that the wait for its machine", "s", "suite", pooled=True),
+    Scenario("suite-first-wait", "a worker's first wait", "s", "suite", pooled=True),
+    Scenario("suite-command", "its command", "s", "suite", pooled=True),
     Scenario("descriptors", "file descriptors", "", "soak"),
     Scenario("threads", "threads", "", "soak"),
     Scenario("children", "children", "", "soak"),
@@ -124,6 +134,9 @@ ROWS = {
     "layers": "layers of a disk",
     "nested": "saves of copies of saves",
     "saves": "save",
+    "room": "launched",
+    "commands": "what",
+    "suite": "machines of the tests",
     "soak": "after",
 }
 """What the rows of a course's table are, where it has a table of its own."""
@@ -145,7 +158,30 @@ SAVES = {
     "nested": "of a copy of the save before, and so on",
 }
 """The steps of the course `saves`."""
-ONCE = ("idle", "first")
+COMMANDS = {
+    "program": "`pycloudlib --version`: the program alone",
+    **{
+        f"{step}-{way}": f"{title}, by {name}"
+        for way, name in (("helper", "the helper"), ("ssh", "SSH"))
+        for step, title in (
+            ("exec-first", "`pycloudlib exec NAME -- true`, the first"),
+            ("exec", "`pycloudlib exec NAME -- true`, each following"),
+            ("copy", "`pycloudlib copy` of 1 KiB"),
+            ("push", "`push_file()` of 64 MiB"),
+            ("pull", "`pull_file()` of 64 MiB"),
+        )
+    },
+}
+"""The steps of the course `commands`."""
+SUITE = {
+    "boots": "each boots",
+    "copies": "copies, made when they are asked for",
+    "ahead": "copies, made ahead",
+    "ahead-wide": "the same, with processors for two machines a worker",
+}
+"""The steps of the course `suite`."""
+ONCE = ("idle", "first", "boots")
+"""Steps that are not repeated."""
 OF_GUESTS = ("idle", "busy")
 """What is not measured without a guest."""
 
@@ -164,6 +200,11 @@ class Program:
             courses repeat what they measure.
         least_rounds: Courses that take long run once in so many rounds.
         by_release: Whether it measures each release; otherwise the first.
+        by_memory: Whether it measures machines of each size.
+        steps: What its course does, one at a time, in turn with that of the other side; with the
+            names in tables.
+        step_by_step: Whether all rounds of a step come before the next step; otherwise all steps
+            of a round come before the next round.
     """
 
     title: str
@@ -174,6 +215,9 @@ class Program:
     repeats: bool = False
     least_rounds: Mapping[str, int] = field(default_factory=dict)
     by_release: bool = False
+    by_memory: bool = False
+    steps: Mapping[str, str] = field(default_factory=dict)
+    step_by_step: bool = False
 
     @property
     def scenarios(self) -> tuple[str, ...]:
@@ -210,6 +254,23 @@ class Program:
                 )
                 order += [(number, side, course) for side in in_turn(able, number)]
         return order
+
+    def step_turns(
+        self, steps: Iterable[str], sides: tuple[str, ...], rounds: int
+    ) -> list[tuple[int, str, str]]:
+        """Return the order of steps: of each its round, side and step, A B B A."""
+        numbers = range(1, rounds + 1)
+        chosen = [step for step in self.steps if step in steps]
+        if self.step_by_step:
+            order = [(number, step) for step in chosen for number in numbers]
+        else:
+            order = [(number, step) for number in numbers for step in in_turn(chosen, number)]
+        return [
+            (number, side, step)
+            for number, step in order
+            if number == 1 or step not in ONCE
+            for side in in_turn(sides, number)
+        ]
 
 
 _MACHINES: dict[str, object] = {"rounds": 3, "release": ("bookworm",), "type": "c1m1024"}
@@ -259,6 +320,31 @@ PROGRAMS = {
             **{"memory": (512, 1024, 2048, 4096), "step": tuple(SAVES)},
         },
         sides=(BEFORE, NOW),
+        by_memory=True,
+        steps=SAVES,
+        step_by_step=True,
+    ),
+    "room": Program(
+        "many launches in a row, without and with waiting for room",
+        ("room",),
+        {**_MACHINES, "rounds": 2, "machines": 8},
+    ),
+    "commands": Program(
+        "commands and files, from the shell and by the library, beside another version",
+        ("commands",),
+        {**_MACHINES, "before": "", "side": "", "step": tuple(COMMANDS)},
+        sides=(BEFORE, NOW),
+        steps=COMMANDS,
+    ),
+    "suite": Program(
+        "a suite of tests that each take a machine of their own, by the pytest plugin",
+        ("suite",),
+        {
+            **{**_MACHINES, "rounds": 2, "before": "", "side": "", "step": tuple(SUITE)},
+            **{"tests": 30, "boots": 3, "workers": (1, 2), "seconds": (0.0, 2.0)},
+        },
+        sides=(BEFORE, NOW),
+        steps=SUITE,
     ),
     "transfer": Program(
         "commands and copies by SSH, in turn with `scp`",
@@ -274,16 +360,3 @@ PROGRAMS = {
         {**_MACHINES, "rounds": 1_000_000, "type": "c1m512", "minutes": 30.0, "kills": 0.3},
     ),
 }
-
-
-def save_turns(
-    steps: Iterable[str], sides: tuple[str, ...], rounds: int
-) -> list[tuple[int, str, str]]:
-    """Return the order of saves: of each its round, side and step, A B B A step by step."""
-    return [
-        (number, side, step)
-        for step in SAVES
-        if step in steps
-        for number in range(1, (1 if step in ONCE else rounds) + 1)
-        for side in in_turn(sides, number)
-    ]

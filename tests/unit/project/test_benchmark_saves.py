@@ -18,7 +18,7 @@ from benchmarks.driver import CourseFailedError, do_step, running
 from benchmarks.plan import Plan
 from benchmarks.report import write_report
 from benchmarks.results import Measurement, Results, Run
-from benchmarks.scenarios import BEFORE, NOW, save_turns
+from benchmarks.scenarios import BEFORE, NOW, PROGRAMS
 from benchmarks.ticks import TICKER, Tick, Ticks, find_gaps
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.qemu.vm.qmp import Event
@@ -40,7 +40,9 @@ def results(*runs: Run) -> Results:
 
 
 def test_versions_take_turns_and_a_first_save_comes_once() -> None:
-    assert [turn[1:] for turn in save_turns(("first", "second"), (BEFORE, NOW), 2)] == [
+    turns = PROGRAMS["saves"].step_turns(("first", "second"), (BEFORE, NOW), 2)
+
+    assert [turn[1:] for turn in turns] == [
         (BEFORE, "first"),
         (NOW, "first"),
         (BEFORE, "second"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import make_parser
+from benchmarks.courses.suite import Times
 from benchmarks.driver import end_qemus, running
 from benchmarks.plan import Plan
 from benchmarks.processes import find_qemu
@@ -346,3 +347,38 @@ def test_course_is_told_to_clean_up_when_the_driver_is_interrupted(tmp_path: Pat
         interrupted()
 
     assert log.read_text() == "cleaned\n"
+
+
+def test_waits_of_all_rounds_are_put_together() -> None:
+    runs = (run(OURS, "suite-wait", 1, 2, 9), run(OURS, "suite-wait", 4, 5, number=2))
+
+    assert gather(runs, OURS, "suite-wait") == Figure((1, 2, 9, 4, 5), ())
+
+
+def test_steps_of_a_suite_take_turns_and_boots_come_once() -> None:
+    turns = PROGRAMS["suite"].step_turns(("copies", "boots", "ahead"), (OURS,), 2)
+
+    assert [step for _, _, step in turns] == ["boots", "copies", "ahead", "ahead", "copies"]
+
+
+def test_reports_of_a_suite_separate_waits_and_commands(tmp_path: Path) -> None:
+    reports = tmp_path / "reports"
+    lines = []
+    phases = (("setup", 0.0, 2.0), ("call", 2.0, 2.5), ("teardown", 2.5, 3.0))
+    for worker, test, began in (("gw0", "a", 10.0), ("gw1", "b", 10.5), ("gw0", "c", 15.0)):
+        for phase, start, stop in phases:
+            lines.append(json.dumps([worker, test, phase, True, began + start, began + stop]))
+    reports.write_text("\n".join(lines))
+
+    times = Times.read(reports)
+
+    assert (times.waits, times.first_waits) == ([2.0], [2.0, 2.0])
+    assert times.commands == [0.5, 0.5, 0.5]
+    assert times.whole == 8 / 3
+
+
+def test_suite_with_a_test_that_failed_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "reports").write_text('["", "test_it[3]", "call", false, 1, 2]\n')
+
+    with pytest.raises(RuntimeError, match=r"test_it\[3\] failed"):
+        Times.read(tmp_path / "reports")
