@@ -359,6 +359,8 @@ class Copy:
         saved = self.saved.spec
         return dataclasses.replace(
             saved,
+            # A state needs the one that it was saved with; a boot is as quick as this host can be.
+            accelerator=host.accelerator if self.boots else saved.accelerator,
             name=self.name,
             disk=rundir.disk,
             seed=rundir.seed if saved.seed else None,
