@@ -11,8 +11,8 @@ from pycloudlib import Qemu
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.instance import QemuInstance
 from tests.pretendedkvm import NEVER, kind_of_memory, pretended_kvm
-from tests.qemu.conftest import CloudMaker
-from tests.qemu.machines import hurry
+from tests.qemu.conftest import UNSTARTED, CloudMaker
+from tests.qemu.machines import SMALL, hurry
 from tests.qemu.reader import begins_there, launch, prints, starts
 from tests.qemu.worker import copy_worker, power_off, reboot, start_worker, type_in, typed, works
 
@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
 
 ADVISE = "always within_size [advise] never deny force"
 KEPT = "memory-backend-file, private"
+HUGE = 2 << 20
 
 
 @pytest.fixture
@@ -47,6 +48,19 @@ def has_kvm(instance: QemuInstance) -> bool:
     memory = instance.machine.execute("query-memory-size-summary")["base-memory"]
     assert (memory % (1 << 20) == 0) == is_kvm
     return is_kvm
+
+
+def address_of_memory(instance: QemuInstance) -> int:
+    """Return where QEMU has a guest's memory."""
+    command = {"command-line": "gpa2hva 0"}
+    said = instance.machine.execute("human-monitor-command", command)
+    return int(said.split()[-1], 16)
+
+
+@pytest.mark.parametrize("huge_shared", [NEVER, ADVISE], ids=["anonymous", "shared"])
+def test_memory_begins_where_a_huge_page_can(cloud: Qemu, tiny_image: Path) -> None:
+    machine = cloud.launch(str(tiny_image), SMALL, launch_args=UNSTARTED)
+    assert address_of_memory(machine) % HUGE == 0
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ class Processor(Part):
             how = ",readonly=on,rom=off" if start.features.read_only_memory else ""
             return f"memory-backend-file,{common},share=off{how},mem-path={escape(kept)}"
         if shared is not None:
-            return f"memory-backend-file,{common},share=on,mem-path=/proc/self/fd/{shared}"
+            # QEMU maps a file wherever a small page can begin; KVM needs more for huge ones.
+            where = ",align=2M" if self.accelerator is Accelerator.KVM else ""
+            return f"memory-backend-file,{common},share=on{where},mem-path=/proc/self/fd/{shared}"
         return f"memory-backend-ram,{common}"
 
     def tell(self, disk: Path) -> Mapping[str, Any]:
