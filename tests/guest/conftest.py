@@ -27,11 +27,12 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib._base.files import create_private_directory
 from pycloudlib.config import ENVIRONMENT_VARIABLE, parse_config
+from pycloudlib.images.recipe import RELEASES
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.lookout import Lookout
 from tests.guest.portrait import Portrait, paint
-from tests.guest.seeds import COMPARED, SEEDS, Kind, TestSeed
+from tests.guest.seeds import COMPARED, RELEASE, SEEDS, SIZE, STANDARD, Kind, TestSeed
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """Give an image built from Debian's packages; built when it is not there yet."""
-    return build("bookworm")
+    """Give the image that most tests use; made when it is not there yet."""
+    return get_image(STANDARD)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +113,7 @@ def launch(
     """Launch a machine with a seed."""
     return cloud.launch(
         image,
-        "c1m512",
+        SIZE,
         user_data=seed.user_data,
         meta_data=seed.meta_data,
         vendor_data=seed.vendor_data,
@@ -128,7 +129,7 @@ def boot(cloud: Qemu, kind: Kind, after: Future[Guest] | None) -> Guest:
     if after is not None:
         wait([after])
     seed = SEEDS[kind]
-    image = build(seed.release)
+    image = get_image(seed.release)
     # What is saved boots at once: its copies have its options.
     held_back = kind not in SAVED
     machine = launch(cloud, image, seed, ["-S"] if held_back else None)
@@ -198,10 +199,16 @@ def working_dir(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert left == []
 
 
-def build(release: str) -> str:
-    """Build an image, unless it is there."""
+def get_image(release: str) -> str:
+    """Build or download the image of a release, unless it is there.
+
+    Args:
+        release: Debian's; in the place of the standard one, the one is taken that `make` was given.
+    """
+    release = RELEASE if release == STANDARD else release
     with Qemu(tag="test-image") as cloud:
-        return cloud.build_image(release, on_progress=_log_progress)
+        get = cloud.build_image if release in RELEASES else cloud.released_image
+        return get(release, on_progress=_log_progress)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import enum
 import gzip
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pycloudlib.images.recipe import RELEASES
 from pycloudlib.key import generate_ed25519
 from tests.unit import userdataforms
 from tests.unit.userdataforms import IN_ORDER, PARTS, RECORD, mime, text
+
+STANDARD = "bookworm"
+RELEASE = os.environ.get("PYCLOUDLIB_TEST_RELEASE") or STANDARD
+"""The release whose image takes the place of the standard one; `make test RELEASE=noble`."""
+
+SIZE = "c1m512" if RELEASE in RELEASES else "c1m1024"
+"""The size of machines: the images that are built here need little."""
 
 
 @enum.unique
@@ -39,7 +48,7 @@ class TestSeed:
         vendor_data: Its vendor-data.
         network_config: Its network configuration.
         kernel_cmdline: Boots its kernel directly.
-        release: Debian's, of its image.
+        release: The release of its image; see `get_image`.
         fast_boot: Whether its first boot begins at cloud-init.
     """
 
@@ -51,7 +60,7 @@ class TestSeed:
     vendor_data: str | None = None
     network_config: Mapping[str, Any] | None = None
     kernel_cmdline: str = ""
-    release: str = "bookworm"
+    release: str = STANDARD
     fast_boot: bool = True
 
 

@@ -13,8 +13,8 @@ from pycloudlib import Qemu
 from pycloudlib.diagnosis import Cause, Diagnosis
 from pycloudlib.errors import BootFailedError, KernelPanicError, PycloudlibTimeoutError
 from pycloudlib.qemu.instance import QemuInstance
-from tests.guest.conftest import Guest, build, collecting_warnings
-from tests.guest.seeds import Kind
+from tests.guest.conftest import Guest, collecting_warnings, get_image
+from tests.guest.seeds import SIZE, Kind
 
 pytestmark = pytest.mark.guest
 
@@ -64,7 +64,7 @@ def diagnosis_of(error: BaseException) -> Diagnosis:
 def test_boot_that_goes_no_further(
     cmdline: str, cause: Cause, line: str, cloud: Qemu, image: str
 ) -> None:
-    vm = cloud.launch(image, "c1m512", kernel_cmdline=cmdline)
+    vm = cloud.launch(image, SIZE, kernel_cmdline=cmdline)
     with pytest.raises(BootFailedError) as caught:
         vm.wait()
     told = diagnosis_of(caught.value)
@@ -162,7 +162,7 @@ def test_cloud_init_that_failed(guests: dict[Kind, Future[Guest]]) -> None:
 def test_guest_that_user_data_powers_off(cloud: Qemu, image: str) -> None:
     config = {"bootcmd": ["poweroff -f"]}
     user_data = "#cloud-config\n" + yaml.safe_dump(config)
-    vm = cloud.launch(image, "c1m512", user_data=user_data, fast_boot=True)
+    vm = cloud.launch(image, SIZE, user_data=user_data, fast_boot=True)
     with pytest.raises(Exception, match="powered itself off") as caught:
         vm.wait()
     assert diagnosis_of(caught.value).cause is Cause.POWERED_OFF
@@ -172,7 +172,7 @@ def test_guest_that_user_data_powers_off(cloud: Qemu, image: str) -> None:
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
 def test_key_that_user_data_takes_away(release: str, cloud: Qemu) -> None:
     user_data = "#cloud-config\nusers: [{name: bob}]\n"
-    vm = cloud.launch(build(release), "c1m512", user_data=user_data, fast_boot=True)
+    vm = cloud.launch(get_image(release), SIZE, user_data=user_data, fast_boot=True)
     with pytest.raises(PycloudlibTimeoutError, match="users are bob, without 'default'") as caught:
         vm.wait()
     told = diagnosis_of(caught.value)
@@ -188,7 +188,7 @@ def test_guest_that_user_data_has_boot_again(release: str, cloud: Qemu) -> None:
         "users": ["default", {"name": "bob", "sudo": False}],  # of which cloud-init warns
     }
     user_data = "#cloud-config\n" + yaml.safe_dump(config)
-    vm = cloud.launch(build(release), "c1m512", user_data=user_data, fast_boot=True)
+    vm = cloud.launch(get_image(release), SIZE, user_data=user_data, fast_boot=True)
     with collecting_warnings(vm.name) as warnings:
         vm.wait()
     assert vm.execute("grep -c \"running 'init-local'\" /var/log/cloud-init.log") == "2"

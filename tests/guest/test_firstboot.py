@@ -20,11 +20,11 @@ from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import startingpoint
-from tests.guest.conftest import Guest, launch
+from tests.guest.conftest import Guest, get_image, launch
 from tests.guest.identity import KEYS, clock_error, who_is
 from tests.guest.portrait import compare, paint
 from tests.guest.repository import REPOSITORY
-from tests.guest.seeds import COMPARED, EVERY_TIME, NETWORK_NAME, SEEDS, Kind
+from tests.guest.seeds import COMPARED, EVERY_TIME, NETWORK_NAME, SEEDS, SIZE, Kind
 
 pytestmark = pytest.mark.guest
 
@@ -119,7 +119,7 @@ def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
     compared: Kind, release: str, cloud: Qemu
 ) -> None:
     seed = SEEDS[compared]
-    image = cloud.build_image(release)
+    image = get_image(release)
 
     def boot(fast_boot: bool) -> QemuInstance:
         vm = launch(cloud, image, dataclasses.replace(seed, fast_boot=fast_boot))
@@ -138,7 +138,7 @@ def test_guest_of_every_kind_is_like_one_that_booted_from_its_beginning(
 @pytest.mark.thorough
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
 def test_restart_is_a_later_boot_of_the_same_machine(release: str, cloud: Qemu) -> None:
-    vm = cloud.launch(cloud.build_image(release), "c1m512", user_data=TELL_BOOTS, fast_boot=True)
+    vm = cloud.launch(get_image(release), SIZE, user_data=TELL_BOOTS, fast_boot=True)
     vm.wait()
     before = who_is(vm)
     boot_id = vm.get_boot_id()
@@ -171,7 +171,7 @@ def test_packages_of_user_data_are_installed(release: str, cloud: Qemu) -> None:
         "runcmd": ["greeting >/var/tmp/greeting"],
     }
     user_data = "#cloud-config\n" + yaml.safe_dump(config)
-    vm = cloud.launch(cloud.build_image(release), "c1m512", user_data=user_data, fast_boot=True)
+    vm = cloud.launch(get_image(release), SIZE, user_data=user_data, fast_boot=True)
     vm.wait()
     assert begins_at_cloud_init(vm)
     result = json.loads(vm.execute("cat /run/cloud-init/result.json"))
@@ -206,7 +206,7 @@ def test_machine_that_was_not_put_right_in_time_is_told_of(
         "bootcmd": bootcmd,
     }
     user_data = "#cloud-config\n" + yaml.safe_dump(config)
-    vm = cloud.launch(image, "c1m512", user_data=user_data, fast_boot=True)
+    vm = cloud.launch(image, SIZE, user_data=user_data, fast_boot=True)
     vm.wait()
     assert begins_at_cloud_init(vm)
     assert told in caplog.text
@@ -232,7 +232,7 @@ bootcmd:
 @pytest.mark.thorough
 def test_twenty_machines_differ_before_their_modules_run(cloud: Qemu, image: str) -> None:
     def tell(_number: int) -> dict[str, str]:
-        vm = cloud.launch(image, "c1m512", user_data=TELL, fast_boot=True)
+        vm = cloud.launch(image, SIZE, user_data=TELL, fast_boot=True)
         while "WHO end" not in (log := vm.console_log()):
             came = time.time()
             time.sleep(0.02)

@@ -25,7 +25,7 @@ from pycloudlib.images.source import Stream
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.guest.conftest import Guest
-from tests.guest.seeds import SHOW_RECORD, Kind
+from tests.guest.seeds import SHOW_RECORD, SIZE, Kind
 from tests.qemu.machines import becomes
 from tests.unit.imageserver import new_signing_key, running_image_server
 from tests.unit.userdataforms import HOOK, mime, text
@@ -73,7 +73,7 @@ def seedless(image: str, tmp_path: Path) -> Iterator[QemuInstance]:
         with Qemu(tag="life-fetched", config_file=io.StringIO(config)) as cloud:
             fetched = cloud.daily_image("noble")
             cmdline = "ds=nocloud;h=seedless;i=other"
-            yield cloud.launch(fetched, "c1m512", kernel_cmdline=cmdline, no_seed_iso=True)
+            yield cloud.launch(fetched, SIZE, kernel_cmdline=cmdline, no_seed_iso=True)
 
 
 def test_the_telnet_port_is_a_console_to_log_in_at(life: QemuInstance) -> None:
@@ -180,7 +180,7 @@ def test_a_snapshot_has_what_was_on_the_disk_and_its_source_goes_on(
     boots = read_file(first, "/var/tmp/boots", tmp_path).split()
     assert cloud.image_serial(first) == cloud.image_serial(image)
     with (
-        cloud.launch(first, "c1m512", launch_args=["-S"]) as user,
+        cloud.launch(first, SIZE, launch_args=["-S"]) as user,
         pytest.raises(ImageInUseError, match=user.name),
     ):
         cloud.delete_image(first)
@@ -225,7 +225,7 @@ def test_snapshots_of_snapshots_boot_as_machines_of_their_own(
     if not clean:
         vm.shutdown()  # then it is saved as it is
     first = cloud.snapshot(vm)
-    copy = cloud.launch(first, "c1m512", user_data="#!/bin/sh\necho ran >/var/tmp/ran\n")
+    copy = cloud.launch(first, SIZE, user_data="#!/bin/sh\necho ran >/var/tmp/ran\n")
     copy.wait()
     assert copy.execute("cat /var/tmp/mark /var/tmp/ran; hostname") == f"kept\nran\n{copy.name}"
     result = json.loads(copy.execute("cat /var/lib/cloud/data/result.json"))
