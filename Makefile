@@ -9,9 +9,10 @@ export PYTHONUNBUFFERED := 1
 # half of what a short one costs would be to compile this package.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The release whose image the demo starts: bookworm or trixie are built here, an Ubuntu series
-# such as noble is downloaded.
+# The release whose image the demo and most of the guests' tests start: bookworm or trixie are built
+# here, an Ubuntu series such as noble is downloaded.
 RELEASE ?= bookworm
+export PYCLOUDLIB_TEST_RELEASE := $(RELEASE)
 # Handed to pytest by unit, qemu and guest, e.g. PYTEST_ARGS='-k download -x'.
 PYTEST_ARGS ?=
 # Handed to the benchmark, e.g. BENCH_ARGS='--rounds 5 --skip many'.
@@ -26,8 +27,9 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 # another one.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 CODE := src tests examples scripts benchmarks docs
+WORKFLOWS := .github/workflows/ci.yml
 
-.PHONY: help setup demo test checks lint format docs unit qemu guest boots copies thorough wheel measure bench clean
+.PHONY: help setup demo test checks lint format docs unit qemu guest boots copies thorough kvm wheel measure bench clean
 
 help:  ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -47,10 +49,11 @@ checks: setup  ## Everything that boots no guest: lint, docs, wheel, unit and qe
 	@$(MAKE) -j1 lint docs wheel
 	$(PYTEST) $(SIDE_BY_SIDE) tests/unit tests/qemu $(PYTEST_ARGS)
 
-lint: setup  ## Check style and types: ruff and mypy
+lint: setup  ## Check style and types, and the workflow of CI: ruff, mypy, check-jsonschema
 	$(PYTHON_IN_VENV) -m ruff check $(CODE)
 	$(PYTHON_IN_VENV) -m ruff format --check $(CODE)
 	$(PYTHON_IN_VENV) -m mypy $(CODE)
+	$(PYTHON_IN_VENV) -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 
 format: setup  ## Format the code, and mend what ruff can mend
 	$(PYTHON_IN_VENV) -m ruff format $(CODE)
@@ -77,6 +80,12 @@ copies: setup  ## The others, most of which start from one saved machine
 
 thorough: setup  ## Run the tests that are too many for every time (half an hour in emulation)
 	$(PYTEST) tests -m thorough $(PYTEST_ARGS)
+
+# What CI runs, and what whoever has KVM can run in one go. Without it nothing begins.
+kvm: setup  ## Run `test` with KVM, which has to work here (RELEASE=noble, then `make bench`)
+	@printf '[qemu]\naccelerator = "kvm"\n' > build/kvm.toml
+	PYCLOUDLIB_CONFIG=$(CURDIR)/build/kvm.toml .venv/bin/pycloudlib doctor
+	PYCLOUDLIB_CONFIG=$(CURDIR)/build/kvm.toml .ci/run
 
 wheel: setup  ## Build the package into dist/, install it elsewhere, and check what was installed
 	@rm -rf dist
