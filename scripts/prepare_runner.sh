@@ -4,7 +4,7 @@
 set -euo pipefail
 
 [ "${GITHUB_ACTIONS:-}" = true ] || {
-    echo "prepare_runner: this is for GitHub's runners; elsewhere: sudo usermod -aG kvm $USER" >&2
+    echo "prepare_runner: this is for GitHub's runners; elsewhere: sudo usermod -aG kvm YOU" >&2
     exit 1
 }
 

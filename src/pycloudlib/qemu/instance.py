@@ -305,8 +305,8 @@ class QemuInstance(BaseInstance):
         """
         self.check_exists()
         saved = self._cloud.find_saved(image_id)
-        restoring.check_is_of(saved, self.machine.spec)
         restoring.check_runs_here(saved, self.machine.binary, self.machine.spec.accelerator)
+        restoring.check_is_of(saved, self.machine.spec)
         self._forget_client()
         restoring.roll_back(self.machine, saved)
         LayerStore(self.instance_dir.parent).collect()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.errors import CloudError
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.instance import QemuInstance
 from tests.pretendedkvm import NEVER, kind_of_memory, pretended_kvm
@@ -110,10 +111,14 @@ def test_copy_that_cannot_be_restored_boots_with_the_accelerator_of_this_host(
     emulated = make_cloud("emulated")
     for source, target in ((cloud, emulated), (emulated, cloud)):
         worker = start_worker(source, tmp_path / f"{source.tag}.img")
-        booted = hurry(target.launch(source.snapshot(worker, memory=True)))
+        image = source.snapshot(worker, memory=True)
+        booted = hurry(target.launch(image))
         assert works(booted)
         assert "SeaBIOS" in booted.console_log()
         assert has_kvm(booted) == (target is cloud)
+        with pytest.raises(CloudError, match="cannot be restored here: .* another accelerator"):
+            booted.rollback(image)
+        assert works(booted)
         assert booted.delete() == []
 
 
