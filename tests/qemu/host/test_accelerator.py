@@ -110,6 +110,40 @@ def test_a_qemu_that_computes_too_long_is_refused(tmp_path: Path) -> None:
     assert trial.conclusive
 
 
+def test_a_busy_host_makes_no_kvm_look_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time in which others have the processors does not count, but not without end."""
+    asked = tmp_path / "asked"
+    works = fake_qemu(tmp_path, f"until [ -e {asked} ]; do sleep 0.05; done; exit 85")
+
+    def measure(_pid: int) -> float:
+        asked.touch()
+        return 60.0
+
+    monkeypatch.setattr(accelerator, "measure_queueing", measure)
+    assert try_accelerator(works, Accelerator.KVM, wall_limit=0.2) == Trial(None)
+    monkeypatch.setattr(accelerator, "QUEUE_LIMIT_SECONDS", 0.5)
+    hangs = fake_qemu(tmp_path, "exec sleep 60")
+    assert not try_accelerator(hangs, Accelerator.KVM, wall_limit=0.2).conclusive
+
+
+def test_waiting_for_a_processor_is_measured(tmp_path: Path) -> None:
+    """Two that compute on one processor wait for each other; one that sleeps waits for nobody."""
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this kernel does not count it")
+    processor = str(min(os.sched_getaffinity(0)))
+    busy = ["taskset", "-c", processor, "sh", "-c", "while :; do :; done"]
+    with contextlib.ExitStack() as stack:
+        first, _, sleeper = started = [
+            stack.enter_context(subprocess.Popen(command))
+            for command in (busy, busy, ["sleep", "60"])
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        assert becomes(lambda: accelerator.measure_queueing(first.pid) > 0.2)
+        assert accelerator.measure_queueing(sleeper.pid) < accelerator.measure_queueing(first.pid)
+    assert accelerator.measure_queueing(first.pid) == 0, "it is gone"
+
+
 def test_a_qemu_that_hangs_is_refused_this_time(tmp_path: Path, fake_kvm: Path) -> None:
     binary, cache = fake_qemu(tmp_path, "exec sleep 60"), tmp_path / "cache"
     choice = choose_accelerator("auto", binary, cache)

@@ -377,16 +377,18 @@ WAITS = (
     ),
     Wait(
         "a look at which accelerator works, and at QEMU's version and options",
-        "2.5 s, 10 s, 30 s",
+        "2.5 s (30 s more in a queue for a processor), 10 s, 30 s",
         "its end",
         (
             "qemu.host.accelerator:try_accelerator",
+            "qemu.host.accelerator:_communicate",
             "qemu.host.accelerator:_query",
             "cli.hostfacts:_ask_version",
         ),
         ("qemu/host/test_accelerator.py::test_a_qemu_that_hangs_is_refused_this_time",),
         (
             ("qemu.host.accelerator:WALL_LIMIT_SECONDS", 2.5),
+            ("qemu.host.accelerator:QUEUE_LIMIT_SECONDS", 30.0),
             ("qemu.host.accelerator:_LIMIT_SECONDS", 30),
             ("cli.hostfacts:_VERSION_LIMIT", 10.0),
         ),
