@@ -75,7 +75,13 @@ class LaunchOptions:
     warm: bool
     fresh_identity: bool
 
-    def launch(self, cloud: Qemu, image_id: str, name: str) -> QemuInstance:
+    def launch(
+        self,
+        cloud: Qemu,
+        image_id: str,
+        name: str,
+        wait_for_room: bool | Callable[[str], None],
+    ) -> QemuInstance:
         """Launch the machine; errors are those of `Qemu.launch`."""
         saved = savedmachine.find(Path(image_id))
         usual = saved.spec.instance_type if saved else InstanceType.parse(DEFAULT_INSTANCE_TYPE)
@@ -93,6 +99,7 @@ class LaunchOptions:
             name=name,
             disk_size_gib=self.disk,
             disks=self.disks or None,
+            wait_for_room=wait_for_room,
         )
 
 
@@ -118,6 +125,11 @@ class LaunchOptions:
     is_flag=True,
     help="Give a copy a new hostname, machine-id and host key.",
 )
+@click.option(
+    "--wait-for-room",
+    is_flag=True,
+    help="Boot when the machine fits beside others that boot; implies --wait.",
+)
 @_wait
 @_timeout
 @json_option
@@ -128,6 +140,7 @@ def launch(
     user_data: Path | None,
     network_config: Path | None,
     daily: bool,
+    wait_for_room: bool,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -140,6 +153,8 @@ def launch(
 
     The machine lives until it is deleted.
     """
+    # What it has reserved is given back when this program ends.
+    wait = wait or wait_for_room
     if timeout is not None and not wait:
         raise click.UsageError("--timeout is for --wait")
     if str(user_data) in _STANDARD_INPUT and str(network_config) in _STANDARD_INPUT:
@@ -152,7 +167,10 @@ def launch(
     image_id = imagenames.get_image(cloud, image, daily=daily, on_progress=session.progress)
 
     def start(chosen: str) -> QemuInstance:
-        return wanted.launch(cloud, image_id, chosen)
+        return wanted.launch(cloud, image_id, chosen, wait_for_room and report_wait)
+
+    def report_wait(holders: str) -> None:
+        session.note(f"Waiting until the machine fits: {holders}")
 
     instance = _start_named(session, name, imagenames.name_prefix(image), start)
     if wait:

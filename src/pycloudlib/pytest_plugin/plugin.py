@@ -25,7 +25,7 @@ from pycloudlib.pytest_plugin.machines import (
     commands_for,
     save_artifacts,
 )
-from pycloudlib.qemu.host.budget import Budget, Capacity
+from pycloudlib.qemu.host.budget import Capacity
 from pycloudlib.qemu.host.ownership import Orphans, claim
 from pycloudlib.qemu.imagenames import get_image
 from pycloudlib.qemu.instance import QemuInstance
@@ -175,15 +175,15 @@ def prepare_vm(request: pytest.FixtureRequest, _vm_machines: Machines) -> Prepar
 
 @pytest.fixture(scope="session")
 def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
-    host = Capacity.of_host()
+    usual = qemu_cloud.settings.capacity
     whole = Capacity(
-        _read_number(pytestconfig, "vm_processors") or host.processors,
-        _read_number(pytestconfig, "vm_memory_mib") or host.memory_mib,
+        _read_number(pytestconfig, "vm_processors") or usual.processors,
+        _read_number(pytestconfig, "vm_memory_mib") or usual.memory_mib,
     )
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     machines = pytestconfig.stash[_MACHINES] = Machines(
         qemu_cloud,
-        Budget(qemu_cloud.settings.state_dir / "budget", whole),
+        qemu_cloud.settings.budget(whole),
         pytestconfig.getini("vm_instance_type") or DEFAULT_INSTANCE_TYPE,
         lambda holders: _report_wait(pytestconfig, holders),
         # The other half is for the remaining tests.

@@ -25,6 +25,7 @@ from pycloudlib.qemu.host.accelerator import choose_accelerator
 from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.imageshelf import ImageShelf, check_new
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.launching import admission
 from pycloudlib.qemu.launching.beginning import Host
 from pycloudlib.qemu.launching.launcher import Launcher, Ready
 from pycloudlib.qemu.launching.login import Keys, Login, OwnKeys
@@ -144,6 +145,7 @@ class Qemu(BaseCloud):
         name: str | None = None,
         disk_size_gib: int | None = None,
         disks: Sequence[int | Disk] | None = None,
+        wait_for_room: bool | Callable[[str], None] = False,
         **kwargs: Any,
     ) -> QemuInstance:
         """Start a machine from an image, without waiting for its boot.
@@ -175,6 +177,10 @@ class Qemu(BaseCloud):
                 default one is made from the tag.
             disk_size_gib: GiB of its disk, not less than the image. By default 10, or the image's.
             disks: Further disks: a number of GiB for an empty one, or a `Disk`.
+            wait_for_room: Whether to wait first until the machine fits beside those that boot at
+                the moment, of all programs that wait like this: many boots at once end later than
+                a few after each other. What to call, once, with who has reserved the processors
+                and the memory; with True, that is logged.
             **kwargs: Accepted for older programs, and logged.
 
         Raises:
@@ -187,6 +193,7 @@ class Qemu(BaseCloud):
             ImageInUseError: A disk is to write to an image that others are built on.
             CloudSetupError: KVM is asked for in the configuration and does not work.
             CloudError: No free port, or QEMU refused (`LaunchError`, with its own words).
+            PycloudlibTimeoutError: It did not fit for an hour (`wait_for_room`); says who has what.
         """
         if kwargs:
             self._log.info("Ignored by launch(): %s", ", ".join(sorted(kwargs)))
@@ -206,12 +213,20 @@ class Qemu(BaseCloud):
             disks=disks,
         )
         fast = self.settings.fast_boot if fast_boot is None else fast_boot
+        on_wait = admission.parse_wait(wait_for_room)
         with (
             uses.holding_image(image_id, self.image_dir) as image,
             explaining_launch(),
             self.settings.naming("working_dir", "state_dir"),
         ):
-            return self._ready.launch(image, options, fresh_identity, warm=warm, fast=fast)
+            ready = self._ready
+            if on_wait is None:
+                return ready.launch(image, options, fresh_identity, warm=warm, fast=fast)
+            size = ready.check(image, options)
+            with admission.admitting(self.settings.budget(), size, on_wait) as follow:
+                instance = ready.launch(image, options, fresh_identity, warm=warm, fast=fast)
+                follow(instance.machine, instance.ready_timeout)
+            return instance
 
     def _check_name(self, name: str) -> str:
         directory = self.parent_dir / check_name(name)

@@ -30,6 +30,7 @@ from pycloudlib.qemu.disk.layers import LayerStore
 from pycloudlib.qemu.failure.explaining import Explainer
 from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.resources import LOOPBACK, PortLease, PortRegistry
+from pycloudlib.qemu.launching import admission
 from pycloudlib.qemu.launching.request import look_at
 from pycloudlib.qemu.parts.furtherdisk import Disk, parse_disk
 from pycloudlib.qemu.saved import restoring
@@ -155,6 +156,7 @@ class QemuInstance(BaseInstance):
         limit = self._tell_limit(ready_timeout)
         with self._following_boot(on_progress, limit), use_deadline(deadline):
             super().wait(ready_timeout, **kwargs)
+            admission.end_boot(self.instance_dir)
             self.guest.run_user_data(self._follow_cloudinit)
 
     def wait_for_restart(self, old_boot_id: str) -> None:
@@ -426,6 +428,7 @@ class QemuInstance(BaseInstance):
                 self.machine.delete()
             except Exception as error:  # noqa: BLE001 - told, and its ports stay its own
                 return [error]
+            admission.release(self.instance_dir)
             errors: list[Exception] = []
             lease = PortLease(self.machine.spec.ssh_port, self.machine.spec.telnet_port)
             for step in (

@@ -247,6 +247,35 @@ def test_ctrl_c_during_a_wait_leaves_the_machine(cli: Cli, tiny_image: Path) -> 
     assert cli.info("web")["state"] == "running"
 
 
+def test_launch_that_waits_says_for_whom_and_starts_when_it_fits(
+    cli: Cli, tiny_image: Path
+) -> None:
+    with Path(cli.environment["PYCLOUDLIB_CONFIG"]).open("a") as config:
+        config.write("budget_processors = 1\nbudget_memory_mib = 1000\n")
+    # No other test's budget.
+    cli.environment["XDG_STATE_HOME"] = str(cli.directory / "state")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    arguments = ("launch", tiny_image, "--memory", "64M", "--wait-for-room", "--name")
+    with cli.popen(*arguments, "first", **options) as first:
+        try:
+            assert becomes(lambda: cli.names() == ["first"])
+            with cli.popen(*arguments, "second", **options) as second:
+                assert second.stderr is not None
+                held = f"machines of processes {first.pid} have 1 of 1 processors, 64 of 1000 MiB"
+                said = f"Waiting until the machine fits: {held}\n"
+                assert second.stderr.readline().decode() == said
+                assert cli.names() == ["first"]
+                # What waits for the first one ends, and with it what it has reserved.
+                first.send_signal(signal.SIGINT)
+                first.communicate(timeout=LIMIT)
+                assert becomes(lambda: cli.names() == ["first", "second"])
+                second.send_signal(signal.SIGINT)
+                second.communicate(timeout=LIMIT)
+                assert second.returncode == 130
+        finally:
+            first.kill()
+
+
 def test_console_is_left_by_its_key(cli: Cli, tiny_image: Path) -> None:
     cli.launch(tiny_image, "--name", "web")
     terminal, theirs = pty.openpty()

@@ -41,6 +41,7 @@ class Wait:
 _DEAD = "QEMU's end, a dead end of the boot, a long pause, a full disk of the host"
 _GONE = "QEMU's end, a kernel panic, a full disk of the host"
 _END = "QEMU's end"
+_SETTLED = "without cloud-init, an SSH server that answers"
 _OTHER = "none: as long as what the other does, which has limits of its own"
 
 WAITS = (
@@ -465,6 +466,18 @@ WAITS = (
             "unit/qemu/host/test_budget.py::test_spare_of_another_process_is_given_back_to_who_waits",
         ),
         (("qemu.host.budget:_LIMIT", 3600.0),),
+    ),
+    Wait(
+        "the end of a boot, by a thread, so that the next machine may boot (`wait_for_room`)",
+        "the machine's `ready_timeout`",
+        "cloud-init's end, QEMU's end, a long pause, a dead end, `delete()`; " + _SETTLED,
+        ("qemu.launching.admission:_follow_boot",),
+        (
+            "unit/qemu/launching/test_following_boots.py::test_end_of_cloud_init_ends_the_boot",
+            "unit/qemu/launching/test_following_boots.py::test_boot_that_takes_too_long_is_said",
+            "qemu/launching/test_admission.py::test_second_machine_starts_when_the_first_is_deleted",
+            "qemu/launching/test_admission.py::test_second_machine_starts_when_the_qemu_of_the_first_ends",
+        ),
     ),
     Wait(
         "the end of a program, by the process that watches for it",

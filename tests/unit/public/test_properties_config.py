@@ -35,6 +35,8 @@ from tests.unit.hostile import NAMES, PLAIN, STRANGE, TOO_DEEP, damaged, put
 
 KEYS = (
     "accelerator",
+    "budget_memory_mib",
+    "budget_processors",
     "fast_boot",
     "image_dir",
     "image_keyring",
@@ -107,6 +109,7 @@ def test_settings_are_values_or_refused_with_key_and_file(section: dict[str, Any
     else:
         assert settings.image_dir.is_absolute()
         assert settings.warm_cache_mib >= 0
+        assert min(settings.capacity.processors, settings.capacity.memory_mib) >= 1
         assert isinstance(settings.offline, bool)
 
 

@@ -164,12 +164,23 @@ class _Held:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._lock = exclusive_lock(file, remove=True)
-        self._lock.__enter__()
+        lock = exclusive_lock(file, remove=True)
+        # A list, whose `pop` is one step: whoever gives the part back, it is given back once.
+        self._locks = [lock]
+        lock.__enter__()
 
-    def release(self) -> None:
-        """Give it back; idempotent."""
-        self._lock.__exit__(None, None, None)
+    def __bool__(self) -> bool:
+        """Whether it was not given back."""
+        return bool(self._locks)
+
+    def release(self) -> bool:
+        """Give it back; return False if it was given back before."""
+        try:
+            lock = self._locks.pop()
+        except IndexError:
+            return False
+        lock.__exit__(None, None, None)
+        return True
 
     def __enter__(self) -> None:
         pass
@@ -242,11 +253,9 @@ class Spare:
         self._pid = os.getpid()
         self._asked_for = False
         self._speaking = -1
-        held = _Held(budget.new_file(capacity, _Kind.SPARE))
-        # A list, whose `pop` is one step: whoever ends the reservation, it ends once.
-        self._holding = [held]
+        self._held = _Held(budget.new_file(capacity, _Kind.SPARE))
         # Those who want the part write to this FIFO.
-        self._fifo = held.file.with_suffix(_WANTED)
+        self._fifo = self._held.file.with_suffix(_WANTED)
         try:
             os.mkfifo(self._fifo, 0o600)
             # The thread alone closes the one, who ends the reservation the other: so neither is
@@ -269,7 +278,7 @@ class Spare:
         if self._pid != os.getpid():
             return None
         with self._budget.locked():
-            if self._asked_for or not self._holding:
+            if self._asked_for or not self._held:
                 return None
             held = _Held(self._budget.new_file(self._capacity, _Kind.USE))
             if not self._end():
@@ -284,14 +293,12 @@ class Spare:
 
     def _end(self) -> bool:
         """End the reservation; return whether it was not ended before."""
-        try:
-            held = self._holding.pop()
-        except IndexError:
+        if not self._held.release():
             return False
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._stop_listening)
-            stack.callback(held.release)
+        try:
             self._fifo.unlink(missing_ok=True)
+        finally:
+            self._stop_listening()
         return True
 
     def _stop_listening(self) -> None:
@@ -303,13 +310,35 @@ class Spare:
     def _listen(self, descriptor: int) -> None:
         try:
             os.read(descriptor, 1)
-            if self._holding:
+            if self._held:
                 self._asked_for = True
                 self._on_wanted()
         except Exception:  # noqa: BLE001 - nobody is there to get it
             _log.exception("A spare part of the budget could not be given back")
         finally:
             os.close(descriptor)
+
+
+class Admission:
+    """What a machine that boots has reserved; made by `Budget.admit`. Safe to use from threads."""
+
+    def __init__(self, boot: _Held, memory: _Held) -> None:
+        self._boot = boot
+        self._memory = memory
+
+    @property
+    def boots(self) -> bool:
+        """Whether its processors are reserved."""
+        return bool(self._boot)
+
+    def end_boot(self) -> None:
+        """Give its processors back, since it has booted or will not; idempotent."""
+        self._boot.release()
+
+    def release(self) -> None:
+        """Give all back; idempotent."""
+        self._boot.release()
+        self._memory.release()
 
 
 class Budget:
@@ -342,11 +371,30 @@ class Budget:
         Raises:
             PycloudlibTimeoutError: It did not fit within the limit.
         """
-        request = _Request([(capacity, _Kind.USE)])
         with contextlib.ExitStack() as stack:
-            if not self._reserve(request, stack):
-                self._wait(request, stack, on_wait)
+            self._reserve_or_wait([(capacity, _Kind.USE)], stack, lambda who, _of: on_wait(who))
             yield
+
+    def admit(self, capacity: Capacity, on_wait: Callable[[str], None]) -> Admission:
+        """Reserve what a machine needs that boots: its processors until then, and its memory.
+
+        Args:
+            capacity: What it needs.
+            on_wait: Called as in `reserving`; it gets the memory, too.
+
+        Raises:
+            PycloudlibTimeoutError: It did not fit within the limit.
+        """
+        parts = (
+            (Capacity(capacity.processors, 0), _Kind.BOOT),
+            (Capacity(0, capacity.memory_mib), _Kind.USE),
+        )
+        with contextlib.ExitStack() as stack:
+            admission = Admission(
+                *self._reserve_or_wait(parts, stack, lambda who, of: on_wait(who + of))
+            )
+            stack.pop_all()
+        return admission
 
     def try_spare(self, capacity: Capacity, on_wanted: Callable[[], None]) -> Spare | None:
         """Reserve a part that is given back as soon as it is wanted.
@@ -386,24 +434,34 @@ class Budget:
         """Return a file for a part that this process reserves; it is not made yet."""
         return self._directory / _Reservation(capacity, os.getpid(), _process, kind).file_name()
 
+    def _reserve_or_wait(
+        self,
+        parts: Sequence[tuple[Capacity, _Kind]],
+        stack: contextlib.ExitStack,
+        on_wait: Callable[[str, str], None],
+    ) -> Sequence[_Held]:
+        """Reserve parts, all or nothing, and wait for them if need be; `stack` gives them back."""
+        request = _Request(parts)
+        return self._reserve(request, stack) or self._wait(request, stack, on_wait)
+
     def _wait(
-        self, request: _Request, stack: contextlib.ExitStack, on_wait: Callable[[str], None]
-    ) -> None:
+        self, request: _Request, stack: contextlib.ExitStack, on_wait: Callable[[str, str], None]
+    ) -> Sequence[_Held]:
         deadline = Deadline.after(self._limit)
         reported = False
         with self._waiting_in_line(request):
-            while not self._reserve(request, stack):
+            while not (held := self._reserve(request, stack)):
                 if not (reported or request.returning):
                     reported = True
-                    on_wait(self._describe_holders())
+                    on_wait(*self._describe_holders())
                 if deadline.expired:
-                    wanted = request.capacity
+                    wanted, holders = request.capacity, self._describe_holders()
                     raise PycloudlibTimeoutError(
                         f"A machine of {wanted.processors} processors and {wanted.memory_mib} "
-                        f"MiB did not fit for {self._limit:.0f} s: {self._describe_holders()} "
-                        f"of {self._whole.processors} processors, {self._whole.memory_mib} MiB"
+                        f"MiB did not fit for {self._limit:.0f} s: {''.join(holders)}"
                     )
                 time.sleep(deadline.capped(_POLL_SECONDS))
+        return held
 
     @contextlib.contextmanager
     def _waiting_in_line(self, request: _Request) -> Iterator[None]:
@@ -419,14 +477,14 @@ class Budget:
             request.ticket = ticket
             yield
 
-    def _reserve(self, request: _Request, stack: contextlib.ExitStack) -> bool:
-        """Reserve all parts of a request, if they fit and nobody else comes first."""
+    def _reserve(self, request: _Request, stack: contextlib.ExitStack) -> Sequence[_Held]:
+        """Reserve all parts of a request; none if they do not fit, or another comes first."""
         ticket = request.ticket
         if ticket and (_lines[self._directory][0] != ticket or self._is_behind(ticket)):
-            return False
+            return ()
         with self.locked():
             if self._is_behind(ticket):
-                return False
+                return ()
             reserved = self._reservations()
             request.returning = self._ask_for_spares(request, reserved)
             if _has_machine(_process, reserved.values()):
@@ -434,10 +492,13 @@ class Budget:
             else:
                 beside = list(reserved.values())
             if not request.capacity.fits(self._whole, _total(beside)):
-                return False
-            for capacity, kind in request.parts:
-                stack.enter_context(_Held(self.new_file(capacity, kind)))
-            return True
+                return ()
+            files = [self.new_file(capacity, kind) for capacity, kind in request.parts]
+            held = []
+            for file in files:
+                held.append(_Held(file))
+                stack.callback(held[-1].release)
+            return held
 
     def _ask_for_spares(self, request: _Request, reserved: dict[Path, _Reservation]) -> bool:
         """Have as many spares given back as a request needs, the newest first.
@@ -494,11 +555,15 @@ class Budget:
             file.unlink()
         return False
 
-    def _describe_holders(self) -> str:
-        """Return which processes have reserved how many processors."""
+    def _describe_holders(self) -> tuple[str, str]:
+        """Return which processes have reserved how many processors; and of how much, in words."""
         reserved = self._reservations().values()
         pids = ", ".join(sorted({str(held.pid) for held in reserved})) or "others"
-        return f"machines of processes {pids} have {_total(reserved).processors}"
+        total, whole = _total(reserved), self._whole
+        return (
+            f"machines of processes {pids} have {total.processors}",
+            f" of {whole.processors} processors, {total.memory_mib} of {whole.memory_mib} MiB",
+        )
 
 
 def _total(reserved: Iterable[_Reservation]) -> Capacity:

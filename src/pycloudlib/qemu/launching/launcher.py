@@ -44,6 +44,7 @@ from pycloudlib.qemu.launching.warmcache import (
     build_key,
     build_start_key,
 )
+from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.saved import restoring
 from pycloudlib.qemu.saved.checkpoint import Instance
 from pycloudlib.qemu.state import savedmachine
@@ -136,8 +137,8 @@ class Launcher(Generic[Started]):
         )
         return instance
 
-    def copy(self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool) -> Started:
-        """Start a copy of a saved machine; where it cannot be restored, it boots from its disk.
+    def check_copy(self, saved: SavedMachine, options: LaunchOptions) -> None:
+        """Check that a saved machine can be copied as it is asked for.
 
         Raises:
             ValueError: The options ask for another machine, or it is where first boots begin.
@@ -149,6 +150,13 @@ class Launcher(Generic[Started]):
                 f"{saved.image} is a saved machine, which cannot be changed by "
                 f"{', '.join(changes)}: launch it without, or the image that it was made from"
             )
+
+    def copy(self, saved: SavedMachine, options: LaunchOptions, *, fresh_identity: bool) -> Started:
+        """Start a copy of a saved machine; where it cannot be restored, it boots from its disk.
+
+        Raises the errors of `check_copy`.
+        """
+        self.check_copy(saved, options)
         user_data = options.user_data
         beginning = Copy(
             options.name_with(self.tag),
@@ -223,6 +231,14 @@ class Ready(Generic[Kept]):
     launcher: Launcher[Kept]
     cache: WarmCache
     save: Callable[[Kept], contextlib.AbstractContextManager[SavedMachine]]
+
+    def check(self, image: Path, options: LaunchOptions) -> InstanceType:
+        """Check what is asked for as a whole, before anything is done; return the size."""
+        saved = savedmachine.find(image)
+        if saved is None:
+            return self.launcher.check(image, options).instance_type
+        self.launcher.check_copy(saved, options)
+        return saved.spec.instance_type
 
     def launch(
         self,

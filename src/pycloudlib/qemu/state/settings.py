@@ -15,6 +15,7 @@ from pycloudlib._base.documents import nearest, safe_repr
 from pycloudlib._base.files import expand_user, is_directory, is_file
 from pycloudlib.errors import CloudSetupError
 from pycloudlib.qemu.host.accelerator import AUTO, SETTINGS
+from pycloudlib.qemu.host.budget import Budget, Capacity
 from pycloudlib.qemu.host.ownership import Orphans
 
 _log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ DEFAULT_BINARY = "qemu-system-x86_64"
 _KNOWN_KEYS = (
     "accelerator",
     "artifacts_dir",
+    "budget_memory_mib",
+    "budget_processors",
     "fast_boot",
     "image_dir",
     "image_keyring",
@@ -67,6 +70,9 @@ class QemuSettings:
         offline: Whether image servers are not asked.
         orphans: What becomes of a program's machines when it ends without deleting them.
         artifacts_dir: Where logs go when something fails; it need not exist. None for nowhere.
+        budget_processors: How many processors machines may use at once, of all programs that wait
+            until their machines fit; None for all that this program may use.
+        budget_memory_mib: As much of the memory, in MiB; None for most of it.
     """
 
     image_dir: Path
@@ -84,6 +90,8 @@ class QemuSettings:
     offline: bool = False
     orphans: Orphans = Orphans.REAP_AFTER_CRASH
     artifacts_dir: Path | None = None
+    budget_processors: int | None = None
+    budget_memory_mib: int | None = None
 
     @classmethod
     def parse(cls, section: Mapping[str, Any], source: str) -> QemuSettings:
@@ -117,7 +125,25 @@ class QemuSettings:
             offline=reader.boolean("offline", default=False),
             artifacts_dir=reader.path("artifacts_dir"),
             orphans=Orphans(reader.one_of("orphans", _ORPHANS) or Orphans.REAP_AFTER_CRASH.value),
+            budget_processors=reader.positive("budget_processors"),
+            budget_memory_mib=reader.positive("budget_memory_mib"),
         )
+
+    @property
+    def capacity(self) -> Capacity:
+        """What machines may use at once."""
+        host = Capacity.of_host()
+        return Capacity(
+            self.budget_processors or host.processors, self.budget_memory_mib or host.memory_mib
+        )
+
+    def budget(self, whole: Capacity | None = None) -> Budget:
+        """Return the budget that all programs of this user share.
+
+        Args:
+            whole: What machines may use at once; by default as configured.
+        """
+        return Budget(self.state_dir / "budget", whole or self.capacity)
 
     @contextlib.contextmanager
     def naming(self, *keys: str) -> Iterator[None]:
@@ -206,6 +232,14 @@ class _Reader:
         value = self.section.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(key, "a whole number, not negative")
+        return value
+
+    def positive(self, key: str) -> int | None:
+        if key not in self.section:
+            return None
+        value = self.section[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, "a whole number from 1")
         return value
 
     def boolean(self, key: str, *, default: bool) -> bool:

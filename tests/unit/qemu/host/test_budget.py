@@ -383,3 +383,55 @@ def test_without_fifos_there_are_no_spares(tmp_path: Path, monkeypatch: pytest.M
     assert budget.try_spare(WHOLE, lambda: None) is None
     with budget.reserving(WHOLE, never):
         pass
+
+
+def test_machine_holds_processors_until_it_has_booted_and_then_memory(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, WHOLE)
+    booting = budget.admit(Capacity(2, 1000), never)
+    with other_process(tmp_path, Capacity(1, 3000)) as other:
+        other.expect("waits")
+        booting.end_boot()
+        other.expect("has it")
+        other.end()
+    with other_process(tmp_path, Capacity(1, 3001)) as other:
+        other.expect("waits")
+        booting.release()
+        other.expect("has it")
+    booting.release()
+
+
+def test_process_does_not_wait_for_the_memory_of_its_own_machines(tmp_path: Path) -> None:
+    """Nor for who waits for it: that one may wait until this process has ended."""
+    budget = Budget(tmp_path, WHOLE)
+    machines = [budget.admit(Capacity(1, 3000), never) for _ in range(2)]
+    with other_process(tmp_path, Capacity(1, 3000)) as other:
+        other.expect("waits")
+        machines[0].end_boot()
+        machines.append(budget.admit(Capacity(1, 3000), never))
+        assert not machines[0].boots
+        for machine in machines:
+            machine.release()
+        other.expect("has it")
+
+
+def test_boots_of_many_threads_are_as_many_as_fit(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, WHOLE)
+    at_once: list[int] = []
+
+    def boot(_number: int) -> None:
+        machine = budget.admit(Capacity(1, 0), lambda _who: None)
+        at_once.append(len(list(tmp_path.glob("1-0-*.taken"))))
+        machine.end_boot()
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(boot, range(12)))
+    assert max(at_once) <= 2
+    assert not list(tmp_path.glob("*.waiting"))
+
+
+def test_large_machine_is_not_larger_than_the_whole(tmp_path: Path) -> None:
+    """It boots beside machines that have booted, though these have some of the memory."""
+    budget = Budget(tmp_path, WHOLE)
+    with other_process(tmp_path, Capacity(0, 1000)) as other:
+        other.expect("has it")
+        budget.admit(Capacity(64, 3000), never).release()

@@ -7,6 +7,7 @@ import pytest
 
 from pycloudlib.qemu.host.budget import Capacity
 from pycloudlib.qemu.host.resources import HostLimits
+from pycloudlib.qemu.state.settings import QemuSettings
 
 MIB = 1 << 20
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
@@ -247,6 +248,19 @@ def test_budget_is_that_of_the_container(tmp_path: Path) -> None:
         tmp_path, V2, "0::/a\n", v2("a", memory_max=str(1024 * MIB), cpu_max="200000 100000")
     )
     assert Capacity.of_host(limits) == Capacity(2, 768)
+
+
+def test_budget_is_that_of_the_configuration(tmp_path: Path) -> None:
+    host = Capacity.of_host()
+    for section, whole in (
+        ({}, host),
+        ({"budget_processors": 3}, Capacity(3, host.memory_mib)),
+        ({"budget_memory_mib": 77}, Capacity(host.processors, 77)),
+    ):
+        assert QemuSettings.parse(section, "my.toml").capacity == whole
+    for wrong in (0, -1, True, "2", 1.5):
+        with pytest.raises(ValueError, match=r"budget_processors in .qemu. of my.toml is"):
+            QemuSettings.parse({"budget_processors": wrong}, "my.toml")
 
 
 def test_this_host_has_room() -> None:
