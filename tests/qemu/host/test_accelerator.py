@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -14,8 +15,16 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import CloudSetupError
+from pycloudlib.qemu.cloud import Qemu
 from pycloudlib.qemu.host import accelerator
-from pycloudlib.qemu.host.accelerator import Accelerator, Trial, choose_accelerator, try_accelerator
+from pycloudlib.qemu.host.accelerator import (
+    Accelerator,
+    Trial,
+    choose_accelerator,
+    find_features,
+    try_accelerator,
+)
+from pycloudlib.qemu.instance import QemuInstance
 from tests.qemu.conftest import UNSTARTED, CloudMaker
 from tests.qemu.machines import becomes
 
@@ -47,6 +56,32 @@ def fake_qemu(tmp_path: Path, body: str) -> Path:
 
 def test_the_payload_ends_well_in_emulation(binary: Path) -> None:
     assert try_accelerator(binary, Accelerator.TCG) == Trial(None)
+
+
+def test_emulated_processor_lacks_what_it_is_slow_with(
+    cloud_of_each_qemu: Qemu, tiny_image: Path
+) -> None:
+    """A copy has the processor that was saved, as one that was saved before the others lack it."""
+    cloud = cloud_of_each_qemu
+    slow = find_features(Path(cloud.qemu_binary)).slow_features
+    assert {"erms", "fsrm"} <= set(slow)
+    machine = cloud.launch(str(tiny_image))
+    assert not {name for name in slow if has(machine, name)}
+    copy = cloud.launch(cloud.snapshot(machine, memory=True))
+    assert not {name for name in slow if has(copy, name)}
+
+    machine.machine.kill()
+    machine.machine.change_spec(dataclasses.replace(machine.machine.spec, without=()))
+    machine.start(wait=False)
+    assert has(machine, "erms")
+    assert has(cloud.launch(cloud.snapshot(machine, memory=True)), "erms")
+
+
+def has(instance: QemuInstance, feature: str) -> bool:
+    """Whether a machine's first processor has a feature."""
+    processors = instance.machine.execute("query-cpus-fast")
+    path = {"path": processors[0]["qom-path"], "property": feature}
+    return bool(instance.machine.execute("qom-get", path))
 
 
 def test_the_boot_sector_is_one(binary: Path) -> None:

@@ -28,6 +28,12 @@ class KvmUnavailableError(CloudSetupError):
     """KVM is configured, and does not work on this host."""
 
 
+# QEMU's names of the CPU features by which a processor says that its string instructions take a
+# byte as fast as a longer unit. In emulation each byte is a step of its own, and a guest that
+# believes it copies and clears memory, above all every new page, by bytes.
+_SLOW_IN_EMULATION = ("erms", "fsrm", "fzrm", "fsrs", "fsrc")
+
+
 @enum.unique
 class Accelerator(enum.Enum):
     """How QEMU executes the guest's instructions; the values are QEMU's names."""
@@ -39,6 +45,11 @@ class Accelerator(enum.Enum):
     def cpu_model(self) -> str:
         """The CPU model of machines: all features that the accelerator has."""
         return "host" if self is Accelerator.KVM else "max"
+
+    @property
+    def slow_features(self) -> tuple[str, ...]:
+        """The CPU features of the model that only slow its guests down."""
+        return () if self is Accelerator.KVM else _SLOW_IN_EMULATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +118,10 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 _LIMIT_SECONDS = 30
 _LONGEST_SHOWN = 500
 _QUERIES = (
-    b'{"execute": "qmp_capabilities"} {"execute": "qom-list-properties", "arguments": '
-    b'{"typename": "memory-backend-file"}} {"execute": "quit"}\n'
+    b'{"execute": "qmp_capabilities"}'
+    b' {"execute": "qom-list-properties", "arguments": {"typename": "memory-backend-file"}}'
+    b' {"execute": "qom-list-properties", "arguments": {"typename": "max-x86_64-cpu"}}'
+    b' {"execute": "quit"}\n'
 )
 
 
@@ -291,10 +304,12 @@ class Features:
     Attributes:
         sandbox: Whether it has a sandbox (seccomp).
         read_only_memory: Whether it can map memory from a file that it cannot write to (since 8.2).
+        slow_features: The CPU features that it knows, of those that slow emulation down.
     """
 
     sandbox: bool = True
     read_only_memory: bool = True
+    slow_features: tuple[str, ...] = _SLOW_IN_EMULATION
 
 
 @functools.cache
@@ -313,7 +328,15 @@ def find_features(binary: Path) -> Features:
     sandbox = not _query(binary, "-sandbox", SANDBOX)[1]
     if not sandbox:
         _log.warning("%s was built without seccomp: machines run without QEMU's sandbox", binary)
-    return Features(sandbox=sandbox, read_only_memory=b'"name": "rom"' in answers)
+    return Features(
+        sandbox=sandbox,
+        read_only_memory=_names(answers, "rom"),
+        slow_features=tuple(name for name in _SLOW_IN_EMULATION if _names(answers, name)),
+    )
+
+
+def _names(answers: bytes, property_: str) -> bool:
+    return f'"name": "{property_}"'.encode() in answers
 
 
 def _query(binary: Path, *options: str) -> tuple[bytes, str]:

@@ -283,6 +283,7 @@ def describe_machine(
         kernel_boot=request.kernel_boot,
         launch_args=request.launch_args,
         disks=request.disks,
+        without=host.accelerator.slow_features,
     )
 
 
@@ -361,6 +362,7 @@ class Copy:
             saved,
             # A state needs the one that it was saved with; a boot is as quick as this host can be.
             accelerator=host.accelerator if self.boots else saved.accelerator,
+            without=host.accelerator.slow_features if self.boots else saved.without,
             name=self.name,
             disk=rundir.disk,
             seed=rundir.seed if saved.seed else None,

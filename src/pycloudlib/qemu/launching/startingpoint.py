@@ -283,8 +283,9 @@ class FirstBoot(PowerOn):
     def describe(self, host: Host, rundir: RunDirectory, lease: PortLease) -> MachineSpec:
         """Return what machine it is."""
         spec = describe_machine(host, rundir, self.request, lease)
-        # The guest has found its network card already.
-        return dataclasses.replace(spec, mac=self.start.spec.mac)
+        # The guest has found its network card and its processors already.
+        start = self.start.spec
+        return dataclasses.replace(spec, mac=start.mac, without=start.without)
 
     def switch_on(self, machine: Machine) -> None:
         """Restore it at the starting point."""

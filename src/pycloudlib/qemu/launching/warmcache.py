@@ -112,6 +112,7 @@ def _digest(image: Path, host: Host, parts: Sequence[Part], **more: object) -> s
         "format": savedmachine.FORMAT,
         "package": __version__,
         "host": savedmachine.host_fingerprint(host.binary, host.accelerator),
+        "without": host.accelerator.slow_features,
         "image": _facts(image),
         "digest": record.sha256 if record else "",
         "parts": [[dict(part.key), [_facts(file) for file in part.needs]] for part in parts],

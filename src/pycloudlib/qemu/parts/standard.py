@@ -73,10 +73,12 @@ class Processor(Part):
     Attributes:
         size: How many, and how much.
         accelerator: How guest instructions are executed.
+        without: The CPU features of the accelerator's model that it does not have, by QEMU's names.
     """
 
     size: InstanceType
     accelerator: Accelerator
+    without: tuple[str, ...] = ()
 
     @property
     def memory_kib(self) -> int:
@@ -96,12 +98,17 @@ class Processor(Part):
         return [
             "-machine", f"pc,graphics=off,memory-backend={BACKEND}",
             "-accel", accel_option(self.accelerator),
-            "-cpu", self.accelerator.cpu_model,
+            "-cpu", self._model(start),
             "-smp", str(self.size.cpus),
             "-m", f"{self.memory_kib}K",
             "-object", self._memory(start),
         ]
         # fmt: on
+
+    def _model(self, start: Start) -> str:
+        """Return the CPU model. QEMU refuses to leave out a feature that it does not know."""
+        left_out = [name for name in self.without if name in start.features.slow_features]
+        return "".join((self.accelerator.cpu_model, *(f",-{name}" for name in left_out)))
 
     def _memory(self, start: Start) -> str:
         """Return the backend of the memory."""

@@ -58,6 +58,8 @@ class MachineSpec:
         kernel_boot: The kernel to load directly; None to boot from the disk.
         launch_args: Further arguments for QEMU, from the caller.
         disks: Its disks beside the root disk.
+        without: The CPU features that its processors do not have though they could; none of a
+            machine that an older version described. A saved state needs the same ones again.
     """
 
     name: str
@@ -71,6 +73,7 @@ class MachineSpec:
     kernel_boot: KernelBoot | None = None
     launch_args: tuple[str, ...] = ()
     disks: tuple[FurtherDisk, ...] = ()
+    without: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -109,7 +112,7 @@ class MachineSpec:
     @property
     def processor(self) -> Processor:
         """Its processors and memory."""
-        return Processor(self.instance_type, self.accelerator)
+        return Processor(self.instance_type, self.accelerator, self.without)
 
     @property
     def memory_kib(self) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SPEC = MachineSpec(
     ssh_port=18004,
     telnet_port=18005,
     mac="52:54:00:01:02:03",
+    without=Accelerator.TCG.slow_features,
 )
 FULL = dataclasses.replace(
     SPEC,
@@ -41,7 +43,7 @@ GOLDEN = [
     "-no-user-config", "-nodefaults",
     "-machine", "pc,graphics=off,memory-backend=ram0",
     "-accel", "tcg,thread=multi,tb-size=256",
-    "-cpu", "max",
+    "-cpu", "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc",
     "-smp", "2",
     "-m", "2097160K",
     "-object", "memory-backend-file,id=ram0,size=2097160K,share=on,mem-path=/proc/self/fd/10",
@@ -200,11 +202,32 @@ def test_emulation_uses_all_host_threads() -> None:
     (accel,) = values_of(argv, "-accel")
     assert accel.startswith("tcg")
     assert "thread=multi" in accel
-    assert values_of(argv, "-cpu") == ["max"]
+
+
+def cpu_of(spec: MachineSpec, features: Features) -> list[str]:
+    return values_of(build_command("/usr/bin/qemu", spec, CHANNELS, features), "-cpu")
+
+
+def test_only_features_that_qemu_knows_are_left_out() -> None:
+    """QEMU does not start with the name of a feature that it does not know."""
+    older = Features(slow_features=("erms", "fsrm"))
+    assert cpu_of(SPEC, older) == ["max,-erms,-fsrm"]
+
+
+def test_machine_of_before_keeps_its_processor() -> None:
+    """A guest that was saved with a feature uses it when it is restored."""
+    described = json.loads(SPEC.to_json())
+    del described["without"]
+    before = MachineSpec.from_json(json.dumps(described))
+    assert cpu_of(before, Features()) == ["max"]
 
 
 def test_kvm_gets_the_hosts_processor() -> None:
-    argv = build(dataclasses.replace(SPEC, accelerator=Accelerator.KVM))
+    argv = build(
+        dataclasses.replace(
+            SPEC, accelerator=Accelerator.KVM, without=Accelerator.KVM.slow_features
+        )
+    )
 
     assert values_of(argv, "-accel") == ["kvm"]
     assert values_of(argv, "-cpu") == ["host"]
