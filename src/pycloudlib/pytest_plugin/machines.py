@@ -7,16 +7,21 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.errors import PycloudlibException
 from pycloudlib.images import store
+from pycloudlib.pytest_plugin.ahead import Ahead, Asked, Case, Wanted
+from pycloudlib.qemu.ahead import MachineAhead, launching
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.explaining import keep_artifacts
 from pycloudlib.qemu.host.budget import Budget, Capacity
+from pycloudlib.qemu.host.ownership import claim
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine
@@ -25,21 +30,6 @@ from pycloudlib.qemu.state.spec import make_name
 from pycloudlib.util import raise_cleanup_errors
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The machine that a test wants.
-
-    Attributes:
-        image: The id of its image, or of a saved machine.
-        instance_type: Its size; None for the default, or that of the saved machine.
-        user_data: For cloud-init.
-    """
-
-    image: str
-    instance_type: str | None = None
-    user_data: str | bytes | None = None
 
 
 class VmFactory(Protocol):
@@ -100,28 +90,39 @@ class InUse:
 
     Attributes:
         test: The name of the test, which begins the names of its machines.
+        case: The test, until it has asked for its first machine; None for what is no test.
         machines: The machines.
         ending: Cleans up after the test.
         kept: The machines that are not deleted, since the test failed and the user examines them.
     """
 
     test: str
+    case: Case | None = None
     machines: list[QemuInstance] = field(default_factory=list)
     ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     kept: list[QemuInstance] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shared:
-    """A machine that tests use one after another.
+    """A machine that tests use one after another, and one that stands in for it in turn.
+
+    While a test uses the one, the other returns to the beginning, for the next test.
 
     Attributes:
-        machine: The machine.
-        start: The image of the snapshot to which it is rolled back.
+        machine: The one that a test uses, or the last one has used.
+        start: The image of the snapshot to which they return.
+        other: The other one, once it was needed.
     """
 
     machine: QemuInstance
     start: str
+    other: QemuInstance | None = None
+
+    @property
+    def machines(self) -> list[QemuInstance]:
+        """Those that there are."""
+        return [self.machine] if self.other is None else [self.machine, self.other]
 
 
 class Machines:
@@ -133,6 +134,10 @@ class Machines:
         instance_type: The default size.
         on_wait: Called if a machine does not fit yet, with who has reserved the budget.
         kept_mib: Memory, in MiB, that the kept machines may have together.
+        ahead: For how many of the next tests machines are started ahead.
+
+    Attributes:
+        ahead: The machines for the next tests.
     """
 
     def __init__(
@@ -142,6 +147,7 @@ class Machines:
         instance_type: str,
         on_wait: Callable[[str], None],
         kept_mib: int,
+        ahead: int,
     ) -> None:
         self._cloud = cloud
         self._budget = budget
@@ -149,6 +155,8 @@ class Machines:
         self._on_wait = on_wait
         self._kept_mib = kept_mib
         self._shared: dict[Wanted, _Shared] = {}
+        self._in_use: set[Wanted] = set()
+        self.ahead = Ahead(self._start_ahead, ahead)
 
     def make(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
         """Return a new machine for a test.
@@ -160,26 +168,38 @@ class Machines:
             in_use: The machines of the test.
             options: Further options of the launch.
         """
+        machine = self._take_ahead(Asked(wanted, options), in_use)
+        if machine is not None:
+            claim(machine.instance_dir, self._cloud.orphans)
+            in_use.machines.append(machine)
+            in_use.ending.callback(self._dispose, machine, in_use)
+            return machine
         saved = self._find_saved(wanted)
-        in_use.ending.enter_context(self._reserving(wanted, saved))
+        in_use.ending.enter_context(self._budget.reserving(self._size(wanted), self._on_wait))
         options = {"name": name_machine(in_use.test), **options}
-        machine = self._launch(wanted, saved, in_use, options)
+        machine = self._launch(wanted, saved, options)
+        in_use.machines.append(machine)
         in_use.ending.callback(self._dispose, machine, in_use)
         machine.wait()
         return machine
 
     def share(self, wanted: Wanted, in_use: InUse) -> QemuInstance:
-        """Return the machine that tests with the same wishes share, rolled back to its start.
+        """Return the machine that tests with the same wishes share, as it was at its beginning.
 
         Between tests it is off, and not part of the budget.
         """
-        saved = self._find_saved(wanted)
-        in_use.ending.enter_context(self._reserving(wanted, saved))
-        shared = self._roll_back(wanted) or self._make_shared(wanted, saved, in_use)
+        self._forget_deleted(wanted)
+        machine = self._take_ahead(Asked(wanted, shared=True), in_use)
+        if machine is None:
+            in_use.ending.enter_context(self._budget.reserving(self._size(wanted), self._on_wait))
+            machine = self._roll_back(wanted) or self._make_shared(wanted, in_use)
+        elif (shared := self._shared[wanted]).other is machine:
+            shared.machine, shared.other = machine, shared.machine
+        self._in_use.add(wanted)
         in_use.ending.callback(self._park, wanted, in_use)
-        if shared.machine not in in_use.machines:
-            in_use.machines.append(shared.machine)
-        return shared.machine
+        if machine not in in_use.machines:
+            in_use.machines.append(machine)
+        return machine
 
     def prepare(self, wanted: Wanted, prepare: Callable[[QemuInstance], object]) -> str:
         """Prepare a machine, save it, and return the image."""
@@ -198,6 +218,64 @@ class Machines:
         in_use.kept.append(machine)
         return True
 
+    def _take_ahead(self, asked: Asked, in_use: InUse) -> QemuInstance | None:
+        """Return the machine that was started for a test, if it has asked for that; else None."""
+        case, in_use.case = in_use.case, None
+        taken = None if case is None else self.ahead.take(asked, case)
+        if taken is None:
+            return None
+        machine, room = taken
+        in_use.ending.callback(room.close)
+        return machine
+
+    def _start_ahead(self, asked: Asked, test: Case) -> MachineAhead | None:
+        """Start what a test is expected to ask for; return None if there is no room for it."""
+        wanted = asked.wanted
+        try:
+            size, saved = self._size(wanted), self._find_saved(wanted)
+        except (PycloudlibException, ValueError) as error:
+            _log.debug("Nothing is started ahead for %s: %s", test.name, error)
+            return None  # the test hears of it, if it asks for that
+        if asked.shared:
+            shared = self._shared.get(wanted)
+            if shared is None:
+                return None
+            begin, undo = self._returning(shared, in_use=wanted in self._in_use)
+            return MachineAhead.start(shared.machine.name, self._budget, size, begin, undo)
+        if "name" in asked.options:
+            return None  # the test before has a machine of that name
+        name = name_machine(test.name)
+        options = {**asked.options, "name": name}
+        launch = partial(self._launch, wanted, saved, options)
+        begin, undo = launching(self._cloud, name, launch)
+        return MachineAhead.start(name, self._budget, size, begin, undo)
+
+    def _returning(
+        self, shared: _Shared, *, in_use: bool
+    ) -> tuple[Callable[[], QemuInstance], Callable[[], None]]:
+        """Return what gets a shared machine ready again, and what switches it off instead.
+
+        Args:
+            shared: The machine.
+            in_use: Whether a test uses it now, so that the other one is needed.
+        """
+        chosen = shared.other if in_use else shared.machine
+
+        def begin() -> QemuInstance:
+            nonlocal chosen
+            if chosen is None:
+                chosen = shared.other = self._cloud.stand_in(shared.start)
+            else:
+                chosen.rollback(shared.start)
+            chosen.wait()
+            return chosen
+
+        def undo() -> None:
+            if chosen is not None:
+                chosen.machine.kill()
+
+        return begin, undo
+
     def _dispose(self, machine: QemuInstance, in_use: InUse) -> None:
         if machine in in_use.kept:
             # So that cleaning the cloud does not delete it.
@@ -206,30 +284,42 @@ class Machines:
             _delete(machine)
 
     def _park(self, wanted: Wanted, in_use: InUse) -> None:
-        machine = self._shared[wanted].machine
-        if machine in in_use.kept:
+        self._in_use.discard(wanted)
+        shared = self._shared[wanted]
+        if shared.machine in in_use.kept:
             del self._shared[wanted]
-            self._cloud.forget(machine)
+            self._cloud.forget(shared.machine)
+            if shared.other is not None:
+                _delete(shared.other)
         else:
             # Its next user finds it running: a rollback starts another QEMU in any case.
-            machine.machine.kill()
+            shared.machine.machine.kill()
 
-    def _reserving(
-        self, wanted: Wanted, saved: SavedMachine | None
-    ) -> contextlib.AbstractContextManager[None]:
+    def _forget_deleted(self, wanted: Wanted) -> None:
+        """Forget a shared machine that a test has deleted, and what stands in for it."""
+        shared = self._shared.get(wanted)
+        if shared is not None and not shared.machine.instance_dir.is_dir():
+            self._forget_shared(wanted)
+
+    def _forget_shared(self, wanted: Wanted) -> None:
+        for machine in self._shared.pop(wanted).machines:
+            _delete(machine)
+
+    def _size(self, wanted: Wanted) -> Capacity:
+        """Return what a machine uses.
+
+        Raises:
+            ValueError: Its size is malformed.
+        """
+        saved = self._find_saved(wanted)
         given = wanted.instance_type or self._instance_type
-        size = saved.spec.instance_type if saved else InstanceType.parse(given)
-        return self._budget.reserving(Capacity.of_machine(size), self._on_wait)
+        return Capacity.of_machine(saved.spec.instance_type if saved else InstanceType.parse(given))
 
     def _find_saved(self, wanted: Wanted) -> SavedMachine | None:
         return savedmachine.find(store.resolve(wanted.image, self._cloud.image_dir))
 
     def _launch(
-        self,
-        wanted: Wanted,
-        saved: SavedMachine | None,
-        in_use: InUse,
-        options: dict[str, Any],
+        self, wanted: Wanted, saved: SavedMachine | None, options: dict[str, Any]
     ) -> QemuInstance:
         """Launch a copy of a saved machine, which is made first if it does not exist."""
         if saved:
@@ -239,21 +329,21 @@ class Machines:
         else:
             given = {"warm": True, "fast_boot": True, **options}
             given["instance_type"] = wanted.instance_type or self._instance_type
-        machine = self._cloud.launch(wanted.image, user_data=wanted.user_data, **given)
-        in_use.machines.append(machine)
-        return machine
+        return self._cloud.launch(wanted.image, user_data=wanted.user_data, **given)
 
-    def _make_shared(self, wanted: Wanted, saved: SavedMachine | None, in_use: InUse) -> _Shared:
-        machine = self._launch(wanted, saved, in_use, {"name": name_machine("shared")})
+    def _make_shared(self, wanted: Wanted, in_use: InUse) -> QemuInstance:
+        saved = self._find_saved(wanted)
+        machine = self._launch(wanted, saved, {"name": name_machine("shared")})
+        in_use.machines.append(machine)
         with contextlib.ExitStack() as undo:
             undo.callback(in_use.ending.callback, self._dispose, machine, in_use)
             machine.wait()
             start = self._cloud.snapshot(machine, memory=True)
             undo.pop_all()
-        shared = self._shared[wanted] = _Shared(machine, start)
-        return shared
+        self._shared[wanted] = _Shared(machine, start)
+        return machine
 
-    def _roll_back(self, wanted: Wanted) -> _Shared | None:
+    def _roll_back(self, wanted: Wanted) -> QemuInstance | None:
         """Roll the shared machine back to its start; return None if there is none (any more)."""
         shared = self._shared.get(wanted)
         if shared is None:
@@ -263,10 +353,9 @@ class Machines:
             shared.machine.wait()
         except Exception as error:  # noqa: BLE001 - whatever tests have done to it, another is made
             _log.info("%s is made again: %s", shared.machine.name, error)
-            del self._shared[wanted]
-            _delete(shared.machine)
+            self._forget_shared(wanted)
             return None
-        return shared
+        return shared.machine
 
 
 def name_machine(words: str) -> str:

@@ -15,12 +15,12 @@ import pytest
 
 from pycloudlib import Qemu
 from pycloudlib.errors import ImageInUseError
+from pycloudlib.pytest_plugin.ahead import Case, Wanted, find_next
 from pycloudlib.pytest_plugin.machines import (
     InUse,
     Machines,
     PrepareVm,
     VmFactory,
-    Wanted,
     add_diagnosis,
     commands_for,
     save_artifacts,
@@ -38,10 +38,13 @@ _MARKER = (
     "shared_vm make for a test"
 )
 _MARKER_KEYS = ("image", "instance_type", "user_data")
+# So many of the tests that come next are looked at.
+_LOOK_AHEAD = 20
 # The property of a report with the commands for a kept machine.
 _KEPT = "vm kept"
 
 _IN_USE: pytest.StashKey[InUse] = pytest.StashKey()
+_NEXT: pytest.StashKey[pytest.Item | None] = pytest.StashKey()
 _MACHINES: pytest.StashKey[Machines] = pytest.StashKey()
 
 
@@ -64,6 +67,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="save logs and more of the machines of tests that fail in this directory",
     )
+    group.addoption(
+        "--vm-ahead",
+        metavar="N",
+        help="start the machines of the next N tests while the present one runs, as far as there "
+        "is room; 0 for none (default: vm_ahead of the configuration, else 1)",
+    )
+    parser.addini("vm_ahead", "for how many of the next tests machines are started ahead")
     parser.addini("vm_image", "image of the machines of tests")
     parser.addini("vm_instance_type", "size of the machines of tests, such as c2m2048")
     parser.addini("vm_processors", "number of processors for the machines of all workers")
@@ -174,7 +184,7 @@ def prepare_vm(request: pytest.FixtureRequest, _vm_machines: Machines) -> Prepar
 
 
 @pytest.fixture(scope="session")
-def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
+def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Iterator[Machines]:
     usual = qemu_cloud.settings.capacity
     whole = Capacity(
         _read_number(pytestconfig, "vm_processors") or usual.processors,
@@ -188,18 +198,57 @@ def _vm_machines(pytestconfig: pytest.Config, qemu_cloud: Qemu) -> Machines:
         lambda holders: _report_wait(pytestconfig, holders),
         # The other half is for the remaining tests.
         kept_mib=whole.memory_mib // 2 // workers,
+        ahead=_read_ahead(pytestconfig),
     )
-    return machines
+    try:
+        yield machines
+    finally:
+        machines.ahead.close()
 
 
 @pytest.fixture
 def _vm_in_use(request: pytest.FixtureRequest) -> Iterator[InUse]:
-    in_use = request.node.stash[_IN_USE] = InUse(request.node.name)
+    test = Case.of(request.node)
+    in_use = request.node.stash[_IN_USE] = InUse(test.name, test)
     with in_use.ending:
         yield in_use
 
 
 # `hookwrapper` works in every pytest since 7.0.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """Remember which test comes next."""
+    item.stash[_NEXT] = nextitem
+    yield
+    del item.stash[_NEXT]
+    machines = item.config.stash.get(_MACHINES, None)
+    if machines is not None:
+        machines.ahead.end(item.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Start machines for the tests that come next: this one has got its own by now."""
+    machines = item.config.stash.get(_MACHINES, None)
+    if machines is not None:
+        machines.ahead.start_for(find_next(_find_following(item)))
+
+
+def _find_following(item: pytest.Item) -> list[pytest.Item]:
+    """Find the tests that run after one, as far as that is known."""
+    following = item.stash.get(_NEXT, None)
+    if following is None:
+        return []
+    items = item.session.items
+    # A worker of pytest-xdist has all tests in its list, and runs those that it is given.
+    if hasattr(item.config, "workerinput") or following not in items:
+        return [following]
+    at = items.index(following)
+    return items[at : at + _LOOK_AHEAD]
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -302,6 +351,16 @@ def _read_marker(request: pytest.FixtureRequest) -> dict[str, Any]:
             )
         wanted = {**marker.kwargs, **wanted}
     return wanted
+
+
+def _read_ahead(config: pytest.Config) -> int:
+    given = config.option.vm_ahead
+    text, source = (given, "") if given is not None else (config.getini("vm_ahead"), config.inipath)
+    text = str(text or "1")
+    if not text.isdecimal():
+        where = f"vm_ahead is {text!r} in {source}" if source else f"--vm-ahead is {text!r}"
+        raise pytest.UsageError(f"{where}, expected a number of tests, or 0")
+    return int(text)
 
 
 def _read_number(config: pytest.Config, name: str) -> int | None:

@@ -19,9 +19,11 @@ from pycloudlib.guest.data import seed as nocloud
 from pycloudlib.images import store, uses
 from pycloudlib.images.store import StoredImage
 from pycloudlib.key import KeyPair
+from pycloudlib.qemu.ahead import Pool
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.failure.explaining import explaining_launch
 from pycloudlib.qemu.host.accelerator import choose_accelerator
+from pycloudlib.qemu.host.budget import Capacity
 from pycloudlib.qemu.host.resources import PortRegistry
 from pycloudlib.qemu.imageshelf import ImageShelf, check_new
 from pycloudlib.qemu.instance import QemuInstance
@@ -44,7 +46,7 @@ from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.process import LaunchError
 
 # What programs name beside the cloud: what it takes, returns and raises.
-__all__ = ["Disk", "LaunchError", "Qemu", "StoredImage", "WarmImage"]
+__all__ = ["Disk", "LaunchError", "Pool", "Qemu", "StoredImage", "WarmImage"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -323,6 +325,60 @@ class Qemu(BaseCloud):
         except OSError as error:
             self._log.warning("%s stays until clean(): %s", saved.directory, error)
         return copies
+
+    def stand_in(self, image_id: str) -> QemuInstance:
+        """Start a copy of a saved machine that has its name, too.
+
+        Programs that return to a saved machine again and again have the next one ready with it,
+        while they use the one before.
+
+        Args:
+            image_id: The saved machine.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            CloudError: It is no saved machine, or cannot be restored here.
+        """
+        return self._launcher.stand_in(self.find_saved(image_id))
+
+    def pool(self, image_id: str, size: int = 1, **options: Any) -> Pool:
+        """Keep machines ready before they are asked for, each with an identity of its own.
+
+        They are launched and waited for in threads, as far as the budget has room, and end when
+        others wait for room, when the pool is closed, and with this program.
+
+        Args:
+            image_id: The image; copies of a saved machine are ready in a second.
+            size: How many machines wait at most.
+            **options: Further options of `launch`, but the name.
+
+        Returns:
+            The pool, a context manager; `take()` returns a machine.
+
+        Raises:
+            ImageNotFoundError: There is no such image.
+            ValueError, TypeError: The size is not a positive number, or an option is malformed.
+
+        Example:
+            with cloud.pool(ready, size=2) as pool:
+                machine = pool.take()
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is {size!r}, expected a positive number of machines")
+        for option in {"name", "wait_for_room"} & options.keys():
+            raise ValueError(
+                f"{option} is {options[option]!r}, but a pool decides that for each machine"
+            )
+        asked = {name: options[name] for name in LaunchOptions.__slots__ if name in options}
+        with uses.holding_image(image_id, self.image_dir) as image:
+            capacity = Capacity.of_machine(self._ready.check(image, LaunchOptions(**asked)))
+            if savedmachine.find(image) is not None:
+                options = {"fresh_identity": True, **options}
+
+        def launch(name: str) -> QemuInstance:
+            return self.launch(image_id, name=name, **options)
+
+        return Pool(self, launch, size, capacity, self.settings.budget())
 
     # What it does with images is the shelf's, documentation and all.
     export_image = _by_shelf(ImageShelf.export_image)

@@ -138,3 +138,15 @@ def test_machine_is_called_after_its_test(test: str, stem: str) -> None:
     assert check_name(name) == name
     assert name.rpartition("-")[0] == stem
     assert name_machine(test) != name
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "1.5"])
+def test_number_of_tests_ahead_that_is_wrong_is_told(value: str, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(vm): pass")
+
+    by_option = pytester.runpytest_inprocess(f"--vm-ahead={value}")
+    pytester.makeini(f"[pytest]\nvm_ahead = {value}\n")
+    by_file = pytester.runpytest_inprocess()
+
+    by_option.stdout.fnmatch_lines([f"*--vm-ahead is '{value}', expected a number*"])
+    by_file.stdout.fnmatch_lines([f"*vm_ahead is '{value}' in *, expected a number*"])

@@ -297,7 +297,7 @@ def test_make_targets_in_documents_exist(place: str, words: list[str]) -> None:
 @pytest.mark.parametrize(("place", "words"), list_shell_lines("pytest"), ids=str)
 def test_options_of_the_plugin_in_documents_exist(place: str, words: list[str]) -> None:
     known = re.findall(r'addoption\(\s*"(--[\w-]+)"', PLUGIN.read_text())
-    assert len(known) == 3
+    assert len(known) == 4
     given = {word.partition("=")[0] for word in words if word.startswith("--vm")}
     assert given <= set(known), place
 
@@ -308,7 +308,7 @@ def test_the_plugin_has_its_reference() -> None:
     names = re.findall(r'addoption\(\s*"(--[\w-]+)"', code)
     names += re.findall(r'addini\("(\w+)"', code)
     names += re.findall(r"^@pytest\.fixture.*\ndef ([a-z]\w+)", code, re.MULTILINE)
-    assert len(names) == 3 + 4 + 6
+    assert len(names) == 4 + 5 + 6
     assert [name for name in names if f"`{name}" not in text] == []
 
 

@@ -480,6 +480,23 @@ WAITS = (
         ),
     ),
     Wait(
+        "a machine that was started ahead to be ready, or ended",
+        "those of its launch and its `wait()`",
+        "its end, whatever its reason: then another one is started",
+        (
+            "qemu.ahead:MachineAhead.start",
+            "qemu.ahead:MachineAhead.take",
+            "qemu.ahead:MachineAhead.drop",
+            "qemu.ahead:launching.begin",
+            "qemu.ahead:Pool._launch_now",
+            "pytest_plugin.machines:Machines._returning.begin",
+        ),
+        (
+            "unit/qemu/test_ahead.py::test_machine_that_is_being_started_is_dropped",
+            "unit/qemu/test_ahead.py::test_machine_that_failed_is_not_taken",
+        ),
+    ),
+    Wait(
         "the end of a program, by the process that watches for it",
         "none",
         "the program's end",

@@ -34,6 +34,7 @@ _BANNER_LIMIT = 1.0
 
 # Of the machines of this process, by their directories. Each step with it is atomic.
 _admissions: dict[Path, Admission] = {}
+_rooms: dict[Path, contextlib.ExitStack] = {}
 
 
 def parse_wait(wait_for_room: bool | Callable[[str], None]) -> Callable[[str], None] | None:
@@ -98,8 +99,16 @@ def end_boot(directory: Path) -> None:
         admission.end_boot()
 
 
+def hold(directory: Path, room: contextlib.ExitStack) -> None:
+    """Have a machine of this process hold its room in the budget until it is deleted."""
+    _rooms[directory] = room
+
+
 def release(directory: Path) -> None:
     """Give back what a machine of this process holds, since it is deleted, if it was admitted."""
+    room = _rooms.pop(directory, None)
+    if room is not None:
+        room.close()
     admission = _admissions.pop(directory, None)
     if admission is not None:
         admission.release()

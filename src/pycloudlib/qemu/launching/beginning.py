@@ -292,13 +292,15 @@ class Copy:
     """The steps of starting a copy of a saved machine.
 
     Attributes:
-        name: The copy's name.
+        name: The copy's name; that of its directory.
         saved: The saved machine.
         fresh_identity: Whether it gets a new hostname, machine-id and host key.
         user_data: What cloud-init is to find on the seed in later boots, if something else than
             what the saved machine was given.
         first_run: A script that does now what a first boot would do with that; may be empty.
         boots: Whether it boots from the saved disk, as the saved machine cannot be restored here.
+        stands_in: Whether it has the saved machine's name, as its guest has, in a directory of
+            another name.
     """
 
     name: str
@@ -307,6 +309,7 @@ class Copy:
     user_data: bytes | None = None
     first_run: str = ""
     boots: bool = False
+    stands_in: bool = False
 
     @property
     def origin(self) -> str:
@@ -363,7 +366,7 @@ class Copy:
             # A state needs the one that it was saved with; a boot is as quick as this host can be.
             accelerator=host.accelerator if self.boots else saved.accelerator,
             without=host.accelerator.slow_features if self.boots else saved.without,
-            name=self.name,
+            name=saved.name if self.stands_in else self.name,
             disk=rundir.disk,
             seed=rundir.seed if saved.seed else None,
             ssh_port=lease.ssh,

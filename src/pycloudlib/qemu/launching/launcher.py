@@ -187,6 +187,17 @@ class Launcher(Generic[Started]):
         _log.warning("%s cannot be restored here: %s", saved.image, obstacle)
         return None
 
+    def stand_in(self, saved: SavedMachine) -> Started:
+        """Start a copy of a saved machine that has its name, and is not told from it.
+
+        Raises:
+            CloudError: It cannot be restored here.
+        """
+        copy = self.try_copy(Copy(make_name(saved.spec.name), saved, stands_in=True), None)
+        if copy is None:
+            raise CloudError(f"{saved.image} cannot be restored here, so nothing stands in for it")
+        return copy
+
     def fork(
         self, saved: SavedMachine, count: int, names: Sequence[str], *, fresh_identity: bool
     ) -> list[Started]:
