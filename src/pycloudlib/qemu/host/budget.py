@@ -30,7 +30,7 @@ from typing import Protocol
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib._base.files import create_private_directory, moved
-from pycloudlib._base.locks import exclusive_lock, try_lock
+from pycloudlib._base.locks import exclusive_lock, is_locked
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.qemu.host.resources import HostLimits
 
@@ -200,22 +200,25 @@ class _Ticket:
 
     Attributes:
         number: Lower ones come first.
+        capacity: How much it waits for.
         process: The process; see `_Reservation`.
     """
 
     number: int
+    capacity: Capacity
     process: str
 
     @property
     def name(self) -> str:
         """The name of its file."""
-        return f"{self.number}-{self.process}{_TICKET}"
+        wanted = f"{self.capacity.processors}-{self.capacity.memory_mib}"
+        return f"{self.number}-{wanted}-{self.process}{_TICKET}"
 
     @classmethod
     def parse(cls, name: str) -> _Ticket:
         """Parse such a file name."""
-        number, _dash, process = name.removesuffix(_TICKET).partition("-")
-        return cls(int(number), process)
+        number, processors, memory_mib, process = name.removesuffix(_TICKET).split("-")
+        return cls(int(number), Capacity(int(processors), int(memory_mib)), process)
 
 
 @dataclass(slots=True)
@@ -411,10 +414,9 @@ class Budget:
             None if it does not fit now, or anybody waits.
         """
         with self.locked():
-            waiting = [self._directory / ticket.name for ticket in self._tickets()]
-            if any(map(self._is_held, waiting)):
-                return None
-            if not capacity.fits(self._whole, _total(self._reservations().values())):
+            self._remove_ended()
+            reserved = self._reservations().values()
+            if self._tickets() or not capacity.fits(self._whole, _total(reserved)):
                 return None
             try:
                 return Spare(self, capacity, on_wanted)
@@ -470,7 +472,7 @@ class Budget:
         with contextlib.ExitStack() as stack:
             with self.locked():
                 last = max((ticket.number for ticket in self._tickets()), default=0)
-                ticket = _Ticket(last + 1, _process)
+                ticket = _Ticket(last + 1, request.capacity, _process)
                 stack.enter_context(exclusive_lock(self._directory / ticket.name, remove=True))
                 stack.callback(_remove, line, ticket)
                 line.append(ticket)
@@ -483,6 +485,7 @@ class Budget:
         if ticket and (_lines[self._directory][0] != ticket or self._is_behind(ticket)):
             return ()
         with self.locked():
+            self._remove_ended()
             if self._is_behind(ticket):
                 return ()
             reserved = self._reservations()
@@ -519,41 +522,44 @@ class Budget:
 
     def _is_behind(self, own: _Ticket | None) -> bool:
         """Whether another waits who comes before a ticket, or before one who has none yet."""
-        reserved = [_Reservation.parse(file.name) for file in self._files(_RESERVED)]
+        reserved = self._reservations().values()
         may_pass = _has_machine(_process, reserved)
-        return any(
-            (own is None or ticket.number < own.number)
-            and (not may_pass or _has_machine(ticket.process, reserved))
-            and self._is_held(self._directory / ticket.name)
-            for ticket in self._tickets()
-        )
+        in_use = _total(held for held in reserved if held.kind is _Kind.USE)
+        stuck = False
+        for ticket in self._tickets():
+            if own is not None and ticket.number >= own.number:
+                break
+            if not may_pass or _has_machine(ticket.process, reserved):
+                return True
+            # Who waits for a machine that is in use, perhaps of this process, may wait long, and so
+            # do all behind, but not this process. For what ends by itself, who came first is first.
+            stuck = stuck or not ticket.capacity.fits(self._whole, in_use)
+            if not stuck:
+                return True
+        return False
 
     def _tickets(self) -> list[_Ticket]:
-        """List the tickets, the latest first; some may be those of processes that have ended."""
+        """List the tickets of those who wait, the first one first."""
         found = [_Ticket.parse(file.name) for file in self._files(_TICKET)]
-        return sorted(found, key=lambda ticket: ticket.number, reverse=True)
+        return sorted(found, key=lambda ticket: ticket.number)
 
     def _reservations(self) -> dict[Path, _Reservation]:
-        """Find the reservations; remove those of processes that have ended."""
-        return {
-            file: _Reservation.parse(file.name)
-            for file in self._files(_RESERVED)
-            if self._is_held(file)
-        }
+        return {file: _Reservation.parse(file.name) for file in self._files(_RESERVED)}
 
     def _files(self, suffix: str) -> list[Path]:
-        return list(self._directory.glob(f"*{suffix}"))
+        """List the files of one kind whose processes live."""
+        return [file for file in self._directory.glob(f"*{suffix}") if is_locked(file)]
 
-    @staticmethod
-    def _is_held(file: Path) -> bool:
-        """Whether the process of a file lives; the files of one that has ended are removed."""
-        # Its process may end, and another one remove the file, at any time.
-        with contextlib.suppress(FileNotFoundError), try_lock(file) as free:
-            if not free:
-                return True
-            file.with_suffix(_WANTED).unlink(missing_ok=True)
-            file.unlink()
-        return False
+    def _remove_ended(self) -> None:
+        """Remove the files of processes that have ended; all are made while this lock is held."""
+        # Reservations first: what belongs to one goes after it.
+        for file in sorted(self._directory.iterdir(), key=lambda file: file.suffix):
+            if file.suffix in (_RESERVED, _TICKET):
+                ended = not is_locked(file)
+            else:
+                ended = file.suffix == _WANTED and not file.with_suffix(_RESERVED).exists()
+            if ended:
+                file.unlink(missing_ok=True)
 
     def _describe_holders(self) -> tuple[str, str]:
         """Return which processes have reserved how many processors; and of how much, in words."""

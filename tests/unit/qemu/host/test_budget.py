@@ -33,6 +33,16 @@ with budget.reserving(room, lambda _who: print("waits", flush=True)):
 """
 
 
+BOOTER = """
+import sys
+from pathlib import Path
+from pycloudlib.qemu.host.budget import Budget, Capacity
+budget = Budget(Path(sys.argv[1]), Capacity(2, 4000))
+room = Capacity(*map(int, sys.argv[2:]))
+boots = budget.admit(room, lambda _who: print("waits", flush=True))
+print("has it", flush=True)
+sys.stdin.read()
+"""
 SPARE_HOLDER = """
 import sys
 from pathlib import Path
@@ -412,6 +422,26 @@ def test_process_does_not_wait_for_the_memory_of_its_own_machines(tmp_path: Path
         for machine in machines:
             machine.release()
         other.expect("has it")
+
+
+def test_who_waits_for_a_boot_to_end_is_not_passed(tmp_path: Path) -> None:
+    budget = Budget(tmp_path, WHOLE)
+    first = budget.admit(Capacity(1, 100), never)
+    with (
+        other_process(tmp_path, Capacity(2, 100), BOOTER) as other,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        other.expect("waits")
+        waits = threading.Event()
+        second = threads.submit(budget.admit, Capacity(1, 100), lambda _who: waits.set())
+        # It would fit, but came later.
+        assert waits.wait(10)
+        first.end_boot()
+        other.expect("has it")
+        assert not second.done()
+        other.end()
+        second.result(30).release()
+    first.release()
 
 
 def test_boots_of_many_threads_are_as_many_as_fit(tmp_path: Path) -> None:
