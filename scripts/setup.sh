@@ -25,6 +25,7 @@ requirements=(
     "qemu-system-x86_64|qemu-system-x86|runs the virtual machines"
     "qemu-img|qemu-utils|makes and checks their disks"
     "gpgv|gpgv|checks the signatures of downloaded images"
+    "ssh|openssh-client|keeps connections between commands of the command line"
     "gpg|gpg|signs what the tests download"
     "gpg-agent|gpg-agent|holds the key they sign with"
     "mmdebstrap|mmdebstrap|builds images: installs their packages"

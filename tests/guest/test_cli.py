@@ -100,6 +100,23 @@ def test_command_that_a_signal_ends_gives_255(web: str) -> None:
     assert run("exec", web, "sh", "-c", "kill -9 $$").returncode == 255
 
 
+def test_connection_is_kept_as_long_as_its_login_is_good(web: str) -> None:
+    login = ok("exec", web, "sh", "-c", "echo $PPID")
+    assert ok("exec", web, "sh", "-c", "echo $PPID") == login
+
+    ok(
+        "exec",
+        web,
+        "sudo",
+        "sh",
+        "-c",
+        "groupadd kept && usermod --append --groups kept $SUDO_USER",
+    )
+    groups, another_login = ok("exec", web, "sh", "-c", "id -nG; echo $PPID").splitlines()
+    assert b"kept" in groups.split()
+    assert another_login != login.strip()
+
+
 @pytest.mark.thorough
 def test_large_streams_flow(web: str) -> None:
     data = os.urandom(1 << 20) * 4

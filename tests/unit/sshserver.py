@@ -11,7 +11,7 @@ import struct
 import subprocess
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,91 @@ class _Server(paramiko.ServerInterface):
             if status >= 0:
                 channel.send_exit_status(status)
             channel.close()
+
+
+class ListeningServer:
+    """The same behind a port of this host, for programs that log in by a key: any key.
+
+    Args:
+        directory: Where commands run.
+        most_sessions: How many sessions a connection may have.
+
+    Attributes:
+        port: The port.
+        host_key: Its host key, as `type base64`.
+        sizes: The sizes that terminals were given.
+        transports: Its side of all connections.
+        silent: While this is set, no session is opened, nor refused: nobody is there.
+        on_login: Called for each login.
+    """
+
+    def __init__(self, directory: Path, most_sessions: int = 10) -> None:
+        self.directory = directory
+        self.host_key = f"{_HOST_KEY.get_name()} {_HOST_KEY.get_base64()}"
+        self.sizes: list[tuple[int, int]] = []
+        self.transports: list[paramiko.Transport] = []
+        self.silent = threading.Event()
+        self.on_login: Callable[[], object] = lambda: None
+        self._most_sessions = most_sessions
+        self._over = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> ListeningServer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close all connections."""
+        for transport in self.transports:
+            transport.close()
+
+    @property
+    def connections(self) -> int:
+        """How many connections have been made."""
+        return len(self.transports)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                transport = paramiko.Transport(connection)
+                transport.add_server_key(_HOST_KEY)
+                self.transports.append(transport)
+                server = _KeyServer(self, self.directory, self._most_sessions, self.sizes)
+                transport.start_server(event=threading.Event(), server=server)
+
+    def wait_while_silent(self) -> None:
+        while self.silent.is_set() and not self._over.wait(0.01):
+            pass
+
+
+class _KeyServer(_Server):
+    def __init__(
+        self, owner: ListeningServer, directory: Path, most: int, sizes: list[tuple[int, int]]
+    ) -> None:
+        super().__init__(directory, most, sizes)
+        self._owner = owner
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        self._owner.on_login()
+        return AUTH_SUCCESSFUL
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "publickey"
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        # In the thread of the connection, on which nothing is answered meanwhile.
+        self._owner.wait_while_silent()
+        return super().check_channel_request(kind, chanid)
 
 
 class LocalInstance(BaseInstance):

@@ -30,6 +30,7 @@ PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
     "sfdisk": "fdisk",
+    "ssh": "openssh-client",
     "unshare": "util-linux",
 }
 """The Debian and Ubuntu package of each program."""
@@ -81,16 +82,19 @@ _USER_HINT = (
 )
 
 
-def environment(*, downloads: bool = False) -> dict[str, str]:
+def environment(*, downloads: bool = False, agent: bool = False) -> dict[str, str]:
     """Return the environment for programs of the host: what they need of this process's own.
 
     Args:
         downloads: Whether the program fetches something, and needs to know the proxies.
+        agent: Whether the program logs in, and may ask the SSH agent.
     """
     return {
         name: value
         for name, value in os.environ.items()
-        if _PASSED_ON.fullmatch(name) or (downloads and _FOR_DOWNLOADS.fullmatch(name))
+        if _PASSED_ON.fullmatch(name)
+        or (downloads and _FOR_DOWNLOADS.fullmatch(name))
+        or (agent and name == "SSH_AUTH_SOCK")
     }
 
 

@@ -38,7 +38,7 @@ from pycloudlib.qemu.state.settings import DIRECTORIES, QemuSettings, find_obsta
 _NOWHERE = Path(os.devnull)
 _SERVER_LIMIT = 10.0
 _VERSION_LIMIT = 10.0
-_LAUNCHES, _DOWNLOADS = ("qemu-img",), ("gpgv",)
+_LAUNCHES, _DOWNLOADS, _CONNECTIONS = ("qemu-img",), ("gpgv",), ("ssh",)
 # Clouds for which this package has placeholders, and other packages have code.
 _OTHER_CLOUDS = ("azure", "ec2", "gce", "ibm", "ibm_classic", "lxd", "oci", "openstack", "vmware")
 # Each module of a placeholder contains this.
@@ -222,12 +222,14 @@ def _in_group(name: str) -> bool:
 
 
 def _look_for_tools() -> dict[str, tuple[dict[str, str], bool]]:
-    others = [name for name in PACKAGES if name not in (*_LAUNCHES, *_DOWNLOADS)]
+    known = (*_LAUNCHES, *_DOWNLOADS, *_CONNECTIONS)
+    others = [name for name in PACKAGES if name not in known]
     builds = [name for name in others if name != "qemu-system-x86_64"]
     uses = (
         ("to launch", _LAUNCHES, True),
         ("to download images", _DOWNLOADS, False),
         ("to build images", builds, False),
+        ("to keep connections for the next command", _CONNECTIONS, False),
     )
     return {
         use: ({name: "" if _find(name) else PACKAGES[name] for name in names}, needed)

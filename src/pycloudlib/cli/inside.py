@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,11 +17,17 @@ import click
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.cli import terminal
 from pycloudlib.cli.common import ExitCode, Session, command
-from pycloudlib.cli.machines import MachineName, MachinePath, open_machine, open_running
+from pycloudlib.cli.machines import (
+    MachineName,
+    MachinePath,
+    find_keeper,
+    open_machine,
+    open_running,
+)
 from pycloudlib.cli.terminal import SerialConsole, SshTerminal
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError
-from pycloudlib.guest.access import commands, sessions
+from pycloudlib.guest.access import commands, kept, sessions
 from pycloudlib.progress import showing_progress
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm import sockets
@@ -50,7 +57,7 @@ def execute(session: Session, name: str, tty: bool | None, argv: tuple[str, ...]
 
     COMMAND has the standard input, output and error of this command, which ends with its exit
     status. It gets a terminal if this command has one. No shell interprets it: for that, run
-    `sh -c '…'`.
+    `sh -c '…'`. Its connection is kept for a minute, for the next command.
     """
     words = argv[1:] if argv[0] == "--" else argv
     if not words:
@@ -69,14 +76,14 @@ def shell(session: Session, name: str) -> int:
 
 
 def _run(session: Session, name: str, command_line: str | None, tty: bool | None) -> int:
-    instance = open_running(session, name)
     on_terminal = terminal.is_terminal(_STDIN, _STDOUT) if tty is None else tty
+    reached = _Reached(session, name)
     with (
-        _connected(session, instance) as client,
-        instance.explaining(f"the end of what runs in {instance.name}"),
+        _connected(reached) as client,
+        reached.explaining(f"the end of what runs in {name}"),
     ):
         if on_terminal:
-            with commands.interrupt_when(instance.check_answers, client.close):
+            with commands.interrupt_when(reached.check_answers, client.close):
                 remote = SshTerminal(
                     sessions.open_session(client), command_line, terminal.terminal_size()
                 )
@@ -91,22 +98,72 @@ def _run(session: Session, name: str, command_line: str | None, tty: bool | None
                 stdin=functools.partial(os.read, _STDIN) if reads else None,
                 stdout=functools.partial(terminal.write_all, _STDOUT),
                 stderr=functools.partial(terminal.write_all, _STDERR),
-                on_wait=instance.check_answers,
+                on_wait=reached.check_answers,
             )
     return status if status >= 0 else ExitCode.CONNECTION_LOST
 
 
+class _Reached:
+    """A machine that is reached over SSH: its instance is made when that is needed.
+
+    With a connection that is kept, that is once a command takes long, or something has failed.
+
+    Args:
+        session: The run of the command line.
+        name: The machine's name.
+    """
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session = session
+        self._name = name
+        self._opening = threading.Lock()
+        self._opened: QemuInstance | None = None
+
+    @property
+    def instance(self) -> QemuInstance:
+        """Its instance; raises as `open_running` does."""
+        with self._opening:
+            if self._opened is None:
+                self._opened = open_running(self._session, self._name)
+            return self._opened
+
+    def connect(self) -> paramiko.SSHClient:
+        """Return an SSH connection, in the first place the one that is kept.
+
+        While the machine boots, an error comes with a note. Errors are those of `open_running`,
+        and those of a login.
+        """
+        keeper = find_keeper(self._name)
+        return self._connect() if keeper is None else kept.client(keeper, self._connect)
+
+    def _connect(self) -> paramiko.SSHClient:
+        instance = self.instance
+        try:
+            with instance.explaining(f"an SSH connection to {instance.name}"):
+                return instance._ssh_connect()
+        except Exception as error:
+            diagnosis = getattr(error, "diagnosis", None)
+            if diagnosis is not None and diagnosis.cause is Cause.STILL_BOOTING:
+                self._session.note(f"'pycloudlib wait {instance.name}' waits until it is ready")
+            raise
+
+    @contextlib.contextmanager
+    def explaining(self, waiting_for: str) -> Iterator[None]:
+        """Have an error that leaves a block say what was going on; see `Explainer.explaining`."""
+        try:
+            yield
+        except Exception:
+            with self.instance.explaining(waiting_for):
+                raise
+
+    def check_answers(self) -> None:
+        """Raise when the guest cannot answer; see `Guest.check_alive`."""
+        self.instance.check_answers()
+
+
 @contextlib.contextmanager
-def _connected(session: Session, instance: QemuInstance) -> Iterator[paramiko.SSHClient]:
-    """Yield an SSH connection; while the machine boots, an error comes with a note."""
-    try:
-        with instance.explaining(f"an SSH connection to {instance.name}"):
-            client = instance._ssh_connect()
-    except Exception as error:
-        diagnosis = getattr(error, "diagnosis", None)
-        if diagnosis is not None and diagnosis.cause is Cause.STILL_BOOTING:
-            session.note(f"'pycloudlib wait {instance.name}' waits until it is ready")
-        raise
+def _connected(reached: _Reached) -> Iterator[paramiko.SSHClient]:
+    client = reached.connect()
     try:
         yield client
     finally:

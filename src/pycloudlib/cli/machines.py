@@ -22,6 +22,7 @@ from pycloudlib._base.documents import nearest
 from pycloudlib.cli.common import Session
 from pycloudlib.config import parse_config
 from pycloudlib.errors import CloudError, InstanceNotFoundError
+from pycloudlib.guest.access.kept import Keeper
 from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.disk import layers
@@ -174,7 +175,9 @@ def open_machine(cloud: Qemu, name: str) -> QemuInstance:
     if found.tag != cloud.tag:
         # So that its snapshots and copies belong to its own cloud.
         cloud = Qemu(found.tag, timestamp_suffix=False, orphans="keep")
-    return cloud.get_instance(found.id)
+    instance = cloud.get_instance(found.id)
+    instance.keep_connection()
+    return instance
 
 
 def open_running(session: Session, name: str) -> QemuInstance:
@@ -186,6 +189,25 @@ def open_running(session: Session, name: str) -> QemuInstance:
     instance.machine.refresh()
     instance.guest.fixes.fix_up_soon()
     return instance
+
+
+def find_keeper(name: str) -> Keeper | None:
+    """Find the SSH connection that is kept to a running machine; None where none can be used.
+
+    Neither the cloud nor the machine is looked at for that: whoever runs a command waits for it.
+    """
+    tag, _, own_name = name.rpartition("/")
+    working_dir = _working_dir()
+    if working_dir is None or not all(map(may_be_machine, (tag or COMMAND_LINE_TAG, own_name))):
+        return None
+    try:
+        parent = layers.cloud_directory(working_dir, tag or COMMAND_LINE_TAG)
+        rundir = RunDirectory(parent / own_name)
+        keeper = Keeper(rundir.kept_ssh)
+        # A copy is fixed up before it is used.
+        return keeper if keeper.is_there() and not rundir.fix_up.exists() else None
+    except (OSError, ValueError):
+        return None  # the usual way says what is wrong
 
 
 def delete_machine(cloud: Qemu, name: str) -> list[Exception]:

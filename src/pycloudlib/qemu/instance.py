@@ -82,6 +82,7 @@ class QemuInstance(BaseInstance):
         super().__init__(key_pair, username)
         self.machine = machine
         self.guest = Guest(machine, self._connections, self.execute)
+        self._keeps_connection = False
         self._explainer = Explainer(self.guest)
         self.port = str(machine.spec.ssh_port)
         self.telnet_port = str(machine.spec.telnet_port)
@@ -220,6 +221,13 @@ class QemuInstance(BaseInstance):
         if not self.machine.rundir.path.is_dir():
             raise InstanceNotFoundError(self.id, message=f"{self.name} is deleted")
 
+    def keep_connection(self) -> None:
+        """Use one SSH connection with other programs, from now on.
+
+        It is kept for a minute after its last use. It runs commands only: no files (SFTP).
+        """
+        self._keeps_connection = True
+
     def check_answers(self) -> None:
         """Raise when the guest cannot answer; see `Guest.check_alive`."""
         self.guest.check_alive()
@@ -310,6 +318,7 @@ class QemuInstance(BaseInstance):
         restoring.check_runs_here(saved, self.machine.binary, self.machine.spec.accelerator)
         restoring.check_is_of(saved, self.machine.spec)
         self._forget_client()
+        self.guest.keeper.end()
         restoring.roll_back(self.machine, saved)
         LayerStore(self.instance_dir.parent).collect()
         self.guest.fixes.fix_up_soon()
@@ -424,6 +433,7 @@ class QemuInstance(BaseInstance):
             The errors met on the way; empty when nothing is left.
         """
         with self._delete_lock:
+            self.guest.keeper.end()
             try:
                 self.machine.delete()
             except Exception as error:  # noqa: BLE001 - told, and its ports stay its own
@@ -486,7 +496,16 @@ class QemuInstance(BaseInstance):
 
     def _ssh_connect(self) -> paramiko.SSHClient:
         with self.guest.connecting():
-            return super()._ssh_connect()
+            if not self._keeps_connection:
+                return super()._ssh_connect()
+            return self.guest.keeper.connect(
+                self._endpoint(),
+                self._host_keys(),
+                super()._ssh_connect,
+                self._ssh_connect,
+                # Those of a boot fail until it is over.
+                may_start=self.guest.watch is None,
+            )
 
     def _ssh(
         self,

@@ -160,6 +160,36 @@ WAITS = (
         ),
     ),
     Wait(
+        "a session on the SSH connection that the command line keeps",
+        "2 s for the process on this host, 3 s for the guest, 60 s for the login shell; then "
+        "another connection is made, and the session opened there",
+        "the end of that process",
+        (
+            "guest.access.kept:_has_begun",
+            "guest.access.mux:Channel.recv",
+            "guest.access.mux:Channel.recv_stderr",
+            "guest.access.mux:Channel.recv_exit_status",
+            "guest.access.mux:Master._read",
+        ),
+        (
+            "unit/guest/access/test_kept.py::test_guest_that_answers_no_more_is_connected_to_anew",
+            "unit/guest/access/test_kept.py::test_keeper_that_was_killed_leaves_nothing_in_the_way",
+        ),
+        (
+            ("guest.access.kept:_MASTER_LIMIT", 2.0),
+            ("guest.access.kept:OPEN_LIMIT", 3.0),
+            ("guest.access.ssh:ANSWER_LIMIT", 60.0),
+        ),
+    ),
+    Wait(
+        "that connection to be made, also by another program",
+        "60 s; 5 s until the server names itself; then one is made that is not kept",
+        "the end of `ssh`",
+        ("guest.access.kept:Keeper._run_master", "guest.access.kept:Keeper._suits"),
+        ("unit/guest/access/test_kept.py::test_another_host_key_is_not_accepted",),
+        (("guest.access.ssh:ANSWER_LIMIT", 60.0), ("guest.access.kept:_BANNER_LIMIT", 5)),
+    ),
+    Wait(
         "`pycloudlib copy`",
         "none; 10 s for the last words of one that failed",
         _GONE,

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pycloudlib._base.deadline import Deadline, capped
+from pycloudlib._base.later import ImportedLater
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
 
 if TYPE_CHECKING:
     import paramiko
+else:
+    paramiko = ImportedLater("paramiko")
 
 # Sessions on one connection: below sshd's default, as some may not have ended yet.
 _SHARE = 8
@@ -43,8 +46,6 @@ def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -
         paramiko.SSHException: The connection is gone.
         PycloudlibTimeoutError: It was not open in time.
     """
-    import paramiko  # noqa: PLC0415 - heavy
-
     transport = client.get_transport()
     if transport is None:
         raise paramiko.SSHException("the connection is closed")
@@ -63,8 +64,6 @@ def open_session(client: paramiko.SSHClient, deadline: Deadline | None = None) -
 @contextlib.contextmanager
 def ssh_errors(deadline: Deadline | None) -> Iterator[None]:
     """Turn failures before a command has begun into errors of SSH, or into time-outs."""
-    import paramiko  # noqa: PLC0415 - heavy
-
     try:
         yield
     except paramiko.ChannelException:
@@ -191,8 +190,6 @@ class Connections:
         Raises:
             paramiko.SSHException: The machine cannot be reached, or offers no SFTP.
         """
-        import paramiko  # noqa: PLC0415 - heavy
-
         with self.session() as session:
             channel = session.channel
             channel.settimeout(_FILE_ANSWER_LIMIT)
@@ -213,8 +210,6 @@ class Connections:
                 session.wait_for_end(_END_LIMIT)
 
     def _open(self, deadline: Deadline | None) -> tuple[_Connection, Session]:
-        import paramiko  # noqa: PLC0415 - heavy
-
         while True:
             connection = self._take(deadline)
             try:
@@ -238,8 +233,6 @@ class Connections:
             return connection, Session(channel)
 
     def _open_on(self, connection: _Connection, deadline: Deadline | None) -> paramiko.Channel:
-        import paramiko  # noqa: PLC0415 - heavy
-
         for pause in _PAUSES:
             try:
                 return open_session(connection.client, deadline)
@@ -252,8 +245,6 @@ class Connections:
 
     def _take(self, deadline: Deadline | None) -> _Connection:
         """Take a place on a connection; one thread at a time opens a new one."""
-        import paramiko  # noqa: PLC0415 - heavy
-
         with self._changed:
             while (connection := self._find_free()) is None and self._connecting:
                 if deadline is not None and deadline.expired:

@@ -105,19 +105,24 @@ def login_command(endpoint: Endpoint, alias: str = "") -> str:
         alias: The name by which the host key is remembered: a port is used again by a machine
             that has another one.
     """
-    command = ["ssh"]
+    command = ["ssh", *identity_options(endpoint)]
+    if alias:
+        command += ["-o", f"HostKeyAlias={alias}"]
+    command += ["-p", str(endpoint.port), f"{endpoint.username}@{endpoint.host}"]
+    return shlex.join(command)
+
+
+def identity_options(endpoint: Endpoint) -> list[str]:
+    """Return ssh's options for the key to log in with, and no other."""
     # ssh finds a matching key of an agent by the public half as well.
     identity = next(
         (path for path in (endpoint.private_key_path, endpoint.public_key_path) if _is_there(path)),
         endpoint.private_key_path,
     )
-    if identity is not None:
-        # Otherwise an agent's keys would be tried before this one, and servers allow few tries.
-        command += [*_identity(identity), "-o", "IdentitiesOnly=yes"]
-    if alias:
-        command += ["-o", f"HostKeyAlias={alias}"]
-    command += ["-p", str(endpoint.port), f"{endpoint.username}@{endpoint.host}"]
-    return shlex.join(command)
+    if identity is None:
+        return []
+    # Otherwise an agent's keys would be tried before this one, and servers allow few tries.
+    return [*_identity(identity), "-o", "IdentitiesOnly=yes"]
 
 
 def _is_there(path: str | None) -> bool:

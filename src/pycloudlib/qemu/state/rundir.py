@@ -107,6 +107,8 @@ class RunDirectory:
     """A script that has to run once in a copy."""
     first_boot = _File("first-boot.py")
     """Fixes up a machine whose first boot began in the middle; removed when it has."""
+    kept_ssh = _File("ssh")
+    """A directory of the SSH connection that is kept for programs that run one after another."""
     base_state = _File("base-state")
     """A whole state of a machine of this description: the one that it was started from."""
     _lock_file = _File("power.lock")

@@ -8,13 +8,15 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pycloudlib._base.deadline import Deadline, command_limit, use_deadline
+from pycloudlib._base.later import ImportedLater
 from pycloudlib.errors import CloudError, KernelPanicError, PycloudlibTimeoutError
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.access.commands import encode_stdin
 from pycloudlib.guest.access.hostkeys import MachineHostKeys
+from pycloudlib.guest.access.kept import Keeper
 from pycloudlib.guest.access.sessions import Connections
 from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
 from pycloudlib.guest.boot.readiness import BootWatch
@@ -28,6 +30,11 @@ from pycloudlib.qemu.vm.helper import FixUps, HelperLink, cap_by_wait
 from pycloudlib.qemu.vm.machine import Machine
 from pycloudlib.qemu.vm.running import MachineEndedError
 from pycloudlib.result import Result
+
+if TYPE_CHECKING:
+    import paramiko
+else:
+    paramiko = ImportedLater("paramiko")
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +76,7 @@ class Guest:
 
     Attributes:
         helper: The connection to the helper in the guest.
+        keeper: The SSH connection that is kept for programs that run one after another.
         execute: Runs a command in the guest as the login user; see `BaseInstance.execute`.
         fixes: Fixes up a copy, by the helper or by SSH.
         watch: Follows the boot that is waited for; None when none is.
@@ -80,6 +88,7 @@ class Guest:
     ) -> None:
         self.machine = machine
         self.helper = HelperLink(machine)
+        self.keeper = Keeper(machine.rundir.kept_ssh)
         self.watch: BootWatch | None = None
         self.timeline: tuple[PhaseStart, ...] = ()
         self._connections = connections
@@ -102,6 +111,7 @@ class Guest:
     def forget(self) -> None:
         """Close the connections and forget the helper: the guest that had them is gone."""
         self._connections.close()
+        self.keeper.end()
         self.helper.forget()
 
     @contextlib.contextmanager
@@ -132,8 +142,6 @@ class Guest:
 
     def reboot(self) -> None:
         """Begin a reboot: by the guest itself, or by a power cycle when it cannot be asked."""
-        import paramiko  # noqa: PLC0415 - heavy
-
         log = self.machine.rundir.console_log
         self._reboot = (log.stat().st_size if log.exists() else 0, time.monotonic())
         try:
@@ -213,8 +221,6 @@ class Guest:
             old_boot_id: When given, a boot with another id than this is waited for.
             wait_for_ssh: Waits for SSH.
         """
-        import paramiko  # noqa: PLC0415 - heavy
-
         with use_deadline(deadline):
             if old_boot_id is None and self.helper.expected:
                 with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
@@ -368,8 +374,6 @@ class Guest:
     @contextlib.contextmanager
     def naming_end(self) -> Iterator[None]:
         """Name the cause where SSH failed because QEMU is gone, or the guest's kernel is."""
-        import paramiko  # noqa: PLC0415 - heavy
-
         try:
             yield
         except (MachineEndedError, KernelPanicError) as error:
