@@ -53,16 +53,16 @@ class Waiting:
         self._told = threading.Event()
         self.holders = ""
         self._threads = ThreadPoolExecutor(1)
-        self._launched: Future[QemuInstance] = self._threads.submit(launch, self._tell)
+        self.launched: Future[QemuInstance] = self._threads.submit(launch, self._tell)
         assert self._told.wait(LIMIT)
-        assert not self._launched.done()
+        assert not self.launched.done()
 
     def _tell(self, holders: str) -> None:
         self.holders = holders
         self._told.set()
 
     def result(self) -> QemuInstance:
-        return self._launched.result(LIMIT)
+        return self.launched.result(LIMIT)
 
 
 def launch(
@@ -127,7 +127,7 @@ def test_launch_without_waiting_is_not_held_up(
     cloud: Qemu, tiny_image: Path, second: Waiting
 ) -> None:
     launch(cloud, tiny_image, wait_for_room=False)
-    assert not second._launched.done()
+    assert not second.launched.done()
 
 
 def test_launch_that_fails_gives_all_back(
@@ -164,12 +164,12 @@ def test_interrupted_wait_leaves_nothing(
     assert not list(budget_directory.glob("*.waiting"))
 
 
+@pytest.mark.usefixtures("first")
 def test_wait_that_takes_too_long_is_an_error(
-    cloud: Qemu, tiny_image: Path, first: QemuInstance, monkeypatch: pytest.MonkeyPatch
+    cloud: Qemu, tiny_image: Path, budget_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = cloud.settings.budget()
-    monkeypatch.setattr(budget, "_limit", 0.1)
-    monkeypatch.setattr(QemuSettings, "budget", lambda _settings: budget)
+    hurried = Budget(budget_directory, Capacity(1, 4000), limit=0.1)
+    monkeypatch.setattr(QemuSettings, "budget", lambda _settings: hurried)
     with pytest.raises(PycloudlibTimeoutError, match="1 processors and 64 MiB did not fit"):
         launch(cloud, tiny_image, lambda _holders: None)
 

@@ -42,7 +42,6 @@ _MEMORY_SHARE = 0.75
 _POLL_SECONDS = 0.1
 # Tests of others may take long; but a process that waits for ever looks like one that hangs.
 _LIMIT = 3600.0
-# Seconds until a spare that was asked for, and is not given back, is not counted on.
 _PATIENCE = 5.0
 _RESERVED, _TICKET, _WANTED = ".taken", ".waiting", ".wanted"
 _WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -355,12 +354,21 @@ class Budget:
         directory: Where the files are; made when it is needed.
         whole: What all processes together may reserve.
         limit: Seconds after which a wait fails.
+        patience: Seconds until a spare that was asked for, and is not given back, is not counted
+            on.
     """
 
-    def __init__(self, directory: Path, whole: Capacity, limit: float = _LIMIT) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        whole: Capacity,
+        limit: float = _LIMIT,
+        patience: float = _PATIENCE,
+    ) -> None:
         self._directory = directory
         self._whole = whole
         self._limit = limit
+        self._patience = patience
 
     @contextlib.contextmanager
     def reserving(self, capacity: Capacity, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -516,7 +524,7 @@ class Budget:
                 break
             _write_to(file.with_suffix(_WANTED))
             now = time.monotonic()
-            if now - request.asked.setdefault(file, now) < _PATIENCE:
+            if now - request.asked.setdefault(file, now) < self._patience:
                 del left[file]
         return request.capacity.fits(self._whole, _total(left.values()))
 

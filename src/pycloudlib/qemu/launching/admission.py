@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pycloudlib._base.deadline import Deadline
@@ -26,10 +27,6 @@ from pycloudlib.qemu.vm.running import MachineEndedError
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.25
-# A guest without cloud-init says on no console that it has booted. Its SSH server is asked when it
-# prints nothing for so many seconds.
-_QUIET_SECONDS = 5.0
 _BANNER_LIMIT = 1.0
 
 # Of the machines of this process, by their directories. Each step with it is atomic.
@@ -54,9 +51,26 @@ def _report_wait(holders: str) -> None:
     _log.info("Waiting until a machine fits: %s", holders)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a console is followed.
+
+    Attributes:
+        look: Seconds between two looks at it.
+        quiet: Seconds without a word after which its guest is asked: one without cloud-init says on
+            no console that it has booted.
+    """
+
+    look: float = 0.25
+    quiet: float = 5.0
+
+
+_PACE = Pace()
+
+
 @contextlib.contextmanager
 def admitting(
-    budget: Budget, size: InstanceType, on_wait: Callable[[str], None]
+    budget: Budget, size: InstanceType, on_wait: Callable[[str], None], pace: Pace = _PACE
 ) -> Iterator[Callable[[Machine, float], None]]:
     """Wait until a machine fits; it is launched in the block, which gets what to call with it then.
 
@@ -67,6 +81,7 @@ def admitting(
         budget: What all machines may use.
         size: The size of the machine.
         on_wait: Called if it does not fit yet, with who has reserved the rest.
+        pace: How its console is followed.
 
     Raises:
         PycloudlibTimeoutError: It did not fit in time.
@@ -84,7 +99,7 @@ def admitting(
             elif has_booted(machine):
                 admission.end_boot()
             else:
-                arguments = (machine, admission, Deadline.after(minutes * 60))
+                arguments = (machine, admission, Deadline.after(minutes * 60), pace)
                 threading.Thread(
                     target=_follow_boot, args=arguments, name="admission", daemon=True
                 ).start()
@@ -122,7 +137,7 @@ def has_booted(machine: Machine) -> bool:
     return machine.console.look().phase is Phase.CLOUD_INIT_DONE
 
 
-def _follow_boot(machine: Machine, admission: Admission, deadline: Deadline) -> None:
+def _follow_boot(machine: Machine, admission: Admission, deadline: Deadline, pace: Pace) -> None:
     """Wait for the end of a machine's boot, and end that of its admission."""
     name = machine.spec.name
     try:
@@ -140,11 +155,11 @@ def _follow_boot(machine: Machine, admission: Admission, deadline: Deadline) -> 
             position = machine.console.look().position
             if position != seen:
                 seen, since = position, time.monotonic()
-            elif time.monotonic() - since >= _QUIET_SECONDS:
+            elif time.monotonic() - since >= pace.quiet:
                 if _is_at_its_end(machine):
                     break
                 since = time.monotonic()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(pace.look)
     except (MachineEndedError, PycloudlibTimeoutError) as error:
         _log.info("%s does not boot: %s", name, error)
     except Exception:  # noqa: BLE001 - nobody is there to get it, and others wait

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.qemu.host import budget as budget_module
-from pycloudlib.qemu.host.budget import Budget, Capacity
+from pycloudlib.qemu.host.budget import Budget, Capacity, Spare
 
 WHOLE = Capacity(2, 4000)
 FILES = (".taken", ".waiting", ".wanted")
@@ -348,10 +347,7 @@ def test_as_many_spares_as_needed_are_given_back_the_newest_first(tmp_path: Path
                 each.end()
 
 
-def test_spare_that_is_not_given_back_is_not_counted_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(budget_module, "_PATIENCE", 0.0)
+def test_spare_that_is_not_given_back_is_not_counted_on(tmp_path: Path) -> None:
     with (
         other_process(tmp_path, Capacity(1, 1000), SPARE_HOLDER) as older,
         other_process(tmp_path, Capacity(1, 1000), SPARE_HOLDER) as newer,
@@ -359,11 +355,12 @@ def test_spare_that_is_not_given_back_is_not_counted_on(
         older.expect("has it")
         newer.expect("has it")
         newer.process.send_signal(signal.SIGSTOP)
-        with Budget(tmp_path, WHOLE).reserving(Capacity(1, 1000), lambda _who: None):
+        budget = Budget(tmp_path, WHOLE, patience=0.0)
+        with budget.reserving(Capacity(1, 1000), lambda _who: None):
             older.expect("wanted")
 
 
-def _use_in_child(spare: budget_module.Spare) -> None:
+def _use_in_child(spare: Spare) -> None:
     spare.release()
     os._exit(0 if spare.promote() is None else 1)
 

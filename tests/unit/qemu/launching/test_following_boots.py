@@ -55,22 +55,16 @@ class FakeMachine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    monkeypatch.setattr(admission, "_LOOK_SECONDS", 0.01)
+def machine(tmp_path: Path) -> FakeMachine:
     directory = tmp_path / "vm"
     directory.mkdir()
     return FakeMachine(RunDirectory(directory))
 
 
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask at once what a console that is quiet means."""
-    monkeypatch.setattr(admission, "_QUIET_SECONDS", 0.0)
-
-
-def follow(tmp_path: Path, machine: Any, minutes: float = 1.0) -> Budget:
+def follow(tmp_path: Path, machine: Any, minutes: float = 1.0, quiet: float = 100) -> Budget:
     budget = Budget(tmp_path / "budget", WHOLE, limit=30)
-    with admission.admitting(budget, SIZE, lambda _who: None) as begin:
+    pace = admission.Pace(0.01, quiet)
+    with admission.admitting(budget, SIZE, lambda _who: None, pace) as begin:
         begin(machine, minutes)
     return budget
 
@@ -148,20 +142,18 @@ def test_boot_that_takes_too_long_is_said(
     assert "vm has not booted within 0 s" in caplog.text
 
 
-@pytest.mark.usefixtures("quiet")
 def test_dead_end_ends_the_boot(tmp_path: Path, machine: FakeMachine) -> None:
-    budget = follow(tmp_path, machine)
+    budget = follow(tmp_path, machine, quiet=0.0)
     machine.print("No bootable device.\n")
     wait_for_next(budget)
 
 
-@pytest.mark.usefixtures("quiet")
 def test_guest_without_cloud_init_has_booted_when_its_ssh_server_answers(
     tmp_path: Path, machine: FakeMachine
 ) -> None:
     with listen(0) as server:
         machine.spec.ssh_port = server.getsockname()[1]
-        budget = follow(tmp_path, machine)
+        budget = follow(tmp_path, machine, quiet=0.0)
         client, _address = server.accept()
         assert reserved(tmp_path) == ["0-64", "1-0"]
         with client:
@@ -169,7 +161,6 @@ def test_guest_without_cloud_init_has_booted_when_its_ssh_server_answers(
             wait_for_next(budget)
 
 
-@pytest.mark.usefixtures("quiet")
 def test_guest_with_cloud_init_has_not_booted_when_its_ssh_server_answers(
     tmp_path: Path, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +172,7 @@ def test_guest_with_cloud_init_has_not_booted_when_its_ssh_server_answers(
 
     monkeypatch.setattr(ssh, "open_with_banner", answer)
     machine.print(LOCAL)
-    budget = follow(tmp_path, machine)
+    budget = follow(tmp_path, machine, quiet=0.0)
     assert machine.looked.wait(30)
     machine.looked.clear()
     assert machine.looked.wait(30)
