@@ -1,13 +1,11 @@
 """Ubuntu cloud images as local QEMU virtual machines, driven from Python.
 
-The front door: `from pycloudlib import Qemu`. Nothing heavy is imported before it is used.
+The front door: `from pycloudlib import Qemu`. Nothing is imported before it is used.
 """
 
 from typing import TYPE_CHECKING
 
-from pycloudlib import cloud, config, errors, instance, key, result, util
 from pycloudlib._version import __version__
-from pycloudlib.qemu.cloud import Qemu
 
 __all__ = [
     "Qemu",
@@ -21,9 +19,10 @@ __all__ = [
     "util",
 ]
 
-# Placeholders, see _otherclouds.py: the package of each, by name. Type checkers see them as they
-# are; at run time they are imported when they are first used.
+# Type checkers see all names as they are; at run time what is behind them is imported when they are
+# first used. The other clouds are placeholders, see _otherclouds.py: the package of each, by name.
 if TYPE_CHECKING:
+    from pycloudlib import cloud, config, errors, instance, key, result, util
     from pycloudlib.azure.cloud import Azure as Azure
     from pycloudlib.ec2.cloud import EC2 as EC2
     from pycloudlib.gce.cloud import GCE as GCE
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from pycloudlib.lxd.cloud import LXDVirtualMachine as LXDVirtualMachine
     from pycloudlib.oci.cloud import OCI as OCI
     from pycloudlib.openstack.cloud import Openstack as Openstack
+    from pycloudlib.qemu.cloud import Qemu
     from pycloudlib.vmware.cloud import VMWare as VMWare
 else:
     _OTHER_CLOUDS = {
@@ -50,9 +50,20 @@ else:
         "VMWare": "vmware",
     }
 
-    def __getattr__(name):
-        if name not in _OTHER_CLOUDS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module  # noqa: PLC0415 - for programs of other clouds
+    _CLOUDS = {"Qemu": "qemu", **_OTHER_CLOUDS}
+    # Reachable without an import of their own, as if this module had imported them.
+    _MODULES = (*__all__, "diagnosis", "guest", "images", "progress", "qemu")
 
-        return getattr(import_module(f"{__name__}.{_OTHER_CLOUDS[name]}.cloud"), name)
+    def __getattr__(name):
+        from importlib import import_module  # noqa: PLC0415 - each program uses some names
+
+        if name in _CLOUDS:
+            return getattr(import_module(f"{__name__}.{_CLOUDS[name]}.cloud"), name)
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "qemu":
+            import_module(f"{__name__}.qemu.cloud")
+        return import_module(f"{__name__}.{name}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

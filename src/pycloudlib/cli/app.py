@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import click
 
 from pycloudlib._base.documents import nearest
 from pycloudlib._version import __version__
-from pycloudlib.cli import doctor, imagecommands, inside, lifecycle, reports
 from pycloudlib.cli.common import (
     Session,
     colour_choice,
@@ -23,6 +24,63 @@ from pycloudlib.cli.terminal import exiting_on_signals, secure_streams
 PROGRAM = "pycloudlib"
 _COMPLETE_VARIABLE = "_PYCLOUDLIB_COMPLETE"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+# The commands in the order of the help, with the module and the function of each: that is imported
+# when its command is run.
+_COMMANDS = {
+    "launch": ("lifecycle", "launch"),
+    "list": ("reports", "list_"),
+    "info": ("reports", "info"),
+    "exec": ("inside", "execute"),
+    "shell": ("inside", "shell"),
+    "console": ("inside", "console"),
+    "copy": ("inside", "copy"),
+    "start": ("lifecycle", "start"),
+    "stop": ("lifecycle", "stop"),
+    "restart": ("lifecycle", "restart"),
+    "wait": ("lifecycle", "wait"),
+    "delete": ("lifecycle", "delete"),
+    "snapshot": ("imagecommands", "snapshot"),
+    "fork": ("imagecommands", "fork"),
+    "rollback": ("imagecommands", "rollback"),
+    "images": ("imagecommands", "images"),
+    "logs": ("reports", "logs"),
+    "diagnose": ("reports", "diagnose"),
+    "prune": ("doctor", "prune"),
+    "doctor": ("doctor", "doctor"),
+}
+
+
+_NOT_YET = click.Command(None)
+
+
+class _Commands(dict[str, click.Command]):
+    """The commands by their names; each is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(_COMMANDS, _NOT_YET))
+
+    def __getitem__(self, name: str) -> click.Command:
+        if super().__getitem__(name) is _NOT_YET:
+            module, attribute = _COMMANDS[name]
+            self[name] = getattr(import_module(f"pycloudlib.cli.{module}"), attribute)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a command, or the default."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        """Return all of them, with their names."""
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        """Return all of them."""
+        return [self[name] for name in self]
 
 
 class _Group(click.Group):
@@ -45,7 +103,7 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(PROGRAM, cls=_Group, context_settings=_SETTINGS)
+@click.group(PROGRAM, cls=_Group, context_settings=_SETTINGS, commands=_Commands())
 @click.version_option(__version__, prog_name=PROGRAM)
 @common_options
 @click.pass_context
@@ -73,30 +131,7 @@ def completion(context: click.Context, _session: Session, shell: str) -> None:
     click.echo(kind(context.find_root().command, {}, PROGRAM, _COMPLETE_VARIABLE).source())
 
 
-for _command in (
-    lifecycle.launch,
-    reports.list_,
-    reports.info,
-    inside.execute,
-    inside.shell,
-    inside.console,
-    inside.copy,
-    lifecycle.start,
-    lifecycle.stop,
-    lifecycle.restart,
-    lifecycle.wait,
-    lifecycle.delete,
-    imagecommands.snapshot,
-    imagecommands.fork,
-    imagecommands.rollback,
-    imagecommands.images,
-    reports.logs,
-    reports.diagnose,
-    doctor.prune,
-    doctor.doctor,
-    completion,
-):
-    application.add_command(_command)
+application.add_command(completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

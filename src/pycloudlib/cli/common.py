@@ -17,11 +17,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pycloudlib import Qemu
 from pycloudlib._base import documents
 from pycloudlib.diagnosis import UNDIAGNOSED, Audience, Diagnosis
 from pycloudlib.errors import (
@@ -30,8 +29,10 @@ from pycloudlib.errors import (
     ResourceNotFoundError,
 )
 from pycloudlib.progress import ProgressCallback, ignore_progress
-from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
-from pycloudlib.qemu.state.settings import DIRECTORIES
+from pycloudlib.qemu.state.settings import COMMAND_LINE_TAG, DIRECTORIES
+
+if TYPE_CHECKING:
+    from pycloudlib import Qemu
 
 _LOGGER = "pycloudlib"
 _LOG_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -67,6 +68,8 @@ class Session:
 
         Errors are those of `Qemu`.
         """
+        from pycloudlib import Qemu  # noqa: PLC0415 - not all commands need it
+
         return Qemu(COMMAND_LINE_TAG, timestamp_suffix=False, orphans="keep")
 
     @contextlib.contextmanager

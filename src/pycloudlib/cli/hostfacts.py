@@ -31,8 +31,12 @@ from pycloudlib.qemu.host.resources import (
     PortRegistry,
     can_listen,
 )
-from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
-from pycloudlib.qemu.state.settings import DIRECTORIES, QemuSettings, find_obstacle
+from pycloudlib.qemu.state.settings import (
+    COMMAND_LINE_TAG,
+    DIRECTORIES,
+    QemuSettings,
+    find_obstacle,
+)
 
 # Replaces directories that have no place without a home directory.
 _NOWHERE = Path(os.devnull)

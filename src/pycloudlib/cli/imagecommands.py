@@ -21,13 +21,13 @@ from pycloudlib.cli.common import (
 )
 from pycloudlib.cli.machines import (
     ImageName,
-    MachineName,
     NewName,
     Size,
     free_names,
     open_machine,
     open_running,
 )
+from pycloudlib.cli.names import MachineName
 from pycloudlib.cloud import ImageType
 from pycloudlib.errors import ImageNotFoundError
 from pycloudlib.images import store

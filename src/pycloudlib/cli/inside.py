@@ -17,23 +17,17 @@ import click
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.cli import terminal
 from pycloudlib.cli.common import ExitCode, Session, command
-from pycloudlib.cli.machines import (
-    MachineName,
-    MachinePath,
-    find_keeper,
-    open_machine,
-    open_running,
-)
+from pycloudlib.cli.names import MachineName, MachinePath, find_keeper
 from pycloudlib.cli.terminal import SerialConsole, SshTerminal
 from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import CloudError
 from pycloudlib.guest.access import commands, kept, sessions
 from pycloudlib.progress import showing_progress
-from pycloudlib.qemu.instance import QemuInstance
-from pycloudlib.qemu.vm import sockets
 
 if TYPE_CHECKING:
     import paramiko
+
+    from pycloudlib.qemu.instance import QemuInstance
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +67,13 @@ def shell(session: Session, name: str) -> int:
     Without a terminal, the login shell reads commands from standard input.
     """
     return _run(session, name, None, None)
+
+
+def open_running(session: Session, name: str) -> QemuInstance:
+    """Return the instance of a machine that is about to be used; see `machines.open_running`."""
+    from pycloudlib.cli import machines  # noqa: PLC0415 - not with a connection that is kept
+
+    return machines.open_running(session, name)
 
 
 def _run(session: Session, name: str, command_line: str | None, tty: bool | None) -> int:
@@ -179,6 +180,8 @@ def console(session: Session, name: str) -> None:
     """
     if not terminal.is_terminal(_STDIN):
         raise click.UsageError("console needs a terminal; 'pycloudlib logs' prints what was shown")
+    from pycloudlib.cli.machines import open_machine  # noqa: PLC0415 - as above
+
     instance = open_machine(session.cloud, name)
     instance.machine.check_on()
     wait_for_console(instance)
@@ -199,6 +202,8 @@ def wait_for_console(instance: QemuInstance, limit: float = CONSOLE_LIMIT) -> No
     Raises:
         CloudError: One has, for longer than the limit; says which.
     """
+    from pycloudlib.qemu.vm import sockets  # noqa: PLC0415 - as above
+
     deadline = Deadline.after(limit)
     while True:
         chardevs = instance.machine.execute("query-chardev")

@@ -27,7 +27,6 @@ from pycloudlib.cli.common import (
 from pycloudlib.cli.machines import (
     AddedDisk,
     ImageName,
-    MachineName,
     Minutes,
     NewName,
     Size,
@@ -38,6 +37,7 @@ from pycloudlib.cli.machines import (
     open_machine,
     open_running,
 )
+from pycloudlib.cli.names import MachineName
 from pycloudlib.errors import ImageInUseError, InstanceExistsError, InstanceNotFoundError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu import imagenames

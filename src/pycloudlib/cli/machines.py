@@ -20,17 +20,15 @@ from pycloudlib import Qemu
 from pycloudlib._base.deadline import positive
 from pycloudlib._base.documents import nearest
 from pycloudlib.cli.common import Session
-from pycloudlib.config import parse_config
+from pycloudlib.cli.names import find_working_dir
 from pycloudlib.errors import CloudError, InstanceNotFoundError
-from pycloudlib.guest.access.kept import Keeper
 from pycloudlib.qemu import imagenames
 from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.host.ownership import Ownership
-from pycloudlib.qemu.imagenames import COMMAND_LINE_TAG
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory
-from pycloudlib.qemu.state.settings import QemuSettings
+from pycloudlib.qemu.state.settings import COMMAND_LINE_TAG
 from pycloudlib.qemu.state.spec import MachineSpec, check_name, may_be_machine
 from pycloudlib.qemu.vm import livedisk
 
@@ -191,25 +189,6 @@ def open_running(session: Session, name: str) -> QemuInstance:
     return instance
 
 
-def find_keeper(name: str) -> Keeper | None:
-    """Find the SSH connection that is kept to a running machine; None where none can be used.
-
-    Neither the cloud nor the machine is looked at for that: whoever runs a command waits for it.
-    """
-    tag, _, own_name = name.rpartition("/")
-    working_dir = _working_dir()
-    if working_dir is None or not all(map(may_be_machine, (tag or COMMAND_LINE_TAG, own_name))):
-        return None
-    try:
-        parent = layers.cloud_directory(working_dir, tag or COMMAND_LINE_TAG)
-        rundir = RunDirectory(parent / own_name)
-        keeper = Keeper(rundir.kept_ssh)
-        # A copy is fixed up before it is used.
-        return keeper if keeper.is_there() and not rundir.fix_up.exists() else None
-    except (OSError, ValueError):
-        return None  # the usual way says what is wrong
-
-
 def delete_machine(cloud: Qemu, name: str) -> list[Exception]:
     """Delete the machine that a name means, even a broken one; return the errors.
 
@@ -320,22 +299,6 @@ class NewName(_Text):
             self.fail(str(error), param, ctx)
 
 
-class MachineName(_Text):
-    """The name of an existing machine."""
-
-    name = "name"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Complete it."""
-        return [
-            CompletionItem(machine.full_name, help=machine.state)
-            for machine in _machines(everywhere="/" in incomplete)
-            if machine.full_name.startswith(incomplete)
-        ]
-
-
 class ImageName(_Text):
     """A release, a snapshot, or the path of an image."""
 
@@ -350,36 +313,6 @@ class ImageName(_Text):
         return fitting or [CompletionItem(incomplete, type="file")]
 
 
-class MachinePath(_Text):
-    """A path on the host, or in a machine: `name:path`."""
-
-    name = "path"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Complete the name of a machine; the shell completes paths on the host."""
-        names = [f"{machine.full_name}:" for machine in _machines()]
-        fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-        return [*fitting, CompletionItem(incomplete, type="file")]
-
-
-def _machines(*, everywhere: bool = False) -> list[MachineEntry]:
-    working_dir = _working_dir()
-    return [] if working_dir is None else list_machines(working_dir, everywhere=everywhere)
-
-
 def _snapshots() -> list[str]:
-    working_dir = _working_dir()
+    working_dir = find_working_dir()
     return [] if working_dir is None else imagenames.snapshot_names(working_dir)
-
-
-def _working_dir() -> Path | None:
-    """Find the directory of machines as a cloud does; None if the configuration is wrong."""
-    try:
-        config = parse_config()
-        section = config.get("qemu")
-        settings = QemuSettings.parse(section if isinstance(section, dict) else {}, config.source)
-        return settings.working_dir
-    except ValueError:
-        return None  # running the command reports it; completing it must not

@@ -28,11 +28,11 @@ from pycloudlib.cli.common import (
 )
 from pycloudlib.cli.machines import (
     MachineEntry,
-    MachineName,
     find_machine,
     list_machines,
     open_machine,
 )
+from pycloudlib.cli.names import MachineName
 from pycloudlib.diagnosis import Audience
 from pycloudlib.errors import InstanceNotFoundError
 from pycloudlib.guest.access import ssh

@@ -20,13 +20,11 @@ from pycloudlib.images.recipe import RELEASES as BUILT_RELEASES
 from pycloudlib.progress import ProgressCallback
 from pycloudlib.qemu.disk import layers
 from pycloudlib.qemu.state import savedmachine
+from pycloudlib.qemu.state.settings import COMMAND_LINE_TAG
 from pycloudlib.util import UBUNTU_RELEASE_VERSION_MAP
 
 if TYPE_CHECKING:
     from pycloudlib.qemu.cloud import Qemu
-
-COMMAND_LINE_TAG = "cli"
-"""The tag of the cloud that the machines of the command line live in."""
 
 _ALIASES = ("devel", "lts")
 

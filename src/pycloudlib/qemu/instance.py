@@ -503,8 +503,8 @@ class QemuInstance(BaseInstance):
                 self._host_keys(),
                 super()._ssh_connect,
                 self._ssh_connect,
-                # Those of a boot fail until it is over.
-                may_start=self.guest.watch is None,
+                # Those of a boot fail until it is over, and a copy is fixed up before it is used.
+                may_start=self.guest.watch is None and not self.machine.rundir.fix_up.exists(),
             )
 
     def _ssh(

@@ -152,15 +152,15 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    loaded = loaded_by("import pycloudlib")
+    loaded = loaded_by("import pycloudlib; pycloudlib.Qemu")
 
     assert not loaded.intersection(HEAVY)
 
 
 def test_placeholders_are_loaded_when_they_are_named() -> None:
     """Each alone: a program that names one does not pay for the others."""
-    loaded = loaded_by("import pycloudlib") & MODULES.keys()
-    named = loaded_by("from pycloudlib import EC2") & MODULES.keys()
+    loaded = loaded_by("import pycloudlib; pycloudlib.Qemu") & MODULES.keys()
+    named = loaded_by("from pycloudlib import EC2, Qemu") & MODULES.keys()
 
     assert "placeholders" not in {layer_of(name) for name in loaded}
     assert named - loaded == {
@@ -175,3 +175,23 @@ def test_importing_the_package_alone_makes_its_modules_reachable() -> None:
     uses = "; ".join(f"pycloudlib.{name}" for name in names)
 
     assert {f"pycloudlib.{name}" for name in names} <= loaded_by(f"import pycloudlib; {uses}")
+
+
+def test_importing_the_package_alone_loads_nothing_that_is_not_named() -> None:
+    loaded = loaded_by("import pycloudlib") & MODULES.keys()
+
+    assert loaded == {PACKAGE, f"{PACKAGE}._version"}
+
+
+@pytest.mark.parametrize("name", ["guest", "images", "progress", "diagnosis", "qemu.instance"])
+def test_other_modules_are_reachable_as_they_were(name: str) -> None:
+    assert f"{PACKAGE}.{name}" in loaded_by(f"import pycloudlib; pycloudlib.{name}")
+
+
+def test_command_on_a_kept_connection_loads_little() -> None:
+    """Whoever runs `pycloudlib exec` waits for it."""
+    loaded = loaded_by("from pycloudlib.cli import app, inside")
+
+    assert not loaded.intersection({*HEAVY, "asyncio", "qemu.qmp"})
+    assert not {name for name in loaded if name.startswith(f"{PACKAGE}.qemu.vm")}
+    assert f"{PACKAGE}.qemu.cloud" not in loaded

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+DIRECTORY = "ssh"
+"""The name of its directory, in that of the machine."""
 IDLE_LIMIT = 60
 """Seconds without a session after which the connection ends."""
 

@@ -30,6 +30,7 @@ from pycloudlib.qemu.host.ownership import Orphans, Ownership, claim, disown
 from pycloudlib.qemu.parts.part import SUFFIX
 from pycloudlib.qemu.state import savedmachine
 from pycloudlib.qemu.state.rundir import RunDirectory
+from pycloudlib.qemu.state.settings import CLOUD_PREFIX
 from pycloudlib.qemu.state.spec import LAYERS, SNAPSHOTS, MachineSpec
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ _log = logging.getLogger(__name__)
 MAXIMUM_DEPTH = 16
 """The number of layers from which on they are merged into the disk; see `performance.md`."""
 
-_CLOUD_PREFIX = "pycl-qemu-"
 # The lock file of earlier versions.
 _OLD_LOCK = ".lock"
 
@@ -389,7 +389,7 @@ def _find_file(file: Path) -> tuple[int, int] | None:
 
 def is_snapshot(image: Path) -> bool:
     """Whether an image is in the directory of a cloud's snapshots."""
-    return image.parent.name == SNAPSHOTS and image.parent.parent.match(f"{_CLOUD_PREFIX}*")
+    return image.parent.name == SNAPSHOTS and image.parent.parent.match(f"{CLOUD_PREFIX}*")
 
 
 def chain(tip: Path) -> list[Path]:
@@ -412,12 +412,12 @@ def chain(tip: Path) -> list[Path]:
 
 def cloud_directory(working_dir: Path, tag: str) -> Path:
     """Return the directory of all files of clouds with a tag."""
-    return working_dir / f"{_CLOUD_PREFIX}{tag}"
+    return working_dir / f"{CLOUD_PREFIX}{tag}"
 
 
 def cloud_tag(directory: Path) -> str:
     """Return the tag of the clouds of a directory."""
-    return directory.name.removeprefix(_CLOUD_PREFIX)
+    return directory.name.removeprefix(CLOUD_PREFIX)
 
 
 def cloud_directories(working_dir: Path) -> Iterator[Path]:
@@ -425,7 +425,7 @@ def cloud_directories(working_dir: Path) -> Iterator[Path]:
     # Not glob(), for which an unreadable directory is an empty one.
     with contextlib.suppress(FileNotFoundError):
         for path in working_dir.iterdir():
-            if path.name.startswith(_CLOUD_PREFIX):
+            if path.name.startswith(CLOUD_PREFIX):
                 yield path
 
 

@@ -25,6 +25,7 @@ from pycloudlib._base.files import (
 )
 from pycloudlib._base.locks import exclusive_lock, is_locked, try_lock
 from pycloudlib.errors import InstanceNotFoundError
+from pycloudlib.guest.access import kept
 from pycloudlib.images import uses
 from pycloudlib.key import KeyPair
 from pycloudlib.qemu.host.ownership import owner_file
@@ -107,7 +108,7 @@ class RunDirectory:
     """A script that has to run once in a copy."""
     first_boot = _File("first-boot.py")
     """Fixes up a machine whose first boot began in the middle; removed when it has."""
-    kept_ssh = _File("ssh")
+    kept_ssh = _File(kept.DIRECTORY)
     """A directory of the SSH connection that is kept for programs that run one after another."""
     base_state = _File("base-state")
     """A whole state of a machine of this description: the one that it was started from."""

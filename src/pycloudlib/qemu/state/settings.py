@@ -20,6 +20,10 @@ from pycloudlib.qemu.host.ownership import Orphans
 
 _log = logging.getLogger(__name__)
 
+CLOUD_PREFIX = "pycl-qemu-"
+"""How the names of clouds' directories begin, in `working_dir`; their tags follow."""
+COMMAND_LINE_TAG = "cli"
+"""The tag of the command line's own cloud."""
 DEFAULT_BINARY = "qemu-system-x86_64"
 _KNOWN_KEYS = (
     "accelerator",
