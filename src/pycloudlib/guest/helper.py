@@ -220,6 +220,18 @@ class HelperConnection:
         ahead = measure_clock(lambda: _number(self._ask({"op": "clock"}, deadline), "now"))
         self._ask({**fix_up.request(), "ahead": ahead}, deadline)
 
+    def wait_for_ssh(self, deadline: Deadline) -> bool:
+        """Wait until the SSH server that was restarted by `fix` listens; return whether it does.
+
+        Raises:
+            HelperRefusedError: The helper is an older one, which does not know of this.
+            HelperError: The helper was gone meanwhile.
+            PycloudlibTimeoutError: The helper did not answer in time.
+        """
+        # The helper is to answer first.
+        answer = self._ask({"op": "ssh", "limit": deadline.remaining * 0.9}, deadline)
+        return answer.get("up") is True
+
     def execute(
         self, argv: Sequence[str], user: str, stdin: bytes, deadline: Deadline | None
     ) -> Command:

@@ -125,9 +125,15 @@ _BY_A_SHELL = 'command -v bash >/dev/null 2>&1 && exec bash -c "$0"; exec sh -c 
 WAIT_COMMAND = ("sh", "-c", _BY_A_SHELL, WAIT_SCRIPT)
 """Runs the script, by bash where there is one."""
 
-BRIEF_WAIT_COMMAND = ("sh", "-c", _BY_A_SHELL, f"brief=1\n{WAIT_SCRIPT}")
+BRIEF_WAIT_COMMAND = (
+    "sh",
+    "-c",
+    f'[ -s /run/cloud-init/result.json ] || {{ {_BY_A_SHELL}; }}; eval "$0"',
+    f"brief=1\n{WAIT_SCRIPT}",
+)
 """The same for a guest whose boot was waited for before: without the log, and without asking
-whether the guest shuts down, which take 50 ms of an emulated processor each."""
+whether the guest shuts down, which take 50 ms of an emulated processor each; and where there is
+nothing to wait for, by the shell that runs already."""
 
 GOING_DOWN_COMMAND = (
     "sh",

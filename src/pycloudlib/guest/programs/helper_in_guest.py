@@ -35,6 +35,9 @@ CHUNK = 1 << 16
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 CLOUD = "/var/lib/cloud"
+SSH_PID = "/run/sshd.pid"
+# When the pid file of an SSH server was written that was restarted, and may not listen yet.
+SSH_RESTARTS = []  # type: List[int]
 KNOWN_USERS = {}  # type: Dict[str, Any]
 
 
@@ -389,8 +392,28 @@ def set_host_keys(host_keys: "List[Dict[str, str]]") -> None:
         rewrite(directory + "/" + name, bases[name]["private"], 0o600)
         rewrite(directory + "/" + name + ".pub", bases[name]["public"] + "\n", 0o644)
     # A server that is started for each connection has no pid file, and reads the key then.
-    with contextlib.suppress(OSError, ValueError), open_text("/run/sshd.pid") as file:
+    with contextlib.suppress(OSError, ValueError), open_text(SSH_PID) as file:
+        written = os.fstat(file.fileno()).st_mtime_ns
         os.kill(int(file.read()), signal.SIGHUP)
+        SSH_RESTARTS.append(written)
+
+
+def wait_for_ssh(limit: float) -> bool:
+    """Wait until the SSH server that was restarted listens; return whether it does.
+
+    sshd(8) removes its pid file when it restarts, and writes it when it listens. A connection would
+    tell as well, but cost a process that starts in full.
+    """
+    end = time.monotonic() + limit
+    while SSH_RESTARTS:
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(SSH_PID).st_mtime_ns != SSH_RESTARTS[-1]:
+                del SSH_RESTARTS[:]
+                break
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def rewrite(path: str, text: str, mode: Optional[int] = None) -> None:
@@ -427,6 +450,8 @@ def serve(port: Channel, environment: Dict[bytes, bytes]) -> None:
             execute(port, request, environment)
         elif request["op"] == "fix":
             answer(port, request, {"done": fix(request)})
+        elif request["op"] == "ssh":
+            answer(port, request, {"up": wait_for_ssh(float(request["limit"]))})
         elif request["op"] == "clock":
             answer(port, request, {"now": time.time()})
         else:

@@ -226,6 +226,10 @@ class Guest:
                 with contextlib.suppress(CloudError, PycloudlibTimeoutError, paramiko.SSHException):
                     self.fixes.fix_up()
                     limit = cap_by_wait(_BANNER_LIMIT)
+                    if self.fixes.ssh_restarts and self.helper.wait_for_ssh(limit):
+                        # It answered, so it runs commands.
+                        self.fixes.ssh_restarts = False
+                        return
                     if self.helper.execute(["true"], username, b"", limit) is not None:
                         self._wait_for_banner()
                         return

@@ -101,6 +101,25 @@ class HelperLink:
                 )
             connection.fix(fix_up, deadline)
 
+    def wait_for_ssh(self, limit: float) -> bool:
+        """Wait until the guest's SSH server listens that was restarted by `fix`.
+
+        Args:
+            limit: Seconds that it may take.
+
+        Returns:
+            Whether it does; False also where the helper cannot tell.
+        """
+        deadline = Deadline.after(limit)
+        with self._connection(wait=False, deadline=deadline) as connection:
+            if connection is None:
+                return False
+            try:
+                return connection.wait_for_ssh(deadline)
+            except (HelperError, PycloudlibTimeoutError) as error:
+                _log.debug("%s: %s", self.machine.spec.name, error)
+                return False
+
     def execute(
         self, argv: Sequence[str], user: str, stdin: bytes, timeout: float | None
     ) -> Result | None:

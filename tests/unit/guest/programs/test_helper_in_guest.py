@@ -391,3 +391,29 @@ def test_calls_hold_no_output_back() -> None:
         program.stdin.close()
         assert program.wait(60) == 0
     assert all(first <= second for first, second in pairwise(times))
+
+
+@pytest.fixture
+def ssh_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the pid file of an SSH server that was restarted, as it was before."""
+    path = tmp_path / "sshd.pid"
+    path.write_text("1\n")
+    os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(helper_in_guest, "SSH_PID", str(path))
+    monkeypatch.setattr(helper_in_guest, "SSH_RESTARTS", [1])
+    return path
+
+
+def test_restarted_ssh_server_is_back_when_it_has_written_its_pid_file(ssh_pid: Path) -> None:
+    assert not helper_in_guest.wait_for_ssh(0)
+    ssh_pid.unlink()
+    assert not helper_in_guest.wait_for_ssh(0)
+    ssh_pid.write_text("1\n")
+
+    assert helper_in_guest.wait_for_ssh(60)
+    assert helper_in_guest.wait_for_ssh(0), "it was not restarted since"
+
+
+def test_ssh_server_that_was_not_restarted_is_not_waited_for() -> None:
+    (answer,) = ask({"id": 3, "op": "ssh", "limit": 60})
+    assert answer == {"id": 3, "up": True}
