@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pycloudlib.qemu.host.budget import Budget, Capacity, Spare
-from pycloudlib.qemu.host.ownership import Orphans, claim
+from pycloudlib.qemu.host.ownership import Orphans, at_normal_end, claim
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.launching import admission
 from pycloudlib.qemu.state.spec import make_name
@@ -55,7 +56,8 @@ class MachineAhead:
         self._outcome: Future[QemuInstance] = Future()
         self._ending = threading.Lock()
         self._dropped = False
-        # A daemon: the end of the program does not wait for it.
+        _note(self)
+        # A daemon: a program ends what its thread starts, rather than wait for it.
         threading.Thread(target=self._run, name=f"ahead: {name}", daemon=True).start()
 
     @classmethod
@@ -126,6 +128,7 @@ class MachineAhead:
                 _log.info("%s was ready ahead, and is %s now", self.name, state.value)
                 return None
             undo.pop_all()
+        _not_taken.discard(self)
         _log.info("%s was started ahead: waited %.3f s", self.name, time.monotonic() - begun)
         return machine, room
 
@@ -142,6 +145,7 @@ class MachineAhead:
                     self._outcome.result(_END_SECONDS)
             self._try_undo(logging.WARNING)
             self._spare.release()
+            _not_taken.discard(self)
 
     def _try_undo(self, level: int) -> None:
         try:
@@ -154,6 +158,30 @@ class MachineAhead:
             self._outcome.set_result(self._begin())
         except BaseException as error:  # noqa: BLE001 - who takes it hears of it
             self._outcome.set_exception(error)
+
+
+_not_taken: set[MachineAhead] = set()
+_noted_by: int | None = None
+
+
+def _note(ahead: MachineAhead) -> None:
+    """Have a machine ended at a normal end of this program, unless it is taken or dropped before.
+
+    The guardian ends it if the program is killed. But one that is just being launched is not yet
+    known to have to end with a program that ends by itself.
+    """
+    global _noted_by  # noqa: PLW0603 - one for each process
+    if _noted_by != os.getpid():
+        _noted_by = os.getpid()
+        _not_taken.clear()  # a forked child has none of its parent's threads
+        at_normal_end(_drop_all)
+    _not_taken.add(ahead)
+
+
+def _drop_all() -> None:
+    if _noted_by == os.getpid():
+        for ahead in list(_not_taken):
+            ahead.drop()
 
 
 def launching(

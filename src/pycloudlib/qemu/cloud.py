@@ -103,6 +103,7 @@ class Qemu(BaseCloud):
         orphans: str | None = None,
     ) -> None:
         super().__init__(tag, timestamp_suffix, config_file)
+        self._pools: list[Pool] = []
         self.orphans = self.settings.orphans if orphans is None else parse_orphans(orphans)
         self.qemu_binary = str(find_tool(self.settings.qemu_binary))
         find_tool("qemu-img")
@@ -345,7 +346,7 @@ class Qemu(BaseCloud):
         """Keep machines ready before they are asked for, each with an identity of its own.
 
         They are launched and waited for in threads, as far as the budget has room, and end when
-        others wait for room, when the pool is closed, and with this program.
+        others wait for room, when the pool is closed or the cloud cleaned, and with this program.
 
         Args:
             image_id: The image; copies of a saved machine are ready in a second.
@@ -378,7 +379,9 @@ class Qemu(BaseCloud):
         def launch(name: str) -> QemuInstance:
             return self.launch(image_id, name=name, **options)
 
-        return Pool(self, launch, size, capacity, self.settings.budget())
+        pool = Pool(self, launch, size, capacity, self.settings.budget())
+        self._pools.append(pool)
+        return pool
 
     # What it does with images is the shelf's, documentation and all.
     export_image = _by_shelf(ImageShelf.export_image)
@@ -429,11 +432,13 @@ class Qemu(BaseCloud):
         return removed
 
     def clean(self) -> list[Exception]:
-        """Delete every instance and image that this cloud made, and its directory.
+        """Delete every instance and image that this cloud made, and its directory; close its pools.
 
         Returns:
             The errors met on the way; empty when nothing is left.
         """
+        while self._pools:
+            self._pools.pop().close()
         errors = super().clean()
         if self._own_keys.holds(self._key_pair):  # one that was set by use_key() stays
             self._key_pair = None

@@ -241,6 +241,7 @@ def encode_document(name: str, document: Document) -> bytes | None:
         TypeError: It is of a wrong type.
         ValueError: It cannot be written as UTF-8.
     """
+    check_type(name, document)
     if document is None or isinstance(document, bytes):
         return document
     if isinstance(document, str):
@@ -248,9 +249,13 @@ def encode_document(name: str, document: Document) -> bytes | None:
             return document.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} cannot be written as UTF-8: {error}") from error
-    if isinstance(document, Mapping):
-        return _yaml(document, name)
-    raise TypeError(f"{name} must be str, bytes or a mapping, not {type(document).__name__}")
+    return _yaml(document, name)
+
+
+def check_type(name: str, document: object) -> None:
+    """Raise TypeError unless a document is of a type that can be given to cloud-init."""
+    if document is not None and not isinstance(document, (str, bytes, Mapping)):
+        raise TypeError(f"{name} must be str, bytes or a mapping, not {type(document).__name__}")
 
 
 def _yaml(document: Mapping[str, Any], name: str) -> bytes:

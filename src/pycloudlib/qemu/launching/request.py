@@ -89,6 +89,8 @@ class LaunchOptions:
     def __post_init__(self) -> None:
         if self.username is not None and not isinstance(self.username, str):
             raise TypeError(f"username must be a text, not {self.username!r}")
+        for name in ("user_data", "meta_data", "vendor_data", "network_config"):
+            nocloud.check_type(name, getattr(self, name))
 
     def to_plain(self) -> dict[str, str]:
         """Return each option that decides what the machine is like, as text."""
