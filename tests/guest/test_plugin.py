@@ -75,6 +75,53 @@ def test_machines_are_fresh_or_as_they_were_at_their_beginning(
     result.assert_outcomes(passed=8)
 
 
+AHEAD = """
+import os, time, pytest
+
+HOST_KEY = "/etc/ssh/ssh_host_ed25519_key.pub"
+
+@pytest.mark.parametrize("number", range(3))
+def test_it(vm, number):
+    facts = [vm.name, vm.execute("hostname"), *map(vm.execute, (
+        "cat /etc/machine-id", f"cut -d' ' -f2 {HOST_KEY}", "ls /var/tmp/mark; touch /var/tmp/mark"
+    ))]
+    known = (vm.instance_dir / "known_hosts").read_text()
+    assert facts[3] in known
+    ahead = lambda: [
+        path.parent.name for path in vm.instance_dir.parent.glob("*/machine.json")
+        if path.parent != vm.instance_dir
+    ]
+    until = time.monotonic() + 60
+    while number < 2 and not ahead() and time.monotonic() < until:
+        time.sleep(0.05)
+    with open(os.environ["QUEUE_LOG"], "a") as log:
+        print(*(fact or "-" for fact in facts), *ahead(), file=log)
+"""
+
+
+@pytest.mark.usefixtures("working_dir")
+def test_machine_that_was_started_ahead_has_an_identity_of_its_own(
+    suite: pytest.Pytester, saved: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("QUEUE_LOG", str(log))
+    suite.makeini("[pytest]\nvm_processors = 2\n")
+    suite.makepyfile(AHEAD)
+
+    result = suite.runpytest_subprocess(f"--vm-image={saved}", timeout=LIMIT)
+
+    result.assert_outcomes(passed=3)
+    tests = [line.split() for line in log.read_text().splitlines()]
+    names, hostnames, machine_ids, host_keys, marks, *_ = zip(
+        *(test[:5] for test in tests), strict=True
+    )
+    assert names == hostnames
+    for values in (names, machine_ids, host_keys):
+        assert len(set(values)) == 3
+    assert set(marks) == {"-"}
+    assert [test[5:] for test in tests] == [[names[1]], [names[2]], []]
+
+
 FAILING = """
 import pytest
 

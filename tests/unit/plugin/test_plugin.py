@@ -110,6 +110,18 @@ def test_budget_that_is_wrong_is_told(value: str, pytester: pytest.Pytester) -> 
     result.stdout.fnmatch_lines([f"*vm_processors is '{value}'*expected a number from 1*"])
 
 
+@pytest.mark.parametrize("value", ["many", "-1", "1.5"])
+def test_number_of_machines_ahead_that_is_wrong_is_told(
+    value: str, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile("def test_it(vm): pass")
+
+    result = pytester.runpytest_inprocess(f"--vm-ahead={value}")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*--vm-ahead is '{value}'*expected a number*"])
+
+
 @pytest.mark.parametrize(
     ("nodeid", "name"),
     [
