@@ -91,6 +91,8 @@ def test_what_it_is_made_with_changes_the_key(
     keys.append(build_start_key(request_, host))
     monkeypatch.setattr(warmcache, "__version__", "99")
     keys.append(build_start_key(request_, host))
+    monkeypatch.setattr(Accelerator, "slow_features", ("erms",))
+    keys.append(build_start_key(request_, host))
     assert len(set(keys)) == len(keys)
 
 
