@@ -153,6 +153,8 @@ class _Reached:
         """Have an error that leaves a block say what was going on; see `Explainer.explaining`."""
         try:
             yield
+        except OSError:
+            raise  # the streams', not the machine's
         except Exception:
             with self.instance.explaining(waiting_for):
                 raise
