@@ -18,6 +18,7 @@ from benchmarks.worker import Bench
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.guest.access import filecopy, ssh
 from pycloudlib.guest.access.commands import run as execute
+from pycloudlib.guest.access.portstream import FilePort
 from pycloudlib.guest.access.sessions import Connections
 
 COMMANDS = 20
@@ -28,7 +29,7 @@ def run(bench: Bench) -> None:
     """Measure all ways in turn."""
     there, back = (str(Path(bench.plan.scratch, name)) for name in ("there", "back"))
     Path(there).write_bytes(os.urandom(bench.plan.mib << 20))
-    with find_endpoint(bench) as endpoint:
+    with find_endpoint(bench) as (endpoint, port):
         remote = f"{endpoint.username}@{endpoint.host}:{REMOTE}"
 
         def connect(deadline: Deadline | None = None) -> paramiko.SSHClient:
@@ -37,9 +38,9 @@ def run(bench: Bench) -> None:
         with closing(Connections(connect)) as connections:
             ways: dict[str, Callable[[], object]] = {
                 "scp-push": lambda: scp(endpoint, there, remote),
-                "own-push": lambda: filecopy.push(connections, there, REMOTE),
+                "own-push": lambda: filecopy.push(connections, there, REMOTE, port=port),
                 "scp-pull": lambda: scp(endpoint, remote, back),
-                "own-pull": lambda: filecopy.pull(connections, REMOTE, back),
+                "own-pull": lambda: filecopy.pull(connections, REMOTE, back, port=port),
                 "connect": lambda: connect().close(),
             }
             bench.recorder.take_turns(ways, bench.plan.rounds)
@@ -49,15 +50,16 @@ def run(bench: Bench) -> None:
 
 
 @contextmanager
-def find_endpoint(bench: Bench) -> Iterator[ssh.Endpoint]:
-    """Return the server that the plan names, or that of a machine."""
+def find_endpoint(bench: Bench) -> Iterator[tuple[ssh.Endpoint, FilePort | None]]:
+    """Return the server that the plan names, or that of a machine with what files go by."""
     plan = bench.plan
     if plan.port:
-        yield ssh.Endpoint("127.0.0.1", plan.port, plan.user, plan.key or None)
+        yield ssh.Endpoint("127.0.0.1", plan.port, plan.user, plan.key or None), None
         return
     with bench.boot() as machine:
         key = machine.key_pair.private_key_path
-        yield ssh.Endpoint(machine.ip, int(machine.port), machine.username, key)
+        endpoint = ssh.Endpoint(machine.ip, int(machine.port), machine.username, key)
+        yield endpoint, machine._file_port()
 
 
 def scp(endpoint: ssh.Endpoint, *paths: str) -> None:

@@ -21,6 +21,7 @@ from pycloudlib._base.deadline import (
 )
 from pycloudlib.errors import GuestRefusedError
 from pycloudlib.guest.access import commands, filecopy, ssh
+from pycloudlib.guest.access.portstream import FilePort
 from pycloudlib.guest.access.sessions import Connections
 from pycloudlib.guest.boot.readiness import (
     DEFAULT_READY_MINUTES,
@@ -310,7 +311,9 @@ class BaseInstance(Readiness):
         """
         self._log.debug("Pushing %s to %s:%s", local_path, self.name, remote_path)
         with self._ended_early():
-            filecopy.push(self._connections, local_path, remote_path, on_progress)
+            filecopy.push(
+                self._connections, local_path, remote_path, on_progress, self._file_port()
+            )
 
     def pull_file(
         self,
@@ -332,7 +335,9 @@ class BaseInstance(Readiness):
         """
         self._log.debug("Pulling %s:%s to %s", self.name, remote_path, local_path)
         with self._ended_early():
-            filecopy.pull(self._connections, remote_path, local_path, on_progress)
+            filecopy.pull(
+                self._connections, remote_path, local_path, on_progress, self._file_port()
+            )
 
     def update(self) -> Result:
         """Refresh the package lists and upgrade all packages."""
@@ -408,6 +413,10 @@ class BaseInstance(Readiness):
     def _ended_early(self) -> contextlib.AbstractContextManager[None]:
         """End a block that waits for the guest as soon as it cannot answer any more."""
         return commands.interrupt_when(self._lookout(), self._forget_client)
+
+    def _file_port(self) -> FilePort | None:
+        """Return what large files go by instead of SSH; None if there is no such thing."""
+        return None
 
     def _find_boot_id(self) -> str:
         """Return the boot id; empty if the machine cannot be reached."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 from pycloudlib import Qemu
 from pycloudlib._base.files import write_private
 from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.progress import Progress
+from pycloudlib.qemu.host.accelerator import Accelerator
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.vm.running import State
@@ -222,6 +225,30 @@ def test_user_data_that_does_not_end_is_not_waited_for(cloud: Qemu, saved: str) 
     vm = cloud.launch(saved, user_data="#!/bin/sh\nexec sleep 1000\n")
     with pytest.raises(PycloudlibTimeoutError, match=r"user-data of .* did not end"):
         vm.wait(ready_timeout=0.5)
+
+
+def test_files_of_a_copy_go_by_its_helper(cloud: Qemu, saved: str, tmp_path: Path) -> None:
+    """In emulation; the first one needs no SSH connection."""
+    sent, received = tmp_path / "sent", tmp_path / "received"
+    sent.write_bytes(os.urandom(3 << 20))
+
+    def stop(_report: Progress) -> None:
+        raise InterruptedError
+
+    with cloud.launch(saved) as copy:
+        for _ in range(2):
+            copy.push_file(sent, "there")
+            copy.pull_file("there", received)
+            assert received.read_bytes() == sent.read_bytes()
+            if copy.machine.spec.accelerator is Accelerator.TCG:
+                assert not copy._is_connected()
+            with pytest.raises(InterruptedError):
+                copy.pull_file("there", tmp_path / "cut", on_progress=stop)
+            with pytest.raises(FileNotFoundError, match="missing"):
+                copy.pull_file("missing", received)
+            copy._forget_client()
+            assert copy.execute("stat -c '%a %U' there") == f"644 {copy.username}"
+            assert copy.guest.helper.expected
 
 
 def test_commands_run_without_a_network_and_by_ssh_without_a_helper(

@@ -22,6 +22,7 @@ from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.boot.bootlines import Phase
 from pycloudlib.key import KeyPair, generate_ed25519, generate_key_pair
+from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
 from tests.guest.repository import REPOSITORY
 from tests.guest.seeds import CALLERS_KEY, Kind
@@ -196,6 +197,31 @@ def test_files_are_pushed_and_pulled_whole(vm: QemuInstance, tmp_path: Path) -> 
     vm.pull_file("/var/tmp/pushed", str(received))
     assert received.read_bytes() == sent.read_bytes()
     assert vm.execute("stat --format=%U /var/tmp/pushed") == "ubuntu"
+
+
+def test_large_files_go_by_the_port_and_leave_nothing_running(
+    vm: QemuInstance, tmp_path: Path
+) -> None:
+    """In emulation; with KVM by SSH, with the same outcome."""
+    sent, received = tmp_path / "sent", tmp_path / "received"
+    sent.write_bytes(os.urandom(8 << 20))
+
+    def stop(report: Progress) -> None:
+        if report.done is not None and report.done > 1 << 20:
+            raise InterruptedError
+
+    for _ in range(2):
+        vm.push_file(sent, "large")
+        vm.pull_file("large", received)
+        assert received.read_bytes() == sent.read_bytes()
+        with pytest.raises(InterruptedError):
+            vm.push_file(sent, "cut", on_progress=stop)
+        with pytest.raises(InterruptedError):
+            vm.pull_file("large", tmp_path / "cut", on_progress=stop)
+    assert not (tmp_path / "cut").exists()
+    assert not vm.guest.helper.port_is_refused
+    assert vm.execute("stat -c '%a %U' large") == f"644 {vm.username}"
+    assert vm.execute("sleep 2; pgrep -f '[w]rite-regular|[r]ead /home'; rm large cut") == ""
 
 
 def test_a_missing_file_is_named_and_what_was_there_stays(vm: QemuInstance, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pty
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import pytest
 from paramiko.common import AUTH_SUCCESSFUL, OPEN_FAILED_CONNECT_FAILED, OPEN_SUCCEEDED
 from paramiko.sftp import SFTP_OK
 
+from pycloudlib.guest.access.portstream import FilePort, PortError, PortStream, program
 from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 
@@ -336,12 +338,65 @@ class _KeyServer(_Server):
         return super().check_channel_request(kind, chanid)
 
 
+class LocalPort:
+    """A port whose other end is a process of this host.
+
+    Args:
+        directory: Where it runs.
+        is_ready: Whether SSH is not needed for it.
+        prefix: What comes on the port first.
+
+    Attributes:
+        copies: The arguments of those that were begun.
+    """
+
+    def __init__(self, directory: Path, *, is_ready: bool = False, prefix: bytes = b"") -> None:
+        self.directory = directory
+        self.is_ready = is_ready
+        self.prefix = prefix
+        self.copies: list[tuple[str, str]] = []
+
+    def is_better(self, size: int) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def copying(
+        self, role: str, path: str, name: str = "", *, size: int = 0
+    ) -> Iterator[PortStream | None]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+
+            def check() -> None:
+                if process.poll() is not None:
+                    raise PortError("it has ended")
+
+            stream = PortStream(ours, check)
+            argv = [role, path, name, stream.token, str(theirs.fileno())]
+            theirs.sendall(self.prefix)
+            process = subprocess.Popen(
+                [sys.executable, "-IS", "-c", program(), *map(os.fsencode, argv)],
+                cwd=self.directory,
+                pass_fds=[theirs.fileno()],
+            )
+            try:
+                theirs.close()
+                stream.begin()
+                self.copies.append((role, path))
+                yield stream
+                stream.end()
+                assert process.wait(30) == 0
+            finally:
+                ours.close()
+                process.wait(30)
+
+
 class LocalInstance(BaseInstance):
     """A machine that is this host: commands run below a directory.
 
     Args:
         directory: The directory.
         most_sessions: How many sessions a connection may have.
+        port: What files go by.
 
     Attributes:
         transports: The server's side of all connections.
@@ -349,8 +404,11 @@ class LocalInstance(BaseInstance):
         sizes: The sizes that terminals were given.
     """
 
-    def __init__(self, directory: Path, most_sessions: int = 10) -> None:
+    def __init__(
+        self, directory: Path, most_sessions: int = 10, port: FilePort | None = None
+    ) -> None:
         super().__init__(KeyPair(None), "me")
+        self.port_of_files = port
         self.directory = directory
         self.sizes: list[tuple[int, int]] = []
         self.transports: list[paramiko.Transport] = []
@@ -384,6 +442,9 @@ class LocalInstance(BaseInstance):
         )
         self.clients.append(client)
         return client
+
+    def _file_port(self) -> FilePort | None:
+        return self.port_of_files
 
     def check_answers(self) -> None:
         """Raise when nobody will answer any more; a test says when."""

@@ -10,18 +10,18 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pycloudlib._base.documents import escape_line, to_bytes
 from pycloudlib.errors import GuestRefusedError, PycloudlibError
-from pycloudlib.guest.access import commands, sessions
+from pycloudlib.guest.access import commands, portstream, sessions
+from pycloudlib.guest.access.portstream import PortStream
 from pycloudlib.guest.programs import copy_in_guest
-from pycloudlib.guest.programs.copy_in_guest import Problem, StreamError
+from pycloudlib.guest.programs.copy_in_guest import Problem, Send, StreamError
 from pycloudlib.progress import Progress, ProgressCallback, ignore_progress
 from pycloudlib.qemu.instance import QemuInstance
 
@@ -87,16 +87,29 @@ def push(
     """
     path = os.fsencode(source)
     name = copy_in_guest.name_in_directory(path)
-    count = _Count(on_progress, Path(source).name or source, _size_of(source))
+    size = _size_of(source)
+    count = _Count(on_progress, Path(source).name or source, size)
     problems: list[Problem] = []
+
+    def send(kind: bytes, payload: bytes) -> None:
+        if kind == copy_in_guest.PROBLEM:
+            problems.append(Problem.unpack(payload))
+        else:
+            put(kind, payload)
+
+    with _by_port(instance, size, "write", target, os.fsdecode(name)) as by_port:
+        if by_port is not None:
+            put = _counting(by_port.records, count)
+            copy_in_guest.Reader(send).read(path)
+            put(copy_in_guest.END, b"")
+            by_port.flush()
+            with _refusing(instance.name):
+                records = copy_in_guest.read_records(by_port.answers)
+                theirs = [Problem.unpack(payload) for _, payload in records]
+    if by_port is not None:
+        _raise_problems(instance.name, ours=problems, theirs=theirs)
+        return
     with _Command(instance, "write", to_bytes(target), name) as running:
-
-        def send(kind: bytes, payload: bytes) -> None:
-            if kind == copy_in_guest.PROBLEM:
-                problems.append(Problem.unpack(payload))
-            else:
-                put(kind, payload)
-
         try:
             with running.input(count) as stream:
                 put = copy_in_guest.sender(stream)
@@ -138,27 +151,131 @@ def pull(
         PycloudlibError: The guest cannot send the files, or sends what is refused; says why.
         paramiko.SSHException: The machine cannot be reached.
     """
-    path = to_bytes(source)
-    name = copy_in_guest.name_in_directory(path)
-    count = _Count(on_progress, Path(source).name or source, None)
-    theirs: list[Problem] = []
-    with contextlib.ExitStack() as stack:
-        running = stack.enter_context(
-            _Command(instance, "read", path, last_words_limit=last_words_limit)
-        )
+    name = copy_in_guest.name_in_directory(to_bytes(source))
+    pulled = _Pulled(target, name, _Count(on_progress, Path(source).name or source, None))
+    port = instance._file_port()
+    by_port = port is not None and port.is_ready
+    with contextlib.closing(pulled):
+        if not by_port:
+            # How large it is, is known when it begins.
+            is_enough = port.is_better if port is not None else _never
+            by_port = not _pull_by_ssh(instance, source, pulled, last_words_limit, is_enough)
+        if by_port and not _pull_by_port(instance, source, pulled):
+            _pull_by_ssh(instance, source, pulled, last_words_limit, _never)
+    _raise_problems(instance.name, ours=pulled.writer.problems, theirs=pulled.problems)
+
+
+class _Pulled:
+    """What is pulled, as far as it has come.
+
+    Attributes:
+        writer: The half that writes.
+        problems: Those of the half that reads.
+        count: Counts the bytes.
+    """
+
+    def __init__(self, target: str, name: bytes, count: _Count) -> None:
+        self.writer = copy_in_guest.Writer(os.fsencode(target), name, trusting=False)
+        self.problems: list[Problem] = []
+        self.count = count
+
+    def take(self, stream: BinaryIO, is_enough: Callable[[int], bool]) -> bool:
+        """Write a whole stream; return whether it was, and is not one file of a size to refuse."""
+        for kind, payload in copy_in_guest.read_records(stream):
+            if kind == copy_in_guest.FILE and not self.writer.begun:
+                self.count.total = copy_in_guest.size_told(payload)
+                if is_enough(self.count.total):
+                    return False
+            if kind != copy_in_guest.PROBLEM:
+                self.writer.take(kind, payload)
+            elif len(self.problems) < copy_in_guest.MOST_PROBLEMS:
+                self.problems.append(Problem.unpack(payload))
+        return True
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _never(_size: int) -> bool:
+    return False
+
+
+def _pull_by_ssh(
+    instance: QemuInstance,
+    source: str,
+    pulled: _Pulled,
+    last_words_limit: float,
+    is_enough: Callable[[int], bool],
+) -> bool:
+    """Pull by SSH, unless it is one file that is better pulled by the port; return whether."""
+    with _Command(
+        instance, "read", to_bytes(source), b"", last_words_limit=last_words_limit
+    ) as running:
         running.channel.shutdown_write()
-        writer = copy_in_guest.Writer(os.fsencode(target), name, trusting=False)
-        stack.callback(writer.close)
-        with running.understood(), running.output(count) as stream:
-            for kind, payload in copy_in_guest.read_records(stream):
-                if kind == copy_in_guest.FILE and not writer.begun:
-                    count.total = copy_in_guest.size_told(payload)
-                if kind == copy_in_guest.PROBLEM and len(theirs) < copy_in_guest.MOST_PROBLEMS:
-                    theirs.append(Problem.unpack(payload))
-                elif kind != copy_in_guest.PROBLEM:
-                    writer.take(kind, payload)
+        with running.understood(), running.output(pulled.count) as stream:
+            if not pulled.take(stream, is_enough):
+                return False
         running.finish()
-    _raise_problems(instance.name, ours=writer.problems, theirs=theirs)
+    return True
+
+
+def _pull_by_port(instance: QemuInstance, source: str, pulled: _Pulled) -> bool:
+    """Pull by the port; return whether that was possible."""
+    size = pulled.count.total
+    with _by_port(instance, size or 0, "read", source) as stream:
+        if stream is None:
+            return False
+        with _refusing(instance.name):
+            answers = _Counted(stream.answers, pulled.count)
+            pulled.take(cast("BinaryIO", answers), _never)
+    return True
+
+
+@contextlib.contextmanager
+def _by_port(
+    instance: QemuInstance, size: int, role: str, path: str, name: str = ""
+) -> Iterator[PortStream | None]:
+    """Run the half in the guest on the helper's port, where that is faster than SSH."""
+    port = instance._file_port()
+    if port is None or not (port.is_ready or port.is_better(size)):
+        yield None
+        return
+    with (
+        commands.interrupt_when(instance.check_answers, instance._forget_client),
+        port.copying(role, path, name, size=size) as stream,
+    ):
+        yield stream
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except StreamError as error:
+        raise GuestRefusedError(f"What {name} sends is refused: {error}") from error
+
+
+class _Counted:
+    """A stream whose bytes are counted as they are read."""
+
+    def __init__(self, stream: BinaryIO, count: _Count) -> None:
+        self._stream = stream
+        self._count = count
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._count.add(len(data))
+        return data
+
+
+def _counting(send: Send, count: _Count) -> Send:
+    """Return a function that sends records and counts their bytes."""
+
+    def put(kind: bytes, payload: bytes) -> None:
+        send(kind, payload)
+        count.add(copy_in_guest.HEAD.size + len(payload))
+
+    return put
 
 
 def _raise_problems(name: str, *, ours: Sequence[Problem], theirs: Sequence[Problem]) -> None:
@@ -238,11 +355,12 @@ class _Command:
         Raises:
             GuestRefusedError: Its output is malformed; with its own message if it has failed.
         """
-        try:
-            yield
-        except StreamError as error:
-            self.explain()
-            raise GuestRefusedError(f"What {self._name} sends is refused: {error}") from error
+        with _refusing(self._name):
+            try:
+                yield
+            except StreamError:
+                self.explain()
+                raise
 
     def explain(self) -> None:
         """Raise the command's own error, if it has failed.
@@ -278,9 +396,7 @@ class _Command:
 @functools.cache
 def _program() -> str:
     """Return the command that runs the half in the guest, without its arguments."""
-    package = resources.files(copy_in_guest.__package__ or "")
-    text = package.joinpath("copy_in_guest.py").read_text("utf-8")
-    return f"python3 -IS -c {shlex.quote(text)}"
+    return f"python3 -IS -c {shlex.quote(portstream.program())}"
 
 
 def _size_of(source: str) -> int:

@@ -9,6 +9,7 @@ just restored. It answers on a virtio-serial port and listens to nothing else.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import re
@@ -17,7 +18,7 @@ import shlex
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -26,6 +27,7 @@ from pycloudlib._base.deadline import Deadline, capped
 from pycloudlib._base.documents import decode, parse_json, safe_repr
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest.access.hostkeys import HostKey
+from pycloudlib.guest.access.portstream import PortStream
 
 LARGEST_STDIN = 1 << 20
 """Bytes of input beyond which a command is better run by SSH."""
@@ -253,6 +255,50 @@ class HelperConnection:
                 if name in answer:
                     output.extend(self._read(_length(answer, name), deadline))
         return command
+
+    def is_listening(self, deadline: Deadline) -> bool:
+        """Whether it answers, and not a program that has not ended since it was lent the port."""
+        try:
+            self._ask({"op": "clock"}, deadline)
+        except (HelperError, PycloudlibTimeoutError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def lend(self, program: str, argv: Sequence[str], user: str) -> Iterator[PortStream]:
+        """Have a program of ours use the port in the guest during the block.
+
+        Args:
+            program: Its text, for the guest's Python.
+            argv: Its arguments; two follow: the token that it begins with, and a descriptor.
+            user: The login user, as which it runs.
+
+        Raises:
+            HelperRefusedError: It was not begun.
+            HelperError: The helper is gone.
+            PortError: The program is gone.
+        """
+
+        def check() -> None:
+            if not self._is_there():
+                raise HelperError("the helper is gone")
+
+        def look(line: bytes) -> None:
+            with contextlib.suppress(ValueError):
+                answer = parse_json(line)
+                if isinstance(answer, dict) and answer.get("id") == number:
+                    raise HelperRefusedError(safe_repr(answer.get("error", answer)))
+
+        stream = PortStream(self._socket, check, self._buffer)
+        request = {"op": "lend", "program": program, "argv": [*argv, stream.token], "user": user}
+        number = self._send(request, None)
+        self._socket.setblocking(False)
+        stream.begin(look)
+        yield stream
+        stream.end()
+        with contextlib.suppress(HelperRefusedError):
+            while line := stream.read_line():
+                look(line)
 
     def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:
         return self._receive(self._send(request, deadline), deadline)

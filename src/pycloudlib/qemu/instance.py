@@ -21,6 +21,7 @@ from pycloudlib.errors import (
 )
 from pycloudlib.guest.access import ssh
 from pycloudlib.guest.access.commands import command_in_errors
+from pycloudlib.guest.access.portstream import FilePort
 from pycloudlib.guest.boot.bootlines import PhaseStart
 from pycloudlib.guest.boot.readiness import ready_limit
 from pycloudlib.instance import BaseInstance
@@ -528,6 +529,9 @@ class QemuInstance(BaseInstance):
     def _ended_early(self) -> Iterator[None]:
         with self.guest.naming_end(), super()._ended_early():
             yield
+
+    def _file_port(self) -> FilePort:
+        return self.guest.file_port(self.username)
 
     def _check_alive(self) -> None:
         self.guest.check_alive()

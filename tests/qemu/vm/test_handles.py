@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -30,7 +31,7 @@ from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.processes import ProcessIdentity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.rundir import RunDirectory, short_path
-from pycloudlib.qemu.vm import sockets
+from pycloudlib.qemu.vm import helper, sockets
 from pycloudlib.qemu.vm.machine import PowerOff
 from pycloudlib.qemu.vm.process import LaunchError, PortTakenError, QemuProcess
 from pycloudlib.qemu.vm.qmp import QmpError
@@ -485,6 +486,86 @@ def test_a_helper_whose_socket_others_hold_is_not_waited_for(
         with pytest.raises(HelperError, match=f"process {os.getpid()} "):
             link.fix(FixUp(), 0.3)
     assert link.expected
+
+
+def test_a_port_that_others_have_is_left_to_them(
+    unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSH copies the file then."""
+    link, port = unstarted.guest.helper, unstarted.guest.file_port("ubuntu")
+    look = link.chardev
+    monkeypatch.setattr(link, "chardev", lambda limit: {**look(limit), "frontend-open": True})
+    monkeypatch.setattr(helper, "RESTORE_LIMIT", 0.1)
+    with port.copying("read", "file") as stream:
+        assert stream is None
+    monkeypatch.undo()
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with link.free_port(Deadline.after(30)) as is_free:
+            assert is_free
+            held.set()
+            over.wait(60)
+
+    with ThreadPoolExecutor(1) as others:
+        other = others.submit(hold)
+        assert held.wait(60)
+        with port.copying("read", "file") as stream:
+            assert stream is None
+        over.set()
+        other.result()
+    assert port.is_better(64 << 20)
+    assert not port.is_better(1 << 20)
+
+
+@pytest.fixture
+def asked(unstarted: QemuInstance, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Give the machine a helper, and the requests to it.
+
+    What was lent the port before does not answer the first one."""
+    link, requests = unstarted.guest.helper, list[bytes]()
+
+    def connect(_limit: Deadline) -> socket.socket:
+        ours, theirs = socket.socketpair()
+
+        def serve() -> None:
+            with theirs, theirs.makefile("rwb") as file:
+                requests.append(file.readline())
+                if not unstarted.machine.rundir.lent_mark.exists() or len(requests) > 1:
+                    number = json.loads(requests[-1])["id"]
+                    file.write(json.dumps({"id": number, "now": 1, "exit": 0}).encode() + b"\n")
+                    file.flush()
+                file.readline()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return ours
+
+    free = {"frontend-open": True, "filename": "disconnected:unix"}
+    monkeypatch.setattr(link, "chardev", lambda _limit: free)
+    monkeypatch.setattr(link, "connect", connect)
+    monkeypatch.setattr(helper, "RECOVER_LIMIT", 0.5)
+    monkeypatch.setattr(helper, "RECOVER_PAUSE", 0)
+    return requests
+
+
+def test_a_helper_that_nobody_knew_of_is_used(unstarted: QemuInstance, asked: list[bytes]) -> None:
+    link = unstarted.guest.helper
+    assert not link.expected
+    assert link.adopt("ubuntu")
+    assert link.execute(["true"], "ubuntu", b"", 30) is not None
+    assert [json.loads(line)["op"] for line in asked] == ["clock", "exec"]
+
+
+def test_a_helper_that_has_lent_its_port_is_asked_first(
+    unstarted: QemuInstance, asked: list[bytes]
+) -> None:
+    """What was lent the port reads a request, and does not answer it."""
+    link, rundir = unstarted.guest.helper, unstarted.machine.rundir
+    rundir.helper_mark.write_text("ubuntu")
+    rundir.lent_mark.touch()
+    assert link.execute(["true"], "ubuntu", b"", 30) is not None
+    assert [json.loads(line)["op"] for line in asked] == ["clock", "clock", "exec"]
+    assert not rundir.lent_mark.exists()
 
 
 def test_a_caller_with_a_running_event_loop_can_use_it(cloud: Qemu, tiny_image: Path) -> None:

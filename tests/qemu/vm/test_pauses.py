@@ -15,6 +15,7 @@ from pycloudlib.diagnosis import Cause
 from pycloudlib.errors import PycloudlibTimeoutError
 from pycloudlib.guest.helper import FixUp
 from pycloudlib.qemu.instance import QemuInstance
+from pycloudlib.qemu.vm import helper
 from pycloudlib.qemu.vm.running import MachinePausedError, State
 from tests.qemu.conftest import CloudMaker
 
@@ -100,6 +101,20 @@ def test_command_that_runs_is_not_ended_by_a_pause(running: QemuInstance) -> Non
     running.machine.pause_patience = 1e-9
     running.machine.execute("stop")
     running.check_answers()
+
+
+def test_no_helper_is_started_on_a_port_that_is_in_use(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What has it would be taken for the helper."""
+    link = running.guest.helper
+    look = link.chardev
+    monkeypatch.setattr(link, "chardev", lambda limit: {**look(limit), "frontend-open": True})
+    monkeypatch.setattr(helper, "RESTORE_LIMIT", 0.1)
+    monkeypatch.setattr(helper, "RECOVER_LIMIT", 0.1)
+    assert not running.guest.fixes.start_helper(running.username)
+    assert "something else has its port" in caplog.text
+    assert not link.expected
 
 
 def test_qemu_that_stands_still_holds_up_no_limit(running: QemuInstance) -> None:

@@ -31,11 +31,20 @@ from pycloudlib.guest.programs.copy_in_guest import (
 )
 from pycloudlib.progress import Progress
 from pycloudlib.qemu.instance import QemuInstance
-from tests.unit.sshserver import LocalInstance, replace_program
+from tests.unit.sshserver import LocalInstance, LocalPort, replace_program
 
 
 @pytest.fixture
-def instance(local: LocalInstance) -> QemuInstance:
+def over_ssh(local: LocalInstance) -> QemuInstance:
+    """Give a machine that SSH alone leads to."""
+    return cast("QemuInstance", local)
+
+
+@pytest.fixture(params=["ssh", pytest.param("port", marks=pytest.mark.thorough)])
+def instance(request: pytest.FixtureRequest, local: LocalInstance) -> QemuInstance:
+    """Give a machine for each way in which copies go."""
+    if request.param == "port":
+        local.port_of_files = LocalPort(local.directory, is_ready=True)
     return cast("QemuInstance", local)
 
 
@@ -105,6 +114,24 @@ def test_file_goes_into_a_directory(
     transfer.push(instance, f"{tree}/file", target)
 
     assert (guest / target / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_copies_go_by_the_port(
+    local: LocalInstance, tree: Path, guest: Path, here: Path, is_ready: bool
+) -> None:
+    port = local.port_of_files = LocalPort(guest, is_ready=is_ready)
+    instance = cast("QemuInstance", local)
+    transfer.push(instance, str(tree), "copy")
+    transfer.pull(instance, "copy", str(here / "back"))
+    transfer.pull(instance, "copy/file", str(here / "file"))
+    assert portrait(guest / "copy") == portrait(here / "back") == portrait(tree)
+    assert (here / "file").read_text() == "content"
+    # How large a directory is, is not known before.
+    roles = ["write", "read", "read"] if is_ready else ["write", "read"]
+    assert [role for role, _ in port.copies] == roles
+    with pytest.raises(FileNotFoundError, match="web:missing"):
+        transfer.pull(instance, "missing", str(here / "missing"))
 
 
 def test_directory_is_pushed_whole(instance: QemuInstance, tree: Path, guest: Path) -> None:
@@ -236,7 +263,7 @@ def test_what_cannot_be_copied_is_named_and_the_rest_is_copied(
 
 
 def test_guest_without_python_is_told_of(
-    instance: QemuInstance,
+    over_ssh: QemuInstance,
     tree: Path,
     here: Path,
     tmp_path: Path,
@@ -245,18 +272,18 @@ def test_guest_without_python_is_told_of(
     replace_program(tmp_path, monkeypatch, "python3", None)
 
     with pytest.raises(PycloudlibError, match="web has no python3"):
-        transfer.push(instance, str(tree), "x")
+        transfer.push(over_ssh, str(tree), "x")
     with pytest.raises(PycloudlibError, match="web has no python3"):
-        transfer.pull(instance, "x", str(here))
+        transfer.pull(over_ssh, "x", str(here))
 
 
 def test_words_of_a_guest_s_login_are_not_taken_for_files(
-    instance: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over_ssh: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_program(tmp_path, monkeypatch, "python3", "echo Welcome to this machine")
 
     with pytest.raises(PycloudlibError, match="What web sends is refused"):
-        transfer.pull(instance, "x", str(here / "x"))
+        transfer.pull(over_ssh, "x", str(here / "x"))
 
     assert not (here / "x").exists()
 
@@ -277,23 +304,23 @@ def test_stream_that_is_damaged_ends_a_copy_while_more_comes(
 
 
 def test_guest_that_hangs_up_is_told_in_its_own_words(
-    instance: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over_ssh: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "large").write_bytes(bytes(16 << 20))
     replace_program(tmp_path, monkeypatch, "python3", "echo out of order >&2; exit 3")
 
     with pytest.raises(PycloudlibError, match="web: out of order"):
-        transfer.push(instance, str(here / "large"), "copy")
+        transfer.push(over_ssh, str(here / "large"), "copy")
 
 
 def test_programs_need_what_guests_have(
-    instance: QemuInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over_ssh: QemuInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its text is ASCII, whatever the guest's encoding is, and fits one argument."""
     said = tmp_path / "said"
     replace_program(tmp_path, monkeypatch, "python3", f"printf '%s' \"$*\" > {said}; exit 3")
     with pytest.raises(PycloudlibError):
-        transfer.pull(instance, "x", str(tmp_path / "x"))
+        transfer.pull(over_ssh, "x", str(tmp_path / "x"))
     text = said.read_bytes()
 
     assert text.startswith(b"-IS -c ")

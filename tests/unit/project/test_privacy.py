@@ -26,6 +26,7 @@ HOOKS = {
     "_do_restart",
     "_ended_early",
     "_endpoint",
+    "_file_port",
     "_find_boot_id",
     "_forget_client",
     "_get_ssh_keys",

@@ -110,7 +110,10 @@ WAITS = (
         "a command (`execute()`, `run_script()` …)",
         "`timeout`, connecting included; none by default; the wait's within `wait()`",
         _GONE + ", a reboot of the guest",
-        ("guest.access.commands:_have_ended", "guest.access.commands:_has_status"),
+        (
+            "guest.access.commands:_have_ended",
+            "guest.access.commands:_has_status",
+        ),
         (
             "unit/guest/access/test_sessions.py::test_a_command_whose_time_is_over_is_ended",
             "unit/guest/access/test_commands.py::test_what_is_found_while_waiting_ends_the_command",
@@ -130,15 +133,23 @@ WAITS = (
     ),
     Wait(
         "`push_file()`, `pull_file()`",
-        "60 s for each answer",
+        "60 s for each answer, or for a byte to move on the helper's port",
         _GONE + ", a reboot of the guest",
         (
             "guest.access.commands:interrupt_when.watch",
+            "guest.access.portstream:_Raw._when",
+            "qemu.vm.fileport:MachineFilePort._by_ssh",
             "guest.access.sessions:Connections.files",
             "guest.access.sessions:Session.wait_for_end",
         ),
-        ("unit/cli/test_inside.py::test_file_of_a_guest_whose_kernel_panics_is_not_waited_for",),
         (
+            "unit/cli/test_inside.py::test_file_of_a_guest_whose_kernel_panics_is_not_waited_for",
+            "unit/guest/access/test_portstream.py::test_a_check_ends_the_wait",
+            "unit/guest/access/test_portstream.py::test_a_connection_on_which_nothing_moves_is_given_up",
+        ),
+        (
+            ("guest.access.portstream:_STALL_LIMIT", 60.0),
+            ("qemu.vm.fileport:_END_LIMIT", 3.0),
             ("guest.access.sessions:_FILE_ANSWER_LIMIT", 60.0),
             ("guest.access.sessions:_END_LIMIT", 3.0),
         ),
@@ -246,6 +257,26 @@ WAITS = (
         "its turn",
         (),
         ("qemu/vm/test_handles.py::test_a_helper_whose_socket_others_hold_is_not_waited_for",),
+    ),
+    Wait(
+        "the helper's port, while another file is copied",
+        "as long as SSH would take for the file, 60 s at most; then SSH copies it. 10 s for a "
+        "save, 60 s if it has to start the helper; then it goes without",
+        "its turn",
+        ("qemu.vm.helper:HelperLink._is_closed",),
+        (
+            "qemu/vm/test_handles.py::test_a_port_that_others_have_is_left_to_them",
+            "qemu/vm/test_pauses.py::test_no_helper_is_started_on_a_port_that_is_in_use",
+        ),
+        (("qemu.vm.fileport:_LONGEST_TURN", 60.0), ("qemu.vm.helper:_SYNC_TURN", 10.0)),
+    ),
+    Wait(
+        "the helper, after a copy that was cut off",
+        "three times 3.5 s; then SSH does its work",
+        "its answer",
+        ("qemu.vm.helper:HelperLink._has_port",),
+        ("qemu/vm/test_handles.py::test_a_helper_that_has_lent_its_port_is_asked_first",),
+        (("qemu.vm.helper:RECOVER_LIMIT", 2.0), ("qemu.vm.helper:RECOVER_PAUSE", 1.5)),
     ),
     Wait(
         "an SSH server that has been given a new key",

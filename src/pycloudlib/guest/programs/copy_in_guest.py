@@ -1,9 +1,14 @@
 """Copies as `cp -rH` does, in two halves: one reads a file or a tree, the other writes it.
 
 Both ends need both halves. The host imports them; a guest gets the text, which its own Python runs
-(3.5 or newer, nothing but its standard library), with `read SOURCE` or `write TARGET NAME`. Between
-them is a stream of records, each a letter, a length, and that many bytes. Problems of the half in
-the guest are records, too.
+(3.5 or newer, nothing but its standard library), with `read SOURCE ""`, `write TARGET NAME`, or
+`write-regular TARGET ""`, which opens nothing but regular files. Between them is a stream of
+records, each a letter, a length, and that many bytes. Problems of the half in the guest are
+records, too.
+
+The stream goes by standard input and output, as SSH has them; with `TOKEN` as a further argument by
+the virtio-serial port, on which the host waits for that token first. Then its descriptor follows,
+where the helper has the port open; otherwise it is opened. The host ends that by a record, too.
 
 As `cp -rH`: a link that is named is followed, one in a tree stays a link. New files and directories
 get the mode of their source, less the umask; existing ones keep theirs and are written into, also
@@ -11,8 +16,11 @@ through a link. Nothing replaces something of another kind, except that links, p
 replace any file. Holes stay holes. Problems are reported, and the rest is copied.
 """
 
+import _socket
 import errno
 import os
+import select
+import signal
 import stat
 import struct
 import sys
@@ -30,6 +38,17 @@ LONGEST = 2 * CHUNK
 PERMISSIONS = 0o777
 MOST_PROBLEMS = 1000
 """How many are kept; the other half, if it is not trusted, may send any number."""
+PORT = "/dev/virtio-ports/org.pycloudlib.helper.0"
+NO_PORT = 75
+"""The exit status of a program that cannot have the port; it has done nothing."""
+# Run by root, opens the port, and sends its descriptor to the process that has the other end of its
+# standard input. `_socket`, unlike `socket`, is imported in no time.
+OPEN_PORT = """
+import _socket, os, struct, sys
+port = struct.pack("i", os.open(sys.argv[1], os.O_RDWR))
+ours = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, 0)
+ours.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, port)])
+"""
 
 Send = Callable[[bytes, bytes], None]
 Record = Tuple[bytes, bytes]
@@ -237,9 +256,11 @@ class Writer:
         name: The source's name in a directory; empty if its content is copied there.
         trusting: Whether the other half is trusted: otherwise nothing is written through a link
             that leads out of the target, and no device is made.
+        regular: Whether files that are there have to be regular ones.
     """
 
-    def __init__(self, target: bytes, name: bytes, trusting: bool) -> None:
+    def __init__(self, target: bytes, name: bytes, trusting: bool, regular: bool = False) -> None:
+        self.regular = regular
         self.problems = []  # type: List[Problem]
         self.trusting = trusting
         self.target = target
@@ -376,6 +397,8 @@ class Writer:
         if found is not None:
             if stat.S_ISDIR(found.st_mode):
                 raise Refusal("there is a directory")
+            if self.regular and not stat.S_ISREG(found.st_mode):
+                raise Refusal("there is no regular file")
             self.check_link(place)
             self.file = OpenFile(place, place.open(os.O_WRONLY | os.O_TRUNC))
             return
@@ -525,20 +548,77 @@ def write(stream: BinaryIO, writer: Writer) -> List[Problem]:
     return writer.problems
 
 
+def open_port() -> int:
+    """Open the port, which root alone may do; the rest of the program stays the user's."""
+    try:
+        return os.open(PORT, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        pass
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(theirs.fileno(), 0)
+            python = [sys.executable, "-IS", "-c", OPEN_PORT, PORT]
+            os.execvp("sudo", ["sudo", "-n", *python])
+        finally:
+            os._exit(NO_PORT)
+    theirs.close()
+    _, messages, _, _ = ours.recvmsg(1, _socket.CMSG_LEN(MODE.size))
+    os.waitpid(child, 0)
+    if not messages:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), PORT)
+    return int(struct.unpack("i", messages[0][2])[0])
+
+
+def end_with_host(port: int) -> None:
+    """End this program soon after the host has hung up, from when on it would wait for ever."""
+    poller = select.poll()
+    poller.register(port, 0)
+
+    def look(*_: Any) -> None:
+        if poller.poll(0):
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    look()
+
+
+def use_port(token: str, descriptors: List[str]) -> Tuple[BinaryIO, BinaryIO]:
+    """Return the streams from and to the host, which has been told that this program is there."""
+    try:
+        port = int(descriptors[0]) if descriptors else open_port()
+    except OSError as error:
+        sys.stderr.write("{}\n".format(error))
+        raise SystemExit(NO_PORT) from None
+    end_with_host(port)
+    output = os.fdopen(port, "wb", CHUNK, closefd=False)
+    output.write(token.encode() + b"\n")
+    output.flush()
+    return os.fdopen(port, "rb", CHUNK, closefd=False), output
+
+
 def main() -> None:
     """Run the half in the guest."""
-    role, path = sys.argv[1], os.fsencode(sys.argv[2])
-    output = sys.stdout.buffer
+    role, path, name = sys.argv[1], os.fsencode(sys.argv[2]), os.fsencode(sys.argv[3])
+    by_port = sys.argv[4:]
+    stream, output = sys.stdin.buffer, sys.stdout.buffer  # type: Tuple[BinaryIO, BinaryIO]
+    if by_port:
+        stream, output = use_port(by_port[0], by_port[1:])
     send = sender(output)
     if role == "read":
         Reader(send).read(path)
     else:
-        writer = Writer(path, os.fsencode(sys.argv[3]), trusting=True)
         # At the end, since the other half reads nothing until then.
-        for problem in write(sys.stdin.buffer, writer):
+        writer = Writer(path, name, trusting=True, regular=role == "write-regular")
+        for problem in write(stream, writer):
             send(PROBLEM, problem.pack())
     send(END, b"")
     output.flush()
+    if by_port:
+        # What QEMU has not read yet would be lost with the port.
+        read_exactly(stream, HEAD.size)
 
 
 if __name__ == "__main__":

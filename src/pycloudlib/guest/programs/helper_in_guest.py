@@ -10,6 +10,8 @@ Requests and answers are lines of JSON, some followed by bytes:
     {"id": 3, "op": "exec", "argv": […], "stdin": 5}⏎hello
                                                    {"id": 3, "out": 2}⏎hi   (and "err")
                                                    {"id": 3, "exit": 0}
+    {"id": 4, "op": "lend", "program": …}          what that program writes, then
+                                                   {"id": 4, "exit": 0}
     whatever failed                                {"id": 3, "error": "…"}
 """
 
@@ -66,6 +68,13 @@ class Port:
         signal.signal(signal.SIGIO, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
         fcntl.fcntl(self.fd, fcntl.F_SETOWN, os.getpid())
+        self.take_back()
+
+    def lend(self) -> None:
+        """Let another process read and write in the usual way, which waits."""
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
+
+    def take_back(self) -> None:
         fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
 
     def poll(self, seconds: Optional[float] = None) -> int:
@@ -292,6 +301,46 @@ def wait_for(port: Channel, child: "subprocess.Popen[bytes]") -> None:
         delay = min(2 * delay, 0.05)
 
 
+def lend(port: Channel, request: Request) -> None:
+    """Have a program of the host's use the port, as the login user, until its end.
+
+    It is run in a copy of this process, which has what takes long to start: Python itself. It ends
+    when the host hangs up. Its last argument is the port's descriptor.
+    """
+    if not isinstance(port, Port):
+        raise TypeError("there is no port")
+    user, groups = find_user(request["user"])
+    argv = [""] + request["argv"] + [str(port.fd)]
+    port.lend()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            become(user, groups)
+            sys.argv = argv
+            exec(request["program"], {"__name__": "__main__"})
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    port.take_back()
+    answer(port, request, {"exit": status})
+    if status:
+        # What is left of its input, which may look like requests, is none.
+        while True:
+            port.fill()
+            port.end_request()
+
+
+def become(user: pwd.struct_passwd, groups: List[int]) -> None:
+    """Become another user for good, in the user's home directory."""
+    if os.getuid() == 0:
+        os.setgroups(groups)
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    os.chdir(user.pw_dir if os.path.isdir(user.pw_dir) else "/")
+
+
 def answer(port: Channel, request: Request, fields: Request, data: bytes = b"") -> None:
     """Send one answer, and the bytes that it announces."""
     line = json.dumps(dict(fields, id=request.get("id"))).encode()
@@ -448,6 +497,8 @@ def serve(port: Channel, environment: Dict[bytes, bytes]) -> None:
     try:
         if request["op"] == "exec":
             execute(port, request, environment)
+        elif request["op"] == "lend":
+            lend(port, request)
         elif request["op"] == "fix":
             answer(port, request, {"done": fix(request)})
         elif request["op"] == "ssh":

@@ -100,6 +100,8 @@ class RunDirectory:
     """Where programs connect to the helper in the guest."""
     helper_mark = _File("helper")
     """Exists as long as the helper is believed to run in the guest; holds its user's name."""
+    lent_mark = _File("lent")
+    """Exists while the helper lends its port, and after that until it is known to have it back."""
     fix_up = _File("fix-up.json")
     """What has to be fixed up in a copy before it is used; removed when that is done."""
     fixed_up = _File("fixed-up.json")

@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pycloudlib._base.deadline import Deadline, capped, current_deadline
@@ -17,6 +18,7 @@ from pycloudlib._base.locks import exclusive_lock, try_lock
 from pycloudlib.errors import CloudError, PycloudlibTimeoutError
 from pycloudlib.guest import helper
 from pycloudlib.guest.access.commands import command_in_errors
+from pycloudlib.guest.access.portstream import PortError, PortStream
 from pycloudlib.guest.helper import (
     LARGEST_STDIN,
     FixUp,
@@ -34,24 +36,35 @@ _log = logging.getLogger(__name__)
 _FIX_LIMIT = 60.0
 _APPEAR_LIMIT = 60.0
 _APPEAR_INTERVAL = 0.05
-# A copy that was just restored sees its helper in a moment.
-_RESTORE_LIMIT = 2.0
+RESTORE_LIMIT = 2.0
+"""Seconds in which a copy that was just restored sees its helper."""
 _RESTORE_INTERVAL = 0.005
-# QEMU notices in a moment that a client has left.
-_LEAVING_LIMIT = 0.5
-
-
+LEAVING_LIMIT = 0.5
+"""Seconds in which QEMU notices that a client has left."""
+# A copy that was cut off ends within a second of the guest's; then the helper answers at once.
+_RECOVER_TRIES = 3
+RECOVER_LIMIT = 2.0
+"""Seconds in which a helper answers that has its port."""
+RECOVER_PAUSE = 1.5
+"""Seconds after which it is asked again."""
 _SYNC_LIMIT = 60.0
+# A file that is being copied; without the helper, each copy of the machine is ready later.
+_SYNC_TURN = 10.0
 # Seconds that a guest's clock may have lost to saves: it takes the guest longer to correct it than
 # a save pauses it for.
 _CLOCK_TOLERANCE = 0.1
 
 
 class HelperLink:
-    """Talks to the helper of one machine, if it runs there. Safe to use from several threads."""
+    """Talks to the helper of one machine, if it runs there. Safe to use from several threads.
+
+    Attributes:
+        port_is_refused: Whether the login user could not have the port where no helper runs.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.port_is_refused = False
 
     @property
     def expected(self) -> bool:
@@ -84,6 +97,7 @@ class HelperLink:
     def forget(self) -> None:
         """Record that it does not run any more."""
         self.machine.rundir.helper_mark.unlink(missing_ok=True)
+        self.port_is_refused = False
 
     def fix(self, fix_up: FixUp, limit: float = _FIX_LIMIT) -> None:
         """Fix up a copy.
@@ -121,9 +135,21 @@ class HelperLink:
                 return False
 
     def execute(
-        self, argv: Sequence[str], user: str, stdin: bytes, timeout: float | None
+        self,
+        argv: Sequence[str],
+        user: str,
+        stdin: bytes,
+        timeout: float | None,
+        turn: Deadline | None = None,
     ) -> Result | None:
         """Run a command by the helper.
+
+        Args:
+            argv: The command.
+            user: The login user.
+            stdin: What it reads.
+            timeout: Seconds that it may take; None for no limit.
+            turn: Until when others that use the helper are waited for; by default not at all.
 
         Returns:
             Its result; None when SSH has to do it: the helper does not run, is busy, or runs
@@ -135,7 +161,7 @@ class HelperLink:
         if len(stdin) > LARGEST_STDIN or not self._serves(user):
             return None
         deadline = None if timeout is None else Deadline.after(timeout)
-        with self._connection(wait=False, deadline=deadline) as connection:
+        with self._connection(wait=False, deadline=deadline, turn=turn) as connection:
             if connection is None:
                 return None
             try:
@@ -154,6 +180,79 @@ class HelperLink:
                 return Result("", "", -1)
         return Result(_text(command.out), _text(command.err), command.status or 0)
 
+    @contextlib.contextmanager
+    def lend(
+        self, program: str, argv: Sequence[str], user: str, turn: Deadline
+    ) -> Iterator[PortStream | None]:
+        """Have the helper lend its port to a program of ours during the block.
+
+        The block gets None where it cannot be: it does not run, or for another user, or is busy.
+
+        Args:
+            program: Its text; see `HelperConnection.lend`.
+            argv: Its arguments.
+            user: The login user.
+            turn: Until when others that use the helper are waited for.
+
+        Raises:
+            HelperError: In the block: it is gone.
+            PortError: In the block: the program is gone.
+        """
+        with contextlib.ExitStack() as stack:
+            stream = self._lend(program, argv, user, turn, stack) if self._serves(user) else None
+            if stream is None:
+                stack.close()
+            yield stream
+            stack.close()
+            if stream is not None:
+                self.machine.rundir.lent_mark.unlink(missing_ok=True)
+
+    def _lend(
+        self,
+        program: str,
+        argv: Sequence[str],
+        user: str,
+        turn: Deadline,
+        stack: contextlib.ExitStack,
+    ) -> PortStream | None:
+        try:
+            connection = stack.enter_context(self._connection(wait=False, deadline=None, turn=turn))
+            if connection is None:
+                return None
+            self.machine.rundir.lent_mark.touch()
+            return stack.enter_context(connection.lend(program, argv, user))
+        except (HelperError, PortError, PycloudlibTimeoutError) as error:
+            _log.debug("%s: %s", self.machine.spec.name, error)
+            if isinstance(error, HelperRefusedError):
+                self.machine.rundir.lent_mark.unlink(missing_ok=True)
+            return None
+
+    @contextlib.contextmanager
+    def free_port(self, turn: Deadline) -> Iterator[bool]:
+        """Keep others from the port during the block, which gets whether nothing has it open.
+
+        Args:
+            turn: Until when others are waited for.
+        """
+        with try_lock(self._lock, turn) as ours:
+            yield ours and self._is_closed()
+
+    def _is_closed(self) -> bool:
+        """Whether nothing in the guest has the port open; what is about to end is waited for."""
+        limit = Deadline.after(RESTORE_LIMIT)
+        try:
+            while self.is_up():
+                if limit.expired:
+                    return False
+                time.sleep(_APPEAR_INTERVAL)
+        except CloudError:
+            return False
+        return True
+
+    @property
+    def _lock(self) -> Path:
+        return self.machine.rundir.path / "helper.lock"
+
     def _serves(self, user: str) -> bool:
         try:
             return self.machine.rundir.helper_mark.read_bytes() == to_bytes(user)
@@ -169,7 +268,7 @@ class HelperLink:
             limit: Until when it has to be free.
             deadline: Until when QEMU has to have answered.
         """
-        appearing = Deadline.after(_RESTORE_LIMIT)
+        appearing = Deadline.after(RESTORE_LIMIT)
         try:
             while True:
                 chardev = self.chardev(_answer_limit(deadline))
@@ -189,6 +288,43 @@ class HelperLink:
             # SSH, which is used next, reports how the machine ended.
             return False
 
+    def _has_port(self) -> bool:
+        """Whether it has the port itself; a copy that was cut off may still have it.
+
+        Such a copy reads what is sent, and ends when the connection does.
+        """
+        mark = self.machine.rundir.lent_mark
+        if not mark.exists():
+            return True
+        for _ in range(_RECOVER_TRIES):
+            if self._answers():
+                mark.unlink(missing_ok=True)
+                limit = Deadline.after(LEAVING_LIMIT)
+                return self._is_ready(limit, limit)
+            time.sleep(RECOVER_PAUSE)
+        return False
+
+    def _answers(self) -> bool:
+        """Whether what has the port open is the helper, by its answer."""
+        try:
+            sock = self.connect(Deadline.after(LEAVING_LIMIT))
+        except HelperError:
+            return False
+        with HelperConnection(sock) as connection:
+            return connection.is_listening(Deadline.after(RECOVER_LIMIT))
+
+    def adopt(self, user: str) -> bool:
+        """Use a helper that runs though nobody knew of it; return whether there is one.
+
+        Args:
+            user: The login user.
+        """
+        with try_lock(self._lock) as ours:
+            if not (ours and self._answers()):
+                return False
+            write_private(self.machine.rundir.helper_mark, user)
+            return True
+
     def _still_there(self, deadline: Deadline | None) -> bool:
         self.machine.check_disk()
         self.machine.check_kernel()
@@ -200,18 +336,24 @@ class HelperLink:
 
     @contextlib.contextmanager
     def _connection(
-        self, *, wait: bool, deadline: Deadline | None
+        self, *, wait: bool, deadline: Deadline | None, turn: Deadline | None = None
     ) -> Iterator[HelperConnection | None]:
-        """Connect; yield None when it does not run, or is busy and not waited for."""
-        limit = Deadline.after(_FIX_LIMIT if wait else _LEAVING_LIMIT)
+        """Connect; yield None when it does not run, or is busy and not waited for.
+
+        Args:
+            wait: Whether to wait while it is busy.
+            deadline: Until when all has to be done.
+            turn: Until when others that use it are waited for; by default as `wait` says.
+        """
+        limit = Deadline.after(_FIX_LIMIT if wait else LEAVING_LIMIT)
         if deadline is not None and (wait or deadline.remaining < limit.remaining):
             limit = deadline
-        turn = limit if wait else Deadline.after(0)
-        with try_lock(self.machine.rundir.path / "helper.lock", turn) as ours:
-            if not (ours and self._is_ready(limit, deadline)):
+        turn = turn or (limit if wait else Deadline.after(0))
+        with try_lock(self._lock, turn) as ours:
+            if not (ours and self._is_ready(limit, deadline) and self._has_port()):
                 yield None
                 return
-            sock = self._connect(limit)
+            sock = self.connect(limit)
             with HelperConnection(sock, lambda: self._still_there(deadline)) as connection:
                 yield connection
 
@@ -224,7 +366,15 @@ class HelperLink:
         chardevs = self.machine.execute("query-chardev", timeout=timeout)
         return next(dev for dev in chardevs if dev["label"] == "helper")
 
-    def _connect(self, deadline: Deadline) -> socket.socket:
+    def connect(self, deadline: Deadline) -> socket.socket:
+        """Connect to the port, whatever is at its other end.
+
+        Args:
+            deadline: Until when others that are connected are waited for.
+
+        Raises:
+            HelperError: It cannot be reached.
+        """
         try:
             return sockets.connect(self.machine.rundir.helper_socket, deadline)
         except OSError as error:
@@ -275,12 +425,23 @@ class FixUps:
         Args:
             username: The login user.
         """
-        import paramiko  # noqa: PLC0415 - heavy
-
         if self._machine.state is not State.RUNNING:
             return False
         if self._link.expected and self._link.is_up():
             return True
+        self._link.forget()
+        # While a copy of a file has the port, no helper can.
+        with self._link.free_port(Deadline.after(_APPEAR_LIMIT)) as is_free:
+            if is_free:
+                return self._start_helper(username)
+        if self._link.adopt(username):
+            return True
+        _log.warning("%s is saved without a helper: something else has its port", self._name)
+        return False
+
+    def _start_helper(self, username: str) -> bool:
+        import paramiko  # noqa: PLC0415 - heavy
+
         try:
             result = self._execute(
                 helper.install_script(), stdin=helper.program(), description="starting the helper"
@@ -299,7 +460,8 @@ class FixUps:
         The first command of a copy then has what it needs in memory, and a copy that cannot be
         restored boots from that disk.
         """
-        return self._link.execute(["sync"], username, b"", _SYNC_LIMIT) is not None
+        turn = Deadline.after(_SYNC_TURN)
+        return self._link.execute(["sync"], username, b"", _SYNC_LIMIT, turn) is not None
 
     def correct_clock(self) -> None:
         """Correct the guest's clock once it has lost a tenth of a second to saves."""

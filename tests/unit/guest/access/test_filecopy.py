@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,26 @@ import paramiko
 import pytest
 
 from pycloudlib.progress import Progress
-from tests.unit.sshserver import FileServer, LocalInstance
+from tests.unit.sshserver import FileServer, LocalInstance, LocalPort
 
-LARGE = os.urandom(300_000)
+LARGE = os.urandom(700_000)
+
+
+@pytest.fixture
+def over_sftp(guest: Path) -> Iterator[LocalInstance]:
+    """Give a machine that has SFTP alone."""
+    instance = LocalInstance(guest)
+    yield instance
+    instance.close()
+
+
+@pytest.fixture(params=["sftp", "port", "port alone"])
+def local(request: pytest.FixtureRequest, guest: Path) -> Iterator[LocalInstance]:
+    """Give a machine for each way in which files are copied."""
+    port = LocalPort(guest, is_ready=request.param == "port alone")
+    instance = LocalInstance(guest, port=None if request.param == "sftp" else port)
+    yield instance
+    instance.close()
 
 
 def names(directory: Path) -> list[str]:
@@ -191,7 +208,7 @@ class TestPulledOnto:
 
 
 def test_what_was_there_stays_when_a_pull_fails(
-    local: LocalInstance, guest: Path, here: Path
+    over_sftp: LocalInstance, guest: Path, here: Path
 ) -> None:
     # More than can have arrived before the first of it is looked at.
     with (guest / "source").open("wb") as source:
@@ -199,10 +216,10 @@ def test_what_was_there_stays_when_a_pull_fails(
     (here / "kept").write_text("before")
 
     def cut(_report: Progress) -> None:
-        local.transports[0].close()
+        over_sftp.transports[0].close()
 
     with pytest.raises(paramiko.SSHException, match="source"):
-        local.pull_file("source", here / "kept", on_progress=cut)
+        over_sftp.pull_file("source", here / "kept", on_progress=cut)
     assert (here / "kept").read_text() == "before"
     assert names(here) == ["kept"]
 
@@ -313,15 +330,15 @@ class _Refusing(paramiko.SFTPServerInterface):
 
 @pytest.mark.parametrize("answer", range(1, 9))
 def test_every_answer_of_sftp_is_an_error_that_names_the_file(
-    local: LocalInstance, guest: Path, here: Path, answer: int
+    over_sftp: LocalInstance, guest: Path, here: Path, answer: int
 ) -> None:
-    local.execute("true")
-    local.transports[0].set_subsystem_handler("sftp", FileServer, _Refusing, answer)
+    over_sftp.execute("true")
+    over_sftp.transports[0].set_subsystem_handler("sftp", FileServer, _Refusing, answer)
     (here / "source").write_text("x")
     (guest / "file").write_text("y")
     copies: list[Callable[[], None]] = [
-        lambda: local.push_file(here / "source", "file"),
-        lambda: local.pull_file("file", here / "target"),
+        lambda: over_sftp.push_file(here / "source", "file"),
+        lambda: over_sftp.pull_file("file", here / "target"),
     ]
     for copy in copies:
         with pytest.raises((OSError, paramiko.SSHException), match="file") as caught:
@@ -330,12 +347,12 @@ def test_every_answer_of_sftp_is_an_error_that_names_the_file(
     assert not (here / "target").exists()
 
 
-def test_server_without_file_transfer_says_so(local: LocalInstance, here: Path) -> None:
-    local.execute("true")
-    local.transports[0].subsystem_table.clear()
+def test_server_without_file_transfer_says_so(over_sftp: LocalInstance, here: Path) -> None:
+    over_sftp.execute("true")
+    over_sftp.transports[0].subsystem_table.clear()
     with pytest.raises(paramiko.SSHException, match="SFTP"):
-        local.pull_file("file", here / "x")
-    assert local.execute("echo alive") == "alive"
+        over_sftp.pull_file("file", here / "x")
+    assert over_sftp.execute("echo alive") == "alive"
 
 
 @pytest.mark.parametrize(
