@@ -9,6 +9,7 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pycloudlib._base.deadline import Deadline, capped
@@ -76,6 +77,55 @@ def hide_command() -> Iterator[None]:
         yield
     finally:
         _secret.reset(token)
+
+
+_leaves_shell: ContextVar[bool] = ContextVar("leaves_shell", default=False)
+
+LEAVE_SHELL = r"""
+case ${SHELL-} in */bash | */sh | */dash) ;; *) exit 0 ;; esac
+for file in ~/.bashrc /etc/bash.bashrc; do
+  if [ "$file" -nt /proc/self/fd/9 ]; then exit 0; fi
+done
+exec 9>&-
+export -n leave_mark
+printf '\n%s\n' "$leave_mark"
+if IFS= read -r -d '' -t 2 line; then
+  printf '%s\n' "$leave_mark $$"
+  eval "exec $line"
+fi
+"""
+"""What bash does last in a script that leaves its shell to the next command, where it is to
+(`$leave_mark`): it says so, and becomes that command, whose line ends with a NUL. Where none comes
+in time it ends, and where start-up files have changed since the shell began: descriptor 9, a pipe,
+is as old as that."""
+
+
+@contextlib.contextmanager
+def leaving_shell() -> Iterator[None]:
+    """Let a script that is run in the block leave its shell to the command that comes next.
+
+    So that command does not wait for what takes longest: the server's process, and a login shell.
+    """
+    token = _leaves_shell.set(True)
+    try:
+        yield
+    finally:
+        _leaves_shell.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftShell:
+    """A shell in the guest that waits for a command, for a moment.
+
+    Attributes:
+        held: Closes its session.
+        session: The session.
+        mark: What it prints before its pid when it has a command.
+    """
+
+    held: contextlib.ExitStack
+    session: Session
+    mark: str
 
 
 def command_in_errors(command: str | None) -> str:
@@ -153,29 +203,107 @@ def run(
         PycloudlibTimeoutError: The command did not end within `timeout`; it is ended.
     """
     deadline = None if timeout is None else Deadline.after(timeout)
+    if _leaves_shell.get():
+        return _run_leaving(connections, command, deadline, on_wait)
+    request = _Request(command, stdin, get_pty, deadline, on_wait)
+    shell = None if get_pty else connections.take_shell()
+    result = None if shell is None else _run(connections, request, shell)
+    if result is None:
+        result = _run(connections, request)
+    assert result is not None  # only a shell that was left may be gone
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `run` was asked for."""
+
+    command: str
+    stdin: bytes
+    get_pty: bool
+    deadline: Deadline | None
+    on_wait: Callable[[], None]
+
+
+def _run(
+    connections: Connections, request: _Request, shell: LeftShell | None = None
+) -> tuple[bytes, bytes, int] | None:
+    """Run a command in a session of its own, or in a shell that was left; None if that was gone."""
+    deadline, line, stdin = request.deadline, request.command, request.stdin
     out, err = list[bytes](), list[bytes]()
-    announced = None if deadline is None else Announcement(out.append)
+    announced = None
+    if shell is not None:
+        announced = Announcement(out.append, shell.mark)
+        stdin = to_bytes(line) + b"\0" + stdin
+    elif deadline is not None:
+        announced = Announcement(out.append)
+        line = announced.ask_for(line)
     with contextlib.ExitStack() as held:
-        session = held.enter_context(connections.session(deadline))
+        if shell is None:
+            session = held.enter_context(connections.session(deadline))
+        else:
+            held.enter_context(shell.held)
+            session = shell.session
         try:
-            status = stream(
+            if shell is None:
+                _begin(session.channel, line, deadline, get_pty=request.get_pty)
+            status = _follow(
                 session.channel,
-                command if announced is None else announced.ask_for(command),
+                line,
                 stdin=io.BytesIO(stdin).read,
                 stdout=out.append if announced is None else announced.take,
                 stderr=err.append,
-                get_pty=get_pty,
                 deadline=deadline,
-                on_wait=on_wait,
+                on_wait=request.on_wait,
             )
         except PycloudlibTimeoutError:
             if deadline is None or announced is None or not deadline.expired:
                 raise  # by on_wait
             _end(connections, session, announced, held.pop_all())
-            raise _is_late(command, deadline, " and was hung up on") from None
+            raise _is_late(line, deadline, " and was hung up on") from None
+    if shell is not None and announced is not None and not announced.known.is_set():
+        return None
     if announced is not None:
         announced.finish()
     return b"".join(out), b"".join(err), status
+
+
+def _run_leaving(
+    connections: Connections,
+    command: str,
+    deadline: Deadline | None,
+    on_wait: Callable[[], None],
+) -> tuple[bytes, bytes, int]:
+    """Run a script up to where it leaves its shell, or to its end."""
+    mark = secrets.token_hex(8)
+    ending = f"\n{mark}\n".encode()
+    out = bytearray()
+    announced = Announcement(out.extend)
+    line = announced.ask_for(f"env leave_mark={mark} {command}")
+    with contextlib.ExitStack() as held:
+        session = held.enter_context(connections.session(deadline))
+        channel = session.channel
+        _begin(channel, line, deadline)
+        while not out.endswith(ending):
+            channel.settimeout(max(capped(_ON_WAIT_INTERVAL, deadline), 0.001))
+            try:
+                chunk = channel.recv(_CHUNK)
+            except TimeoutError:
+                if deadline is not None and deadline.expired:
+                    _end(connections, session, announced, held.pop_all())
+                    raise _is_late(command, deadline, " and was hung up on") from None
+                on_wait()
+                continue
+            announced.take(chunk)
+            if not chunk:
+                announced.finish()
+                if not _has_status(channel, deadline, on_wait):
+                    assert deadline is not None  # without one, the wait ends with the command
+                    raise _is_late(command, deadline)
+                return bytes(out), channel.makefile_stderr("rb").read(), channel.exit_status
+        channel.settimeout(None)
+        connections.leave_shell(LeftShell(held.pop_all(), session, mark))
+    return bytes(out.removesuffix(ending)), b"", 0
 
 
 def _end(
@@ -228,17 +356,18 @@ class Announcement:
 
     Args:
         sink: Receives the rest of the output.
+        mark: What the line begins with; by default something that nothing else prints.
 
     Attributes:
         pid: The process; 0 if the line was not a pid, None until it has come.
         known: Set when it has come.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, mark: str = "") -> None:
         self.pid: int | None = None
         self.known = threading.Event()
         self._sink = sink
-        self._mark = secrets.token_hex(8)
+        self._mark = mark or secrets.token_hex(8)
         self._held = b""
 
     def ask_for(self, command: str) -> str:
@@ -305,6 +434,25 @@ def stream(
         paramiko.SSHException: The connection is gone.
         PycloudlibTimeoutError: The command did not end, or did not begin, in time.
     """
+    _begin(channel, command, deadline, get_pty=get_pty)
+    return _follow(
+        channel,
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        deadline=deadline,
+        on_wait=on_wait,
+    )
+
+
+def _begin(
+    channel: paramiko.Channel,
+    command: str | None,
+    deadline: Deadline | None,
+    *,
+    get_pty: bool = False,
+) -> None:
     line = None if command is None else to_bytes(command)
     with ssh_errors(deadline), close_if_unanswered(channel, deadline):
         if get_pty:
@@ -313,6 +461,18 @@ def stream(
             channel.invoke_shell()
         else:
             channel.exec_command(line)
+
+
+def _follow(
+    channel: paramiko.Channel,
+    command: str | None,
+    *,
+    stdin: Source | None,
+    stdout: Sink,
+    stderr: Sink,
+    deadline: Deadline | None,
+    on_wait: Callable[[], None],
+) -> int:
     pumps = (_Pump(channel.recv, stdout), _Pump(channel.recv_stderr, stderr))
     threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
     if _have_ended(pumps, deadline, on_wait) and _has_status(channel, deadline, on_wait):

@@ -23,6 +23,8 @@ from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
 
 if TYPE_CHECKING:
     import paramiko
+
+    from pycloudlib.guest.access.commands import LeftShell
 else:
     paramiko = ImportedLater("paramiko")
 
@@ -32,6 +34,8 @@ _SHARE = 8
 _PAUSES = (0.01, 0.04, 0.1, 0.2)
 # Seconds that a server may take to end a session whose input has ended.
 _END_LIMIT = 3.0
+# Seconds for which a shell that was left is used: it waits a little longer.
+_SHELL_LIMIT = 1.5
 # Seconds that it may take for each answer about a file.
 _FILE_ANSWER_LIMIT = 60.0
 # RFC 4254, 5.1: what sshd answers when a connection has all the sessions that it may have.
@@ -147,6 +151,7 @@ class Connections:
         self._changed = threading.Condition()
         self._connections: list[_Connection] = []
         self._connecting = False
+        self._shell: tuple[float, LeftShell] | None = None
 
     @property
     def any_open(self) -> bool:
@@ -157,6 +162,7 @@ class Connections:
         """Close all of them; the next use makes a new one."""
         with self._changed:
             connections, self._connections = self._connections, []
+            self._shell = None
             for connection in connections:
                 connection.retired = True
             self._changed.notify_all()
@@ -208,6 +214,25 @@ class Connections:
                 with contextlib.suppress(OSError, EOFError):
                     channel.shutdown_write()
                 session.wait_for_end(_END_LIMIT)
+
+    def leave_shell(self, shell: LeftShell) -> None:
+        """Keep a shell that waits for the next command."""
+        with self._changed:
+            self._shell, before = (time.monotonic(), shell), self._shell
+        if before is not None:
+            before[1].held.close()
+
+    def take_shell(self) -> LeftShell | None:
+        """Return the shell that was left, whose session the caller closes; None without one."""
+        with self._changed:
+            left, self._shell = self._shell, None
+        if left is None:
+            return None
+        since, shell = left
+        if time.monotonic() - since < _SHELL_LIMIT and not shell.session.channel.closed:
+            return shell
+        shell.held.close()
+        return None
 
     def _open(self, deadline: Deadline | None) -> tuple[_Connection, Session]:
         while True:

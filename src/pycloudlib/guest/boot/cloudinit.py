@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pycloudlib._base.documents import parse_json, safe_repr
+from pycloudlib.guest.access import commands
 
 _REPORT = r"""
 cat /run/cloud-init/status.json 2>/dev/null || :
@@ -100,6 +101,14 @@ done
 echo $how
 """
     + _REPORT
+    + """
+if [ -n "${leave_mark-}" ] && [ -n "${BASH_VERSION-}" ]; then
+  trap - EXIT
+  noted=$(note_shutdown)
+  if [ -n "$noted" ]; then printf '%s\\n' "$noted"; exit 0; fi
+"""
+    + commands.LEAVE_SHELL
+    + "fi\n"
 )
 """Shell script that ends when cloud-init has ended in *this* boot, and prints how.
 

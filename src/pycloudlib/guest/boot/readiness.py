@@ -13,7 +13,7 @@ from typing import Any
 
 from pycloudlib._base.deadline import Deadline, current_deadline, positive, use_deadline
 from pycloudlib.errors import InvalidKeyError, PycloudlibError, PycloudlibTimeoutError
-from pycloudlib.guest.access import ssh
+from pycloudlib.guest.access import commands, ssh
 from pycloudlib.guest.boot import cloudinit
 from pycloudlib.guest.boot.bootlines import Phase, PhaseStart
 from pycloudlib.guest.boot.console import Console, DeadEnd
@@ -247,9 +247,11 @@ class Readiness(ABC):
         while True:
             self._check_alive()
             try:
-                followed = self._was_followed()
-                command = cloudinit.BRIEF_WAIT_COMMAND if followed else cloudinit.WAIT_COMMAND
-                result = self._ssh(list(command))
+                if self._was_followed():
+                    result = self._ssh(list(cloudinit.BRIEF_WAIT_COMMAND))
+                else:
+                    with commands.leaving_shell():
+                        result = self._ssh(list(cloudinit.WAIT_COMMAND))
             except paramiko.SSHException as error:
                 problem = str(error)
             except PycloudlibTimeoutError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.guest.access import commands
 from pycloudlib.guest.access.commands import run, stream
 from pycloudlib.guest.access.sessions import Connections, close_if_unanswered, open_session
 from tests.unit.sshserver import LocalInstance
@@ -177,3 +180,96 @@ def test_hanging_up_on_a_lost_connection_is_no_error_of_a_thread(
             if isinstance(thread, threading.Timer):
                 thread.join(30)
     assert failed == []
+
+
+SCRIPT = f"eval 'exec 9<> <(:)'; echo $$; {commands.LEAVE_SHELL}"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a home directory with start-up files of bash, which is the login shell."""
+    home = tmp_path / "own-home"
+    home.mkdir()
+    (home / ".bashrc").touch()
+    os.utime(home / ".bashrc", (0, 0))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    return home
+
+
+def leave_shell(local: LocalInstance, script: str = SCRIPT) -> str:
+    """Run a script that leaves its shell; return what it printed before that."""
+    with commands.leaving_shell():
+        result = local.execute(["bash", "-c", script], timeout=30)
+    assert result.ok
+    return result.stdout
+
+
+def test_next_command_takes_the_shell_that_was_left(local: LocalInstance, home: Path) -> None:
+    for timeout in (None, 30):
+        pid = leave_shell(local)
+        result = local.execute(["sh", "-c", "cat; echo $$ >&2; exit 7"], "in\n", timeout=timeout)
+        assert (result, result.stderr, result.return_code) == ("in", pid, 7)
+        assert local.execute("echo $$") != pid
+    assert len(local.transports) == 1
+
+
+def test_a_command_in_a_shell_that_was_left_is_like_any_other(
+    local: LocalInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHLVL", "0")
+    script = "env; pwd; umask; ls -l /proc/self/fd | sed 's/.* [0-9:]* //; /proc/d'; ulimit -a; set"
+    usual = local.execute(script)
+    leave_shell(local)
+    left = local.execute(script)
+
+    def facts(text: str) -> list[str]:
+        return [re.sub(r"\d{3,}|pipe|socket", "", line) for line in sorted(text.splitlines())]
+
+    assert facts(left) == facts(usual)
+
+
+def test_late_command_in_a_shell_that_was_left_is_ended(local: LocalInstance, home: Path) -> None:
+    pid = leave_shell(local)
+    with pytest.raises(PycloudlibTimeoutError, match="hung up on"):
+        local.execute(["sleep", "900"], timeout=0.3)
+    with contextlib.suppress(FileNotFoundError):  # once its parent has noticed
+        assert ") Z " in Path("/proc", pid, "stat").read_text()
+
+
+@pytest.mark.parametrize(
+    "ended", ["", "printf '\\n%s\\n' $leave_mark; exit"], ids=["not left", "over"]
+)
+def test_command_runs_anew_where_the_shell_is_gone(
+    local: LocalInstance, home: Path, ended: str
+) -> None:
+    leave_shell(local, ended or "echo done")
+    assert local.execute("echo hello; cat", stdin="in") == "hello\nin"
+    assert local.execute("echo hello") == "hello"
+
+
+def test_shell_is_not_left_where_its_start_up_files_have_changed(
+    local: LocalInstance, home: Path
+) -> None:
+    changes = SCRIPT.replace("echo $$", "echo x=1 >~/.bashrc; echo $$")
+    with commands.leaving_shell():
+        pid = local.execute(["bash", "-c", changes]).stdout
+    assert pid.isdigit()
+    assert local.execute("echo $$") != pid
+
+
+def test_late_script_that_would_leave_a_shell_is_ended(local: LocalInstance, home: Path) -> None:
+    with (
+        commands.leaving_shell(),
+        pytest.raises(PycloudlibTimeoutError, match="hung up on"),
+    ):
+        local.execute(f"echo $$ >{home}/pid; exec sleep 900", timeout=0.5)
+    pid = (home / "pid").read_text().strip()
+    with contextlib.suppress(FileNotFoundError):
+        assert ") Z " in Path("/proc", pid, "stat").read_text()
+
+
+def test_failed_script_that_would_leave_a_shell_is_told(local: LocalInstance, home: Path) -> None:
+    with commands.leaving_shell():
+        result = local.execute("echo out; echo err >&2; exit 3")
+    assert (result, result.stderr, result.return_code) == ("out", "err", 3)
