@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pycloudlib._base.deadline import Deadline, capped
 from pycloudlib._base.later import ImportedLater
-from pycloudlib.errors import PycloudlibTimeoutError
+from pycloudlib.errors import PycloudlibException, PycloudlibTimeoutError
 from pycloudlib.guest.access.ssh import ANSWER_LIMIT, not_ssh
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def ssh_errors(deadline: Deadline | None) -> Iterator[None]:
     """Turn failures before a command has begun into errors of SSH, or into time-outs."""
     try:
         yield
+    except PycloudlibException:
+        raise  # of another connection that had to be made: it says what is wrong with the machine
     except paramiko.ChannelException:
         raise  # the server's own answer
     except Exception as error:

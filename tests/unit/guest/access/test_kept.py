@@ -19,7 +19,8 @@ import paramiko
 import pytest
 
 from pycloudlib._base.deadline import Deadline
-from pycloudlib.guest.access import commands, ssh
+from pycloudlib.errors import CloudError
+from pycloudlib.guest.access import commands, kept, ssh
 from pycloudlib.guest.access.kept import Keeper
 from pycloudlib.guest.access.sessions import open_session
 from pycloudlib.key import generate_ed25519
@@ -260,6 +261,15 @@ def test_guest_that_answers_no_more_is_connected_to_anew(machine: Machine) -> No
     assert machine.run("cat", b"once") == (0, b"once", b"")
     waker.join()
     assert machine.server.connections == 2
+
+
+def test_error_of_the_connection_that_is_made_instead_is_raised(machine: Machine) -> None:
+    def refuse() -> paramiko.SSHClient:
+        raise CloudError("the machine is paused")
+
+    client = kept.client(machine.keeper, refuse)  # nobody keeps one
+    with pytest.raises(CloudError, match="the machine is paused"):
+        commands.stream(open_session(client), "true", stdout=len, stderr=len)
 
 
 def test_login_whose_files_were_changed_is_made_anew(machine: Machine, guest: Path) -> None:
