@@ -45,7 +45,7 @@ from pycloudlib.qemu.cloud import Disk
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.parts.standard import InstanceType
 from pycloudlib.qemu.state import savedmachine
-from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE
+from pycloudlib.qemu.state.spec import DEFAULT_INSTANCE_TYPE, make_name
 from pycloudlib.util import raise_cleanup_errors
 
 _STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
@@ -172,7 +172,11 @@ def launch(
     def report_wait(holders: str) -> None:
         session.note(f"Waiting until the machine fits: {holders}")
 
-    instance = _start_named(session, name, imagenames.name_prefix(image), start)
+    prefix = imagenames.name_prefix(image)
+    if wait_for_room and name is None:
+        # Others that wait at the same time would choose the same number.
+        name = make_name(prefix)
+    instance = _start_named(session, name, prefix, start)
     if wait:
         wait_until_ready(session, instance, timeout)
     if as_json:
