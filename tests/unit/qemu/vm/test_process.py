@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ LIMIT = 30
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """Give a process that runs until its end is asked for."""
     with subprocess.Popen(["sleep", "1000"]) as process:
+        # The kernel closes the files of an exec a moment before it shows the new arguments.
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.001)
         yield process
         process.kill()
 
