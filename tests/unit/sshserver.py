@@ -26,7 +26,7 @@ from pycloudlib.instance import BaseInstance
 from pycloudlib.key import KeyPair
 
 _HOST_KEY = paramiko.ECDSAKey.generate()
-_SHELL = ("sh", "-c")
+SHELL = ("sh", "-c")
 
 
 def replace_program(
@@ -175,7 +175,7 @@ class _Server(paramiko.ServerInterface):
         return self._start(channel, ["sh"])
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        return self._start(channel, [*_SHELL, os.fsdecode(command)])
+        return self._start(channel, [*SHELL, os.fsdecode(command)])
 
     def _start(self, channel: paramiko.Channel, argv: list[str]) -> bool:
         run = self._run_on_terminal if channel.chanid in self._ptys else self._run

@@ -114,6 +114,7 @@ WAITS = (
             "guest.access.commands:_have_ended",
             "guest.access.commands:_has_status",
             "guest.access.commands:_run_leaving",
+            "guest.access.commands:LeftShell.end",
         ),
         (
             "unit/guest/access/test_sessions.py::test_a_command_whose_time_is_over_is_ended",

@@ -89,15 +89,18 @@ done
 exec 9>&-
 export -n leave_mark
 printf '\n%s\n' "$leave_mark"
-if IFS= read -r -d '' -t 2 line; then
+if IFS= read -r -d '' -t 2 line && hash "${line%% *}"; then
   printf '%s\n' "$leave_mark $$"
-  eval "exec $line"
+  eval "_=${BASH_CMDS[${line%% *}]} exec $line"
 fi
 """
 """What bash does last in a script that leaves its shell to the next command, where it is to
 (`$leave_mark`): it says so, and becomes that command, whose line ends with a NUL. Where none comes
 in time it ends, and where start-up files have changed since the shell began: descriptor 9, a pipe,
-is as old as that."""
+is as old as that. `_` is what a login shell makes of it."""
+# What a shell that was left becomes. For others a login shell may have a builtin, or words of its
+# own when there is no such program.
+_BECOMES = ("sh ", "sudo ")
 
 
 @contextlib.contextmanager
@@ -126,6 +129,12 @@ class LeftShell:
     held: contextlib.ExitStack
     session: Session
     mark: str
+
+    def end(self) -> None:
+        """Have it end, if it has not already: so its place on the connection is free again."""
+        with self.held, contextlib.suppress(OSError, EOFError):
+            self.session.channel.shutdown_write()
+            self.session.wait_for_end(_END_REPORT_LIMIT)
 
 
 def command_in_errors(command: str | None) -> str:
@@ -206,7 +215,8 @@ def run(
     if _leaves_shell.get():
         return _run_leaving(connections, command, deadline, on_wait)
     request = _Request(command, stdin, get_pty, deadline, on_wait)
-    shell = None if get_pty else connections.take_shell()
+    can_become = not get_pty and command.startswith(_BECOMES)
+    shell = connections.take_shell() if can_become else None
     result = None if shell is None else _run(connections, request, shell)
     if result is None:
         result = _run(connections, request)

@@ -34,8 +34,8 @@ _SHARE = 8
 _PAUSES = (0.01, 0.04, 0.1, 0.2)
 # Seconds that a server may take to end a session whose input has ended.
 _END_LIMIT = 3.0
-# Seconds for which a shell that was left is used: it waits a little longer.
-_SHELL_LIMIT = 1.5
+SHELL_LIMIT = 1.5
+"""Seconds for which a shell that was left is used: it waits a little longer."""
 # Seconds that it may take for each answer about a file.
 _FILE_ANSWER_LIMIT = 60.0
 # RFC 4254, 5.1: what sshd answers when a connection has all the sessions that it may have.
@@ -222,7 +222,7 @@ class Connections:
         with self._changed:
             self._shell, before = (time.monotonic(), shell), self._shell
         if before is not None:
-            before[1].held.close()
+            before[1].end()
 
     def take_shell(self) -> LeftShell | None:
         """Return the shell that was left, whose session the caller closes; None without one."""
@@ -231,9 +231,9 @@ class Connections:
         if left is None:
             return None
         since, shell = left
-        if time.monotonic() - since < _SHELL_LIMIT and not shell.session.channel.closed:
+        if time.monotonic() - since < SHELL_LIMIT and not shell.session.channel.closed:
             return shell
-        shell.held.close()
+        shell.end()
         return None
 
     def _open(self, deadline: Deadline | None) -> tuple[_Connection, Session]:

@@ -202,6 +202,9 @@ class HelperLink:
             stream = self._lend(program, argv, user, turn, stack) if self._serves(user) else None
             if stream is None:
                 stack.close()
+            else:
+                # From the end of the connection on, it may take a moment to be noticed.
+                stack.callback(self._note_lent)
             yield stream
             stack.close()
             if stream is not None:
@@ -219,13 +222,17 @@ class HelperLink:
             connection = stack.enter_context(self._connection(wait=False, deadline=None, turn=turn))
             if connection is None:
                 return None
-            self.machine.rundir.lent_mark.touch()
+            self._note_lent()
             return stack.enter_context(connection.lend(program, argv, user))
         except (HelperError, PortError, PycloudlibTimeoutError) as error:
             _log.debug("%s: %s", self.machine.spec.name, error)
             if isinstance(error, HelperRefusedError):
                 self.machine.rundir.lent_mark.unlink(missing_ok=True)
             return None
+
+    def _note_lent(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # the machine is deleted
+            self.machine.rundir.lent_mark.touch()
 
     @contextlib.contextmanager
     def free_port(self, turn: Deadline) -> Iterator[bool]:
@@ -296,6 +303,9 @@ class HelperLink:
         mark = self.machine.rundir.lent_mark
         if not mark.exists():
             return True
+        since = time.time() - mark.stat().st_mtime
+        if 0 <= since < RECOVER_PAUSE:
+            time.sleep(RECOVER_PAUSE - since)
         for _ in range(_RECOVER_TRIES):
             if self._answers():
                 mark.unlink(missing_ok=True)

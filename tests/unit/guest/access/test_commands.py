@@ -16,9 +16,10 @@ import pytest
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import PycloudlibTimeoutError
-from pycloudlib.guest.access import commands
+from pycloudlib.guest.access import commands, sessions
 from pycloudlib.guest.access.commands import run, stream
 from pycloudlib.guest.access.sessions import Connections, close_if_unanswered, open_session
+from tests.unit import sshserver
 from tests.unit.sshserver import LocalInstance
 
 
@@ -218,6 +219,8 @@ def test_a_command_in_a_shell_that_was_left_is_like_any_other(
     local: LocalInstance, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHLVL", "0")
+    # Not by dash, which the login shell is here.
+    monkeypatch.setattr(sshserver, "SHELL", ("bash", "-c"))
     script = "env; pwd; umask; ls -l /proc/self/fd | sed 's/.* [0-9:]* //; /proc/d'; ulimit -a; set"
     usual = local.execute(script)
     leave_shell(local)
@@ -232,7 +235,7 @@ def test_a_command_in_a_shell_that_was_left_is_like_any_other(
 def test_late_command_in_a_shell_that_was_left_is_ended(local: LocalInstance, home: Path) -> None:
     pid = leave_shell(local)
     with pytest.raises(PycloudlibTimeoutError, match="hung up on"):
-        local.execute(["sleep", "900"], timeout=0.3)
+        local.execute("exec sleep 900", timeout=0.3)
     with contextlib.suppress(FileNotFoundError):  # once its parent has noticed
         assert ") Z " in Path("/proc", pid, "stat").read_text()
 
@@ -246,6 +249,24 @@ def test_command_runs_anew_where_the_shell_is_gone(
     leave_shell(local, ended or "echo done")
     assert local.execute("echo hello; cat", stdin="in") == "hello\nin"
     assert local.execute("echo hello") == "hello"
+
+
+def test_a_command_that_a_shell_may_have_itself_is_left_to_a_login_shell(
+    local: LocalInstance, home: Path
+) -> None:
+    leave_shell(local)
+    assert local.execute(["type", "type"]) == "type is a shell builtin"
+    assert len(local.transports) == 1
+
+
+def test_a_shell_that_nothing_came_for_costs_no_connection(
+    local: LocalInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "SHELL_LIMIT", 0)
+    for _ in range(3):
+        pid = leave_shell(local)
+        assert local.execute("echo $$") != pid
+    assert len(local.transports) == 1
 
 
 def test_shell_is_not_left_where_its_start_up_files_have_changed(
