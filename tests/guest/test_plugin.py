@@ -95,7 +95,7 @@ def test_it(vm, number):
     while number < 2 and not ahead() and time.monotonic() < until:
         time.sleep(0.05)
     with open(os.environ["QUEUE_LOG"], "a") as log:
-        print(*(fact or "-" for fact in facts), *ahead(), file=log)
+        print(*(str(fact) or "-" for fact in facts), *ahead(), file=log)
 """
 
 
