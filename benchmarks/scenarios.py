@@ -161,8 +161,8 @@ SAVES = {
 COMMANDS = {
     "program": "`pycloudlib --version`: the program alone",
     **{
-        f"{step}-{way}": f"{title}, by {name}"
-        for way, name in (("helper", "the helper"), ("ssh", "SSH"))
+        f"{step}-{way}": f"{title}, in a copy {name}"
+        for way, name in (("helper", "with a helper"), ("ssh", "without one"))
         for step, title in (
             ("exec-first", "`pycloudlib exec NAME -- true`, the first"),
             ("exec", "`pycloudlib exec NAME -- true`, each following"),

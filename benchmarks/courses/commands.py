@@ -1,4 +1,4 @@
-"""Commands and files, from the shell and by the library: by the helper in the guest, and by SSH.
+"""Commands and files, from the shell and by the library, in copies with and without a helper.
 
 It waits for the driver before each step, so that two versions of this package can take turns.
 """
