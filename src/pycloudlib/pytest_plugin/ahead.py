@@ -128,15 +128,20 @@ class Ahead:
         ahead.drop()
         return None
 
-    def start_for(self, tests: Iterable[Case]) -> None:
+    def has(self, test_id: str) -> bool:
+        """Whether a machine was started for a test, which has not asked for one yet."""
+        return test_id in self._started
+
+    def start_for(self, tests: Iterable[Case], present: str = "") -> None:
         """Start machines for the tests that come next, and end those of others.
 
         Args:
             tests: The tests that use a machine, in their order.
+            present: The test that runs, whose own machine stays, if it has not asked for it yet.
         """
         coming = {test.id: test for test in itertools.islice(tests, self._number)}
-        for name in self._started.keys() - coming.keys():
-            self.end(name)
+        for test_id in self._started.keys() - coming.keys() - {present}:
+            self.end(test_id)
         for test in coming.values():
             habit = self._habits.get(test.kind)
             if test.id in self._started or habit is None or not habit.steady:

@@ -229,6 +229,17 @@ def pytest_runtest_protocol(
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start machines for the tests that come next already now, if this one's was started ahead.
+
+    So two are made beside each other where tests take no time. Otherwise this one's comes first.
+    """
+    machines = item.config.stash.get(_MACHINES, None)
+    if machines is not None and machines.ahead.has(item.nodeid):
+        machines.ahead.start_for(find_next(_find_following(item)), item.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     """Start machines for the tests that come next: this one has got its own by now."""
     machines = item.config.stash.get(_MACHINES, None)

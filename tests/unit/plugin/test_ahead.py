@@ -108,6 +108,20 @@ def test_test_that_asks_for_nothing_leaves_nothing() -> None:
     assert starting.fates == [("2", "dropped")]
 
 
+def test_next_one_is_started_beside_one_that_is_not_asked_for_yet() -> None:
+    starting = Starting()
+    ahead = Ahead(starting, 1)
+    ahead.take(ONE, case("1"))
+    ahead.start_for([case("2")])
+    assert ahead.has("2")
+
+    ahead.start_for([case("3")], "2")
+    ahead.take(ONE, case("2"))
+
+    assert not ahead.has("2")
+    assert starting.fates == [("2", "taken"), ("3", "waits")]
+
+
 def test_tests_that_run_in_another_order_are_followed() -> None:
     starting = Starting()
     ahead = Ahead(starting, 1)
