@@ -309,11 +309,16 @@ class Spare:
                 os.write(self._speaking, b"\n")
             os.close(self._speaking)
 
+    def _is_wanted(self) -> bool:
+        """Whether it is to be given back: from now on it is not promoted, or it has been before."""
+        with self._budget.locked():
+            self._asked_for = bool(self._held)
+            return self._asked_for
+
     def _listen(self, descriptor: int) -> None:
         try:
             os.read(descriptor, 1)
-            if self._held:
-                self._asked_for = True
+            if self._held and self._is_wanted():
                 self._on_wanted()
         except Exception:  # noqa: BLE001 - nobody is there to get it
             _log.exception("A spare part of the budget could not be given back")

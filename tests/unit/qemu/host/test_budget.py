@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,44 @@ def test_thread_that_waits_wants_the_spares_of_its_own_process(tmp_path: Path) -
         assert threads != [threading.current_thread()]
         assert len(threads) == 1
     assert leftovers(tmp_path) == []
+
+
+class _PromotedWhenSeen:
+    """What a spare holds; another thread promotes it once the spare's own has seen that it does."""
+
+    def __init__(self, spare: Spare) -> None:
+        self.held = spare._held
+        self.release = spare._held.release
+        self.promoted: list[AbstractContextManager[None] | None] = []
+        self.promoter = threading.Thread(target=lambda: self.promoted.append(spare.promote()))
+
+    def __bool__(self) -> bool:
+        held = bool(self.held)
+        if threading.current_thread().name == "budget-spare" and self.promoter.ident is None:
+            self.promoter.start()
+            self.promoter.join(0.2)  # it may wait for this thread
+        return held
+
+
+def test_spare_is_promoted_or_wanted_but_not_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[None] = []
+    before = set(threading.enumerate())
+    spare = Budget(tmp_path, WHOLE).try_spare(WHOLE, lambda: wanted.append(None))
+    assert spare is not None
+    (listener,) = set(threading.enumerate()) - before
+    promoting = _PromotedWhenSeen(spare)
+    monkeypatch.setattr(spare, "_held", promoting)
+
+    (fifo,) = tmp_path.glob("*.wanted")
+    fifo.write_text("wanted")
+    listener.join(30)
+    promoting.promoter.join(30)
+
+    (promoted,) = promoting.promoted
+    assert (promoted is None) == bool(wanted)
+    spare.release()
 
 
 def test_promoted_spare_is_a_reservation_as_any(tmp_path: Path) -> None:
