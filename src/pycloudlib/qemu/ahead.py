@@ -9,10 +9,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pycloudlib._base.locks import renew_in_children
 from pycloudlib.qemu.host.budget import Budget, Capacity, Spare
 from pycloudlib.qemu.host.ownership import Orphans, at_normal_end, claim
 from pycloudlib.qemu.instance import QemuInstance
@@ -40,8 +41,7 @@ class MachineAhead:
 
     Args:
         name: What the thread and the log call it.
-        budget: What machines may use.
-        capacity: What this one uses.
+        spare: Its room in the budget.
         begin: Makes the machine ready; called in the thread.
         undo: Ends the machine, also while `begin` runs; may be called several times.
     """
@@ -56,6 +56,8 @@ class MachineAhead:
         self._outcome: Future[QemuInstance] = Future()
         self._ending = threading.Lock()
         self._dropped = False
+        self._ended = False
+        self._pid = os.getpid()
         _note(self)
         # A daemon: a program ends what its thread starts, rather than wait for it.
         threading.Thread(target=self._run, name=f"ahead: {name}", daemon=True).start()
@@ -85,7 +87,8 @@ class MachineAhead:
             return None
         try:
             ahead = cls(name, spare, begin, undo)
-        except BaseException:
+        except BaseException as error:
+            started.set_exception(error)
             spare.release()
             raise
         started.set_result(ahead)
@@ -95,6 +98,11 @@ class MachineAhead:
     def is_dropped(self) -> bool:
         """Whether it was ended, or is being ended, and can be had no more."""
         return self._dropped
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was ended: nothing is done with the machine any more."""
+        return self._ended
 
     @property
     def is_done(self) -> bool:
@@ -133,18 +141,24 @@ class MachineAhead:
         return machine, room
 
     def drop(self) -> None:
-        """End the machine and give back its room; errors are logged."""
+        """End the machine and give back its room; errors are logged.
+
+        Idempotent, and without effect in a forked child. What a Ctrl-C interrupts, the next call
+        does.
+        """
+        if self._pid != os.getpid():
+            return
+        self._dropped = True
         with self._ending:
-            if self._dropped:
+            if self._ended:
                 return
-            self._dropped = True
             while not self._outcome.done():
                 # What is being started may not be there yet, and then soon is.
                 self._try_undo(logging.DEBUG)
-                with contextlib.suppress(BaseException):
-                    self._outcome.result(_END_SECONDS)
+                wait([self._outcome], _END_SECONDS)
             self._try_undo(logging.WARNING)
             self._spare.release()
+            self._ended = True
             _not_taken.discard(self)
 
     def _try_undo(self, level: int) -> None:
@@ -241,6 +255,7 @@ class Pool:
         self._waiting: list[MachineAhead] = []
         self._changing = threading.Lock()
         self._closed = False
+        renew_in_children(self, _changing=threading.Lock)
         self._refill()
 
     @property
@@ -277,7 +292,7 @@ class Pool:
         """End the machines that wait; a closed pool stays as it is."""
         with self._changing:
             self._closed = True
-            waiting, self._waiting = self._waiting, []
+            waiting = list(self._waiting)
         for ahead in waiting:
             ahead.drop()
 

@@ -437,8 +437,9 @@ class Qemu(BaseCloud):
         Returns:
             The errors met on the way; empty when nothing is left.
         """
-        while self._pools:
-            self._pools.pop().close()
+        for pool in self._pools:
+            pool.close()
+        self._pools.clear()
         errors = super().clean()
         if self._own_keys.holds(self._key_pair):  # one that was set by use_key() stays
             self._key_pair = None

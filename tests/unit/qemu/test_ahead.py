@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,3 +325,68 @@ def test_closed_pool_has_no_machines(budget: Budget, cloud: FakeCloud) -> None:
     assert count_free(budget) == 2
     with pytest.raises(ValueError, match="pool is closed"):
         pool.take()
+
+
+def test_interrupted_end_is_done_by_the_next_one(budget: Budget, cloud: FakeCloud) -> None:
+    machine = cloud.launch("ahead")
+    interrupts = [KeyboardInterrupt()]
+
+    def undo() -> None:
+        if interrupts:
+            raise interrupts.pop()
+        machine.delete()
+
+    ahead = MachineAhead.start("ahead", budget, ONE, lambda: machine, undo)
+    assert ahead is not None
+    with pytest.raises(KeyboardInterrupt):
+        ahead.drop()
+    assert not ahead.has_ended
+
+    with budget.reserving(Capacity(2, 1024), ignore):  # has it dropped again
+        assert ahead.has_ended
+        assert machine.deleted.is_set()
+
+
+def test_interrupted_close_of_a_pool_is_done_by_the_next_one(
+    budget: Budget, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(cloud, budget, 2)
+
+    def interrupt(ahead: MachineAhead) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MachineAhead, "drop", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.close()
+
+    pool.close()
+
+    assert cloud.created_instances == []
+    assert count_free(budget) == 2
+
+
+def _use_in_child(ahead: MachineAhead, pool: Pool) -> None:
+    pool.close()
+    ahead.drop()
+    os._exit(0 if ahead.take() is None else 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_child_ends_nothing(budget: Budget, cloud: FakeCloud) -> None:
+    cloud.slow = True
+    ahead, machine = start(budget, cloud)
+    pool = make_pool(cloud, budget)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_use_in_child, args=(ahead, pool))
+
+    child.start()
+    child.join(LIMIT)
+
+    try:
+        assert child.exitcode == 0
+        assert not machine.deleted.is_set()
+    finally:
+        child.kill()
+        pool.close()
+        ahead.drop()
