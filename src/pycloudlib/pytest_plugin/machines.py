@@ -104,25 +104,54 @@ class InUse:
 
 
 @dataclass(slots=True)
+class _Turn:
+    """One of two machines that take turns.
+
+    Attributes:
+        machine: The machine; None until it was needed.
+        in_use: Whether a test uses it.
+        ahead: What gets it ready for a test that comes next, until the test has it.
+    """
+
+    machine: QemuInstance | None = None
+    in_use: bool = False
+    ahead: MachineAhead | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it can be got ready for a test."""
+        return not self.in_use and (self.ahead is None or self.ahead.has_ended)
+
+
+@dataclass(slots=True)
 class _Shared:
-    """A machine that tests use one after another, and one that stands in for it in turn.
+    """A machine that tests use one after another: two that take turns.
 
     While a test uses the one, the other returns to the beginning, for the next test.
 
     Attributes:
-        machine: The one that a test uses, or the last one has used.
+        name: What both are called.
         start: The image of the snapshot to which they return.
-        other: The other one, once it was needed.
+        turns: The machines.
     """
 
-    machine: QemuInstance
+    name: str
     start: str
-    other: QemuInstance | None = None
+    turns: tuple[_Turn, _Turn]
 
-    @property
-    def machines(self) -> list[QemuInstance]:
-        """Those that there are."""
-        return [self.machine] if self.other is None else [self.machine, self.other]
+    def find_free(self) -> _Turn | None:
+        """Return one that no test has or will have, rather one that exists; None without one."""
+        free = [turn for turn in self.turns if turn.is_free]
+        return min(free, key=lambda turn: turn.machine is None, default=None)
+
+    def free_one(self) -> _Turn:
+        """Return one that no test has; a test that comes next may have to wait for its own."""
+        found = self.find_free()
+        if found is None:
+            found = next(turn for turn in self.turns if not turn.in_use)
+            if found.ahead is not None:
+                found.ahead.drop()
+        return found
 
 
 class Machines:
@@ -155,7 +184,6 @@ class Machines:
         self._on_wait = on_wait
         self._kept_mib = kept_mib
         self._shared: dict[Wanted, _Shared] = {}
-        self._in_use: set[Wanted] = set()
         self.ahead = Ahead(self._start_ahead, ahead)
 
     def make(self, wanted: Wanted, in_use: InUse, options: dict[str, Any]) -> QemuInstance:
@@ -193,10 +221,9 @@ class Machines:
         if machine is None:
             in_use.ending.enter_context(self._budget.reserving(self._size(wanted), self._on_wait))
             machine = self._roll_back(wanted) or self._make_shared(wanted, in_use)
-        elif (shared := self._shared[wanted]).other is machine:
-            shared.machine, shared.other = machine, shared.machine
-        self._in_use.add(wanted)
-        in_use.ending.callback(self._park, wanted, in_use)
+        turn = next(turn for turn in self._shared[wanted].turns if turn.machine is machine)
+        turn.in_use, turn.ahead = True, None
+        in_use.ending.callback(self._park, wanted, turn, in_use)
         if machine not in in_use.machines:
             in_use.machines.append(machine)
         return machine
@@ -237,44 +264,39 @@ class Machines:
             _log.debug("Nothing is started ahead for %s: %s", test.name, error)
             return None  # the test hears of it, if it asks for that
         if asked.shared:
-            shared = self._shared.get(wanted)
-            if shared is None:
-                return None
-            begin, undo = self._returning(shared, in_use=wanted in self._in_use)
-            return MachineAhead.start(shared.machine.name, self._budget, size, begin, undo)
+            return self._return_ahead(wanted, size)
         if "name" in asked.options:
             return None  # the test before has a machine of that name
         name = name_machine(test.name)
-        options = {**asked.options, "name": name}
+        # Its room is reserved already: it would wait for what it holds itself.
+        options = {**asked.options, "name": name, "wait_for_room": False}
         launch = partial(self._launch, wanted, saved, options)
         begin, undo = launching(self._cloud, name, launch)
         return MachineAhead.start(name, self._budget, size, begin, undo)
 
-    def _returning(
-        self, shared: _Shared, *, in_use: bool
-    ) -> tuple[Callable[[], QemuInstance], Callable[[], None]]:
-        """Return what gets a shared machine ready again, and what switches it off instead.
-
-        Args:
-            shared: The machine.
-            in_use: Whether a test uses it now, so that the other one is needed.
-        """
-        chosen = shared.other if in_use else shared.machine
-
-        def begin() -> QemuInstance:
-            nonlocal chosen
-            if chosen is None:
-                chosen = shared.other = self._cloud.stand_in(shared.start)
-            else:
-                chosen.rollback(shared.start)
-            chosen.wait()
-            return chosen
+    def _return_ahead(self, wanted: Wanted, size: Capacity) -> MachineAhead | None:
+        """Get a shared machine ready that no test has or will have; return None without one."""
+        shared = self._shared.get(wanted)
+        turn = None if shared is None else shared.find_free()
+        if shared is None or turn is None:
+            return None
 
         def undo() -> None:
-            if chosen is not None:
-                chosen.machine.kill()
+            if turn.machine is not None:
+                turn.machine.machine.kill()
 
-        return begin, undo
+        begin = partial(self._return_to_start, shared, turn)
+        turn.ahead = MachineAhead.start(shared.name, self._budget, size, begin, undo)
+        return turn.ahead
+
+    def _return_to_start(self, shared: _Shared, turn: _Turn) -> QemuInstance:
+        """Return a shared machine that is at its beginning, and ready."""
+        if turn.machine is None:
+            turn.machine = self._cloud.stand_in(shared.start)
+        else:
+            turn.machine.rollback(shared.start)
+        turn.machine.wait()
+        return turn.machine
 
     def _dispose(self, machine: QemuInstance, in_use: InUse) -> None:
         if machine in in_use.kept:
@@ -283,27 +305,32 @@ class Machines:
         else:
             _delete(machine)
 
-    def _park(self, wanted: Wanted, in_use: InUse) -> None:
-        self._in_use.discard(wanted)
-        shared = self._shared[wanted]
-        if shared.machine in in_use.kept:
-            del self._shared[wanted]
-            self._cloud.forget(shared.machine)
-            if shared.other is not None:
-                _delete(shared.other)
+    def _park(self, wanted: Wanted, turn: _Turn, in_use: InUse) -> None:
+        turn.in_use = False
+        if turn.machine is None:
+            return
+        if turn.machine in in_use.kept:
+            self._cloud.forget(turn.machine)
+            turn.machine = None
+            self._forget_shared(wanted)
         else:
             # Its next user finds it running: a rollback starts another QEMU in any case.
-            shared.machine.machine.kill()
+            turn.machine.machine.kill()
 
     def _forget_deleted(self, wanted: Wanted) -> None:
-        """Forget a shared machine that a test has deleted, and what stands in for it."""
+        """Forget a shared machine that a test has deleted, and the other one."""
         shared = self._shared.get(wanted)
-        if shared is not None and not shared.machine.instance_dir.is_dir():
+        machines = [turn.machine for turn in shared.turns] if shared else []
+        if not all(machine is None or machine.instance_dir.is_dir() for machine in machines):
             self._forget_shared(wanted)
 
     def _forget_shared(self, wanted: Wanted) -> None:
-        for machine in self._shared.pop(wanted).machines:
-            _delete(machine)
+        """Delete a shared machine and the other one, also while that is got ready for a test."""
+        for turn in self._shared.pop(wanted).turns:
+            if turn.ahead is not None:
+                turn.ahead.drop()
+            if turn.machine is not None:
+                _delete(turn.machine)
 
     def _size(self, wanted: Wanted) -> Capacity:
         """Return what a machine uses.
@@ -340,22 +367,20 @@ class Machines:
             machine.wait()
             start = self._cloud.snapshot(machine, memory=True)
             undo.pop_all()
-        self._shared[wanted] = _Shared(machine, start)
+        self._shared[wanted] = _Shared(machine.name, start, (_Turn(machine), _Turn()))
         return machine
 
     def _roll_back(self, wanted: Wanted) -> QemuInstance | None:
-        """Roll the shared machine back to its start; return None if there is none (any more)."""
+        """Return the shared machine, at its start; None if there is none (any more)."""
         shared = self._shared.get(wanted)
         if shared is None:
             return None
         try:
-            shared.machine.rollback(shared.start)
-            shared.machine.wait()
+            return self._return_to_start(shared, shared.free_one())
         except Exception as error:  # noqa: BLE001 - whatever tests have done to it, another is made
-            _log.info("%s is made again: %s", shared.machine.name, error)
+            _log.info("%s is made again: %s", shared.name, error)
             self._forget_shared(wanted)
             return None
-        return shared.machine
 
 
 def name_machine(words: str) -> str:
@@ -401,7 +426,8 @@ def _diagnose(machine: QemuInstance) -> str:
 
 def commands_for(machine: QemuInstance) -> str:
     """Return the commands that log in to a kept machine, and delete it."""
-    name = f"{layers.cloud_tag(machine.instance_dir.parent)}/{machine.name}"
+    # A shared machine may be called as another one, in a directory of its own.
+    name = f"{layers.cloud_tag(machine.instance_dir.parent)}/{machine.instance_dir.name}"
     return (
         f"pycloudlib shell {name}\n"
         f"pycloudlib delete {name} && pycloudlib prune   when it is not needed any more"
