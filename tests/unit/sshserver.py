@@ -265,6 +265,7 @@ class ListeningServer:
         host_key: Its host key, as `type base64`.
         sizes: The sizes that terminals were given.
         transports: Its side of all connections.
+        ended: The exit statuses of all that has run.
         silent: While this is set, no session is opened, nor refused: nobody is there.
         on_login: Called for each login.
     """
@@ -274,6 +275,7 @@ class ListeningServer:
         self.host_key = f"{_HOST_KEY.get_name()} {_HOST_KEY.get_base64()}"
         self.sizes: list[tuple[int, int]] = []
         self.transports: list[paramiko.Transport] = []
+        self.ended: list[int] = []
         self.silent = threading.Event()
         self.on_login: Callable[[], object] = lambda: None
         self._most_sessions = most_sessions
@@ -331,6 +333,10 @@ class _KeyServer(_Server):
 
     def get_allowed_auths(self, username: str) -> str:
         return "publickey"
+
+    def _finish(self, channel: paramiko.Channel, status: int) -> None:
+        self._owner.ended.append(status)
+        super()._finish(channel, status)
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
         # In the thread of the connection, on which nothing is answered meanwhile.

@@ -33,7 +33,7 @@ from pycloudlib._base.files import (
 from pycloudlib._base.locks import try_lock
 from pycloudlib._base.tools import environment, find_tool
 from pycloudlib.errors import MissingPrerequisiteError
-from pycloudlib.guest.access.mux import Channel, Master, MasterError, Terminal
+from pycloudlib.guest.access.mux import Channel, Master, MasterError, RefusedError, Terminal
 from pycloudlib.guest.access.sessions import open_session
 from pycloudlib.guest.access.ssh import ANSWER_LIMIT, Endpoint, HostKeys, identity_options
 
@@ -109,6 +109,9 @@ BEHIND_LOGINS = (
     "~/.ssh/environment",
 )
 _OLD, _CURRENT = b"old", b"current"
+# A session that is not opened in time may be opened later, when its command has been run elsewhere.
+# So the command is run after a line of input, which is sent once the session is open.
+_WHEN_TOLD = b"; read -r pycloudlib && unset pycloudlib || exit; "
 # The first version of bash that becomes the last command of a list as it becomes a command that is
 # alone: earlier ones stay its parent, and have an exit status where a signal has ended it. Others
 # treat both alike.
@@ -238,30 +241,46 @@ class Keeper:
             TimeoutError: Whether it has begun is not known.
         """
         mark = secrets.token_hex(8).encode()
-        look = self._look(mark)
         if line is not None and terminal is None:
-            channel = self._open(look + b"; " + line, None, deadline)
+            channel = self._open_told(mark, line, deadline)
             return channel if channel is not None and _has_begun(channel, mark, deadline) else None
         # A login shell takes no command, and a terminal has to show no mark.
-        channel = self._open(look, None, deadline)
+        channel = self._open_told(mark, b"true", deadline)
         if channel is None:
             return None
         with channel:
             current = _has_begun(channel, mark, deadline)
-        return self._open(line or b"", terminal, deadline) if current else None
+        return self._open_untold(line or b"", terminal, deadline) if current else None
 
-    def _open(
-        self, request: bytes, terminal: Terminal | None, deadline: Deadline
-    ) -> Channel | None:
+    def _open_told(self, mark: bytes, line: bytes, deadline: Deadline) -> Channel | None:
+        """Run a command after a look, unless the guest does not open the session soon."""
         master = self.find()
         if master is None:
             return None
         try:
             limit = Deadline.after(deadline.capped(self.open_limit))
-            return Channel(master, request, limit, terminal=terminal)
+            channel = Channel(master, self._look(mark) + _WHEN_TOLD + line, limit, None)
         except MasterError as error:
             _log.debug("The connection that is kept opens no session: %s", error)
             return None
+        with contextlib.suppress(OSError):  # it has ended already
+            channel.sendall(b"\n")
+        return channel
+
+    def _open_untold(
+        self, request: bytes, terminal: Terminal | None, deadline: Deadline
+    ) -> Channel | None:
+        """Run what no input can come before, in a guest that has just answered."""
+        master = self.find()
+        if master is None:
+            return None
+        try:
+            return Channel(master, request, deadline, terminal)
+        except RefusedError as error:
+            _log.debug("The connection that is kept opens no session: %s", error)
+            return None
+        except MasterError as error:
+            raise TimeoutError(f"the session was not opened in time: {error}") from error
 
     def _run_master(self, endpoint: Endpoint, pinned: Sequence[str], deadline: Deadline) -> bool:
         options = [f"-o{name}={value}" for name, value in _OPTIONS.items()]
@@ -296,7 +315,7 @@ class Keeper:
     def _suits(self, deadline: Deadline) -> bool:
         """Whether commands run as they do on a connection of their own."""
         mark = secrets.token_hex(8).encode()
-        channel = self._open(self._look(mark) + b"; " + _BASH, None, deadline)
+        channel = self._open_told(mark, _BASH, deadline)
         if channel is None:
             return False
         with channel, contextlib.suppress(TimeoutError):
@@ -318,7 +337,8 @@ class Keeper:
     def _look(self, mark: bytes) -> bytes:
         """Return what runs before a command: it prints whether that follows.
 
-        Only what shells have built in, and no variable: the command is run as if it was alone.
+        Only what shells have built in, and no variable stays: the command is run as if it was
+        alone.
         """
         tests = [f"[ ! -f {self.login} ]", *(f"[ {one} -nt {self.login} ]" for one in self.behind)]
         is_old = " || ".join(tests).encode()

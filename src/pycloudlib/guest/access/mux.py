@@ -37,7 +37,11 @@ _LONGEST_MESSAGE = 1 << 18
 
 
 class MasterError(Exception):
-    """The process that keeps the connection did not open a session; nothing has begun."""
+    """The process that keeps the connection did not open a session, as far as is known."""
+
+
+class RefusedError(MasterError):
+    """It, or the server, refused to open a session; nothing has begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,8 @@ class Master:
             terminal: The type of its terminal; None for none.
 
         Raises:
-            MasterError: It could not be opened; nothing has begun.
+            RefusedError: It could not be opened; nothing has begun.
+            MasterError: It was not opened in time; it still may be.
         """
         flags = struct.pack(">IIIII", terminal is not None, 0, 0, 0, _NO_ESCAPE)
         kind = os.fsencode(terminal or "")
@@ -139,7 +144,7 @@ class Master:
             message = self._receive()
             number = int.from_bytes(message[:4], "big")
             if number in _FAILURES:
-                raise MasterError(message[12:].decode(errors="replace"))
+                raise RefusedError(message[12:].decode(errors="replace"))
             if number != _OPENED:
                 raise MasterError(f"it answered {number:#x}")
 
@@ -195,7 +200,8 @@ class Channel:
         status_event: Set when it has ended.
 
     Raises:
-        MasterError: It could not be opened; nothing has begun.
+        RefusedError: It could not be opened; nothing has begun.
+        MasterError: It was not opened in time. It still may be: its input has ended then.
     """
 
     def __init__(

@@ -244,7 +244,7 @@ def test_keeper_that_was_killed_leaves_nothing_in_the_way(machine: Machine) -> N
     assert (machine.server.connections, machine.usual) == (2, 0)
 
 
-def test_guest_that_answers_no_more_is_connected_to_anew(machine: Machine) -> None:
+def test_guest_that_answers_no_more_is_connected_to_anew(machine: Machine, guest: Path) -> None:
     """As after a reset: what is sent to the old connection is never answered."""
     machine.run("true")
     machine.keeper = dataclasses.replace(machine.keeper, open_limit=0.5)
@@ -258,9 +258,13 @@ def test_guest_that_answers_no_more_is_connected_to_anew(machine: Machine) -> No
 
     waker = threading.Thread(target=wake)
     waker.start()
-    assert machine.run("cat", b"once") == (0, b"once", b"")
+    assert machine.run("echo ran >>log; cat", b"once") == (0, b"once", b"")
     waker.join()
     assert machine.server.connections == 2
+    # The session that was opened too late is the fifth: each connection is tried first.
+    while len(machine.server.ended) < 5:
+        time.sleep(0.01)
+    assert (guest / "log").read_text() == "ran\n"
 
 
 def test_error_of_the_connection_that_is_made_instead_is_raised(machine: Machine) -> None:
