@@ -268,6 +268,8 @@ class ListeningServer:
         ended: The exit statuses of all that has run.
         silent: While this is set, no session is opened, nor refused: nobody is there.
         on_login: Called for each login.
+        answers_requests: Whether requests on a session are answered.
+        prelude: Run before each command, as a shell's start-up file.
     """
 
     def __init__(self, directory: Path, most_sessions: int = 10) -> None:
@@ -278,6 +280,8 @@ class ListeningServer:
         self.ended: list[int] = []
         self.silent = threading.Event()
         self.on_login: Callable[[], object] = lambda: None
+        self.answers_requests = True
+        self.prelude = ""
         self._most_sessions = most_sessions
         self._over = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -315,8 +319,12 @@ class ListeningServer:
                 server = _KeyServer(self, self.directory, self._most_sessions, self.sizes)
                 transport.start_server(event=threading.Event(), server=server)
 
+    def is_over(self, seconds: float) -> bool:
+        """Wait for its end; return whether that has come."""
+        return self._over.wait(seconds)
+
     def wait_while_silent(self) -> None:
-        while self.silent.is_set() and not self._over.wait(0.01):
+        while self.silent.is_set() and not self.is_over(0.01):
             pass
 
 
@@ -333,6 +341,13 @@ class _KeyServer(_Server):
 
     def get_allowed_auths(self, username: str) -> str:
         return "publickey"
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        while not (self._owner.answers_requests or self._owner.is_over(0.01)):
+            pass
+        return super().check_channel_exec_request(
+            channel, os.fsencode(self._owner.prelude) + command
+        )
 
     def _finish(self, channel: paramiko.Channel, status: int) -> None:
         self._owner.ended.append(status)

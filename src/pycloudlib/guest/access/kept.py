@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ _HOSTS = "hosts"
 _LOCK = "lock"
 _UNSUITED = "unsuited"
 _CHUNK = 1 << 16
+# Bytes that a login shell's start-up files may print.
+_LONGEST_BEGINNING = 1 << 20
 # Seconds for which a machine counts as one to which no connection can be kept.
 _UNSUITED_LIMIT = 300.0
 # Seconds that the process on this host may take to answer; it has little to do.
@@ -355,15 +358,21 @@ def _has_begun(channel: Channel, mark: bytes, deadline: Deadline) -> bool:
     """Take the line of a mark out of the output; close the channel and return False if it is old.
 
     Raises:
-        TimeoutError: It did not come in time.
+        TimeoutError: It did not come in time, or too much came before it; the channel is closed.
     """
-    channel.settimeout(max(deadline.remaining, 0.1))
     output = b""
-    while (start := output.find(mark)) < 0 or b"\n" not in output[start:]:
-        chunk = channel.recv(_CHUNK)
-        if not chunk:
-            break
-        output += chunk
+    try:
+        while (start := output.find(mark)) < 0 or b"\n" not in output[start:]:
+            if deadline.expired or len(output) > _LONGEST_BEGINNING:
+                raise TimeoutError("the login shell prints other things and does not begin")
+            channel.settimeout(max(deadline.remaining, 0.1))
+            chunk = channel.recv(_CHUNK)
+            if not chunk:
+                break
+            output += chunk
+    except TimeoutError:
+        channel.close()
+        raise
     channel.settimeout(None)
     # A shell's start-up files may have printed something before.
     before, found, rest = output.partition(mark)
@@ -423,25 +432,25 @@ class KeptClient:
 
     def begin(
         self, line: bytes | None, terminal: Terminal | None, deadline: Deadline
-    ) -> Channel | paramiko.Channel:
-        """Run a command on a new channel: on the kept connection, or on another one."""
+    ) -> Channel | None:
+        """Run a command on a new channel of the kept connection; None where nothing has begun."""
         channel = self._keeper.open(line, terminal, deadline)
         if channel is not None:
             self._closers.append(channel.close)
-            return channel
+        return channel
+
+    def open_elsewhere(self) -> paramiko.Channel:
+        """Return a channel of another connection, and have the kept one used no further."""
         self._keeper.stop()
         if self._is_new:
             self._keeper.give_up()
         another = self._renew()
         self._closers.append(another.close)
-        channel_there = open_session(another)
-        if terminal is not None:
-            channel_there.get_pty(terminal.kind, terminal.columns, terminal.lines)
-        if line is None:
-            channel_there.invoke_shell()
-        else:
-            channel_there.exec_command(line)
-        return channel_there
+        return open_session(another)
+
+
+_NOTHING_RUNS = threading.Event()
+_NOTHING_RUNS.set()
 
 
 class PendingChannel:
@@ -455,6 +464,7 @@ class PendingChannel:
         self._deadline = deadline
         self._terminal: Terminal | None = None
         self._channel: Any = None
+        self._closed = False
 
     def __enter__(self) -> PendingChannel:
         return self
@@ -465,24 +475,57 @@ class PendingChannel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed on this side."""
+        return self._closed or (self._channel is not None and bool(self._channel.closed))
+
+    @property
+    def status_event(self) -> threading.Event:
+        """Set when nothing runs on it any more, or yet."""
+        if self._channel is None:
+            return _NOTHING_RUNS
+        event: threading.Event = self._channel.status_event
+        return event
+
     def get_pty(self, term: str = "vt100", width: int = 80, height: int = 24) -> None:
         """Ask for a terminal."""
         self._terminal = Terminal(term, width, height)
 
     def exec_command(self, command: bytes) -> None:
         """Run a command line."""
-        self._channel = self._client.begin(command, self._terminal, self._deadline)
+        self._begin(command)
 
     def invoke_shell(self) -> None:
         """Run the login shell."""
-        self._channel = self._client.begin(None, self._terminal, self._deadline)
+        self._begin(None)
+
+    def _begin(self, line: bytes | None) -> None:
+        terminal = self._terminal
+        channel = self._client.begin(line, terminal, self._deadline)
+        if channel is not None:
+            self._use(channel)
+            return
+        # What waits for its answers is closed with this.
+        another = self._client.open_elsewhere()
+        self._use(another)
+        if terminal is not None:
+            another.get_pty(terminal.kind, terminal.columns, terminal.lines)
+        if line is None:
+            another.invoke_shell()
+        else:
+            another.exec_command(line)
+
+    def _use(self, channel: Any) -> None:
+        self._channel = channel
+        if self._closed:
+            channel.close()
 
     def close(self) -> None:
         """Close it; in any thread."""
+        self._closed = True
         if self._channel is not None:
             self._channel.close()
-        elif not self._deadline.expired:
-            self._deadline = Deadline.after(0)
 
 
 def client(

@@ -20,7 +20,7 @@ import pytest
 
 from pycloudlib._base.deadline import Deadline
 from pycloudlib.errors import CloudError
-from pycloudlib.guest.access import commands, kept, ssh
+from pycloudlib.guest.access import commands, kept, sessions, ssh
 from pycloudlib.guest.access.kept import Keeper
 from pycloudlib.guest.access.sessions import open_session
 from pycloudlib.key import generate_ed25519
@@ -67,18 +67,17 @@ class Machine:
         run.mkdir(mode=0o700)
         self.keeper = Keeper(run / "ssh", str(login), (str(self.group),))
         self.server = server
+        self.endpoint = ssh.Endpoint("127.0.0.1", server.port, "me", str(self.key))
         self.host_keys = Pinned((server.host_key,))
         self.usual = 0
 
+    def connect_usually(self) -> paramiko.SSHClient:
+        self.usual += 1
+        return ssh.connect(self.endpoint, self.host_keys, banner_timeout=LIMIT)
+
     def connect(self) -> paramiko.SSHClient:
-        endpoint = ssh.Endpoint("127.0.0.1", self.server.port, "me", str(self.key))
-
-        def connect_usually() -> paramiko.SSHClient:
-            self.usual += 1
-            return ssh.connect(endpoint, self.host_keys, banner_timeout=LIMIT)
-
         return self.keeper.connect(
-            endpoint, self.host_keys, connect_usually, self.connect, may_start=True
+            self.endpoint, self.host_keys, self.connect_usually, self.connect, may_start=True
         )
 
     def run(self, command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
@@ -265,6 +264,46 @@ def test_guest_that_answers_no_more_is_connected_to_anew(machine: Machine, guest
     while len(machine.server.ended) < 5:
         time.sleep(0.01)
     assert (guest / "log").read_text() == "ran\n"
+
+
+def test_request_that_another_connection_does_not_answer_has_a_limit(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ANSWER_LIMIT", 0.5)
+    machine.server.answers_requests = False
+    client = kept.client(machine.keeper, machine.connect_usually)  # nobody keeps one
+
+    with contextlib.closing(client), pytest.raises(paramiko.SSHException):
+        commands.stream(open_session(client), "true", stdout=len, stderr=len)
+
+
+def test_shell_that_prints_without_end_is_given_up(machine: Machine) -> None:
+    """As a start-up file that ends at last, or one of a guest that lies."""
+    machine.run("true")
+    machine.server.prelude = "while :; do echo another line; done; "
+    client = machine.connect()
+
+    with contextlib.closing(client), pytest.raises(paramiko.SSHException, match="does not begin"):
+        commands.stream(open_session(client), "true", stdout=len, stderr=len)
+
+
+def test_shell_that_prints_now_and_then_is_given_up(machine: Machine) -> None:
+    machine.run("true")
+    machine.server.prelude = "while :; do echo another line; sleep 0.05; done; "
+
+    with pytest.raises(TimeoutError):
+        machine.keeper.open(b"true", None, Deadline.after(1))
+
+
+def test_session_that_ran_nothing_has_ended(machine: Machine) -> None:
+    connections = sessions.Connections(lambda _deadline: machine.connect())
+    try:
+        with connections.session() as session:
+            session.wait_for_end(LIMIT)
+        assert session.ended
+        assert connections.any_open
+    finally:
+        connections.close()
 
 
 def test_error_of_the_connection_that_is_made_instead_is_raised(machine: Machine) -> None:
