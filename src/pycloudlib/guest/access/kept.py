@@ -119,7 +119,7 @@ _WHEN_TOLD = b"; read -r pycloudlib && unset pycloudlib || exit; "
 # alone: earlier ones stay its parent, and have an exit status where a signal has ended it. Others
 # treat both alike.
 _OLDEST_BASH = (5, 1)
-_BASH = b'echo "${BASH_VERSION:-9.9}"'
+_BASH = b'"${BASH_VERSION:-9.9}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,12 +204,7 @@ class Keeper:
             if self.is_there():
                 return True
             pinned = host_keys.pinned() if host_keys else ()
-            if not (ours and self._run_master(endpoint, pinned, deadline)):
-                return False
-            suits = self._suits(deadline)
-            if not suits:
-                self._ask(Master.end)
-            return suits
+            return ours and self._run_master(endpoint, pinned, deadline)
 
     def end(self) -> None:
         """End the connection, if there is one, with all that runs on it."""
@@ -227,7 +222,12 @@ class Keeper:
             (self.directory / _UNSUITED).touch(mode=0o600)
 
     def open(
-        self, line: bytes | None, terminal: Terminal | None, deadline: Deadline
+        self,
+        line: bytes | None,
+        terminal: Terminal | None,
+        deadline: Deadline,
+        *,
+        is_new: bool = False,
     ) -> Channel | None:
         """Run a command, or the login shell, as it would run after a new login.
 
@@ -235,40 +235,41 @@ class Keeper:
             line: The command line; None for the login shell.
             terminal: The type, columns and lines of its terminal; None for none.
             deadline: Until when it has to have begun.
+            is_new: Whether it is not known yet that commands run as on a connection of their own.
 
         Returns:
             None if nothing has begun: nobody keeps a connection, the guest does not answer, it
-            opens no further session, or what a login has was changed.
+            opens no further session, what a login has was changed, or commands do not run so.
 
         Raises:
             TimeoutError: Whether it has begun is not known.
         """
         mark = secrets.token_hex(8).encode()
-        if line is not None and terminal is None:
-            channel = self._open_told(mark, line, deadline)
-            return channel if channel is not None and _has_begun(channel, mark, deadline) else None
         # A login shell takes no command, and a terminal has to show no mark.
-        channel = self._open_told(mark, b"true", deadline)
+        at_once = line is not None and terminal is None
+        channel = self._open_told(mark, line if line and at_once else b"true", deadline)
         if channel is None:
             return None
-        with channel:
-            current = _has_begun(channel, mark, deadline)
-        return self._open_untold(line or b"", terminal, deadline) if current else None
+        if not is_new:
+            _tell(channel)
+        if not _has_begun(channel, mark, deadline, is_new=is_new):
+            return None
+        if at_once:
+            return channel
+        channel.close()
+        return self._open_untold(line or b"", terminal, deadline)
 
     def _open_told(self, mark: bytes, line: bytes, deadline: Deadline) -> Channel | None:
-        """Run a command after a look, unless the guest does not open the session soon."""
+        """Prepare a command after a look, unless the guest does not open the session soon."""
         master = self.find()
         if master is None:
             return None
         try:
             limit = Deadline.after(deadline.capped(self.open_limit))
-            channel = Channel(master, self._look(mark) + _WHEN_TOLD + line, limit, None)
+            return Channel(master, self._look(mark) + _WHEN_TOLD + line, limit, None)
         except MasterError as error:
             _log.debug("The connection that is kept opens no session: %s", error)
             return None
-        with contextlib.suppress(OSError):  # it has ended already
-            channel.sendall(b"\n")
-        return channel
 
     def _open_untold(
         self, request: bytes, terminal: Terminal | None, deadline: Deadline
@@ -315,21 +316,6 @@ class Keeper:
             return False
         return done.returncode == 0
 
-    def _suits(self, deadline: Deadline) -> bool:
-        """Whether commands run as they do on a connection of their own."""
-        mark = secrets.token_hex(8).encode()
-        channel = self._open_told(mark, _BASH, deadline)
-        if channel is None:
-            return False
-        with channel, contextlib.suppress(TimeoutError):
-            channel.settimeout(max(deadline.remaining, 0.1))
-            output = b"".join(iter(lambda: channel.recv(_CHUNK), b""))
-            found = re.fullmatch(
-                rb"\s*%s\s+(\d+)\.(\d+)\S*\s*" % _CURRENT, output.rpartition(mark)[2]
-            )
-            return found is not None and (int(found[1]), int(found[2])) >= _OLDEST_BASH
-        return False
-
     def _is_unsuited(self) -> bool:
         try:
             since = (self.directory / _UNSUITED).stat().st_mtime
@@ -345,7 +331,8 @@ class Keeper:
         """
         tests = [f"[ ! -f {self.login} ]", *(f"[ {one} -nt {self.login} ]" for one in self.behind)]
         is_old = " || ".join(tests).encode()
-        return b"%s && echo %s %s && exit; echo %s %s" % (is_old, mark, _OLD, mark, _CURRENT)
+        words = (is_old, mark, _OLD, mark, _CURRENT, _BASH)
+        return b"%s && echo %s %s && exit; echo %s %s %s" % words
 
     def _ask(self, request: Callable[[Master, Deadline], None]) -> None:
         master = self.find()
@@ -354,34 +341,70 @@ class Keeper:
                 request(master, Deadline.after(_MASTER_LIMIT))
 
 
-def _has_begun(channel: Channel, mark: bytes, deadline: Deadline) -> bool:
-    """Take the line of a mark out of the output; close the channel and return False if it is old.
+def _tell(channel: Channel) -> None:
+    """Let the command of a session begin that is open."""
+    with contextlib.suppress(OSError):  # it has ended already
+        channel.sendall(b"\n")
+
+
+def _has_begun(channel: Channel, mark: bytes, deadline: Deadline, *, is_new: bool) -> bool:
+    """Take the line of a mark out of the output; return whether the command has begun.
+
+    Where it has not, and after an error, the channel is closed.
+
+    Args:
+        channel: The channel.
+        mark: The mark.
+        deadline: Until when it has to come.
+        is_new: Whether it decides if the command, which has not been told to yet, is to begin.
 
     Raises:
-        TimeoutError: It did not come in time, or too much came before it; the channel is closed.
+        TimeoutError: It did not come in time, or too much came before it.
     """
-    output = b""
     try:
-        while (start := output.find(mark)) < 0 or b"\n" not in output[start:]:
-            if deadline.expired or len(output) > _LONGEST_BEGINNING:
-                raise TimeoutError("the login shell prints other things and does not begin")
-            channel.settimeout(max(deadline.remaining, 0.1))
-            chunk = channel.recv(_CHUNK)
-            if not chunk:
-                break
-            output += chunk
+        before, told, after = _read_mark(channel, mark, deadline)
     except TimeoutError:
         channel.close()
+        if is_new:
+            return False
         raise
-    channel.settimeout(None)
-    # A shell's start-up files may have printed something before.
-    before, found, rest = output.partition(mark)
-    word, _, after = rest.partition(b"\n")
-    if found and word.strip() == _OLD:
+    if told[:1] == [_OLD] or (is_new and not _suits(told)):
         channel.close()
         return False
+    # A shell's start-up files may have printed something before.
     channel.unread(before + after)
+    if is_new:
+        _tell(channel)
     return True
+
+
+def _read_mark(
+    channel: Channel, mark: bytes, deadline: Deadline
+) -> tuple[bytes, list[bytes], bytes]:
+    """Read output up to the line of a mark; return that before, its words, and that behind.
+
+    Raises:
+        TimeoutError: It did not come in time, or too much came before it.
+    """
+    output = b""
+    while (start := output.find(mark)) < 0 or b"\n" not in output[start:]:
+        if deadline.expired or len(output) > _LONGEST_BEGINNING:
+            raise TimeoutError("the login shell prints other things and does not begin")
+        channel.settimeout(max(deadline.remaining, 0.1))
+        chunk = channel.recv(_CHUNK)
+        if not chunk:
+            break
+        output += chunk
+    channel.settimeout(None)
+    before, _, rest = output.partition(mark)
+    line, _, after = rest.partition(b"\n")
+    return before, line.split(), after
+
+
+def _suits(told: list[bytes]) -> bool:
+    """Whether commands run in a login shell as they do on a connection of their own."""
+    found = re.fullmatch(rb"%s (\d+)\.(\d+).*" % _CURRENT, b" ".join(told))
+    return found is not None and (int(found[1]), int(found[2])) >= _OLDEST_BASH
 
 
 class KeptClient:
@@ -434,8 +457,9 @@ class KeptClient:
         self, line: bytes | None, terminal: Terminal | None, deadline: Deadline
     ) -> Channel | None:
         """Run a command on a new channel of the kept connection; None where nothing has begun."""
-        channel = self._keeper.open(line, terminal, deadline)
+        channel = self._keeper.open(line, terminal, deadline, is_new=self._is_new)
         if channel is not None:
+            self._is_new = False
             self._closers.append(channel.close)
         return channel
 
