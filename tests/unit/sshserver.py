@@ -423,6 +423,7 @@ class LocalInstance(BaseInstance):
         transports: The server's side of all connections.
         clients: The other side of them.
         sizes: The sizes that terminals were given.
+        fixed_up: What was open when it was fixed up, each time.
     """
 
     def __init__(
@@ -434,6 +435,7 @@ class LocalInstance(BaseInstance):
         self.sizes: list[tuple[int, int]] = []
         self.transports: list[paramiko.Transport] = []
         self.clients: list[paramiko.SSHClient] = []
+        self.fixed_up: list[int] = []
         self._most_sessions = most_sessions
 
     @property
@@ -466,6 +468,10 @@ class LocalInstance(BaseInstance):
 
     def _file_port(self) -> FilePort | None:
         return self.port_of_files
+
+    def fix_up_before_use(self) -> None:
+        """Note that it was asked for."""
+        self.fixed_up.append(len(self.transports))
 
     def check_answers(self) -> None:
         """Raise when nobody will answer any more; a test says when."""

@@ -141,6 +141,7 @@ class _Reached:
         instance = self.instance
         try:
             with instance.explaining(f"an SSH connection to {instance.name}"):
+                instance.fix_up_before_use()
                 return instance._ssh_connect()
         except Exception as error:
             diagnosis = getattr(error, "diagnosis", None)
@@ -247,6 +248,7 @@ def copy(session: Session, source: str, target: str) -> None:
         instance.explaining(f"a copy from {source} to {target}"),
         showing_progress(session.progress, _log) as show,
     ):
+        instance.fix_up_before_use()
         if origin.machine:
             transfer.pull(instance, origin.path, _expand_user(goal.path), show)
         else:

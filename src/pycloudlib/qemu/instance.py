@@ -229,6 +229,10 @@ class QemuInstance(BaseInstance):
         """
         self._keeps_connection = True
 
+    def fix_up_before_use(self) -> None:
+        """Fix up a copy that is about to be used over SSH; see `FixUps.fix_up_before_use`."""
+        self.guest.fixes.fix_up_before_use()
+
     def check_answers(self) -> None:
         """Raise when the guest cannot answer; see `Guest.check_alive`."""
         self.guest.check_alive()

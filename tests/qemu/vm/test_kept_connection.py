@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import paramiko
 import pytest
 
 from pycloudlib._base.deadline import Deadline
+from pycloudlib._base.files import write_private
+from pycloudlib.guest import helper
 from pycloudlib.guest.access.ssh import Endpoint
+from pycloudlib.guest.helper import FixUp
 from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.result import Result
 from tests.qemu.machines import alive, becomes
 from tests.unit.sshserver import ListeningServer
 
@@ -85,3 +90,33 @@ def test_connection_that_is_kept_ends_with_a_rollback(
     running.rollback(str(saved.image))
 
     assert becomes(lambda: not alive(keeper))
+
+
+def test_copy_without_a_helper_is_fixed_up_before_its_connection_is_kept(
+    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rundir = running.machine.rundir
+    write_private(rundir.fix_up, FixUp().to_json())
+    ran = list[str]()
+
+    def execute(command: str, **_options: object) -> Result:
+        ran.append(command)
+        return Result(str(time.time()), "", 0)
+
+    monkeypatch.setattr(running.guest.fixes, "_execute", execute)
+
+    running.fix_up_before_use()
+
+    assert ran == ["date +%s.%N", helper.once_command()]
+    assert not rundir.fix_up.exists()
+    assert rundir.fixed_up.exists()
+
+
+def test_copy_that_cannot_be_fixed_up_is_used_all_the_same(
+    running: QemuInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_private(running.machine.rundir.fix_up, "damaged")
+
+    running.fix_up_before_use()
+
+    assert "will be fixed up by wait(): " in caplog.text

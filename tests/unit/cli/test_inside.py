@@ -54,6 +54,24 @@ def test_exec_hands_on_streams_and_status(web: LocalInstance, capfd: Capture) ->
     assert done == Outcome(7, "in", "err\n")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["exec", "web", "true"], ["shell", "web"], ["copy", "web:log", "."]]
+)
+def test_copy_is_fixed_up_before_it_is_used(
+    web: LocalInstance,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    capfd: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (web.directory / "log").touch()
+
+    assert run(capfd, *arguments).code == 0
+
+    assert web.fixed_up == [0]  # before any connection is made
+
+
 @pytest.mark.parametrize("dashes", [["--"], []])
 def test_exec_hands_on_words_as_they_are(
     web: LocalInstance, capfd: Capture, dashes: list[str]

@@ -106,6 +106,8 @@ class HelperLink:
             HelperError: It could not be done.
             PycloudlibTimeoutError: The helper did not answer within `limit` seconds.
         """
+        if not self.expected:
+            raise HelperError(f"no helper runs in {self.machine.spec.name}")
         deadline = Deadline.after(min(limit, _FIX_LIMIT))
         with self._connection(wait=True, deadline=deadline) as connection:
             if connection is None:
@@ -488,6 +490,17 @@ class FixUps:
             if self._link.expected:
                 self.fix_up()
         except (CloudError, PycloudlibTimeoutError, paramiko.SSHException) as error:
+            _log.warning("%s will be fixed up by wait(): %s", self._name, error)
+
+    def fix_up_before_use(self) -> None:
+        """Fix up a copy, also by SSH, for what is about to use SSH; a failure is logged.
+
+        Raises:
+            paramiko.SSHException: It cannot be reached, so not be used either.
+        """
+        try:
+            self.fix_up()
+        except (CloudError, PycloudlibTimeoutError) as error:
             _log.warning("%s will be fixed up by wait(): %s", self._name, error)
 
     def fix_up(self) -> None:
