@@ -271,8 +271,8 @@ def _run(
                 raise  # by on_wait
             _end(connections, session, announced, held.pop_all())
             raise _is_late(line, deadline, " and was hung up on") from None
-    if shell is not None and announced is not None and not announced.known.is_set():
-        return None
+    if shell is not None and announced is not None and not announced.known.is_set() and status >= 0:
+        return None  # it ended by itself; where the connection is lost, the command may have begun
     if announced is not None:
         announced.finish()
     return b"".join(out), b"".join(err), status

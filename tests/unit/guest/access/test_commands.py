@@ -251,6 +251,18 @@ def test_command_runs_anew_where_the_shell_is_gone(
     assert local.execute("echo hello") == "hello"
 
 
+def test_command_that_may_have_begun_is_not_run_anew(
+    local: LocalInstance, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the connection is lost with what the command has said first."""
+    monkeypatch.setattr(sshserver, "SHELL", ("bash", "-c"))  # it becomes the command
+    lost = f"printf '\\n%s\\n' $leave_mark; read -r -d '' line; eval \"$line\"; kill -9 $$"
+    leave_shell(local, lost)
+    result = local.execute(f"echo ran >>{home}/log")
+    assert (result, result.return_code) == ("", -1)
+    assert (home / "log").read_text() == "ran\n"
+
+
 def test_a_command_that_a_shell_may_have_itself_is_left_to_a_login_shell(
     local: LocalInstance, home: Path
 ) -> None:
