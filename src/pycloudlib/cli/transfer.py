@@ -104,8 +104,7 @@ def push(
             put(copy_in_guest.END, b"")
             by_port.flush()
             with _refusing(instance.name):
-                records = copy_in_guest.read_records(by_port.answers)
-                theirs = [Problem.unpack(payload) for _, payload in records]
+                theirs = copy_in_guest.read_problems(by_port.answers)
     if by_port is not None:
         _raise_problems(instance.name, ours=problems, theirs=theirs)
         return
@@ -121,7 +120,7 @@ def push(
             raise PycloudlibError(f"{source} could not be sent: {error}") from error
         running.channel.shutdown_write()
         with running.understood(), running.output() as answers:
-            theirs = [Problem.unpack(payload) for _, payload in copy_in_guest.read_records(answers)]
+            theirs = copy_in_guest.read_problems(answers)
         running.finish()
     _raise_problems(instance.name, ours=problems, theirs=theirs)
 

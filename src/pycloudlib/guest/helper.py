@@ -297,7 +297,7 @@ class HelperConnection:
         yield stream
         stream.end()
         with contextlib.suppress(HelperRefusedError):
-            while line := stream.read_line():
+            for line in stream.read_lines():
                 look(line)
 
     def _ask(self, request: Mapping[str, Any], deadline: Deadline | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pycloudlib.guest.programs.copy_in_guest import (
     NUMBER,
     SPECIAL,
     UP,
+    Problem,
     StreamError,
     Writer,
 )
@@ -286,6 +287,19 @@ def test_words_of_a_guest_s_login_are_not_taken_for_files(
         transfer.pull(over_ssh, "x", str(here / "x"))
 
     assert not (here / "x").exists()
+
+
+def test_guest_that_names_more_problems_than_it_keeps_is_refused(
+    over_ssh: QemuInstance, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "file").touch()
+    problem = Problem("write", b"/x", errno.EIO, "Input/output error").pack()
+    record = copy_in_guest.HEAD.pack(copy_in_guest.PROBLEM, len(problem)) + problem
+    (tmp_path / "said").write_bytes(record * 1500 + copy_in_guest.HEAD.pack(END, 0))
+    replace_program(tmp_path, monkeypatch, "python3", f"cat >/dev/null; cat {tmp_path}/said")
+
+    with pytest.raises(PycloudlibError, match="in place of the end of the problems"):
+        transfer.push(over_ssh, str(here / "file"), "copy")
 
 
 def test_stream_that_is_damaged_ends_a_copy_while_more_comes(

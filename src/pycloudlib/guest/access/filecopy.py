@@ -209,7 +209,7 @@ def _send_by(
         stream.records(copy_in_guest.END, b"")
         stream.flush()
         # SFTP tries it again, and finds out the reason.
-        failed = [Problem.unpack(item) for _, item in copy_in_guest.read_records(stream.answers)]
+        failed = copy_in_guest.read_problems(stream.answers)
     if failed:
         raise _LeftToSftpError
     return done

@@ -12,7 +12,7 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import BinaryIO, Protocol, cast
 
@@ -69,24 +69,28 @@ class PortStream:
         Raises:
             PortError: It did not come.
         """
-        received = 0
-        while received < _LONGEST_BEGINNING:
-            line = self.read_line()
+        for line in self.read_lines():
             if line.rstrip(b"\n") == self.token.encode():
                 return
-            if not line:
-                raise PortError("the connection ended before a copy had begun")
-            received += len(line)
             on_line(line)
-        raise PortError("what is in the guest sends something else")
+        raise PortError("the connection ended before a copy had begun")
+
+    def read_lines(self) -> Iterator[bytes]:
+        """Read lines to the end of the connection.
+
+        Raises:
+            PortError: There are more than what is in the guest has to say.
+        """
+        received = 0
+        while line := self.answers.readline(_LONGEST_BEGINNING):
+            received += len(line)
+            if received > _LONGEST_BEGINNING:
+                raise PortError("what is in the guest sends something else")
+            yield line
 
     def flush(self) -> None:
         """Send what is still held."""
         self._output.flush()
-
-    def read_line(self) -> bytes:
-        """Read a line; empty at the end of the connection."""
-        return self.answers.readline(_LONGEST_BEGINNING)
 
     def end(self) -> None:
         """Let the half in the guest end, after its last record was received."""

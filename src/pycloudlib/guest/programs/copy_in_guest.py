@@ -96,6 +96,16 @@ def read_records(stream: BinaryIO) -> Iterator[Record]:
         yield kind, payload
 
 
+def read_problems(stream: BinaryIO) -> List["Problem"]:
+    """Read the problems of the half that writes, which keeps no more than some."""
+    problems = []  # type: List[Problem]
+    for kind, payload in read_records(stream):
+        if kind != PROBLEM or len(problems) > MOST_PROBLEMS:
+            raise StreamError("{!r} in place of the end of the problems".format(kind))
+        problems.append(Problem.unpack(payload))
+    return problems
+
+
 def read_exactly(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:

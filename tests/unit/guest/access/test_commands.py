@@ -256,7 +256,7 @@ def test_command_that_may_have_begun_is_not_run_anew(
 ) -> None:
     """As where the connection is lost with what the command has said first."""
     monkeypatch.setattr(sshserver, "SHELL", ("bash", "-c"))  # it becomes the command
-    lost = f"printf '\\n%s\\n' $leave_mark; read -r -d '' line; eval \"$line\"; kill -9 $$"
+    lost = "printf '\\n%s\\n' $leave_mark; read -r -d '' line; eval \"$line\"; kill -9 $$"
     leave_shell(local, lost)
     result = local.execute(f"echo ran >>{home}/log")
     assert (result, result.return_code) == ("", -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import io
 import os
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from pycloudlib.guest.programs.copy_in_guest import (
     PROBLEM,
     SPECIAL,
     Problem,
+    StreamError,
 )
 from tests.unit.sshserver import LocalInstance, LocalPort
 
@@ -263,6 +265,23 @@ def test_a_program_that_ended_early_leaves_no_request(helper: HelperConnection, 
         stream.flush()
     assert not helper.is_listening(Deadline.after(0.5))
     assert not mark.exists()
+
+
+def test_a_guest_that_never_ends_what_it_says_is_left() -> None:
+    ours, theirs = socket.socketpair()
+    stream = PortStream(ours, lambda: None, bytearray(b"x\n" * (3 << 20)))
+    with ours, theirs, pytest.raises(PortError, match="sends something else"):
+        for _ in stream.read_lines():
+            pass
+
+
+def test_problems_have_an_end() -> None:
+    one = record(PROBLEM, Problem("write", b"/x", 28, "No space left on device").pack())
+    most = copy_in_guest.MOST_PROBLEMS + 1  # the last says that there are more
+    assert len(copy_in_guest.read_problems(io.BytesIO(one * most + record(END)))) == most
+    for sent in (one * (most + 1), record(DATA)):
+        with pytest.raises(StreamError, match="in place of the end"):
+            copy_in_guest.read_problems(io.BytesIO(sent + record(END)))
 
 
 def test_a_helper_without_the_word_refuses(helper: HelperConnection) -> None:
