@@ -27,18 +27,23 @@ from tests.qemu.machines import becomes, qemus, save
 LIMIT = 120
 
 CONFTEST = """
-import itertools, json, os, sys, threading
+import contextlib, itertools, json, os, sys, threading
 from pathlib import Path
 
 import pytest
 
 from pycloudlib import Qemu
+from pycloudlib.qemu.host import resources
 from pycloudlib.qemu.host.budget import Budget, Capacity
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.saved import checkpoint
 from pycloudlib.qemu.state.spec import make_name
+from tests.portrange import claimed_ports
 from tests.qemu import machines
 
+# Where another test has a port, a machine would be started once more.
+_claims = contextlib.ExitStack()
+resources.PORTS = _claims.enter_context(claimed_ports())
 WORK = Path(os.environ["SUITE_WORK"])
 NOTES = Path(os.environ["SUITE_NOTES"])
 _numbers = itertools.count()

@@ -58,6 +58,30 @@ class _LeftToSftpError(Exception):
     """The port is not for this; nothing is done."""
 
 
+class _CallersError(BaseException):
+    """An error of a function of the caller's, which is not taken for one of the copy."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextlib.contextmanager
+def _apart(on_progress: ProgressCallback) -> Iterator[ProgressCallback]:
+    """Have errors of the caller's function leave the block as they are."""
+
+    def report(progress: Progress) -> None:
+        try:
+            on_progress(progress)
+        except Exception as error:
+            raise _CallersError(error) from error
+
+    try:
+        yield report
+    except _CallersError as passed:
+        raise passed.error from None
+
+
 def push(
     connections: Connections,
     local_path: str | os.PathLike[str],
@@ -82,14 +106,18 @@ def push(
     """
     source = check_path("local_path", local_path)
     target = check_path("remote_path", remote_path)
-    with _explaining(connections, _WHY_NOT_WRITTEN, target), Path(source).open("rb") as file:
+    with (
+        _apart(on_progress) as report,
+        _explaining(connections, _WHY_NOT_WRITTEN, target),
+        Path(source).open("rb") as file,
+    ):
         is_alone = port is not None and port.is_ready and not connections.any_open
         if port and is_alone and _size_of(file):
             with contextlib.suppress(_LeftToSftpError), _naming(target):
-                _send_by(port, file, source, target, on_progress)
+                _send_by(port, file, source, target, report)
                 return
         with connections.files() as sftp, _naming(target, sftp):
-            _send(file, source, sftp, target, on_progress, port)
+            _send(file, source, sftp, target, report, port)
 
 
 def pull(
@@ -102,18 +130,18 @@ def pull(
     """Copy a file from the guest; arguments and errors are those of `push`, see `files.writing`."""
     source = check_path("remote_path", remote_path)
     target = Path(check_path("local_path", local_path))
-    with _explaining(connections, _WHY_NOT_READ, source):
+    with _apart(on_progress) as report, _explaining(connections, _WHY_NOT_READ, source):
         if port is not None and port.is_ready and not connections.any_open:
             with contextlib.suppress(_LeftToSftpError), _naming(source):
                 with writing(target) as file:
-                    _receive_by(port, source, file, target, 0, on_progress)
+                    _receive_by(port, source, file, target, 0, report)
                 return
         with connections.files() as sftp, _naming(source, sftp):
             facts = sftp.stat(to_bytes(source))
             if not _is_stream(facts.st_mode or 0):
-                _receive(sftp, facts, source, target, on_progress, port)
+                _receive(sftp, facts, source, target, report, port)
                 return
-        _receive_stream(connections, source, target, on_progress)
+        _receive_stream(connections, source, target, report)
 
 
 def check_path(what: str, path: str | os.PathLike[str]) -> str:

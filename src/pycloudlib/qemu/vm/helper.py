@@ -234,7 +234,7 @@ class HelperLink:
 
     def _note_lent(self) -> None:
         with contextlib.suppress(FileNotFoundError):  # the machine is deleted
-            self.machine.rundir.lent_mark.touch()
+            self.machine.rundir.lent_mark.touch(0o600)
 
     @contextlib.contextmanager
     def free_port(self, turn: Deadline) -> Iterator[bool]:

@@ -224,6 +224,25 @@ def test_what_was_there_stays_when_a_pull_fails(
     assert names(here) == ["kept"]
 
 
+@pytest.mark.parametrize("error", [InterruptedError(), FileNotFoundError(2, "mine"), EOFError()])
+def test_errors_of_the_function_that_reports_are_passed_on(
+    local: LocalInstance, here: Path, error: Exception
+) -> None:
+    (here / "sent").write_text("content")
+
+    def stop(_report: Progress) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as pushed:
+        local.push_file(here / "sent", "there", on_progress=stop)
+    local.push_file(here / "sent", "there")
+    with pytest.raises(type(error)) as pulled:
+        local.pull_file("there", here / "back", on_progress=stop)
+    assert pushed.value is error
+    assert pulled.value is error
+    assert not (here / "back").exists()
+
+
 class TestPushedOnto:
     """The same in the guest."""
 
