@@ -19,6 +19,7 @@ from pycloudlib.guest.helper import FixUp
 from pycloudlib.key import generate_ed25519
 from pycloudlib.qemu.instance import QemuInstance
 from pycloudlib.qemu.state.savedmachine import SavedMachine
+from pycloudlib.qemu.vm.helper import FixUps
 from pycloudlib.result import Result
 from tests.qemu.machines import alive, becomes
 from tests.unit.sshserver import ListeningServer
@@ -93,7 +94,7 @@ def test_connection_that_is_kept_ends_with_a_rollback(
 
 
 def test_copy_without_a_helper_is_fixed_up_before_its_connection_is_kept(
-    running: QemuInstance, monkeypatch: pytest.MonkeyPatch
+    running: QemuInstance,
 ) -> None:
     rundir = running.machine.rundir
     write_private(rundir.fix_up, FixUp().to_json())
@@ -103,9 +104,7 @@ def test_copy_without_a_helper_is_fixed_up_before_its_connection_is_kept(
         ran.append(command)
         return Result(str(time.time()), "", 0)
 
-    monkeypatch.setattr(running.guest.fixes, "_execute", execute)
-
-    running.fix_up_before_use()
+    FixUps(running.guest.helper, execute, lambda: None).fix_up_before_use()
 
     assert ran == ["date +%s.%N", helper.once_command()]
     assert not rundir.fix_up.exists()

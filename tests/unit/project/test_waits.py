@@ -178,7 +178,7 @@ WAITS = (
         "another connection is made, and the session opened there",
         "the end of that process",
         (
-            "guest.access.kept:_has_begun",
+            "guest.access.kept:_read_mark",
             "guest.access.mux:Channel.recv",
             "guest.access.mux:Channel.recv_stderr",
             "guest.access.mux:Channel.recv_exit_status",
@@ -198,7 +198,7 @@ WAITS = (
         "that connection to be made, also by another program",
         "60 s; 5 s until the server names itself; then one is made that is not kept",
         "the end of `ssh`",
-        ("guest.access.kept:Keeper._run_master", "guest.access.kept:Keeper._suits"),
+        ("guest.access.kept:Keeper._run_master",),
         ("unit/guest/access/test_kept.py::test_another_host_key_is_not_accepted",),
         (("guest.access.ssh:ANSWER_LIMIT", 60.0), ("guest.access.kept:_BANNER_LIMIT", 5)),
     ),
