@@ -94,10 +94,16 @@ def cloud(tmp_path: Path) -> FakeCloud:
 
 
 @pytest.fixture
-def machines(tmp_path: Path, cloud: FakeCloud) -> Iterator[Machines]:
+def number() -> int:
+    """Return for how many tests machines are started ahead."""
+    return 1
+
+
+@pytest.fixture
+def machines(tmp_path: Path, cloud: FakeCloud, number: int) -> Iterator[Machines]:
     fake: Any = cloud
     budget = Budget(tmp_path / "budget", Capacity(4, 1000), LIMIT)
-    machines = Machines(fake, budget, "c1m64", lambda _holders: None, 100, 1)
+    machines = Machines(fake, budget, "c1m64", lambda _holders: None, 100, number)
     yield machines
     machines.ahead.close()
 
@@ -176,8 +182,8 @@ def test_machine_that_was_given_back_is_not_the_next_tests(
     in_use.ending.close()
 
 
+@pytest.mark.parametrize("number", [3])
 def test_three_that_come_next_are_two_at_once(runner: Runner, cloud: FakeCloud) -> None:
-    runner.machines.ahead._number = 3
     in_use, _ = runner.set_up("1")
     runner.machines.ahead.start_for([case("2"), case("3"), case("4")])
     assert [runner.machines.ahead.has(name) for name in "234"] == [True, False, False]

@@ -58,7 +58,7 @@ WAITS = (
             "qemu.saved.checkpoint:_clean_running",
             "cli.lifecycle:wait_until_ready",
             "pytest_plugin.machines:Machines._make_shared",
-            "pytest_plugin.machines:Machines._roll_back",
+            "pytest_plugin.machines:Machines._return_to_start",
             "pytest_plugin.machines:Machines.make",
             "guest.boot.readiness:BootWatch._follow",
             "guest.boot.readiness:BootWatch.__exit__",
@@ -552,7 +552,6 @@ WAITS = (
             "qemu.ahead:MachineAhead.drop",
             "qemu.ahead:launching.begin",
             "qemu.ahead:Pool._launch_now",
-            "pytest_plugin.machines:Machines._returning.begin",
         ),
         (
             "unit/qemu/test_ahead.py::test_machine_that_is_being_started_is_dropped",
