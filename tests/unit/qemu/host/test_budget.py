@@ -316,9 +316,7 @@ class _PromotedWhenSeen:
         return held
 
 
-def test_spare_is_promoted_or_wanted_but_not_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spare_is_promoted_or_wanted_but_not_both(tmp_path: Path) -> None:
     wanted: list[None] = []
     before = set(threading.enumerate())
     spare = Budget(tmp_path, WHOLE).try_spare(WHOLE, lambda: wanted.append(None))
@@ -326,7 +324,7 @@ def test_spare_is_promoted_or_wanted_but_not_both(
     (listener,) = set(threading.enumerate()) - before
     promoting = _PromotedWhenSeen(spare)
     # What it holds, so that the test can act between its two looks at it.
-    monkeypatch.setitem(vars(spare), "_held", promoting)
+    vars(spare)["_held"] = promoting
 
     (fifo,) = tmp_path.glob("*.wanted")
     fifo.write_text("wanted")
