@@ -59,8 +59,12 @@ class MachineAhead:
         self._ended = False
         self._pid = os.getpid()
         _note(self)
-        # A daemon: a program ends what its thread starts, rather than wait for it.
-        threading.Thread(target=self._run, name=f"ahead: {name}", daemon=True).start()
+        try:
+            # A daemon: a program ends what its thread starts, rather than wait for it.
+            threading.Thread(target=self._run, name=f"ahead: {name}", daemon=True).start()
+        except BaseException:
+            _not_taken.discard(self)
+            raise
 
     @classmethod
     def start(
@@ -71,7 +75,7 @@ class MachineAhead:
         begin: Callable[[], QemuInstance],
         undo: Callable[[], None],
     ) -> MachineAhead | None:
-        """Start a machine ahead; None if there is no room for it now.
+        """Start a machine ahead; None if there is no room for it now, or no thread.
 
         Args:
             name: What the thread and the log call it.
@@ -81,17 +85,21 @@ class MachineAhead:
             undo: Ends the machine, also while `begin` runs; may be called several times.
         """
         started: Future[MachineAhead] = Future()
-        spare = budget.try_spare(capacity, lambda: started.result().drop())
-        if spare is None:
-            _log.debug("There is no room to start %s ahead", name)
-            return None
-        try:
-            ahead = cls(name, spare, begin, undo)
-        except BaseException as error:
-            started.set_exception(error)
-            spare.release()
-            raise
-        started.set_result(ahead)
+        with contextlib.ExitStack() as undone:
+            try:
+                spare = budget.try_spare(capacity, lambda: started.result().drop())
+                if spare is None:
+                    _log.debug("There is no room to start %s ahead", name)
+                    return None
+                undone.callback(spare.release)
+                undone.callback(started.cancel)
+                ahead = cls(name, spare, begin, undo)
+            except RuntimeError as error:
+                # What waits for the machine then starts it itself.
+                _log.info("%s is not started ahead: no thread can be started: %s", name, error)
+                return None
+            started.set_result(ahead)
+            undone.pop_all()
         return ahead
 
     @property

@@ -199,6 +199,25 @@ def test_nothing_is_started_without_room(budget: Budget) -> None:
         assert MachineAhead.start("none", budget, ONE, begin, begin) is None
 
 
+def test_nothing_is_started_where_no_thread_can_be(
+    budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_thread = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("ahead"):
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    def begin() -> Any:
+        raise AssertionError("it was not to be started")
+
+    assert MachineAhead.start("none", budget, ONE, begin, begin) is None
+    assert count_free(budget) == 2
+
+
 def test_interrupted_wait_ends_the_machine(budget: Budget, cloud: FakeCloud) -> None:
     machine = cloud.launch("ahead")
 
