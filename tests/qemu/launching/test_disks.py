@@ -23,7 +23,7 @@ from pycloudlib.qemu.vm.qmp import QmpSession
 from pycloudlib.qemu.vm.running import MachineEndedError, State
 from tests.qemu import reader
 from tests.qemu.conftest import UNSTARTED, CloudMaker
-from tests.qemu.machines import SMALL, hurry, qemus, runs, save
+from tests.qemu.machines import SMALL, becomes, hurry, qemus, runs, save
 from tests.qemu.worker import copy_worker, reboot, start_worker, works
 
 pytestmark = [pytest.mark.qemu, pytest.mark.usefixtures("own_ports")]
@@ -432,6 +432,8 @@ def test_disk_is_added_and_removed(cloud: Qemu, machine: QemuInstance) -> None:
     assert list_disks(machine)["disk3"] == 4 << 30
     write(machine, "disk3", 5)
     machine.machine.execute("system_reset")
+    # QEMU sends the event of a reset that is under way before its greeting to who connects then.
+    assert becomes(lambda: machine.machine.last_reset > 0)
     assert "disk3" in list_disks(machine)
     # Another program has another object of it.
     cloud.get_instance(machine.id).remove_disk("scratch")
